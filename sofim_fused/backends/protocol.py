@@ -1,0 +1,122 @@
+"""What a backend is: four passes over the tensors of one device, and the records they exchange.
+
+A pass knows tensors and plain coefficients. What the coefficients mean (learning rate, damping, clipping, the sign of
+``maximize``) is settled in :mod:`sofim_fused.scalars`; which parameter belongs to which group, in the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of sums and of the scalar algebra: float64; float32 on Apple's GPUs, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@dataclass(eq=False)
+class Tiles:
+    """The tensors of one device that take part in a step, n of them, index by index.
+
+    Attributes:
+        device: where all of them live.
+        params: w, float32, float64, bfloat16 or float16. Complex parameters appear as their real views.
+        grads: g, of w's shape; of w's dtype, or float32 for a 16-bit w.
+        exp_avgs: m, of w's shape; float64 for float64 parameters, else float32 or bfloat16.
+        kahans: the part of w that its 16 bits could not hold, of w's shape and dtype; ``None`` where none is kept.
+        steps: 0-dimensional int64, the updates that each tensor has received.
+        ordinals: each tensor's place among all parameters of the optimizer; keys the rounding of bfloat16 moments.
+    """
+
+    device: torch.device
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    kahans: list[Tensor | None]
+    steps: list[Tensor]
+    ordinals: list[int]
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+
+class Decay(NamedTuple):
+    """How a gradient enters the first moment, one value per tensor: ``m' = moment·m + gradient·g + weight·w``.
+
+    ``weight`` is ``None`` unless some tensor has L2 weight decay; passes read w only then. ``cross`` asks
+    ``accumulate`` for the products with g (and w): the gradient form of the step needs them.
+    """
+
+    moment: Sequence[float]
+    gradient: Sequence[float]
+    weight: Sequence[float] | None
+    cross: bool
+
+
+class Sums(NamedTuple):
+    """Dot products per tensor, each a float64 vector of n on the pass's device, or ``None`` where not asked for."""
+
+    mm: Tensor
+    mg: Tensor | None = None
+    gg: Tensor | None = None
+    mw: Tensor | None = None
+    gw: Tensor | None = None
+    ww: Tensor | None = None
+
+
+class GradientStep(NamedTuple):
+    """The part of an update that is known before the sums are: ``w' = weight·w + gradient·g``; float64 vectors of n."""
+
+    weight: Tensor | None
+    gradient: Tensor
+
+
+class Coefficients(NamedTuple):
+    """The update, ``w' = weight·w + gradient·v + moment·m'`` with ``v = gain·g``.
+
+    ``weight`` (``None``: 1), ``gradient`` (``None``: 0, and g is not read) and ``moment`` are float64 vectors of n on
+    the pass's device. ``gain`` (0-dimensional float64, ``None``: 1) and ``skip`` (0-dimensional bool, ``None``: false)
+    concern ``commit`` alone: under ``skip`` it leaves every bit as it was.
+    """
+
+    moment: Tensor
+    weight: Tensor | None = None
+    gradient: Tensor | None = None
+    gain: Tensor | None = None
+    skip: Tensor | None = None
+
+
+@runtime_checkable
+class Passes(Protocol):
+    """The whole interface of a backend. Every pass is one sweep over all tensors of ``tiles``.
+
+    Arithmetic is float32, or float64 for float64 parameters; sums are float64 products and float64 additions in an
+    order that neither the number of threads nor the run changes. Each pass raises the version counter of every tensor
+    that it writes, so that autograd notices.
+    """
+
+    name: str
+
+    def accumulate(self, tiles: Tiles, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
+        """Update m in place and return its sums: ``mm``, with ``decay.cross`` also ``mg`` (and ``mw``).
+
+        The sums are of m as stored. With ``gradient_step``, w then takes that step in the same sweep.
+        Runs before ``steps`` advance: a rounding to bfloat16 is keyed by ``steps + 1``.
+        """
+
+    def apply(self, tiles: Tiles, coefficients: Coefficients) -> None:
+        """Update w in place from m (and g, where a gradient coefficient is given)."""
+
+    def dots(self, tiles: Tiles, decay: Decay) -> Sums:
+        """Write nothing; return ``mm``, ``mg``, ``gg``, and with ``decay.weight`` also ``mw``, ``gw``, ``ww``."""
+
+    def commit(self, tiles: Tiles, decay: Decay, coefficients: Coefficients) -> None:
+        """Update m with ``gain·g`` in the place of g, then w from the new m before its rounding, all in place.
+
+        Runs after ``steps`` advance: a rounding to bfloat16 is keyed by ``steps``.
+        """

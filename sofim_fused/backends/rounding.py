@@ -1,0 +1,52 @@
+"""Stochastic rounding to bfloat16: the random bits and their use, as every backend must produce them.
+
+The bits are a function of (seed, step, parameter ordinal, element index) and of nothing else, so that a run can be
+repeated, resumed and replicated bit for bit on any backend.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SEED = 0x50F1  # one for all: data-parallel replicas have to round alike
+WEYL = 0x9E3779B9  # 2**32 / golden ratio, odd: neighbouring indices land far apart
+_LOW = 0xFFFFFFFF
+
+
+def mix(x: Tensor) -> Tensor:
+    """Scramble 32-bit values held in int64 (xor-shift and multiply, the constants of Wellons' ``lowbias32``)."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _LOW
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _LOW  # wraps in int64; the low 32 bits stand
+    return x ^ (x >> 16)
+
+
+def random_bits(like: Tensor, step: Tensor, ordinal: int, seed: int = SEED) -> Tensor:
+    """16 random bits for each element of ``like``.
+
+    Args:
+        like: a dense tensor of any shape; element i is the i-th in its memory order.
+        step: 0-dimensional, the number of the update (from 1), on ``like``'s device.
+        ordinal: the parameter's place in the optimizer.
+        seed: any non-negative integer below 2**32.
+
+    Returns:
+        int32, of ``like``'s shape and strides, values in [0, 2**16).
+    """
+    key = mix(torch.full((), (seed + ordinal * WEYL) & _LOW, dtype=torch.int64, device=like.device))
+    key = mix(key ^ (step.to(torch.int64) & _LOW))
+    index = torch.arange(like.numel(), dtype=torch.int64, device=like.device)
+    lane = mix(key ^ (index >> 32)) if like.numel() > _LOW else mix(key)
+    bits = mix((lane + (index & _LOW) * WEYL) & _LOW) >> 16
+    return bits.to(torch.int32).as_strided(like.shape, like.stride())
+
+
+def round_stochastic(value: Tensor, bits: Tensor) -> Tensor:
+    """Round float32 ``value`` to bfloat16, up in magnitude with the probability of the part cut off.
+
+    ``bits`` is int32 in [0, 2**16), of ``value``'s shape. Infinities and NaN stay what they are.
+    """
+    raised = ((value.view(torch.int32) + bits) & ~0xFFFF).view(torch.float32)
+    return torch.where(torch.isfinite(value), raised, value).to(torch.bfloat16)

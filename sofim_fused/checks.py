@@ -1,0 +1,377 @@
+"""Every refusal in one place: arguments, parameters, gradients and state dicts that SOFIM cannot take.
+
+Each check raises before anything is changed, and its message says which argument, group or tensor, its value, and
+what to do instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+NUMERATORS = ("moment", "gradient")
+FISHERS = ("model", "group", "parameter")
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.complex64,
+    torch.complex128,
+)
+
+SMALLEST_RHO = 1e-30  # lr/rho has to fit into a float32: infinity times a zero moment would be NaN
+
+# What a parameter group may set for itself, and what holds for the optimizer as a whole.
+PER_GROUP = (
+    "lr",
+    "momentum",
+    "rho",
+    "weight_decay",
+    "decoupled_weight_decay",
+    "maximize",
+    "state_dtype",
+    "kahan",
+)
+WHOLE = ("numerator", "fisher", "max_grad_norm", "skip_nonfinite")
+CONSTRUCTOR_ONLY = ("backend", "capturable", "in_backward", "release_grads", "amp_fused", "differentiable")
+
+
+def unavailable(options: Mapping[str, Any]) -> None:
+    """Refuse options that are part of the signature but that this version does not have.
+
+    Args:
+        options: name to value, as passed to the constructor; falsy values are fine.
+    """
+    remedy = {
+        "capturable": "run the step outside of the graph",
+        "in_backward": "call step() after backward()",
+        "release_grads": "call zero_grad() after step()",
+        "amp_fused": "leave it out: torch.amp.GradScaler then unscales before the step",
+        "differentiable": "the update is made in place; unroll it in plain PyTorch instead",
+        "fused": "leave it out: only the pure-PyTorch backend is there",
+    }
+    for name, value in options.items():
+        if value:
+            raise ValueError(f"{name}={value!r} is not available in this version: {remedy[name]}")
+
+
+def group(values: Mapping[str, Any], index: int | None = None) -> None:
+    """Check the hyperparameters of one parameter group (``index``), or the constructor's (``None``).
+
+    Raises:
+        TypeError: a value is of the wrong type.
+        ValueError: a value is out of its range.
+    """
+    where = "" if index is None else f"parameter group {index}: "
+    _number(where, "lr", values["lr"], low=0.0, tensor=True)
+    _number(where, "momentum", values["momentum"], low=0.0, below=1.0)
+    _number(where, "rho", values["rho"], low=SMALLEST_RHO, tensor=True)
+    _number(where, "weight_decay", values["weight_decay"], low=0.0)
+    for name in ("decoupled_weight_decay", "maximize", "skip_nonfinite"):
+        if not isinstance(values[name], bool):
+            raise TypeError(f"{where}{name}={values[name]!r}: pass True or False")
+    if not (values["kahan"] is None or isinstance(values["kahan"], bool)):
+        raise TypeError(f"{where}kahan={values['kahan']!r}: pass True, False or None (on for 16-bit parameters)")
+    if values["state_dtype"] not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"{where}state_dtype={values['state_dtype']!r}: pass torch.float32, torch.bfloat16 or None (by parameter)"
+        )
+    _one_of(where, "numerator", values["numerator"], NUMERATORS)
+    _one_of(where, "fisher", values["fisher"], FISHERS)
+    limit = values["max_grad_norm"]
+    if limit is not None:
+        _number(where, "max_grad_norm", limit, low=0.0, open_low=True, infinite=True)
+
+
+def groups(params: Any) -> list[Any]:
+    """The constructor's ``params`` as a list: of parameters, of (name, parameter) pairs, or of group dicts."""
+    if isinstance(params, Tensor):
+        raise TypeError(f"params is a tensor ({_described(params)}): pass an iterable of tensors, [tensor]")
+    if isinstance(params, (str, bytes, Mapping)) or not isinstance(params, Iterable):
+        raise TypeError(f"params is of type {type(params).__name__}: pass model.parameters(), or a list of group dicts")
+    entries = list(params)
+    if not entries or all(isinstance(entry, dict) and _empty(entry.get("params")) for entry in entries):
+        raise ValueError("params is empty: pass model.parameters(), or group dicts with at least one parameter")
+    return entries
+
+
+def _empty(params: Any) -> bool:
+    return isinstance(params, (list, tuple)) and not params
+
+
+def group_dict(values: Any, index: int) -> Mapping[str, Any]:
+    """Check that a parameter group is a dict with ``params`` and sets no option that only the constructor can."""
+    if not isinstance(values, dict):
+        raise TypeError(f"parameter group {index} is of type {type(values).__name__}: pass a dict with 'params'")
+    if "params" not in values:
+        raise ValueError(f"parameter group {index} has no 'params': add the list of its parameters")
+    for name in CONSTRUCTOR_ONLY:
+        if name in values:
+            raise ValueError(f"parameter group {index} sets {name}: pass it to the constructor")
+    return values
+
+
+def agreement(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Check that the options of the optimizer as a whole have one value in all groups."""
+    for index, values in enumerate(groups[1:], start=1):
+        for name in WHOLE:
+            if values[name] != groups[0][name]:
+                raise ValueError(
+                    f"parameter group {index}: {name}={values[name]!r}, but group 0 has {groups[0][name]!r}: "
+                    f"{name} holds for the whole optimizer; set it in the constructor"
+                )
+
+
+def parameters(params: Any, index: int, taken: Mapping[Tensor, int], state_dtype: Any) -> list[Any]:
+    """Check the parameters of group ``index`` and return them as a list, (name, tensor) pairs included.
+
+    Args:
+        params: what the user gave: a tensor or an iterable of tensors or of (name, tensor) pairs.
+        index: the group's.
+        taken: the parameters of the groups before, with their group's index.
+        state_dtype: the group's, for what it rules out.
+    """
+    if isinstance(params, (set, frozenset)):
+        raise TypeError(f"parameter group {index}: params is a set, which has no fixed order: pass a list")
+    if isinstance(params, (str, bytes, Mapping)):
+        raise TypeError(f"parameter group {index}: params is of type {type(params).__name__}: pass a list of tensors")
+    try:
+        entries = [params] if isinstance(params, Tensor) else list(params)
+    except TypeError:
+        raise TypeError(
+            f"parameter group {index}: params is of type {type(params).__name__}: pass an iterable of tensors"
+        ) from None
+    seen: dict[Tensor, int] = {}
+    for place, entry in enumerate(entries):
+        named = isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)
+        param = entry[1] if named else entry
+        where = f"parameter {place} of group {index}"
+        if not isinstance(param, Tensor):
+            raise TypeError(f"{where} is of type {type(param).__name__}: pass tensors, or (name, tensor) pairs")
+        where += f" ({_described(param)})"
+        _parameter(param, where, state_dtype)
+        if param in seen:
+            raise ValueError(f"{where} is parameter {seen[param]} again: pass each parameter once")
+        if param in taken:
+            raise ValueError(f"{where} is already in group {taken[param]}: pass each parameter once")
+        seen[param] = place
+    return entries
+
+
+def _parameter(param: Tensor, where: str, state_dtype: Any) -> None:
+    if is_lazy(param):
+        raise ValueError(f"{where} is not initialised yet: run one forward pass before making the optimizer")
+    if is_traceable_wrapper_subclass(param):
+        raise ValueError(
+            f"{where} is of type {type(param).__name__}, which holds other tensors (sharded or quantized): "
+            "this version takes plain tensors"
+        )
+    if param.layout != torch.strided:
+        raise ValueError(f"{where} has the layout {param.layout}: pass a dense tensor (to_dense())")
+    if param.dtype not in DTYPES:
+        raise ValueError(f"{where}: only {', '.join(map(_short, DTYPES))} can be optimized: leave it out")
+    if not param.is_leaf:
+        raise ValueError(f"{where} is the result of an operation, not a leaf: pass the tensor it was computed from")
+    if param.is_conj() or param.is_neg():
+        raise ValueError(f"{where} is a lazily conjugated or negated view: pass resolve_conj().resolve_neg() of it")
+    if _may_overlap(param):
+        raise ValueError(
+            f"{where} has strides {tuple(param.stride())}, with which elements share memory (as after expand()): "
+            "pass a contiguous copy (.clone())"
+        )
+    if state_dtype is not None and torch.promote_types(param.dtype, torch.float32) != torch.float32:
+        raise ValueError(
+            f"{where}: state_dtype={state_dtype} is for float32 and 16-bit parameters: "
+            "put this one into a group with state_dtype=None"
+        )
+
+
+def gradient(param: Tensor, grad: Tensor, index: int, place: int) -> None:
+    """Check the gradient of parameter ``place`` of group ``index`` before a step."""
+    fits = grad.dtype == param.dtype or (grad.dtype == torch.float32 and param.dtype in (torch.bfloat16, torch.float16))
+    if fits and grad.shape == param.shape and grad.device == param.device and grad.layout == torch.strided:
+        return
+    where = f"gradient of parameter {place} of group {index} ({_described(param)})"
+    if grad.layout != torch.strided:
+        raise ValueError(
+            f"{where} has the layout {grad.layout}: "
+            "SOFIM takes dense gradients (nn.Embedding(sparse=False), to_dense())"
+        )
+    if grad.shape != param.shape:
+        raise ValueError(f"{where} has the shape {tuple(grad.shape)}: call zero_grad() and backward() again")
+    if grad.device != param.device:
+        raise ValueError(f"{where} is on {grad.device}: move it there, or call zero_grad() and backward() again")
+    raise ValueError(
+        f"{where} is {_short(grad.dtype)}: it must be {_short(param.dtype)}"
+        + (" or float32" if param.dtype.itemsize == 2 else "")
+        + "; call zero_grad() and backward() again"
+    )
+
+
+def state_of_parameter(param: Tensor, known: Mapping[str, Tensor], dtype: torch.dtype, ordinal: int) -> None:
+    """Check that a parameter's state still fits it: the parameter may have been moved, cast or resized since."""
+    moment = known["exp_avg"]
+    kahan = known.get("kahan")
+    if (
+        moment.shape == param.shape
+        and moment.device == param.device
+        and moment.dtype == dtype
+        and (kahan is None or (kahan.shape == param.shape and kahan.dtype == param.dtype))
+    ):
+        return
+    raise ValueError(
+        f"state of parameter {ordinal} ({_described(param)}): "
+        f"exp_avg is {_described(moment)}, expected {_short(dtype)}: "
+        "the parameter was moved, cast or resized after its first step; do that before making the optimizer, "
+        "or save state_dict() before and load it after"
+    )
+
+
+def state_dict(saved: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Check a state dict against the optimizer's own groups.
+
+    Raises:
+        TypeError: it, or one of its parts, is of the wrong type.
+        ValueError: it lacks something, or its groups, parameters or shapes are others.
+    """
+    if not isinstance(saved, Mapping):
+        raise TypeError(f"state_dict is of type {type(saved).__name__}: pass what SOFIM.state_dict() returned")
+    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if key not in saved:
+            raise ValueError(f"state_dict has no {key!r}: pass what SOFIM.state_dict() returned")
+        if not isinstance(saved[key], kind):
+            raise TypeError(
+                f"state_dict[{key!r}] is of type {type(saved[key]).__name__}: pass what state_dict() returned"
+            )
+    if len(saved["param_groups"]) != len(groups):
+        raise ValueError(
+            f"state_dict has {len(saved['param_groups'])} parameter groups, the optimizer {len(groups)}: "
+            "make the optimizer with the groups that it was saved with"
+        )
+    ordinals: dict[Any, Tensor] = {}
+    for index, (theirs, ours) in enumerate(zip(saved["param_groups"], groups, strict=True)):
+        _saved_group(theirs, ours, index)
+        for key, param in zip(theirs["params"], ours["params"], strict=True):
+            if key in ordinals:
+                raise ValueError(f"state_dict: parameter {key!r} stands twice in its groups: the state dict is damaged")
+            ordinals[key] = param
+    agreement(saved["param_groups"])
+    for key, known in saved["state"].items():
+        if key not in ordinals:
+            raise ValueError(
+                f"state_dict has a state for parameter {key!r}, which is in none of its groups: it is damaged"
+            )
+        _saved_state(known, ordinals[key], key)
+
+
+def _saved_group(theirs: Any, ours: Mapping[str, Any], index: int) -> None:
+    if not isinstance(theirs, Mapping) or not isinstance(theirs.get("params"), Sequence):
+        raise TypeError(f"state_dict: parameter group {index} is not a dict with a list 'params': it is damaged")
+    missing = [name for name in PER_GROUP + WHOLE if name not in theirs]
+    if missing:
+        raise ValueError(
+            f"state_dict: parameter group {index} lacks {', '.join(missing)}: it is another optimizer's, or damaged"
+        )
+    if len(theirs["params"]) != len(ours["params"]):
+        raise ValueError(
+            f"state_dict: parameter group {index} has {len(theirs['params'])} parameters, the optimizer's "
+            f"{len(ours['params'])}: make the optimizer with the parameters that it was saved with"
+        )
+    group(theirs, index)
+    if theirs["state_dtype"] is not None:
+        for place, param in enumerate(ours["params"]):
+            _parameter(param, f"parameter {place} of group {index} ({_described(param)})", theirs["state_dtype"])
+
+
+def _saved_state(known: Any, param: Tensor, key: Any) -> None:
+    where = f"state_dict: state of parameter {key!r} ({_described(param)})"
+    if not isinstance(known, Mapping):
+        raise TypeError(f"{where} is of type {type(known).__name__}, not a dict: the state dict is damaged")
+    names = set(known)
+    if not {"exp_avg", "step"} <= names <= {"exp_avg", "step", "kahan"}:
+        raise ValueError(
+            f"{where} has the entries {sorted(map(str, names))}, SOFIM's has exp_avg and step (and kahan for 16-bit "
+            "parameters): it is another optimizer's, or damaged"
+        )
+    for name in sorted(names):
+        value = known[name]
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{where}: {name} is of type {type(value).__name__}, not a tensor: the state dict is damaged"
+            )
+        shape = () if name == "step" else tuple(param.shape)
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"{where}: {name} has the shape {tuple(value.shape)}, expected {shape}: it was saved for another model"
+            )
+        if value.layout != torch.strided or (value.dtype not in DTYPES and name != "step"):
+            raise ValueError(f"{where}: {name} is {_short(value.dtype)}, {value.layout}: the state dict is damaged")
+        if name != "step" and value.is_complex() != param.is_complex():
+            raise ValueError(f"{where}: {name} is {_short(value.dtype)}: it was saved for another model")
+    if known["step"].device.type != "meta":
+        count = known["step"].item()
+        if not isinstance(count, (int, float)) or not 0 <= count < 2**63 or count != int(count):
+            raise ValueError(f"{where}: step is {count!r}, expected a count of updates: the state dict is damaged")
+
+
+def _number(
+    where: str,
+    name: str,
+    value: Any,
+    *,
+    low: float,
+    open_low: bool = False,
+    below: float | None = None,
+    infinite: bool = False,
+    tensor: bool = False,
+) -> None:
+    """Check that ``value`` is a real number in the range; a tensor is looked into only where that needs no waiting."""
+    if tensor and isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(f"{where}{name} is a tensor ({_described(value)}): pass a real one with one element")
+        if value.device.type != "cpu":
+            return
+        number = float(value)
+    elif isinstance(value, Real) and not isinstance(value, bool):
+        number = float(value)
+    else:
+        kinds = "a float or a one-element tensor" if tensor else "a float"
+        raise TypeError(f"{where}{name}={value!r}: pass {kinds}")
+    bad = number <= low if open_low else number < low
+    if bad or math.isnan(number) or (math.isinf(number) and not infinite) or (below is not None and number >= below):
+        bound = f"greater than {low:g}" if open_low else f"at least {low:g}"
+        limit = f" and less than {below:g}" if below is not None else "" if infinite else " and finite"
+        raise ValueError(f"{where}{name}={number!r}: it must be {bound}{limit}")
+
+
+def _one_of(where: str, name: str, value: Any, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{where}{name}={value!r}: take one of {', '.join(map(repr, known))}")
+
+
+def _may_overlap(x: Tensor) -> bool:
+    """Whether two elements may share memory: strides that are not those of nested, disjoint blocks."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+        if stride <= reach:
+            return x.numel() > 0
+        reach += stride * (size - 1)
+    return False
+
+
+def _described(x: Tensor) -> str:
+    if is_lazy(x):
+        return "uninitialised"
+    return f"shape {tuple(x.shape)}, {_short(x.dtype)}, {x.device}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

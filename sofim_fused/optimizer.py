@@ -1,0 +1,298 @@
+"""The optimizer: arguments, state, and one step from gradients to updated parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+
+from sofim_fused import backends, checks, schedule, tiles
+from sofim_fused.backends import Passes
+from sofim_fused.scalars import Scalars
+
+
+class SOFIM(Optimizer):
+    r"""SOFIM: a Newton-like step with a regularized Fisher information matrix of rank one plus a diagonal.
+
+    .. math::
+       \begin{aligned}
+            &m_t = \beta\, m_{t-1} + (1 - \beta)\, g_t  && \text{first moment}                                \\
+            &\hat m_t = m_t / (1 - \beta^t)             && \text{bias correction}                             \\
+            &F_t = \hat m_t \hat m_t^\top + \rho I      && \text{regularized Fisher information matrix}       \\
+            &w_t = w_{t-1} - \eta\, F_t^{-1} v_t        && v_t = \hat m_t \text{ or } g_t
+       \end{aligned}
+
+    The inverse is taken in closed form (Sherman-Morrison): :math:`F^{-1} \hat m = \hat m / (\rho + \|\hat m\|^2)`, so
+    that a step costs what one of SGD with momentum does. With :math:`v_t = \hat m_t` every step is bounded,
+    :math:`\|\eta F^{-1} \hat m\| \le \eta / (2 \sqrt\rho)`, whatever the gradient. Source: arXiv 2403.02833,
+    Algorithm 1.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts that define parameter groups. Real or complex, of 16, 32
+            or 64 bits, dense. A group may set ``lr``, ``momentum``, ``rho``, ``weight_decay``,
+            ``decoupled_weight_decay``, ``maximize``, ``state_dtype`` and ``kahan`` for itself.
+        lr: η, the learning rate: a float or a one-element tensor.
+        momentum: β in [0, 1), the decay of the first moment: as SGD's ``momentum`` with ``dampening=momentum``.
+        rho: ρ ≥ 1e-30, the regularization (damping) of the Fisher matrix: a float or a one-element tensor, in units of
+            a squared gradient norm. Several values of it in one Fisher block make the block's :math:`\rho I` a diagonal.
+        numerator: v: ``"moment"`` is the paper's bias-corrected first moment; ``"gradient"`` is the gradient itself
+            (the natural-gradient form, whose conditioning is :math:`1 + \|\hat m\|^2/\rho`).
+        fisher: what one Fisher matrix spans: ``"model"`` (the paper), each ``"group"``, or each ``"parameter"``.
+        weight_decay: λ ≥ 0.
+        decoupled_weight_decay: ``True``: w shrinks by 1 - ηλ besides the step (as AdamW); ``False``: λw is added to
+            the gradient (L2, as SGD), after clipping.
+        maximize: ascend instead of descend.
+        state_dtype: of the first moment: ``None`` (float64 for 64-bit parameters, else float32), ``torch.float32`` or
+            ``torch.bfloat16`` (stochastically rounded, reproducibly).
+        kahan: keep the bits of an update that a 16-bit parameter cannot hold in a second 16-bit tensor, and add them
+            later. ``None``: for 16-bit parameters, yes.
+        max_grad_norm: clip the gradients, as one vector over all groups, to this norm inside the step.
+            :attr:`grad_norm` then has the norm before clipping.
+        skip_nonfinite: a step that meets a NaN or an infinity in any gradient changes nothing; :attr:`skipped_steps`
+            counts. (The test is on the sum of squares, so that a float64 gradient above 1e154 counts as infinite.)
+        foreach: ``True`` and ``False`` both ask for the pure-PyTorch backend; the native ones are neither.
+        fused: ``True`` asks for a native backend, of which this version has none; ``False`` for the pure-PyTorch one.
+        capturable, in_backward, release_grads, amp_fused, differentiable: not available in this version; truthy values
+            raise. (``torch.amp.GradScaler`` works without ``amp_fused``: it unscales before the step.)
+        backend: ``"auto"`` or ``"reference"``. Never saved with the state; :attr:`backends` tells what is used.
+
+    Raises:
+        TypeError, ValueError: an argument, a parameter, a gradient or a state dict cannot be taken; the message says
+            which and what to do, and nothing was changed.
+        RuntimeError: the requested backend cannot run on a parameter's device.
+
+    Example:
+        >>> optimizer = SOFIM(model.parameters(), lr=0.5, momentum=0.9, rho=1.0)
+        >>> optimizer.zero_grad()
+        >>> loss_fn(model(input), target).backward()
+        >>> optimizer.step()
+
+    State per parameter, made at its first gradient: ``exp_avg`` (of its shape), ``step`` (0-dimensional int64), and
+    ``kahan`` (of its shape and dtype) where bits are kept. A parameter without a gradient is outside of that step's
+    Fisher matrix, and neither its moment nor its step count moves. Nothing in a step waits for the device, unless the
+    parameters lie on devices of different kinds.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.5,
+        momentum: float = 0.9,
+        rho: float | Tensor = 1.0,
+        *,
+        numerator: Literal["moment", "gradient"] = "moment",
+        fisher: Literal["model", "group", "parameter"] = "model",
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = True,
+        maximize: bool = False,
+        state_dtype: torch.dtype | None = None,
+        kahan: bool | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        capturable: bool = False,
+        in_backward: bool = False,
+        release_grads: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        amp_fused: bool | None = None,
+        differentiable: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "rho": rho,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "state_dtype": state_dtype,
+            "kahan": kahan,
+            "numerator": numerator,
+            "fisher": fisher,
+            "max_grad_norm": max_grad_norm,
+            "skip_nonfinite": skip_nonfinite,
+        }
+        checks.group(defaults)
+        checks.unavailable(
+            {
+                "capturable": capturable,
+                "in_backward": in_backward,
+                "release_grads": release_grads,
+                "fused": fused,
+                "amp_fused": amp_fused,
+                "differentiable": differentiable,
+            }
+        )
+        self._backend = backends.requested(backend, foreach, fused)
+        self._lanes_of: dict[torch.device, tuple[Passes, Scalars]] = {}
+        self._grad_norm: Tensor | None = None
+        self._skipped_steps: Tensor | None = None
+        super().__init__(checks.groups(params), defaults)
+
+    # One step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            ValueError: a gradient or a hyperparameter cannot be taken; nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        lanes = self._lanes()
+        if not lanes:
+            return loss
+        whole = self.param_groups[0]
+        if whole["max_grad_norm"] is None and not whole["skip_nonfinite"]:
+            schedule.plain(lanes, self.param_groups)
+        else:
+            guard = schedule.guarded(lanes, self.param_groups, whole["max_grad_norm"], whole["skip_nonfinite"])
+            self._grad_norm = guard.norm
+            if guard.skip is not None:
+                counter = self.skipped_steps
+                counter += guard.skip.to(counter.device)
+        return loss
+
+    def _lanes(self) -> list[schedule.Lane]:
+        """The tensors of this step by device, everything checked, and state made where a gradient is the first."""
+        for index, group in enumerate(self.param_groups):
+            checks.group(group, index)
+        checks.agreement(self.param_groups)
+        entries = tiles.with_gradients(self.param_groups)
+        for entry in entries:
+            tiles.ensure_state(entry, self.param_groups[entry.group], self.state)
+        lanes = []
+        for device, mine in tiles.by_device(entries):
+            passes, scalars = self._lane(device, mine)
+            lanes.append(schedule.Lane(tiles.laid_out(device, mine, self.state), passes, scalars))
+        return lanes
+
+    def _lane(self, device: torch.device, entries: list[tiles.Entry]) -> tuple[Passes, Scalars]:
+        sizes = [0] * len(self.param_groups)
+        for entry in entries:
+            sizes[entry.group] += 1
+        whole = self.param_groups[0]
+        kept = self._lanes_of.get(device)
+        if kept is None or not kept[1].serves(sizes, whole["numerator"], whole["fisher"]):
+            kept = (
+                backends.choose(self._backend, device),
+                Scalars(device, sizes, whole["numerator"], whole["fisher"]),
+            )
+            self._lanes_of[device] = kept
+        return kept
+
+    # What a user can ask
+
+    @property
+    def backends(self) -> dict[torch.device, str]:
+        """The name of the backend that is used for each device on which a parameter lies."""
+        devices = {param.device for group in self.param_groups for param in group["params"]}
+        return {device: backends.choose(self._backend, device).name for device in sorted(devices, key=str)}
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients of the last step before clipping, a 0-dimensional float64 tensor on the device.
+
+        ``None`` before the first step with ``max_grad_norm`` or ``skip_nonfinite``. Reading its value waits for the
+        device.
+        """
+        return self._grad_norm
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps ``skip_nonfinite`` has skipped since construction, a 0-dimensional int64 tensor on the device.
+
+        Not part of :meth:`state_dict`.
+        """
+        if self._skipped_steps is None:
+            device = next(param.device for group in self.param_groups for param in group["params"])
+            self._skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+        return self._skipped_steps
+
+    # Groups and state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; what it does not set is taken from the constructor's arguments.
+
+        Raises:
+            TypeError, ValueError: the group, a value in it or one of its parameters cannot be taken.
+            RuntimeError: the requested backend cannot run on a parameter's device.
+        """
+        index = len(self.param_groups)
+        group = {**self.defaults, **checks.group_dict(param_group, index)}
+        checks.group(group, index)
+        checks.agreement([*self.param_groups, group])
+        taken = {param: at for at, other in enumerate(self.param_groups) for param in other["params"]}
+        params = checks.parameters(group["params"], index, taken, group["state_dtype"])
+        for param in params:
+            backends.choose(self._backend, (param[1] if isinstance(param, tuple) else param).device)
+        super().add_param_group({**param_group, "params": params})
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Take over state and hyperparameters from :meth:`state_dict`; nothing is shared with it afterwards.
+
+        Moments keep the dtype that the loaded group's ``state_dtype`` gives them, whatever the parameter's.
+
+        Raises:
+            TypeError, ValueError: it is damaged, or of another model or optimizer; nothing was changed.
+        """
+        saved: StateDict = {}
+
+        def examine(_: Optimizer, given: StateDict) -> None:
+            checks.state_dict(given, self.param_groups)
+            saved.update(given)
+
+        # Registered last, so that it sees what the user's own hooks make of the dict.
+        handle = self.register_load_state_dict_pre_hook(examine)
+        self._loading = saved
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            del self._loading
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_backend", "auto")
+        self.__dict__.setdefault("_grad_norm", None)
+        self.__dict__.setdefault("_skipped_steps", None)
+        self._lanes_of = {}
+        if "_loading" in self.__dict__:
+            self._restore(self._loading)
+
+    def _restore(self, saved: StateDict) -> None:
+        """Replace what ``Optimizer.load_state_dict`` cast to the parameters' dtype by copies in the moment's own."""
+        self.defaults.update({name: self.param_groups[0][name] for name in checks.WHOLE})
+        for theirs, group in zip(saved["param_groups"], self.param_groups, strict=True):
+            for key, param in zip(theirs["params"], group["params"], strict=True):
+                if key in saved["state"]:
+                    self.state[param] = tiles.restored_state(param, saved["state"][key], group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The backend stays behind: what is unpickled may meet another machine.
+        return {**super().__getstate__(), "_grad_norm": self._grad_norm, "_skipped_steps": self._skipped_steps}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SOFIM:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__({**copy.deepcopy(self.__getstate__(), memo), "_backend": self._backend})
+        return twin

@@ -1,0 +1,202 @@
+"""Sums to coefficients: the Sherman-Morrison step as scalar algebra, in float64 and on the device.
+
+Notation, per tensor i of a Fisher block: w the weight, g the gradient, m the first moment, β ``momentum``, ρ ``rho``,
+η ``lr``, t the updates received so far including this one, c = 1/(1 - β^t), m̂ = c·m, and v the vector that the
+Fisher matrix is applied to: m̂ ("moment") or the gradient s·κ·g + λ·w ("gradient"), with s = -1 for ``maximize``, κ the
+clip factor, λ the L2 weight decay. The regularized Fisher matrix of a block is F = m̂ m̂ᵀ + D with D = diag(ρᵢ), and
+Sherman-Morrison gives, in a form that never subtracts nearly equal numbers where v is m̂:
+
+    S = Σ cᵢ²‖mᵢ‖²/ρᵢ        P = Σ cᵢ(mᵢ·vᵢ)/ρᵢ
+    F⁻¹m̂ = cᵢmᵢ / (ρᵢ(1 + S))        F⁻¹v = (vᵢ - cᵢmᵢ P/(1 + S)) / ρᵢ
+
+With one ρ and one β these are SOFIM's update (arXiv 2403.02833, Algorithm 1): m̂/(ρ + ‖m̂‖²).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sofim_fused.backends import Coefficients, Decay, Sums, sum_dtype
+
+Group = Mapping[str, Any]
+
+
+class Scalars:
+    """Hyperparameters of the n tensors of one device as float64 vectors, and the algebra over them.
+
+    Args:
+        device: where the vectors live.
+        sizes: how many of the tensors belong to each parameter group; tensors are in the order of groups.
+        numerator: ``"moment"`` or ``"gradient"``.
+        fisher: ``"model"``, ``"group"`` or ``"parameter"``.
+    """
+
+    def __init__(self, device: torch.device, sizes: Sequence[int], numerator: str, fisher: str) -> None:
+        self.device = device
+        self.sizes = list(sizes)
+        self.numerator = numerator
+        self.fisher = fisher
+        dtype = sum_dtype(device)
+        self._vectors = {name: torch.zeros(sum(sizes), dtype=dtype, device=device) for name in _VECTORS}
+        self._written: dict[tuple[str, int], float] = {}
+        self._decay: Decay | None = None
+        self._decay_key: tuple[tuple[float, float, float], ...] = ()
+        self._decoupled = False
+        if fisher == "group":
+            block = [index for index, size in enumerate(sizes) for _ in range(size)]
+            self._block_of = torch.tensor(block, dtype=torch.int64, device=device)
+
+    def serves(self, sizes: Sequence[int], numerator: str, fisher: str) -> bool:
+        """Whether these scalars were made for such tensors and such a method."""
+        return (self.sizes, self.numerator, self.fisher) == (list(sizes), numerator, fisher)
+
+    def refresh(self, groups: Sequence[Group]) -> Decay:
+        """Take over the groups' hyperparameters as they are now; return how gradients enter the moments.
+
+        Host floats are written only when they changed, and as kernel arguments; tensors are copied on the device. So
+        nothing here waits for the device.
+        """
+        start = 0
+        for index, (group, size) in enumerate(zip(groups, self.sizes, strict=True)):
+            for name, read in _VECTORS.items() if size else ():
+                self._write(name, index, self._vectors[name][start : start + size], read(group))
+            start += size
+        present = [(group, size) for group, size in zip(groups, self.sizes, strict=True) if size]
+        self._decoupled = any(_decoupled(group) for group, _ in present)
+        key = tuple((float(group["momentum"]), _sign(group), _l2(group)) for group, _ in present)
+        if self._decay is None or key != self._decay_key:
+            self._decay_key, self._decay = key, self._new_decay(key, [size for _, size in present])
+        return self._decay
+
+    def _write(self, name: str, index: int, part: Tensor, value: float | Tensor) -> None:
+        if isinstance(value, Tensor):
+            part.copy_(value.detach().reshape(1).expand_as(part), non_blocking=True)
+            self._written.pop((name, index), None)
+        elif self._written.get((name, index)) != value:
+            part.fill_(value)
+            self._written[name, index] = value
+
+    def _new_decay(self, key: Sequence[tuple[float, float, float]], sizes: Sequence[int]) -> Decay:
+        rows = [row for row, size in zip(key, sizes, strict=True) for _ in range(size)]
+        return Decay(
+            moment=[beta for beta, _, _ in rows],
+            gradient=[(1 - beta) * sign for beta, sign, _ in rows],
+            weight=[(1 - beta) * l2 for beta, _, l2 in rows] if any(l2 for _, _, l2 in rows) else None,
+            cross=self.numerator == "gradient",
+        )
+
+    def correction(self, steps: Sequence[Tensor]) -> Tensor:
+        """1/(1 - β^t) per tensor, t being one more than its count in ``steps``; a few ulp off at most, β near 1 too."""
+        counts = torch.stack(list(steps)).to(sum_dtype(self.device)) + 1
+        return torch.expm1(counts * self._vectors["momentum"].log()).neg_().reciprocal_()
+
+    # Plain step: m is already updated, and its sums are known.
+
+    def plain_blocks(self, sums: Sums, correction: Tensor) -> Tensor:
+        """S (and P, for the gradient form) per Fisher block, ``[1 or 2, blocks]``, from ``accumulate``'s sums."""
+        v = self._vectors
+        weight = correction / v["rho"]
+        rows = [weight * correction * sums.mm]
+        if self.numerator == "gradient":
+            assert sums.mg is not None
+            mv = v["sign"] * sums.mg
+            rows.append(weight * (mv if sums.mw is None else mv + v["l2"] * sums.mw))
+        return self._fold(torch.stack(rows))
+
+    # Guarded step: nothing is written yet, and the clip factor κ is not known. The sums of the moment that is to come
+    # are polynomials in κ; their coefficients are added up over the block, so that one reduction serves everything.
+
+    def guarded_blocks(self, sums: Sums, correction: Tensor) -> Tensor:
+        """Coefficients of 1, κ and κ² in S, then (gradient form) in P, ``[3 or 6, blocks]``, from ``dots``' sums."""
+        assert sums.mg is not None
+        assert sums.gg is not None
+        v = self._vectors
+        beta = v["momentum"]
+        taken = 1 - beta
+        zero = torch.zeros_like(sums.gg)
+        mv = [zero, v["sign"] * sums.mg, zero]
+        vv = [zero, zero, sums.gg]
+        if sums.mw is not None and sums.gw is not None and sums.ww is not None:
+            mv[0] = v["l2"] * sums.mw
+            vv[0] = v["l2"].square() * sums.ww
+            vv[1] = 2 * v["sign"] * v["l2"] * sums.gw
+        weight = correction / v["rho"]
+        rows = [weight * correction * (2 * beta * taken * a + taken.square() * b) for a, b in zip(mv, vv, strict=True)]
+        rows[0] = rows[0] + weight * correction * beta.square() * sums.mm
+        if self.numerator == "gradient":
+            rows += [weight * (beta * a + taken * b) for a, b in zip(mv, vv, strict=True)]
+        return self._fold(torch.stack(rows))
+
+    @staticmethod
+    def at_gain(blocks: Tensor, gain: Tensor) -> Tensor:
+        """:meth:`guarded_blocks`' polynomials at the clip factor κ = ``gain``: S (and P), ``[1 or 2, blocks]``."""
+        powers = torch.stack((torch.ones_like(gain), gain, gain.square()))
+        values = (blocks.view(-1, 3, blocks.shape[-1]) * powers.view(1, 3, 1)).sum(1)
+        values[0].clamp_(min=0)  # a norm; cancellation may leave it a little below zero
+        return values
+
+    def coefficients(self, blocks: Tensor, correction: Tensor) -> Coefficients:
+        """The second pass's coefficients from S (and P) per block, ``[1 or 2, blocks]``."""
+        v = self._vectors
+        shrink = correction / (v["rho"] * (1 + self._spread(blocks[0])))
+        weight = 1 - v["lr"] * v["weight_decay"] if self._decoupled else None
+        if self.numerator == "moment":
+            return Coefficients(moment=-v["lr"] * shrink, weight=weight)
+        rate = v["lr"] / v["rho"]
+        assert self._decay is not None
+        if self._decay.weight is not None:
+            weight = (1 if weight is None else weight) - rate * v["l2"]
+        moment = v["lr"] * shrink * self._spread(blocks[1])
+        return Coefficients(moment=moment, weight=weight, gradient=-rate * v["sign"])
+
+    def _fold(self, rows: Tensor) -> Tensor:
+        """Add the columns of ``[k, n]`` that share a Fisher block, in a fixed order."""
+        if self.fisher == "parameter":
+            return rows
+        if self.fisher == "model":
+            return rows.sum(1, keepdim=True)
+        return torch.stack([part.sum(1) for part in rows.split(self.sizes, dim=1)], dim=1)
+
+    def _spread(self, blocks: Tensor) -> Tensor:
+        """The value of each tensor's block."""
+        return blocks[self._block_of] if self.fisher == "group" else blocks
+
+
+def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:
+    """min(1, max_norm/norm), and 1 for a zero norm or no limit; 0-dimensional."""
+    one = torch.ones_like(norm)
+    return one if max_norm is None else torch.where(norm > max_norm, max_norm / norm, one)
+
+
+def advance(steps: Sequence[Tensor], skip: Tensor | None) -> None:
+    """Count one more update of each tensor, unless ``skip`` (0-dimensional bool) holds."""
+    if skip is None:
+        torch._foreach_add_(list(steps), 1)
+    else:  # a list: one tensor for all would be read back
+        torch._foreach_add_(list(steps), [(~skip).to(torch.int64)] * len(steps))
+
+
+def _sign(group: Group) -> float:
+    return -1.0 if group["maximize"] else 1.0
+
+
+def _l2(group: Group) -> float:
+    return 0.0 if group["decoupled_weight_decay"] else float(group["weight_decay"])
+
+
+def _decoupled(group: Group) -> float:
+    return float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0
+
+
+_VECTORS: dict[str, Callable[[Group], float | Tensor]] = {
+    "lr": lambda group: group["lr"],
+    "rho": lambda group: group["rho"],
+    "momentum": lambda group: group["momentum"],
+    "weight_decay": _decoupled,
+    "l2": _l2,
+    "sign": _sign,
+}

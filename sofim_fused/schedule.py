@@ -1,0 +1,89 @@
+"""Which passes a step runs, in which order, and what passes between them.
+
+A lane is one device's share of a step. Lanes meet only in a few sums per Fisher block; nothing waits for a device,
+except where the lanes of a step lie on devices of different kinds and the sums have to travel through the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from sofim_fused.backends import Passes, Tiles
+from sofim_fused.scalars import Group, Scalars, advance, clip_factor
+
+
+@dataclass(eq=False)
+class Lane:
+    """The tensors of one device, the backend that sweeps over them, and their scalars."""
+
+    tiles: Tiles
+    passes: Passes
+    scalars: Scalars
+
+
+class Guard(NamedTuple):
+    """What the guarded step saw: the gradients' global norm and whether the step was skipped (``None``: not asked)."""
+
+    norm: Tensor
+    skip: Tensor | None
+
+
+def plain(lanes: Sequence[Lane], groups: Sequence[Group]) -> None:
+    """``accumulate``, then ``apply``: 24 bytes per float32 parameter (gradient form 28; L2 decay 4 more)."""
+    corrections, blocks = [], []
+    for lane in lanes:
+        decay = lane.scalars.refresh(groups)
+        sums = lane.passes.accumulate(lane.tiles, decay)
+        corrections.append(lane.scalars.correction(lane.tiles.steps))
+        blocks.append(lane.scalars.plain_blocks(sums, corrections[-1]))
+    for lane, correction, total in zip(lanes, corrections, _across(lanes, blocks), strict=True):
+        lane.passes.apply(lane.tiles, lane.scalars.coefficients(total, correction))
+        advance(lane.tiles.steps, None)
+
+
+def guarded(lanes: Sequence[Lane], groups: Sequence[Group], max_grad_norm: float | None, skip_nonfinite: bool) -> Guard:
+    """``dots``, then ``commit``: 28 bytes per float32 parameter (L2 decay 4 more), and all of the step or none of it.
+
+    The norm is known before anything is written, so that clipping to ``max_grad_norm`` and, with ``skip_nonfinite``,
+    leaving everything as it was when a gradient holds a NaN or an infinity cost no traffic of their own.
+    """
+    decays, corrections, blocks, squares = [], [], [], []
+    for lane in lanes:
+        decays.append(lane.scalars.refresh(groups))
+        sums = lane.passes.dots(lane.tiles, decays[-1])
+        assert sums.gg is not None
+        squares.append(sums.gg.sum())
+        corrections.append(lane.scalars.correction(lane.tiles.steps))
+        blocks.append(lane.scalars.guarded_blocks(sums, corrections[-1]))
+    square = _total(squares)
+    norm = square.sqrt()
+    gain = clip_factor(norm, max_grad_norm)
+    skip = ~square.isfinite() if skip_nonfinite else None
+    for lane, decay, correction, total in zip(lanes, decays, corrections, _across(lanes, blocks), strict=True):
+        device = lane.tiles.device
+        here = gain.to(device)
+        coefficients = lane.scalars.coefficients(lane.scalars.at_gain(total, here), correction)._replace(
+            gain=None if max_grad_norm is None else here, skip=None if skip is None else skip.to(device)
+        )
+        advance(lane.tiles.steps, coefficients.skip)
+        lane.passes.commit(lane.tiles, decay, coefficients)
+    return Guard(norm, skip)
+
+
+def _across(lanes: Sequence[Lane], blocks: Sequence[Tensor]) -> list[Tensor]:
+    """Each lane's blocks with the other lanes' share added, on the lane's device."""
+    if len(lanes) == 1 or lanes[0].scalars.fisher == "parameter":
+        return list(blocks)
+    total = _total(blocks)
+    return [total.to(lane.tiles.device) for lane in lanes]
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part.to(total.device)
+    return total

@@ -1,0 +1,118 @@
+"""Parameters to tiles: which tensors take part in a step, their state, and how they are laid out for the passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sofim_fused import checks
+from sofim_fused.backends import Tiles
+
+
+class Entry(NamedTuple):
+    """A parameter that has a gradient, and its place: the group's index and the ordinal over all groups."""
+
+    group: int
+    ordinal: int
+    param: Tensor
+    grad: Tensor
+
+
+def with_gradients(groups: Sequence[Mapping[str, Any]]) -> list[Entry]:
+    """The parameters that have a gradient, in the order of groups; each gradient is checked.
+
+    Raises:
+        ValueError: a gradient is sparse, or its shape, dtype or device does not fit; the message names the parameter.
+    """
+    entries = []
+    ordinal = 0
+    for index, group in enumerate(groups):
+        for place, param in enumerate(group["params"]):
+            if param.grad is not None:
+                checks.gradient(param, param.grad, index, place)
+                entries.append(Entry(index, ordinal, param, param.grad))
+            ordinal += 1
+    return entries
+
+
+def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[Tensor, Any]) -> None:
+    """Give a parameter that meets its first gradient a zero moment and a zero step count.
+
+    Raises:
+        ValueError: there is a state, but it does not fit the parameter (any more).
+    """
+    param = entry.param
+    dtype = moment_dtype(param, group["state_dtype"])
+    known = state.get(param, {})
+    if "exp_avg" in known and "step" in known:
+        checks.state_of_parameter(param, known, dtype, entry.ordinal)
+    else:
+        known = {
+            "step": torch.zeros((), dtype=torch.int64, device=param.device),
+            "exp_avg": torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format),
+        }
+    if "kahan" not in known and keeps_lost_bits(param, group["kahan"]):
+        known = {**known, "kahan": torch.zeros_like(param, memory_format=torch.preserve_format)}
+    state[param] = known
+
+
+def restored_state(param: Tensor, saved: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A saved state as copies in the parameter's layout and on its device, each tensor in its own dtype.
+
+    Bits kept for a 16-bit parameter mean nothing to a wider one and are dropped there.
+    """
+    state = {
+        "step": saved["step"].detach().to(device=param.device, dtype=torch.int64, copy=True),
+        "exp_avg": _like(param, saved["exp_avg"], moment_dtype(param, group["state_dtype"])),
+    }
+    if "kahan" in saved and keeps_lost_bits(param, group["kahan"]):
+        state["kahan"] = _like(param, saved["kahan"], param.dtype)
+    return state
+
+
+def _like(param: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format).copy_(value.detach())
+
+
+def moment_dtype(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of a parameter's first moment: ``state_dtype``, else float32, as wide and as complex as w needs."""
+    if state_dtype is not None:
+        return state_dtype
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def keeps_lost_bits(param: Tensor, kahan: bool | None) -> bool:
+    """Whether a parameter carries a compensation tensor: 16-bit ones do, unless ``kahan`` is ``False``."""
+    return param.dtype in (torch.bfloat16, torch.float16) and kahan is not False
+
+
+def by_device(entries: Sequence[Entry]) -> Iterator[tuple[torch.device, list[Entry]]]:
+    """Entries split by device, in the order in which devices first appear."""
+    devices: dict[torch.device, list[Entry]] = {}
+    for entry in entries:
+        devices.setdefault(entry.param.device, []).append(entry)
+    yield from devices.items()
+
+
+def laid_out(device: torch.device, entries: Sequence[Entry], state: Mapping[Tensor, Any]) -> Tiles:
+    """The records of one device as the passes take them: complex tensors as their real views.
+
+    Nothing is copied but gradients whose conjugation or negation was put off.
+    """
+    states = [state[entry.param] for entry in entries]
+    return Tiles(
+        device=device,
+        params=[_real(entry.param) for entry in entries],
+        grads=[_real(entry.grad.resolve_conj().resolve_neg()) for entry in entries],
+        exp_avgs=[_real(known["exp_avg"]) for known in states],
+        kahans=[known.get("kahan") for known in states],
+        steps=[known["step"] for known in states],
+        ordinals=[entry.ordinal for entry in entries],
+    )
+
+
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x

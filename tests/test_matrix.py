@@ -1,0 +1,174 @@
+"""Every backend, schedule, numerator, Fisher block, dtype, decay and layout against the oracle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sofim_fused import SOFIM, backends
+from tests.oracle import Hyper, Oracle, real64
+from tests.problems import Problem, give, mixed_problem
+
+BACKENDS = [name for name in backends.names() if name != "auto"]
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clip": {"max_grad_norm": 1.2},
+    "clip-loose": {"max_grad_norm": 1e3},
+    "skip": {"skip_nonfinite": True},
+}
+TOLERANCES = {
+    torch.float64: 1e-12,
+    torch.complex128: 1e-12,
+    torch.float32: 5e-6,
+    torch.complex64: 5e-6,
+}
+
+
+def optimizer_for(problem: Problem, numerator: str, fisher: str, backend: str, **options: Any) -> SOFIM:
+    return SOFIM(problem.groups, numerator=numerator, fisher=fisher, backend=backend, **options)
+
+
+def distance(params: list[Tensor], oracle: Oracle) -> float:
+    """The largest deviation, relative to the largest weight, over all tensors together."""
+    largest = max(w.abs().max().item() for w in oracle.weights if w.numel())
+    return max(
+        (real64(p) - w).abs().max().item() / largest for p, w in zip(params, oracle.weights, strict=True) if w.numel()
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("decay", ["none", "decoupled", "l2"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("fisher", ["model", "group", "parameter"])
+@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_follows_the_oracle(
+    schedule: str, numerator: str, fisher: str, dtype: torch.dtype, decay: str, backend: str
+) -> None:
+    problem = mixed_problem(dtype, decay)
+    oracle = problem.oracle(numerator, fisher, **SCHEDULES[schedule])
+    optimizer = optimizer_for(problem, numerator, fisher, backend, **SCHEDULES[schedule])
+    start = [w.clone() for w in oracle.weights]
+    for count, grads in enumerate(islice(problem.gradients(), 100 if decay == "none" else 30)):
+        if count == 12:  # as schedulers do
+            for group in optimizer.param_groups:
+                group.update(lr=group["lr"] / 2, momentum=0.8, rho=1.1)
+            oracle.hypers = [replace(hyper, lr=hyper.lr / 2, momentum=0.8, rho=1.1) for hyper in oracle.hypers]
+        give(problem.params, grads)
+        optimizer.step()
+        oracle.step(grads)
+    assert distance(problem.params, oracle) <= TOLERANCES[dtype]
+    assert max((a - b).abs().max().item() for a, b in zip(start, oracle.weights, strict=True) if a.numel()) > 0.05
+    assert [int(optimizer.state[p]["step"]) for p in problem.params] == oracle.steps
+    if schedule != "plain":
+        assert optimizer.grad_norm is not None
+        assert optimizer.grad_norm.item() == pytest.approx(oracle.norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+def test_follows_the_oracle_for_100_steps_above_the_dense_size(
+    numerator: str, dtype: torch.dtype, backend: str
+) -> None:
+    """Larger than a tile, so that sums are put together from parts; the oracle is the closed form there."""
+    generator = torch.Generator().manual_seed(3)
+    params = [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in (40_001, 16_384, 70)]
+    params = [torch.nn.Parameter(p) for p in params]
+    optimizer = SOFIM(params, lr=0.3, rho=2.0, numerator=numerator, backend=backend)
+    oracle = Oracle([p.detach() for p in params], [Hyper(lr=0.3, rho=2.0)] * 3, [0, 0, 0], numerator)
+    drift = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in params]
+    for _ in range(100):
+        grads: list[Tensor | None] = [
+            (0.01 * (d + torch.randn(p.shape, generator=generator, dtype=torch.float64))).to(dtype)
+            for p, d in zip(params, drift, strict=True)
+        ]
+        give(params, grads)
+        optimizer.step()
+        oracle.step(grads)
+    assert distance(list(params), oracle) <= TOLERANCES[dtype]
+
+
+# 16-bit weights lose bits in every step, so that a long run would need a tolerance that hides errors. Each step is
+# compared on its own, from the state that the optimizer is in, to what one rounding may do.
+
+EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half an ulp, relative
+SMALLEST = {torch.bfloat16: 0.0, torch.float16: 2.0**-25}  # half of the smallest subnormal
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("decay", ["none", "decoupled", "l2"])
+@pytest.mark.parametrize("kahan", [True, False])
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_each_step_of_16_bit_tensors(
+    schedule: str,
+    numerator: str,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype | None,
+    kahan: bool,
+    decay: str,
+    backend: str,
+) -> None:
+    problem = mixed_problem(dtype, decay)
+    options = {"state_dtype": state_dtype, "kahan": kahan, **SCHEDULES[schedule]}
+    optimizer = optimizer_for(problem, numerator, "model", backend, **options)
+    oracle = problem.oracle(numerator, "model", **SCHEDULES[schedule])
+    for count, grads in enumerate(islice(problem.gradients(), 8)):
+        if count and dtype.itemsize == 2:
+            grads = [None if g is None else g.float() for g in grads]  # grad_dtype: float32 gradients are legal
+        give_any(problem.params, grads)
+        oracle.weights = [full_weight(optimizer, p) for p in problem.params]
+        optimizer.step()
+        stored = [moment_of(optimizer, p) for p in problem.params]
+        # The plain step reads the moment back as stored, the guarded one has it before its rounding.
+        oracle.step(grads, stored if schedule == "plain" else None)
+        for i, p in enumerate(problem.params):
+            if grads[i] is None:
+                continue
+            known = optimizer.state[p]
+            assert ("kahan" in known) == (kahan and dtype.itemsize == 2)
+            assert known["exp_avg"].dtype == (state_dtype or torch.float32)
+            # L2 decay enters the moment by w, without the compensation that the oracle's weight includes.
+            unseen = EPSILON[dtype] * 0.06 * oracle.weights[i].abs() if decay == "l2" and "kahan" in known else 0.0
+            rounding = 2.0**-7 if state_dtype else 1e-6  # stochastic: up to one ulp
+            assert within(stored[i], oracle.exact[i], rounding * oracle.exact[i].abs() + 1e-7 + unseen)
+            bound = weight_bound(oracle, i, dtype, "kahan" in known) + unseen
+            assert within(full_weight(optimizer, p), oracle.weights[i], bound), (count, i)
+        oracle.moments = stored
+
+
+def within(actual: Tensor, expected: Tensor, bound: Tensor) -> bool:
+    return bool(((actual - expected).abs() <= bound).all())
+
+
+def moment_of(optimizer: SOFIM, p: Tensor) -> Tensor:
+    return real64(optimizer.state[p]["exp_avg"] if p in optimizer.state else torch.zeros_like(p))
+
+
+def give_any(params: list[Tensor], grads: list[Tensor | None]) -> None:
+    for p, g in zip(params, grads, strict=True):
+        if g is not None and g.dtype != p.dtype:
+            p.grad_dtype = None
+        p.grad = g
+
+
+def full_weight(optimizer: SOFIM, p: Tensor) -> Tensor:
+    kahan = optimizer.state[p].get("kahan") if p in optimizer.state else None
+    return real64(p) if kahan is None else real64(p) + real64(kahan)
+
+
+def weight_bound(oracle: Oracle, i: int, dtype: torch.dtype, kahan: bool) -> Tensor:
+    weight = oracle.weights[i].abs()
+    exact = 1e-6 * (weight + 0.1)
+    if dtype == torch.float32:
+        return exact
+    once = EPSILON[dtype] * weight
+    return exact + (EPSILON[dtype] * once * 2 if kahan else once) + SMALLEST[dtype]
