@@ -38,7 +38,7 @@ class SOFIM(Optimizer):
         lr: η, the learning rate: a float or a one-element tensor.
         momentum: β in [0, 1), the decay of the first moment: as SGD's ``momentum`` with ``dampening=momentum``.
         rho: ρ ≥ 1e-30, the regularization (damping) of the Fisher matrix: a float or a one-element tensor, in units of
-            a squared gradient norm. Several values of it in one Fisher block make the block's :math:`\rho I` a diagonal.
+            a squared gradient norm. Several values in one Fisher block make the block's :math:`\rho I` a diagonal.
         numerator: v: ``"moment"`` is the paper's bias-corrected first moment; ``"gradient"`` is the gradient itself
             (the natural-gradient form, whose conditioning is :math:`1 + \|\hat m\|^2/\rho`).
         fisher: what one Fisher matrix spans: ``"model"`` (the paper), each ``"group"``, or each ``"parameter"``.
@@ -255,20 +255,18 @@ class SOFIM(Optimizer):
         Raises:
             TypeError, ValueError: it is damaged, or of another model or optimizer; nothing was changed.
         """
-        saved: StateDict = {}
 
         def examine(_: Optimizer, given: StateDict) -> None:
             checks.state_dict(given, self.param_groups)
-            saved.update(given)
+            self._restored = tiles.restored_states(given, self.param_groups)
 
         # Registered last, so that it sees what the user's own hooks make of the dict.
         handle = self.register_load_state_dict_pre_hook(examine)
-        self._loading = saved
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-            del self._loading
+            self.__dict__.pop("_restored", None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -276,16 +274,10 @@ class SOFIM(Optimizer):
         self.__dict__.setdefault("_grad_norm", None)
         self.__dict__.setdefault("_skipped_steps", None)
         self._lanes_of = {}
-        if "_loading" in self.__dict__:
-            self._restore(self._loading)
-
-    def _restore(self, saved: StateDict) -> None:
-        """Replace what ``Optimizer.load_state_dict`` cast to the parameters' dtype by copies in the moment's own."""
-        self.defaults.update({name: self.param_groups[0][name] for name in checks.WHOLE})
-        for theirs, group in zip(saved["param_groups"], self.param_groups, strict=True):
-            for key, param in zip(theirs["params"], group["params"], strict=True):
-                if key in saved["state"]:
-                    self.state[param] = tiles.restored_state(param, saved["state"][key], group)
+        if "_restored" in self.__dict__:
+            # Optimizer.load_state_dict, which calls this, has cast the moments to the parameters' dtype.
+            self.state.update(self._restored)
+            self.defaults.update({name: self.param_groups[0][name] for name in checks.WHOLE})
 
     def __getstate__(self) -> dict[str, Any]:
         # The backend stays behind: what is unpickled may meet another machine.

@@ -57,8 +57,8 @@ class Scalars:
     def refresh(self, groups: Sequence[Group]) -> Decay:
         """Take over the groups' hyperparameters as they are now; return how gradients enter the moments.
 
-        Host floats are written only when they changed, and as kernel arguments; tensors are copied on the device. So
-        nothing here waits for the device.
+        Values on the host are written only when they changed, and as kernel arguments; tensors on the device are copied
+        there. So nothing here waits for the device.
         """
         start = 0
         for index, (group, size) in enumerate(zip(groups, self.sizes, strict=True)):
@@ -73,8 +73,10 @@ class Scalars:
         return self._decay
 
     def _write(self, name: str, index: int, part: Tensor, value: float | Tensor) -> None:
+        if isinstance(value, Tensor) and value.device.type == "cpu":
+            value = float(value)
         if isinstance(value, Tensor):
-            part.copy_(value.detach().reshape(1).expand_as(part), non_blocking=True)
+            part.copy_(value.detach().reshape(1).expand_as(part))
             self._written.pop((name, index), None)
         elif self._written.get((name, index)) != value:
             part.fill_(value)

@@ -59,7 +59,17 @@ def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[T
     state[param] = known
 
 
-def restored_state(param: Tensor, saved: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Tensor]:
+def restored_states(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, dict[str, Tensor]]:
+    """The states of a checked state dict for the parameters of ``groups``."""
+    return {
+        param: _restored(param, saved["state"][key], theirs)
+        for theirs, ours in zip(saved["param_groups"], groups, strict=True)
+        for key, param in zip(theirs["params"], ours["params"], strict=True)
+        if key in saved["state"]
+    }
+
+
+def _restored(param: Tensor, saved: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Tensor]:
     """A saved state as copies in the parameter's layout and on its device, each tensor in its own dtype.
 
     Bits kept for a 16-bit parameter mean nothing to a wider one and are dropped there.
