@@ -12,7 +12,13 @@ from sofim_fused.backends.protocol import Coefficients, Decay, GradientStep, Sum
 from sofim_fused.backends.rounding import random_bits, round_stochastic
 
 TILE = 16_384  # elements summed at once; below the size at which torch splits one sum among threads
-CHUNK = 256 * TILE  # elements widened to float64 at once: 32 MiB
+CHUNK = 256 * TILE  # elements for which temporaries are made at once: 32 MiB in float64
+_WIDE = {  # the dtype of the arithmetic by that of the parameter
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
 
 _Factors = Sequence[Tensor] | None  # one 0-dimensional factor per tensor; None where the term is absent
 
@@ -20,8 +26,8 @@ _Factors = Sequence[Tensor] | None  # one 0-dimensional factor per tensor; None 
 class ReferencePasses:
     """See :class:`sofim_fused.backends.protocol.Passes`.
 
-    Tensors that are updated where they lie go through ``torch._foreach`` together; those that need temporaries go one
-    by one, so that memory is taken for one at a time.
+    Tensors go through ``torch._foreach`` together: all that are updated where they lie; of those that need temporaries,
+    as many as fit into ``CHUNK`` elements, so that memory stays bounded.
     """
 
     name = "reference"
@@ -67,11 +73,10 @@ class ReferencePasses:
     def commit(self, tiles: Tiles, decay: Decay, coefficients: Coefficients) -> None:
         weight, moment, gradient = _update_factors(coefficients)
         gain, skip = coefficients.gain, coefficients.skip
-        # What clipping or skipping needs beside the originals is made for one tensor at a time.
-        for batch in _batches(tiles, together=gain is None and skip is None):
+        for batch in _batches(tiles, temporaries=gain is not None or skip is not None):
             grads = batch.wide(tiles.grads)
             if gain is not None:
-                grads = [grad * gain for grad in grads]
+                grads = list(torch._foreach_mul(grads, [gain] * len(grads)))
             weights = None if decay.weight is None else batch.wide(tiles.params)
             moments = batch.wide(tiles.exp_avgs, copy=skip is not None)
             _blend(moments, grads, weights, decay, batch)
@@ -92,18 +97,23 @@ class _Batch(NamedTuple):
         return [tensors[i].to(self.dtype or tensors[i].dtype, copy=copy) for i in self.indices]
 
 
-def _batches(tiles: Tiles, together: bool = True) -> Iterator[_Batch]:
-    """First, if ``together``, all tensors that are updated where they lie; then each of the others alone."""
-    direct, alone = [], []
+def _batches(tiles: Tiles, temporaries: bool = False) -> Iterator[_Batch]:
+    """Tensors to work on together: any number that are updated where they lie, others up to ``CHUNK`` elements.
+
+    ``temporaries``: none is updated where it lies.
+    """
+    begun: dict[torch.dtype | None, tuple[list[int], int]] = {}
     for i, (w, g, m) in enumerate(zip(tiles.params, tiles.grads, tiles.exp_avgs, strict=True)):
-        wide = torch.promote_types(w.dtype, torch.float32)
-        if together and w.dtype == g.dtype == m.dtype == wide:
-            direct.append(i)
-        else:
-            alone.append(_Batch([i], wide))
-    if direct:
-        yield _Batch(direct, None)
-    yield from alone
+        wide = _WIDE[w.dtype]
+        dtype = None if not temporaries and w.dtype == g.dtype == m.dtype == wide else wide
+        indices, size = begun.get(dtype, ([], 0))
+        if dtype is not None and indices and size + w.numel() > CHUNK:
+            yield _Batch(indices, dtype)
+            indices, size = [], 0
+        indices.append(i)
+        begun[dtype] = (indices, size + w.numel())
+    for dtype, (indices, _) in begun.items():
+        yield _Batch(indices, dtype)
 
 
 class _Table:
@@ -193,7 +203,7 @@ def _store_moments(
                 step = tiles.steps[i] + 1 if early else tiles.steps[i]
                 rounded = round_stochastic(moment, random_bits(m, step, tiles.ordinals[i]))
             _write(m, rounded, skip)
-        stored.append(rounded.to(moment.dtype))
+        stored.append(moment if rounded is moment else rounded.to(moment.dtype))
     return stored
 
 
@@ -230,7 +240,10 @@ def _update(
 
 def _write(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
     # A product with zero would let a NaN through; where() does not.
-    target.copy_(value if skip is None else torch.where(skip, target, value.to(target.dtype)))
+    if skip is None:
+        target.copy_(value)
+    else:
+        torch.where(skip, target, value.to(target.dtype), out=target)
 
 
 def _update_factors(coefficients: Coefficients) -> tuple[_Factors, _Factors, _Factors]:

@@ -1,0 +1,1 @@
+"""Training examples: image data, networks, and a comparison with SGD-momentum."""
