@@ -4,8 +4,9 @@
 
 The same number of configurations for each optimizer, LeNet-5 for 25 epochs at batch size 32, ten seeds each. Every seed
 has its own initial weights, batch order, and split of the training images into four fifths to train on and one fifth to
-choose by. Chosen is the highest mean validation accuracy. Only then are the two winners trained on all training images,
-ten seeds each, and shown the test images. Writes bench/results/demo_defaults.json and .md.
+choose by. Chosen is the lowest mean validation loss (accuracy on 288 images comes in steps of 0.35 %). Only then are
+the two winners trained on all training images, ten seeds each, and shown the test images. Writes
+bench/results/demo_defaults.json and .md.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def main() -> None:
         winners = []
         for name in LABELS:
             mine = [outcome for outcome in chosen_from if outcome.configuration.optimizer == name]
-            winners.append(max(mine, key=lambda outcome: (outcome.score, -mean(outcome.losses))).configuration)
+            winners.append(min(mine, key=lambda outcome: mean(outcome.losses)).configuration)
         compared = measure(pool, winners, choosing=False)
     machine = f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, one thread per run"
     seconds = time.time() - started

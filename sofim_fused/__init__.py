@@ -1,4 +1,4 @@
-"""SOFIM for PyTorch: stochastic optimization with a regularized Fisher information matrix, at SGD-momentum's cost."""
+"""SOFIM for PyTorch: stochastic optimization using a regularized Fisher information matrix (arXiv 2403.02833)."""
 
 from sofim_fused.optimizer import SOFIM
 

@@ -26,8 +26,8 @@ class SOFIM(Optimizer):
             &w_t = w_{t-1} - \eta\, F_t^{-1} v_t        && v_t = \hat m_t \text{ or } g_t
        \end{aligned}
 
-    The inverse is taken in closed form (Sherman-Morrison): :math:`F^{-1} \hat m = \hat m / (\rho + \|\hat m\|^2)`, so
-    that a step costs what one of SGD with momentum does. With :math:`v_t = \hat m_t` every step is bounded,
+    The inverse is taken in closed form (Sherman-Morrison): :math:`F^{-1} \hat m = \hat m / (\rho + \|\hat m\|^2)`, one
+    sum of squares over all parameters and a scaled update. With :math:`v_t = \hat m_t` every step is bounded,
     :math:`\|\eta F^{-1} \hat m\| \le \eta / (2 \sqrt\rho)`, whatever the gradient. Source: arXiv 2403.02833,
     Algorithm 1.
 
