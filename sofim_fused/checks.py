@@ -27,7 +27,7 @@ DTYPES = (
     torch.complex128,
 )
 
-SMALLEST_RHO = 1e-30  # lr/rho has to fit into a float32: infinity times a zero moment would be NaN
+SMALLEST_RHO = 1e-30  # keeps ‖m̂‖²/ρ far from what overflows a float64
 
 # What a parameter group may set for itself, and what holds for the optimizer as a whole.
 PER_GROUP = (
@@ -41,7 +41,16 @@ PER_GROUP = (
     "kahan",
 )
 WHOLE = ("numerator", "fisher", "max_grad_norm", "skip_nonfinite")
-CONSTRUCTOR_ONLY = ("backend", "capturable", "in_backward", "release_grads", "amp_fused", "differentiable")
+CONSTRUCTOR_ONLY = (
+    "backend",
+    "capturable",
+    "in_backward",
+    "release_grads",
+    "foreach",
+    "fused",
+    "amp_fused",
+    "differentiable",
+)
 
 
 def unavailable(options: Mapping[str, Any]) -> None:
@@ -59,6 +68,8 @@ def unavailable(options: Mapping[str, Any]) -> None:
         "fused": "leave it out: only the pure-PyTorch backend is there",
     }
     for name, value in options.items():
+        if not (value is None or isinstance(value, bool)):
+            raise TypeError(f"{name}={value!r}: pass True or False")
         if value:
             raise ValueError(f"{name}={value!r} is not available in this version: {remedy[name]}")
 
@@ -71,6 +82,9 @@ def group(values: Mapping[str, Any], index: int | None = None) -> None:
         ValueError: a value is out of its range.
     """
     where = "" if index is None else f"parameter group {index}: "
+    missing = lacking(values)
+    if missing:
+        raise ValueError(f"{where}{', '.join(missing)} is missing: set it, or make the optimizer anew")
     _number(where, "lr", values["lr"], low=0.0, tensor=True)
     _number(where, "momentum", values["momentum"], low=0.0, below=1.0)
     _number(where, "rho", values["rho"], low=SMALLEST_RHO, tensor=True)
@@ -80,15 +94,19 @@ def group(values: Mapping[str, Any], index: int | None = None) -> None:
             raise TypeError(f"{where}{name}={values[name]!r}: pass True or False")
     if not (values["kahan"] is None or isinstance(values["kahan"], bool)):
         raise TypeError(f"{where}kahan={values['kahan']!r}: pass True, False or None (on for 16-bit parameters)")
-    if values["state_dtype"] not in (None, torch.float32, torch.bfloat16):
-        raise ValueError(
-            f"{where}state_dtype={values['state_dtype']!r}: pass torch.float32, torch.bfloat16 or None (by parameter)"
-        )
+    dtype = values["state_dtype"]
+    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype in (torch.float32, torch.bfloat16))):
+        raise ValueError(f"{where}state_dtype={dtype!r}: pass torch.float32, torch.bfloat16 or None (by parameter)")
     _one_of(where, "numerator", values["numerator"], NUMERATORS)
     _one_of(where, "fisher", values["fisher"], FISHERS)
     limit = values["max_grad_norm"]
     if limit is not None:
         _number(where, "max_grad_norm", limit, low=0.0, open_low=True, infinite=True)
+
+
+def lacking(values: Mapping[str, Any]) -> list[str]:
+    """The hyperparameters that a group does not have."""
+    return [name for name in PER_GROUP + WHOLE if name not in values]
 
 
 def groups(params: Any) -> list[Any]:
@@ -97,14 +115,13 @@ def groups(params: Any) -> list[Any]:
         raise TypeError(f"params is a tensor ({_described(params)}): pass an iterable of tensors, [tensor]")
     if isinstance(params, (str, bytes, Mapping)) or not isinstance(params, Iterable):
         raise TypeError(f"params is of type {type(params).__name__}: pass model.parameters(), or a list of group dicts")
-    entries = list(params)
-    if not entries or all(isinstance(entry, dict) and _empty(entry.get("params")) for entry in entries):
+    return list(params)
+
+
+def some_parameter(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Check that there is at least one parameter in all groups together."""
+    if not any(group["params"] for group in groups):
         raise ValueError("params is empty: pass model.parameters(), or group dicts with at least one parameter")
-    return entries
-
-
-def _empty(params: Any) -> bool:
-    return isinstance(params, (list, tuple)) and not params
 
 
 def group_dict(values: Any, index: int) -> Mapping[str, Any]:
@@ -114,7 +131,7 @@ def group_dict(values: Any, index: int) -> Mapping[str, Any]:
     if "params" not in values:
         raise ValueError(f"parameter group {index} has no 'params': add the list of its parameters")
     for name in CONSTRUCTOR_ONLY:
-        if name in values:
+        if values.get(name):  # groups of torch's optimizers carry some of these, switched off
             raise ValueError(f"parameter group {index} sets {name}: pass it to the constructor")
     return values
 
@@ -167,6 +184,8 @@ def parameters(params: Any, index: int, taken: Mapping[Tensor, int], state_dtype
 
 
 def _parameter(param: Tensor, where: str, state_dtype: Any) -> None:
+    if param.is_nested:
+        raise ValueError(f"{where} is a nested tensor: pass its parts")
     if is_lazy(param):
         raise ValueError(f"{where} is not initialised yet: run one forward pass before making the optimizer")
     if is_traceable_wrapper_subclass(param):
@@ -184,9 +203,14 @@ def _parameter(param: Tensor, where: str, state_dtype: Any) -> None:
         raise ValueError(f"{where} is a lazily conjugated or negated view: pass resolve_conj().resolve_neg() of it")
     if _may_overlap(param):
         raise ValueError(
-            f"{where} has strides {tuple(param.stride())}, with which elements share memory (as after expand()): "
+            f"{where} has strides {tuple(param.stride())}, with which elements may share memory (as after expand()): "
             "pass a contiguous copy (.clone())"
         )
+    moment_dtype(param, where, state_dtype)
+
+
+def moment_dtype(param: Tensor, where: str, state_dtype: torch.dtype | None) -> None:
+    """Check that a group's ``state_dtype`` suits a parameter."""
     if state_dtype is not None and torch.promote_types(param.dtype, torch.float32) != torch.float32:
         raise ValueError(
             f"{where}: state_dtype={state_dtype} is for float32 and 16-bit parameters: "
@@ -218,21 +242,16 @@ def gradient(param: Tensor, grad: Tensor, index: int, place: int) -> None:
 
 def state_of_parameter(param: Tensor, known: Mapping[str, Tensor], dtype: torch.dtype, ordinal: int) -> None:
     """Check that a parameter's state still fits it: the parameter may have been moved, cast or resized since."""
-    moment = known["exp_avg"]
-    kahan = known.get("kahan")
-    if (
-        moment.shape == param.shape
-        and moment.device == param.device
-        and moment.dtype == dtype
-        and (kahan is None or (kahan.shape == param.shape and kahan.dtype == param.dtype))
-    ):
-        return
-    raise ValueError(
-        f"state of parameter {ordinal} ({_described(param)}): "
-        f"exp_avg is {_described(moment)}, expected {_short(dtype)}: "
-        "the parameter was moved, cast or resized after its first step; do that before making the optimizer, "
-        "or save state_dict() before and load it after"
-    )
+    for name, expected in (("exp_avg", dtype), ("kahan", param.dtype)):
+        value = known.get(name)
+        if value is None or (value.dtype == expected and value.shape == param.shape and value.device == param.device):
+            continue
+        raise ValueError(
+            f"state of parameter {ordinal} ({_described(param)}): {name} is {_described(value)}, expected "
+            f"shape {tuple(param.shape)}, {_short(expected)}, {param.device}: after its first step the parameter was "
+            "moved, cast or resized, or its group's state_dtype changed; do that before making the optimizer, or save "
+            "state_dict() before and load it after"
+        )
 
 
 def state_dict(saved: Any, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -265,17 +284,18 @@ def state_dict(saved: Any, groups: Sequence[Mapping[str, Any]]) -> None:
             ordinals[key] = param
     agreement(saved["param_groups"])
     for key, known in saved["state"].items():
-        if key not in ordinals:
+        if key in ordinals:
+            _saved_state(known, ordinals[key], key)
+        elif isinstance(key, int):  # other keys are a user's own
             raise ValueError(
                 f"state_dict has a state for parameter {key!r}, which is in none of its groups: it is damaged"
             )
-        _saved_state(known, ordinals[key], key)
 
 
 def _saved_group(theirs: Any, ours: Mapping[str, Any], index: int) -> None:
     if not isinstance(theirs, Mapping) or not isinstance(theirs.get("params"), Sequence):
         raise TypeError(f"state_dict: parameter group {index} is not a dict with a list 'params': it is damaged")
-    missing = [name for name in PER_GROUP + WHOLE if name not in theirs]
+    missing = lacking(theirs)
     if missing:
         raise ValueError(
             f"state_dict: parameter group {index} lacks {', '.join(missing)}: it is another optimizer's, or damaged"
@@ -295,18 +315,18 @@ def _saved_state(known: Any, param: Tensor, key: Any) -> None:
     where = f"state_dict: state of parameter {key!r} ({_described(param)})"
     if not isinstance(known, Mapping):
         raise TypeError(f"{where} is of type {type(known).__name__}, not a dict: the state dict is damaged")
-    names = set(known)
-    if not {"exp_avg", "step"} <= names <= {"exp_avg", "step", "kahan"}:
-        raise ValueError(
-            f"{where} has the entries {sorted(map(str, names))}, SOFIM's has exp_avg and step (and kahan for 16-bit "
-            "parameters): it is another optimizer's, or damaged"
-        )
-    for name in sorted(names):
+    for name in ("exp_avg", "step"):
+        if name not in known:
+            raise ValueError(
+                f"{where} has the entries {sorted(map(str, known))} and lacks {name}: "
+                "it is another optimizer's, or damaged"
+            )
+    for name in ("exp_avg", "kahan", "step"):
+        if name not in known:
+            continue
         value = known[name]
         if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{where}: {name} is of type {type(value).__name__}, not a tensor: the state dict is damaged"
-            )
+            raise TypeError(f"{where}: {name} is of type {type(value).__name__}, not a tensor: it is damaged")
         shape = () if name == "step" else tuple(param.shape)
         if tuple(value.shape) != shape:
             raise ValueError(
@@ -316,7 +336,9 @@ def _saved_state(known: Any, param: Tensor, key: Any) -> None:
             raise ValueError(f"{where}: {name} is {_short(value.dtype)}, {value.layout}: the state dict is damaged")
         if name != "step" and value.is_complex() != param.is_complex():
             raise ValueError(f"{where}: {name} is {_short(value.dtype)}: it was saved for another model")
-    if known["step"].device.type != "meta":
+        if value.is_meta and not param.is_meta:
+            raise ValueError(f"{where}: {name} is on the meta device and has no values: load it with its values")
+    if not known["step"].is_meta:
         count = known["step"].item()
         if not isinstance(count, (int, float)) or not 0 <= count < 2**63 or count != int(count):
             raise ValueError(f"{where}: step is {count!r}, expected a count of updates: the state dict is damaged")
@@ -339,9 +361,12 @@ def _number(
             raise ValueError(f"{where}{name} is a tensor ({_described(value)}): pass a real one with one element")
         if value.device.type != "cpu":
             return
-        number = float(value)
+        number = float(value.detach())
     elif isinstance(value, Real) and not isinstance(value, bool):
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
     else:
         kinds = "a float or a one-element tensor" if tensor else "a float"
         raise TypeError(f"{where}{name}={value!r}: pass {kinds}")
@@ -353,7 +378,7 @@ def _number(
 
 
 def _one_of(where: str, name: str, value: Any, known: Sequence[str]) -> None:
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"{where}{name}={value!r}: take one of {', '.join(map(repr, known))}")
 
 
@@ -368,8 +393,8 @@ def _may_overlap(x: Tensor) -> bool:
 
 
 def _described(x: Tensor) -> str:
-    if is_lazy(x):
-        return "uninitialised"
+    if is_lazy(x) or x.is_nested:
+        return "uninitialised" if is_lazy(x) else "nested"
     return f"shape {tuple(x.shape)}, {_short(x.dtype)}, {x.device}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, overload
 
 import torch
@@ -131,7 +131,8 @@ class SOFIM(Optimizer):
         self._lanes_of: dict[torch.device, tuple[Passes, Scalars]] = {}
         self._grad_norm: Tensor | None = None
         self._skipped_steps: Tensor | None = None
-        super().__init__(checks.groups(params), defaults)
+        super().__init__(checks.groups(params) or [{"params": []}], defaults)
+        checks.some_parameter(self.param_groups)
 
     # One step
 
@@ -179,11 +180,13 @@ class SOFIM(Optimizer):
         checks.agreement(self.param_groups)
         entries = tiles.with_gradients(self.param_groups)
         for entry in entries:
+            tiles.check_state(entry, self.param_groups[entry.group], self.state)
+        for entry in entries:
             tiles.ensure_state(entry, self.param_groups[entry.group], self.state)
         lanes = []
         for device, mine in tiles.by_device(entries):
             passes, scalars = self._lane(device, mine)
-            lanes.append(schedule.Lane(tiles.laid_out(device, mine, self.state), passes, scalars))
+            lanes.append(schedule.Lane(tiles.laid_out(device, mine, self.param_groups, self.state), passes, scalars))
         return lanes
 
     def _lane(self, device: torch.device, entries: list[tiles.Entry]) -> tuple[Passes, Scalars]:
@@ -221,11 +224,12 @@ class SOFIM(Optimizer):
     def skipped_steps(self) -> Tensor:
         """How many steps ``skip_nonfinite`` has skipped since construction, a 0-dimensional int64 tensor on the device.
 
-        Not part of :meth:`state_dict`.
+        It is the counter itself, which later steps raise; clone it to keep a value. Not part of :meth:`state_dict`.
         """
         if self._skipped_steps is None:
             device = next(param.device for group in self.param_groups for param in group["params"])
-            self._skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+            with torch.inference_mode(False):  # or no later step could write to it
+                self._skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         return self._skipped_steps
 
     # Groups and state
@@ -260,6 +264,8 @@ class SOFIM(Optimizer):
             checks.state_dict(given, self.param_groups)
             self._restored = tiles.restored_states(given, self.param_groups)
 
+        if not isinstance(state_dict, Mapping):
+            checks.state_dict(state_dict, self.param_groups)
         # Registered last, so that it sees what the user's own hooks make of the dict.
         handle = self.register_load_state_dict_pre_hook(examine)
         try:
@@ -276,7 +282,9 @@ class SOFIM(Optimizer):
         self._lanes_of = {}
         if "_restored" in self.__dict__:
             # Optimizer.load_state_dict, which calls this, has cast the moments to the parameters' dtype.
-            self.state.update(self._restored)
+            for param, restored in self._restored.items():
+                others = {name: value for name, value in self.state[param].items() if name not in tiles.STATE}
+                self.state[param] = {**others, **restored}
             self.defaults.update({name: self.param_groups[0][name] for name in checks.WHOLE})
 
     def __getstate__(self) -> dict[str, Any]:

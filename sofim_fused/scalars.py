@@ -24,6 +24,9 @@ from sofim_fused.backends import Coefficients, Decay, Sums, sum_dtype
 
 Group = Mapping[str, Any]
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
+CANCELLED = 2.0**-46  # (2 ulp of float32 arithmetic)², above the error of float64 sums
+
 
 class Scalars:
     """Hyperparameters of the n tensors of one device as float64 vectors, and the algebra over them.
@@ -41,14 +44,15 @@ class Scalars:
         self.numerator = numerator
         self.fisher = fisher
         dtype = sum_dtype(device)
-        self._vectors = {name: torch.zeros(sum(sizes), dtype=dtype, device=device) for name in _VECTORS}
+        with torch.inference_mode(False):  # or no later step could write to them
+            self._vectors = {name: torch.zeros(sum(sizes), dtype=dtype, device=device) for name in _VECTORS}
+            self._block_of = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         self._written: dict[tuple[str, int], float] = {}
         self._decay: Decay | None = None
         self._decay_key: tuple[tuple[float, float, float], ...] = ()
-        self._decoupled = False
-        if fisher == "group":
-            block = [index for index, size in enumerate(sizes) for _ in range(size)]
-            self._block_of = torch.tensor(block, dtype=torch.int64, device=device)
+        self._shrinks = False
+        for block, part in enumerate(self._block_of.split(self.sizes)):
+            part.fill_(block)  # a kernel's argument, where a list would be copied and waited for
 
     def serves(self, sizes: Sequence[int], numerator: str, fisher: str) -> bool:
         """Whether these scalars were made for such tensors and such a method."""
@@ -63,10 +67,10 @@ class Scalars:
         start = 0
         for index, (group, size) in enumerate(zip(groups, self.sizes, strict=True)):
             for name, read in _VECTORS.items() if size else ():
-                self._write(name, index, self._vectors[name][start : start + size], read(group))
+                self._write(name, index, self._vectors[name].narrow(0, start, size), read(group))
             start += size
         present = [(group, size) for group, size in zip(groups, self.sizes, strict=True) if size]
-        self._decoupled = any(_decoupled(group) for group, _ in present)
+        self._shrinks = any(_decoupled(group) for group, _ in present)
         key = tuple((float(group["momentum"]), _sign(group), _l2(group)) for group, _ in present)
         if self._decay is None or key != self._decay_key:
             self._decay_key, self._decay = key, self._new_decay(key, [size for _, size in present])
@@ -74,9 +78,9 @@ class Scalars:
 
     def _write(self, name: str, index: int, part: Tensor, value: float | Tensor) -> None:
         if isinstance(value, Tensor) and value.device.type == "cpu":
-            value = float(value)
+            value = float(value.detach())
         if isinstance(value, Tensor):
-            part.copy_(value.detach().reshape(1).expand_as(part))
+            part.fill_(value.detach().reshape(()).to(part.device))
             self._written.pop((name, index), None)
         elif self._written.get((name, index)) != value:
             part.fill_(value)
@@ -106,14 +110,18 @@ class Scalars:
         if self.numerator == "gradient":
             assert sums.mg is not None
             mv = v["sign"] * sums.mg
-            rows.append(weight * (mv if sums.mw is None else mv + v["l2"] * sums.mw))
+            rows.append(weight * (mv if sums.mw is None else mv + _decayed(v["l2"], sums.mw)))
         return self._fold(torch.stack(rows))
 
     # Guarded step: nothing is written yet, and the clip factor κ is not known. The sums of the moment that is to come
     # are polynomials in κ; their coefficients are added up over the block, so that one reduction serves everything.
 
     def guarded_blocks(self, sums: Sums, correction: Tensor) -> Tensor:
-        """Coefficients of 1, κ and κ² in S, then (gradient form) in P, ``[3 or 6, blocks]``, from ``dots``' sums."""
+        """Polynomials in κ per Fisher block from ``dots``' sums, ``[2 or 3, 3, blocks]``: coefficients of 1, κ and κ².
+
+        The first is S, the last (gradient form) P. The second is what S would be if nothing cancelled in
+        β m + (1-β) v: the scale of S's rounding error.
+        """
         assert sums.mg is not None
         assert sums.gg is not None
         v = self._vectors
@@ -122,38 +130,47 @@ class Scalars:
         zero = torch.zeros_like(sums.gg)
         mv = [zero, v["sign"] * sums.mg, zero]
         vv = [zero, zero, sums.gg]
+        still = beta * sums.mm.sqrt()
         if sums.mw is not None and sums.gw is not None and sums.ww is not None:
-            mv[0] = v["l2"] * sums.mw
-            vv[0] = v["l2"].square() * sums.ww
-            vv[1] = 2 * v["sign"] * v["l2"] * sums.gw
+            mv[0] = _decayed(v["l2"], sums.mw)
+            vv[0] = _decayed(v["l2"].square(), sums.ww)
+            vv[1] = 2 * v["sign"] * _decayed(v["l2"], sums.gw)
+            still = still + taken * vv[0].sqrt()
+        moving = taken * sums.gg.sqrt()
         weight = correction / v["rho"]
-        rows = [weight * correction * (2 * beta * taken * a + taken.square() * b) for a, b in zip(mv, vv, strict=True)]
-        rows[0] = rows[0] + weight * correction * beta.square() * sums.mm
+        square = weight * correction
+        rows = [square * (2 * beta * taken * a + taken.square() * b) for a, b in zip(mv, vv, strict=True)]
+        rows[0] = rows[0] + square * beta.square() * sums.mm
+        rows += [square * still.square(), square * 2 * still * moving, square * moving.square()]
         if self.numerator == "gradient":
             rows += [weight * (beta * a + taken * b) for a, b in zip(mv, vv, strict=True)]
-        return self._fold(torch.stack(rows))
+        folded = self._fold(torch.stack(rows))
+        return folded.view(-1, 3, folded.shape[-1])
 
     @staticmethod
     def at_gain(blocks: Tensor, gain: Tensor) -> Tensor:
         """:meth:`guarded_blocks`' polynomials at the clip factor κ = ``gain``: S (and P), ``[1 or 2, blocks]``."""
-        powers = torch.stack((torch.ones_like(gain), gain, gain.square()))
-        values = (blocks.view(-1, 3, blocks.shape[-1]) * powers.view(1, 3, 1)).sum(1)
-        values[0].clamp_(min=0)  # a norm; cancellation may leave it a little below zero
-        return values
+        constant, linear, square = blocks.unbind(1)
+        # A norm that overflows makes κ zero and the other coefficients infinite.
+        norm, scale, *cross = torch.where(gain == 0, constant, constant + gain * (linear + gain * square)).unbind()
+        # Where the terms of the moment cancel, S is their rounding error: as large as the moment's own, or the step,
+        # which is proportional to that moment, would leave the trust region.
+        return torch.stack((torch.maximum(norm, CANCELLED * scale), *cross))
 
     def coefficients(self, blocks: Tensor, correction: Tensor) -> Coefficients:
         """The second pass's coefficients from S (and P) per block, ``[1 or 2, blocks]``."""
         v = self._vectors
-        shrink = correction / (v["rho"] * (1 + self._spread(blocks[0])))
-        weight = 1 - v["lr"] * v["weight_decay"] if self._decoupled else None
+        norm, *cross = blocks.unbind()
+        shrink = correction / (v["rho"] * (1 + self._spread(norm)))
+        weight = 1 - v["lr"] * v["weight_decay"] if self._shrinks else None
         if self.numerator == "moment":
-            return Coefficients(moment=-v["lr"] * shrink, weight=weight)
+            return Coefficients(moment=_finite(-v["lr"] * shrink), weight=weight)
         rate = v["lr"] / v["rho"]
         assert self._decay is not None
         if self._decay.weight is not None:
             weight = (1 if weight is None else weight) - rate * v["l2"]
-        moment = v["lr"] * shrink * self._spread(blocks[1])
-        return Coefficients(moment=moment, weight=weight, gradient=-rate * v["sign"])
+        moment = v["lr"] * shrink * self._spread(cross[0])
+        return Coefficients(moment=_finite(moment), weight=weight, gradient=_finite(-rate * v["sign"]))
 
     def _fold(self, rows: Tensor) -> Tensor:
         """Add the columns of ``[k, n]`` that share a Fisher block, in a fixed order."""
@@ -165,13 +182,23 @@ class Scalars:
 
     def _spread(self, blocks: Tensor) -> Tensor:
         """The value of each tensor's block."""
-        return blocks[self._block_of] if self.fisher == "group" else blocks
+        return blocks.index_select(0, self._block_of) if self.fisher == "group" else blocks
+
+
+def _decayed(l2: Tensor, sums: Tensor) -> Tensor:
+    """l2·sums, and 0 where there is no L2 decay: a weight may be infinite there, and zero times infinity is NaN."""
+    return torch.where(l2 == 0, 0.0, l2 * sums)
+
+
+def _finite(coefficients: Tensor) -> Tensor:
+    # As a float32 a larger one would be infinite, and its product with a zero moment NaN.
+    return coefficients.clamp_(-FLOAT32_MAX, FLOAT32_MAX)
 
 
 def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:
     """min(1, max_norm/norm), and 1 for a zero norm or no limit; 0-dimensional."""
     one = torch.ones_like(norm)
-    return one if max_norm is None else torch.where(norm > max_norm, max_norm / norm, one)
+    return one if max_norm is None else torch.where(norm > float(max_norm), float(max_norm) / norm, one)
 
 
 def advance(steps: Sequence[Tensor], skip: Tensor | None) -> None:
@@ -179,7 +206,7 @@ def advance(steps: Sequence[Tensor], skip: Tensor | None) -> None:
     if skip is None:
         torch._foreach_add_(list(steps), 1)
     else:  # a list: one tensor for all would be read back
-        torch._foreach_add_(list(steps), [(~skip).to(torch.int64)] * len(steps))
+        torch._foreach_add_(list(steps), [skip.logical_not().to(torch.int64)] * len(steps))
 
 
 def _sign(group: Group) -> float:
@@ -194,10 +221,14 @@ def _decoupled(group: Group) -> float:
     return float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0
 
 
+def _number(value: Any) -> float | Tensor:
+    return value if isinstance(value, Tensor) else float(value)
+
+
 _VECTORS: dict[str, Callable[[Group], float | Tensor]] = {
-    "lr": lambda group: group["lr"],
-    "rho": lambda group: group["rho"],
-    "momentum": lambda group: group["momentum"],
+    "lr": lambda group: _number(group["lr"]),
+    "rho": lambda group: _number(group["rho"]),
+    "momentum": lambda group: _number(group["momentum"]),
     "weight_decay": _decoupled,
     "l2": _l2,
     "sign": _sign,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from sofim_fused.backends import Passes, Tiles
@@ -34,9 +35,9 @@ class Guard(NamedTuple):
 
 def plain(lanes: Sequence[Lane], groups: Sequence[Group]) -> None:
     """``accumulate``, then ``apply``: 24 bytes per float32 parameter (gradient form 28; L2 decay 4 more)."""
+    decays = [lane.scalars.refresh(groups) for lane in lanes]  # all of them before anything is written
     corrections, blocks = [], []
-    for lane in lanes:
-        decay = lane.scalars.refresh(groups)
+    for lane, decay in zip(lanes, decays, strict=True):
         sums = lane.passes.accumulate(lane.tiles, decay)
         corrections.append(lane.scalars.correction(lane.tiles.steps))
         blocks.append(lane.scalars.plain_blocks(sums, corrections[-1]))
@@ -51,10 +52,10 @@ def guarded(lanes: Sequence[Lane], groups: Sequence[Group], max_grad_norm: float
     The norm is known before anything is written, so that clipping to ``max_grad_norm`` and, with ``skip_nonfinite``,
     leaving everything as it was when a gradient holds a NaN or an infinity cost no traffic of their own.
     """
-    decays, corrections, blocks, squares = [], [], [], []
-    for lane in lanes:
-        decays.append(lane.scalars.refresh(groups))
-        sums = lane.passes.dots(lane.tiles, decays[-1])
+    decays = [lane.scalars.refresh(groups) for lane in lanes]
+    corrections, blocks, squares = [], [], []
+    for lane, decay in zip(lanes, decays, strict=True):
+        sums = lane.passes.dots(lane.tiles, decay)
         assert sums.gg is not None
         squares.append(sums.gg.sum())
         corrections.append(lane.scalars.correction(lane.tiles.steps))
@@ -62,7 +63,7 @@ def guarded(lanes: Sequence[Lane], groups: Sequence[Group], max_grad_norm: float
     square = _total(squares)
     norm = square.sqrt()
     gain = clip_factor(norm, max_grad_norm)
-    skip = ~square.isfinite() if skip_nonfinite else None
+    skip = torch.isfinite(square).logical_not() if skip_nonfinite else None
     for lane, decay, correction, total in zip(lanes, decays, corrections, _across(lanes, blocks), strict=True):
         device = lane.tiles.device
         here = gain.to(device)

@@ -11,6 +11,8 @@ from torch import Tensor
 from sofim_fused import checks
 from sofim_fused.backends import Tiles
 
+STATE = ("exp_avg", "step", "kahan")  # what SOFIM keeps for a parameter; other entries are a user's own
+
 
 class Entry(NamedTuple):
     """A parameter that has a gradient, and its place: the group's index and the ordinal over all groups."""
@@ -38,25 +40,33 @@ def with_gradients(groups: Sequence[Mapping[str, Any]]) -> list[Entry]:
     return entries
 
 
-def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[Tensor, Any]) -> None:
-    """Give a parameter that meets its first gradient a zero moment and a zero step count.
+def check_state(entry: Entry, group: Mapping[str, Any], state: Mapping[Tensor, Any]) -> None:
+    """Check that a parameter's state fits it, or that the group's settings allow to make one.
 
     Raises:
-        ValueError: there is a state, but it does not fit the parameter (any more).
+        ValueError: they do not; the message names the parameter.
     """
-    param = entry.param
-    dtype = moment_dtype(param, group["state_dtype"])
-    known = state.get(param, {})
+    known = state.get(entry.param, {})
     if "exp_avg" in known and "step" in known:
-        checks.state_of_parameter(param, known, dtype, entry.ordinal)
+        checks.state_of_parameter(entry.param, known, moment_dtype(entry.param, group["state_dtype"]), entry.ordinal)
     else:
-        known = {
-            "step": torch.zeros((), dtype=torch.int64, device=param.device),
-            "exp_avg": torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format),
-        }
-    if "kahan" not in known and keeps_lost_bits(param, group["kahan"]):
-        known = {**known, "kahan": torch.zeros_like(param, memory_format=torch.preserve_format)}
-    state[param] = known
+        checks.moment_dtype(entry.param, f"parameter {entry.ordinal}", group["state_dtype"])
+
+
+def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[Tensor, Any]) -> None:
+    """Give a parameter that meets its first gradient a zero moment and a zero step count."""
+    param = entry.param
+    known = state.get(param, {})
+    made = {}
+    with torch.inference_mode(False):  # or no later step could write to them
+        if not ("exp_avg" in known and "step" in known):
+            dtype = moment_dtype(param, group["state_dtype"])
+            made["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
+            made["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        if "kahan" not in known and keeps_lost_bits(param, group["kahan"]):
+            made["kahan"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    if made:
+        state[param] = {**known, **made}
 
 
 def restored_states(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, dict[str, Tensor]]:
@@ -107,7 +117,9 @@ def by_device(entries: Sequence[Entry]) -> Iterator[tuple[torch.device, list[Ent
     yield from devices.items()
 
 
-def laid_out(device: torch.device, entries: Sequence[Entry], state: Mapping[Tensor, Any]) -> Tiles:
+def laid_out(
+    device: torch.device, entries: Sequence[Entry], groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any]
+) -> Tiles:
     """The records of one device as the passes take them: complex tensors as their real views.
 
     Nothing is copied but gradients whose conjugation or negation was put off.
@@ -118,7 +130,10 @@ def laid_out(device: torch.device, entries: Sequence[Entry], state: Mapping[Tens
         params=[_real(entry.param) for entry in entries],
         grads=[_real(entry.grad.resolve_conj().resolve_neg()) for entry in entries],
         exp_avgs=[_real(known["exp_avg"]) for known in states],
-        kahans=[known.get("kahan") for known in states],
+        kahans=[
+            known["kahan"] if keeps_lost_bits(entry.param, groups[entry.group]["kahan"]) else None
+            for entry, known in zip(entries, states, strict=True)
+        ],
         steps=[known["step"] for known in states],
         ordinals=[entry.ordinal for entry in entries],
     )

@@ -144,6 +144,14 @@ def test_without_the_option_a_nan_goes_through() -> None:
     assert int(optimizer.skipped_steps) == 0
 
 
+def test_a_norm_that_overflows_clips_to_zero() -> None:
+    """As clip_grad_norm_ does; only float64 gradients above 1e154 come to this."""
+    p = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    p.grad = torch.full((2,), 1e200, dtype=torch.float64)
+    SOFIM([p], max_grad_norm=1.0).step()
+    assert torch.equal(p.detach(), torch.ones(2, dtype=torch.float64))
+
+
 def test_large_finite_gradients_are_not_skipped() -> None:
     """Squares of float32 values overflow float32, not float64."""
     p = torch.nn.Parameter(torch.zeros(3))

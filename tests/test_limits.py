@@ -73,6 +73,73 @@ def test_every_step_stays_within_the_trust_region(rho: float, options: dict[str,
         assert largest == pytest.approx(bound * blocks**0.5, rel=1e-12)
 
 
+@pytest.mark.parametrize("options", SCHEDULES, ids=["plain", "guarded"])
+@pytest.mark.parametrize(("dtype", "rho"), [(torch.float32, 1.0), (torch.float64, 1e-8)], ids=str)
+def test_the_trust_region_holds_where_the_moment_cancels(
+    dtype: torch.dtype, rho: float, options: dict[str, Any]
+) -> None:
+    """g = -9m leaves of the moment what rounding leaves; the step must not be that divided by ρ."""
+    generator = torch.Generator().manual_seed(8)
+    for exponent in range(11):
+        p = torch.nn.Parameter(torch.zeros(100, dtype=dtype))
+        optimizer = SOFIM([p], lr=0.5, rho=rho, **options)
+        p.grad = torch.randn(100, generator=generator, dtype=torch.float64).to(dtype) * rho**0.5 * 10.0**exponent
+        optimizer.step()
+        with torch.no_grad():
+            p.zero_()
+        p.grad = -9 * optimizer.state[p]["exp_avg"]
+        optimizer.step()
+        assert p.detach().double().norm() <= 0.5 / (2 * rho**0.5) * (1 + 1e-6), exponent
+
+
+@pytest.mark.parametrize("options", SCHEDULES, ids=["plain", "guarded"])
+@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+def test_extreme_settings_leave_zero_gradients_alone(numerator: str, options: dict[str, Any]) -> None:
+    """Coefficients beyond float32's range: infinity times a zero moment would be NaN."""
+    for settings in ({"lr": 1e10, "rho": 1e-30}, {"momentum": 1 - 1e-12, "rho": 1e-30, "lr": 1e20}):
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = SOFIM([p], numerator=numerator, **settings, **options)
+        p.grad = torch.zeros(3)
+        optimizer.step()
+        assert torch.equal(p.detach(), torch.ones(3))
+
+
+@pytest.mark.parametrize("options", SCHEDULES, ids=["plain", "guarded"])
+@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+def test_an_infinite_weight_stays_the_only_one(numerator: str, options: dict[str, Any]) -> None:
+    """In a group without L2 decay its value is nobody's business, though another group's weights are read."""
+    masked, other = torch.nn.Parameter(torch.tensor([1.0, -float("inf")])), torch.nn.Parameter(torch.ones(3))
+    groups = [
+        {"params": [masked]},
+        {"params": [other], "weight_decay": 0.1, "decoupled_weight_decay": False},
+    ]
+    optimizer = SOFIM(groups, numerator=numerator, **options)
+    for _ in range(2):
+        masked.grad, other.grad = torch.tensor([1.0, 0.0]), torch.ones(3)
+        optimizer.step()
+    assert masked[0].isfinite()
+    assert masked[1] == -float("inf")
+    assert other.isfinite().all()
+
+
+@pytest.mark.parametrize("distance", [1e-3, 1e-9, 1e-15])
+def test_bias_correction_near_one(distance: float) -> None:
+    """1 - β^t loses its digits where β is near 1 unless it is taken as -expm1(t log β)."""
+    p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    beta = 1 - distance
+    optimizer = SOFIM([p], lr=1.0, momentum=beta, rho=1.0)
+    moment = Fraction(0)
+    for step in range(1, 4):
+        p.grad = torch.tensor([0.1 * step], dtype=torch.float64)
+        with torch.no_grad():
+            p.zero_()
+        optimizer.step()
+        exact = Fraction(beta)
+        moment = exact * moment + (1 - exact) * Fraction(p.grad.item())
+        hat = moment / (1 - exact**step)
+        assert p.item() == pytest.approx(-float(hat / (1 + hat**2)), rel=1e-13)
+
+
 def run(
     options: dict[str, Any],
     shapes: Sequence[tuple[int, ...]] = ((3, 4), (6,), (2, 2)),

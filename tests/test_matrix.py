@@ -34,11 +34,9 @@ def optimizer_for(problem: Problem, numerator: str, fisher: str, backend: str, *
 
 
 def distance(params: list[Tensor], oracle: Oracle) -> float:
-    """The largest deviation, relative to the largest weight, over all tensors together."""
-    largest = max(w.abs().max().item() for w in oracle.weights if w.numel())
-    return max(
-        (real64(p) - w).abs().max().item() / largest for p, w in zip(params, oracle.weights, strict=True) if w.numel()
-    )
+    """The largest deviation in any tensor, relative to that tensor's norm."""
+    pairs = [(real64(p), w) for p, w in zip(params, oracle.weights, strict=True) if w.numel()]
+    return max(((p - w).norm() / w.norm()).item() for p, w in pairs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

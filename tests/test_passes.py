@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sofim_fused import SOFIM, backends, tiles
-from sofim_fused.backends import Coefficients, Decay, GradientStep, Passes, Tiles
+from sofim_fused.backends import Coefficients, Decay, GradientStep, Passes, Tiles, reference
 from sofim_fused.backends.reference import TILE, dot
 from tests.problems import give, mixed_problem, same_bits, snapshot
 
@@ -119,9 +121,13 @@ def test_a_stale_graph_is_noticed(backend: str) -> None:
 
 
 @pytest.mark.parametrize("options", SCHEDULES, ids=["plain", "guarded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("numerator", ["moment", "gradient"])
-def test_bits_do_not_depend_on_the_number_of_threads(numerator: str, backend: str, options: dict[str, Any]) -> None:
+def test_bits_do_not_depend_on_the_number_of_threads(
+    numerator: str, backend: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """Float32 weights hide what happens to a float64 sum; the sums themselves and float64 weights do not."""
     sizes = (3, 1000, 5 * TILE + 17, 300_007, 64 * TILE)
     threads = torch.get_num_threads()
     results = []
@@ -129,16 +135,49 @@ def test_bits_do_not_depend_on_the_number_of_threads(numerator: str, backend: st
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             generator = torch.Generator().manual_seed(7)
-            params = [torch.nn.Parameter(torch.randn(n, generator=generator)) for n in sizes]
+            params = [torch.nn.Parameter(torch.randn(n, generator=generator, dtype=dtype)) for n in sizes]
             optimizer = SOFIM(params, lr=0.1, numerator=numerator, backend=backend, **options)
             for _ in range(2):
-                give(params, [torch.randn(n, generator=generator) for n in sizes])
+                give(params, [torch.randn(n, generator=generator, dtype=dtype) for n in sizes])
                 optimizer.step()
-            results.append(snapshot(optimizer))
+            (lane,) = optimizer._lanes()
+            decay = Decay([0.9] * 5, [0.1] * 5, [0.01] * 5, cross=True)
+            results.append(snapshot(optimizer) + [x for x in lane.passes.dots(lane.tiles, decay) if x is not None])
     finally:
         torch.set_num_threads(threads)
     assert same_bits(results[0], results[1])
     assert same_bits(results[0], results[2])
+
+
+def test_batches_and_tiles_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many tensors the reference takes at once, and how sums are cut, shows in the last digits at most."""
+    results = []
+    for chunk, tile in ((reference.CHUNK, reference.TILE), (16, 4), (1, 2)):
+        monkeypatch.setattr(reference, "CHUNK", chunk)
+        monkeypatch.setattr(reference, "TILE", tile)
+        problem = mixed_problem(torch.float64, "l2")
+        optimizer = SOFIM(problem.groups, max_grad_norm=0.7, skip_nonfinite=True)
+        for _, grads in zip(range(4), problem.gradients(), strict=False):
+            give(problem.params, grads)
+            optimizer.step()
+        results.append([p.detach() for p in problem.params])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
+
+
+def test_gradients_are_resolved_before_a_backend_sees_them() -> None:
+    """Native passes read memory, where a lazy conjugation or negation does not show."""
+    p, q = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64)), torch.nn.Parameter(torch.ones(2))
+    optimizer = SOFIM([p, q])
+    p.grad = torch.tensor([1 + 2j, 3 - 1j]).conj()
+    q.grad = torch.tensor([1 + 2j, 3 - 1j]).conj().imag
+    assert p.grad.is_conj()
+    assert q.grad.is_neg()
+    (lane,) = optimizer._lanes()
+    assert not any(g.is_conj() or g.is_neg() for g in lane.tiles.grads)
+    assert torch.equal(lane.tiles.grads[0], torch.tensor([[1.0, -2.0], [3.0, 1.0]]))
+    assert torch.equal(lane.tiles.grads[1], torch.tensor([-2.0, 1.0]))
 
 
 @pytest.mark.parametrize("size", [0, 1, TILE - 1, TILE, TILE + 1, 3 * TILE + 5, 300 * TILE + 1])
@@ -151,41 +190,60 @@ def test_dot_of_any_size(size: int) -> None:
     assert dot(large, large).isfinite()
 
 
-class _Synchronisations(TorchDispatchMode):
-    """Collects the operators that hand a tensor's value or shape-by-value to the host."""
+class _Transfers(TorchDispatchMode):
+    """Collects what moves between devices. Reading a value, or a shape that depends on one, raises by itself."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in {"_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero"}:
+        result = func(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() + x.numel() > 1]
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        if len({x.device for x in given + made}) > 1:
             self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 @pytest.mark.parametrize("fisher", ["model", "group", "parameter"])
 @pytest.mark.parametrize("numerator", ["moment", "gradient"])
 @pytest.mark.parametrize("options", SCHEDULES, ids=["plain", "guarded"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_step_reads_a_value_back(backend: str, options: dict[str, Any], numerator: str, fisher: str) -> None:
-    problem = mixed_problem(torch.bfloat16, "l2")
-    optimizer = SOFIM(
-        problem.groups,
-        numerator=numerator,
-        fisher=fisher,
-        state_dtype=torch.bfloat16,
-        backend=backend,
-        **options,
-    )
-    with _Synchronisations() as watch:
-        for _, grads in zip(range(3), problem.gradients(), strict=False):
-            give(problem.params, grads)
-            optimizer.step()
-            optimizer.param_groups[0]["lr"] *= 0.9
-        assert watch.seen == []
-        bool(problem.params[0].sum() > 0)
-        assert watch.seen, "the watch itself must notice"
+def test_no_step_waits_for_a_gpu(options: dict[str, Any], numerator: str, fisher: str) -> None:
+    """On fake tensors of a CUDA device, which have no values: gradients come and go, a learning rate changes, ρ lies on
+    the device. Nothing is read back, and nothing but kernel arguments crosses over.
+    """
+    with FakeTensorMode():
+        params = [
+            torch.nn.Parameter(torch.empty(shape, device="cuda", dtype=dtype))
+            for shape, dtype in [
+                ((3, 4), torch.float32),
+                ((5,), torch.bfloat16),
+                ((), torch.float64),
+                ((40_000,), torch.float32),
+            ]
+        ]
+        rho = torch.ones((), device="cuda")
+        optimizer = SOFIM(
+            [{"params": params[:2], "state_dtype": torch.bfloat16}, {"params": params[2:], "rho": rho}],
+            numerator=numerator,
+            fisher=fisher,
+            weight_decay=0.1,
+            decoupled_weight_decay=False,
+            **options,
+        )
+        with _Transfers() as watch:
+            for step in range(4):
+                for i, p in enumerate(params):
+                    p.grad = None if step == i else torch.empty_like(p)
+                optimizer.step()
+                optimizer.param_groups[0]["lr"] *= 0.9
+            assert watch.seen == []
+            params[0].detach().cpu()
+            assert watch.seen, "the watch itself must notice"
+        assert optimizer.state[params[3]]["exp_avg"].device.type == "cuda"
+        with pytest.raises(DataDependentOutputException):
+            optimizer.skipped_steps.item()
 
 
 @pytest.mark.parametrize("options", SCHEDULES, ids=["plain", "guarded"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -111,6 +113,64 @@ def test_kahan_keeps_updates_below_half_an_ulp(dtype: torch.dtype) -> None:
     full = kept.detach().double() + optimizer.state[kept]["kahan"].double()
     assert full.sub(expected).abs().max() < 4e-4  # a hundred roundings of the compensation itself
     assert kept.detach().double().sub(expected).abs().max() < 2.0**-8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_replaced_weight_is_not_haunted(dtype: torch.dtype) -> None:
+    """Bits kept for the old weight mean nothing to a new one: pruned, restored or averaged."""
+    p = torch.nn.Parameter(torch.full((3,), 300.0, dtype=dtype))
+    optimizer = SOFIM([p], lr=1.0, momentum=0.0)
+    p.grad = torch.full((3,), 0.05, dtype=dtype)
+    optimizer.step()
+    assert optimizer.state[p]["kahan"].abs().min() > 0.01
+    with torch.no_grad():
+        p.copy_(torch.tensor([0.01, 0.0, -0.02]))
+    before = p.detach().clone()
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.equal(p.detach(), before)
+
+
+def test_kahan_can_be_switched_off_later() -> None:
+    p = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    optimizer = SOFIM([p], lr=1e-3)
+    p.grad = torch.ones(2, dtype=torch.bfloat16)
+    optimizer.step()
+    kept = optimizer.state[p]["kahan"].clone()
+    optimizer.param_groups[0]["kahan"] = False
+    for _ in range(20):
+        optimizer.step()
+    assert torch.equal(optimizer.state[p]["kahan"], kept)
+    assert torch.equal(p.detach(), torch.ones(2, dtype=torch.bfloat16))
+
+
+def test_an_overflowing_weight_stays_infinite() -> None:
+    p = torch.nn.Parameter(torch.full((1,), 6e4, dtype=torch.float16))
+    optimizer = SOFIM([p], lr=1e5, momentum=0.0)
+    p.grad = torch.full((1,), -1.0, dtype=torch.float16)
+    for _ in range(3):
+        optimizer.step()
+    assert p.item() == float("inf")
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_nonfinite": True}], ids=["plain", "guarded"])
+def test_the_optimizer_rounds_by_step_and_ordinal(options: dict[str, Any]) -> None:
+    """Bit by bit: the second parameter, which missed a step, is keyed by its own count and its own place."""
+    first, second = (torch.nn.Parameter(torch.zeros(50)) for _ in range(2))
+    optimizer = SOFIM([first, second], momentum=0.5, state_dtype=torch.bfloat16, **options)
+    moments = [torch.zeros(50), torch.zeros(50)]
+    counts = [0, 0]
+    for step in range(4):
+        grads = [torch.randn(50, generator=torch.Generator().manual_seed(step)) for _ in range(2)]
+        give([first, second], [grads[0], None if step == 1 else grads[1]])
+        optimizer.step()
+        for i, p in enumerate((first, second)):
+            if p.grad is None:
+                continue
+            counts[i] += 1
+            exact = 0.5 * moments[i] + 0.5 * grads[i]  # halves: no rounding in float32 that could differ
+            moments[i] = round_stochastic(exact, random_bits(exact, torch.tensor(counts[i]), i)).float()
+            assert torch.equal(optimizer.state[p]["exp_avg"].float(), moments[i]), (step, i)
 
 
 def test_a_bfloat16_moment_keeps_its_mean() -> None:

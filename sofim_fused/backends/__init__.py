@@ -40,15 +40,14 @@ def requested(backend: str, foreach: bool | None, fused: bool | None) -> str:
     ``foreach`` (either value) and ``fused=False`` are how generic code asks ``torch.optim`` for pure PyTorch.
 
     Raises:
-        ValueError: the backend is unknown, or the arguments contradict each other.
+        ValueError: the backend is unknown.
+        TypeError: ``foreach`` or ``fused`` is neither a bool nor ``None``.
     """
     if backend not in names():
         raise ValueError(f"backend={backend!r} is unknown: take one of {', '.join(map(repr, names()))}")
     for name, value in (("foreach", foreach), ("fused", fused)):
         if not (value is None or isinstance(value, bool)):
             raise TypeError(f"{name}={value!r}: pass True, False or None")
-    if fused and foreach:
-        raise ValueError("fused=True and foreach=True exclude each other: pass at most one of them")
     if backend == "auto" and (foreach is not None or fused is False):
         return "reference"
     return backend

@@ -28,7 +28,8 @@ class Tiles:
         params: w, float32, float64, bfloat16 or float16. Complex parameters appear as their real views.
         grads: g, of w's shape; of w's dtype, or float32 for a 16-bit w.
         exp_avgs: m, of w's shape; float64 for float64 parameters, else float32 or bfloat16.
-        kahans: the part of w that its 16 bits could not hold, of w's shape and dtype; ``None`` where none is kept.
+        kahans: the part of w that its 16 bits could not hold, of w's shape and dtype; ``None`` where none is kept. One
+            above half an ulp of w is no such part (w was replaced from outside) and counts as zero.
         steps: 0-dimensional int64, the updates that each tensor has received.
         ordinals: each tensor's place among all parameters of the optimizer; keys the rounding of bfloat16 moments.
     """
@@ -77,7 +78,7 @@ class GradientStep(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """The update, ``w' = weight·w + gradient·v + moment·m'`` with ``v = gain·g``.
+    """The update, ``w' = weight·w + gradient·v + moment·m'`` with ``v = gain·g``; w is w + kahan where that is kept.
 
     ``weight`` (``None``: 1), ``gradient`` (``None``: 0, and g is not read) and ``moment`` are float64 vectors of n on
     the pass's device. ``gain`` (0-dimensional float64, ``None``: 1) and ``skip`` (0-dimensional bool, ``None``: false)

@@ -27,14 +27,15 @@ class ReferencePasses:
     """See :class:`sofim_fused.backends.protocol.Passes`.
 
     Tensors go through ``torch._foreach`` together: all that are updated where they lie; of those that need temporaries,
-    as many as fit into ``CHUNK`` elements, so that memory stays bounded.
+    as many as fit into ``CHUNK`` elements, a larger one alone.
     """
 
     name = "reference"
 
     def accumulate(self, tiles: Tiles, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
         sums = _Table(len(tiles))
-        for batch in _batches(tiles):
+        known = None if gradient_step is None else _Update(weight=gradient_step.weight, gradient=gradient_step.gradient)
+        for batch in _batches(tiles, temporaries=known is not None and not known.in_place):
             grads = batch.wide(tiles.grads)
             weights = None if decay.weight is None else batch.wide(tiles.params)
             moments = batch.wide(tiles.exp_avgs)
@@ -45,18 +46,15 @@ class ReferencePasses:
                 sums.add("mg", batch, stored, grads)
                 if weights is not None:
                     sums.add("mw", batch, stored, weights)
-            if gradient_step is not None:
-                factors = _unbound(gradient_step.gradient)
-                _update(tiles, batch, _unbound(gradient_step.weight), [(factors, grads)])
+            if known is not None:
+                known.run(tiles, batch, grads, None)
         return sums.vectors()
 
     def apply(self, tiles: Tiles, coefficients: Coefficients) -> None:
-        weight, moment, gradient = _update_factors(coefficients)
-        for batch in _batches(tiles):
-            terms = [(moment, batch.wide(tiles.exp_avgs))]
-            if gradient is not None:
-                terms.append((gradient, batch.wide(tiles.grads)))
-            _update(tiles, batch, weight, terms)
+        update = _Update(coefficients.weight, coefficients.gradient, coefficients.moment)
+        for batch in _batches(tiles, temporaries=not update.in_place):
+            grads = None if coefficients.gradient is None else batch.wide(tiles.grads)
+            update.run(tiles, batch, grads, batch.wide(tiles.exp_avgs))
 
     def dots(self, tiles: Tiles, decay: Decay) -> Sums:
         sums = _Table(len(tiles))
@@ -71,16 +69,16 @@ class ReferencePasses:
         return sums.vectors()
 
     def commit(self, tiles: Tiles, decay: Decay, coefficients: Coefficients) -> None:
-        weight, moment, gradient = _update_factors(coefficients)
         gain, skip = coefficients.gain, coefficients.skip
-        for batch in _batches(tiles, temporaries=gain is not None or skip is not None):
+        update = _Update(coefficients.weight, coefficients.gradient, coefficients.moment, skip)
+        for batch in _batches(tiles, temporaries=gain is not None or not update.in_place):
             grads = batch.wide(tiles.grads)
             if gain is not None:
                 grads = list(torch._foreach_mul(grads, [gain] * len(grads)))
             weights = None if decay.weight is None else batch.wide(tiles.params)
             moments = batch.wide(tiles.exp_avgs, copy=skip is not None)
             _blend(moments, grads, weights, decay, batch)
-            _update(tiles, batch, weight, [(moment, moments), (gradient, grads)], skip)
+            update.run(tiles, batch, grads, moments)
             _store_moments(tiles, batch, moments, early=False, skip=skip)
 
 
@@ -166,8 +164,8 @@ def _ordered_sum(x: Tensor) -> Tensor:
     if x.numel() <= TILE:
         return x.sum()
     whole = x.numel() // TILE * TILE
-    rows = x[:whole].view(-1, TILE).sum(1)
-    return _ordered_sum(torch.cat((rows, x[whole:].sum().view(1))))
+    rows = x.narrow(0, 0, whole).view(-1, TILE).sum(1)
+    return _ordered_sum(torch.cat((rows, x.narrow(0, whole, x.numel() - whole).sum().view(1))))
 
 
 def _blend(
@@ -181,11 +179,12 @@ def _blend(
 
 
 def _add(targets: list[Tensor], terms: list[Tensor], factors: list[float]) -> None:
-    if len(set(factors)) == 1:
+    if factors[0] and len(set(factors)) == 1:
         torch._foreach_add_(targets, terms, alpha=factors[0])
         return
     for target, term, factor in zip(targets, terms, factors, strict=True):
-        target.add_(term, alpha=factor)
+        if factor:  # zero times an infinite term would be NaN
+            target.add_(term, alpha=factor)
 
 
 def _store_moments(
@@ -195,59 +194,74 @@ def _store_moments(
 
     ``early``: the step counts have not advanced yet.
     """
-    stored = []
+    targets, rounded = [], []
     for i, moment in zip(batch.indices, moments, strict=True):
-        m, rounded = tiles.exp_avgs[i], moment
-        if m is not moment:
-            if m.dtype == torch.bfloat16:
-                step = tiles.steps[i] + 1 if early else tiles.steps[i]
-                rounded = round_stochastic(moment, random_bits(m, step, tiles.ordinals[i]))
-            _write(m, rounded, skip)
-        stored.append(moment if rounded is moment else rounded.to(moment.dtype))
-    return stored
+        m = tiles.exp_avgs[i]
+        if m is moment:
+            continue
+        targets.append(m)
+        if m.dtype == torch.bfloat16:
+            step = tiles.steps[i] + 1 if early else tiles.steps[i]
+            rounded.append(round_stochastic(moment, random_bits(m, step, tiles.ordinals[i])))
+        else:
+            rounded.append(moment)
+    if not targets:
+        return moments
+    _write(targets, rounded, skip)
+    return batch.wide(tiles.exp_avgs)
 
 
-def _update(
-    tiles: Tiles,
-    batch: _Batch,
-    weight: _Factors,
-    terms: Sequence[tuple[_Factors, list[Tensor]]],
-    skip: Tensor | None = None,
-) -> None:
-    """``w' = weight·w + Σ factor·term``, unless ``skip``.
+class _Update:
+    """``w' = weight·w + gradient·g + moment·m``, unless ``skip``; a term without a coefficient is left out.
 
     Where a compensation is kept, the weight is the pair w + kahan: w takes what fits into its 16 bits, kahan the rest.
+    A kahan above half an ulp of w is none of its bits: w was replaced from outside, and kahan is dropped.
     """
-    values = batch.wide(tiles.params, copy=skip is not None)
-    for i, value in zip(batch.indices, values, strict=True):
-        kahan = tiles.kahans[i]
-        if kahan is not None:
-            value.add_(kahan)
-    if weight is not None:
-        torch._foreach_mul_(values, [weight[i] for i in batch.indices])
-    for factors, tensors in terms:
-        if factors is not None:
-            torch._foreach_addcmul_(values, tensors, [factors[i] for i in batch.indices])
-    for i, value in zip(batch.indices, values, strict=True):
-        param, kahan = tiles.params[i], tiles.kahans[i]
-        if param is value:
-            continue
-        rounded = value.to(param.dtype)
-        if kahan is not None:
-            _write(kahan, value - rounded, skip)
-        _write(param, rounded, skip)
+
+    def __init__(
+        self,
+        weight: Tensor | None,
+        gradient: Tensor | None,
+        moment: Tensor | None = None,
+        skip: Tensor | None = None,
+    ) -> None:
+        self._weight, self._gradient, self._moment = map(_unbound, (weight, gradient, moment))
+        self._skip = skip
+        # A gradient may lie in the parameter's own memory; it is read before that is written to.
+        self.in_place = skip is None and (weight is None or gradient is None)
+
+    def run(self, tiles: Tiles, batch: _Batch, grads: list[Tensor] | None, moments: list[Tensor] | None) -> None:
+        """Update the weights of a batch."""
+        values = batch.wide(tiles.params, copy=not self.in_place)
+        for i, value in zip(batch.indices, values, strict=True):
+            kahan = tiles.kahans[i]
+            if kahan is not None:
+                half_ulp = value.abs().mul_(torch.finfo(kahan.dtype).eps / 2)
+                value.add_(torch.where(kahan.abs() <= half_ulp, kahan, 0.0))
+        if self._weight is not None:
+            torch._foreach_mul_(values, [self._weight[i] for i in batch.indices])
+        for factors, tensors in ((self._gradient, grads), (self._moment, moments)):
+            if factors is not None and tensors is not None:
+                torch._foreach_addcmul_(values, tensors, [factors[i] for i in batch.indices])
+        params = [tiles.params[i] for i in batch.indices]
+        if values[0] is params[0]:
+            return
+        rounded = [value.to(param.dtype) for value, param in zip(values, params, strict=True)]
+        kept = [
+            (kahan, torch.where(torch.isfinite(whole), value - whole, 0.0).to(kahan.dtype))
+            for i, value, whole in zip(batch.indices, values, rounded, strict=True)
+            if (kahan := tiles.kahans[i]) is not None
+        ]
+        _write([*params, *(kahan for kahan, _ in kept)], [*rounded, *(rest for _, rest in kept)], self._skip)
 
 
-def _write(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
-    # A product with zero would let a NaN through; where() does not.
+def _write(targets: list[Tensor], values: list[Tensor], skip: Tensor | None) -> None:
     if skip is None:
-        target.copy_(value)
-    else:
-        torch.where(skip, target, value.to(target.dtype), out=target)
-
-
-def _update_factors(coefficients: Coefficients) -> tuple[_Factors, _Factors, _Factors]:
-    return _unbound(coefficients.weight), _unbound(coefficients.moment), _unbound(coefficients.gradient)
+        torch._foreach_copy_(targets, values)
+        return
+    for target, value in zip(targets, values, strict=True):
+        # A product with zero would let a NaN through; where() does not.
+        torch.where(skip, target, value, out=target)
 
 
 def _unbound(vector: Tensor | None) -> _Factors:
