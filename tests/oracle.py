@@ -35,6 +35,8 @@ class Oracle:
         weights: float64, any shapes.
         hypers: one per tensor.
         blocks: the Fisher block that each tensor belongs to.
+        kept: per tensor, the part of its weight that is kept beside it (Kahan). L2 decay enters moment and sums
+            without it.
     """
 
     weights: list[Tensor]
@@ -46,6 +48,7 @@ class Oracle:
     moments: list[Tensor] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     exact: list[Tensor] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
     norm: float = 0.0
     skipped: int = 0
 
@@ -75,7 +78,8 @@ class Oracle:
             hyper = self.hypers[i]
             seen[i] = given[i] * gain * (-1 if hyper.maximize else 1)
             if not hyper.decoupled:
-                seen[i] = seen[i] + hyper.weight_decay * self.weights[i]
+                visible = self.weights[i] - self.kept[i] if self.kept else self.weights[i]
+                seen[i] = seen[i] + hyper.weight_decay * visible
             self.moments[i] = hyper.momentum * self.moments[i] + (1 - hyper.momentum) * seen[i]
             self.steps[i] += 1
         self.exact = list(self.moments)
@@ -98,8 +102,11 @@ class Oracle:
             step = right / rho - hat / rho * (hat @ (right / rho)) / (1 + hat @ (hat / rho))
         for i, part in zip(members, step.split([self.weights[i].numel() for i in members]), strict=True):
             hyper = self.hypers[i]
-            kept = 1 - hyper.lr * hyper.weight_decay if hyper.decoupled else 1.0
-            self.weights[i] = self.weights[i] * kept - hyper.lr * part.reshape(self.weights[i].shape)
+            update = part.reshape(self.weights[i].shape)
+            if self.kept and not hyper.decoupled and self.numerator == "gradient":
+                update = update + hyper.weight_decay * self.kept[i] / hyper.rho
+            shrink = 1 - hyper.lr * hyper.weight_decay if hyper.decoupled else 1.0
+            self.weights[i] = self.weights[i] * shrink - hyper.lr * update
 
 
 def real64(x: Tensor) -> Tensor:

@@ -96,17 +96,20 @@ class Problem:
         return Oracle([p.detach() for p in self.params], self.hypers, list(blocks[fisher]), numerator, **options)
 
 
-def mixed_problem(dtype: torch.dtype, decay: str = "none", seed: int = 0, layouts: Sequence[str] = ()) -> Problem:
+def mixed_problem(
+    dtype: torch.dtype | Sequence[torch.dtype], decay: str = "none", seed: int = 0, layouts: Sequence[str] = ()
+) -> Problem:
     """Three groups of different hyperparameters over all layouts.
 
     Args:
-        dtype: of all parameters.
+        dtype: of all parameters, or several that the parameters take in turn.
         decay: ``"none"``, ``"decoupled"`` or ``"l2"`` weight decay, different in each group.
         seed: of values and gradients.
         layouts: a choice of :data:`LAYOUTS`; all by default.
     """
     generator = torch.Generator().manual_seed(seed)
-    params = [make_parameter(layout, dtype, generator) for layout in layouts or LAYOUTS]
+    dtypes = [dtype] if isinstance(dtype, torch.dtype) else list(dtype)
+    params = [make_parameter(name, dtypes[i % len(dtypes)], generator) for i, name in enumerate(layouts or LAYOUTS)]
     weight_decay = 0.0 if decay == "none" else 0.02
     base = Hyper(lr=0.05, momentum=0.9, rho=0.7, weight_decay=weight_decay, decoupled=decay != "l2")
     hypers = [

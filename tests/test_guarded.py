@@ -89,11 +89,15 @@ def warmed_up(problem: Problem, **options: Any) -> tuple[SOFIM, list[Tensor | No
         (torch.bfloat16, None),
         (torch.float16, torch.bfloat16),
         (torch.complex64, None),
+        ((torch.bfloat16, torch.float32, torch.complex64, torch.float64), None),
     ],
     ids=str,
 )
 def test_a_bad_element_anywhere_changes_nothing(
-    dtype: torch.dtype, state_dtype: torch.dtype | None, numerator: str, options: dict[str, Any]
+    dtype: torch.dtype | tuple[torch.dtype, ...],
+    state_dtype: torch.dtype | None,
+    numerator: str,
+    options: dict[str, Any],
 ) -> None:
     problem = mixed_problem(dtype, "l2", layouts=["matrix", "scalar", "channels-last", "offset"])
     optimizer, grads = warmed_up(problem, numerator=numerator, state_dtype=state_dtype, **options)

@@ -243,21 +243,24 @@ class _Update:
         for factors, tensors in ((self._gradient, grads), (self._moment, moments)):
             if factors is not None and tensors is not None:
                 torch._foreach_addcmul_(values, tensors, [factors[i] for i in batch.indices])
-        params = [tiles.params[i] for i in batch.indices]
-        if values[0] is params[0]:
-            return
-        rounded = [value.to(param.dtype) for value, param in zip(values, params, strict=True)]
-        kept = [
-            (kahan, torch.where(torch.isfinite(whole), value - whole, 0.0).to(kahan.dtype))
-            for i, value, whole in zip(batch.indices, values, rounded, strict=True)
-            if (kahan := tiles.kahans[i]) is not None
-        ]
-        _write([*params, *(kahan for kahan, _ in kept)], [*rounded, *(rest for _, rest in kept)], self._skip)
+        targets, written = [], []
+        for i, value in zip(batch.indices, values, strict=True):
+            param, kahan = tiles.params[i], tiles.kahans[i]
+            if param is value:
+                continue
+            rounded = value.to(param.dtype)
+            targets.append(param)
+            written.append(rounded)
+            if kahan is not None:
+                targets.append(kahan)
+                written.append(torch.where(torch.isfinite(rounded), value - rounded, 0.0).to(kahan.dtype))
+        _write(targets, written, self._skip)
 
 
 def _write(targets: list[Tensor], values: list[Tensor], skip: Tensor | None) -> None:
     if skip is None:
-        torch._foreach_copy_(targets, values)
+        if targets:
+            torch._foreach_copy_(targets, values)
         return
     for target, value in zip(targets, values, strict=True):
         # A product with zero would let a NaN through; where() does not.
