@@ -57,16 +57,19 @@ def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[T
     """Give a parameter that meets its first gradient a zero moment and a zero step count."""
     param = entry.param
     known = state.get(param, {})
+    whole = "exp_avg" in known and "step" in known
+    kept = "kahan" in known or not keeps_lost_bits(param, group["kahan"])
+    if whole and kept:
+        return
     made = {}
     with torch.inference_mode(False):  # or no later step could write to them
-        if not ("exp_avg" in known and "step" in known):
+        if not whole:
             dtype = moment_dtype(param, group["state_dtype"])
             made["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
             made["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        if "kahan" not in known and keeps_lost_bits(param, group["kahan"]):
+        if not kept:
             made["kahan"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-    if made:
-        state[param] = {**known, **made}
+    state[param] = {**known, **made}
 
 
 def restored_states(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, dict[str, Tensor]]:
