@@ -27,6 +27,7 @@ DTYPES = (
     torch.complex128,
 )
 
+NARROW_DTYPES = (torch.bfloat16, torch.float16)
 SMALLEST_RHO = 1e-30  # keeps ‖m̂‖²/ρ far from what overflows a float64
 
 # What a parameter group may set for itself, and what holds for the optimizer as a whole.
@@ -206,10 +207,10 @@ def _parameter(param: Tensor, where: str, state_dtype: Any) -> None:
             f"{where} has strides {tuple(param.stride())}, with which elements may share memory (as after expand()): "
             "pass a contiguous copy (.clone())"
         )
-    moment_dtype(param, where, state_dtype)
+    state_dtype_suits(param, where, state_dtype)
 
 
-def moment_dtype(param: Tensor, where: str, state_dtype: torch.dtype | None) -> None:
+def state_dtype_suits(param: Tensor, where: str, state_dtype: torch.dtype | None) -> None:
     """Check that a group's ``state_dtype`` suits a parameter."""
     if state_dtype is not None and torch.promote_types(param.dtype, torch.float32) != torch.float32:
         raise ValueError(
@@ -220,7 +221,7 @@ def moment_dtype(param: Tensor, where: str, state_dtype: torch.dtype | None) -> 
 
 def gradient(param: Tensor, grad: Tensor, index: int, place: int) -> None:
     """Check the gradient of parameter ``place`` of group ``index`` before a step."""
-    fits = grad.dtype == param.dtype or (grad.dtype == torch.float32 and param.dtype in (torch.bfloat16, torch.float16))
+    fits = grad.dtype == param.dtype or (grad.dtype == torch.float32 and param.dtype in NARROW_DTYPES)
     if fits and grad.shape == param.shape and grad.device == param.device and grad.layout == torch.strided:
         return
     where = f"gradient of parameter {place} of group {index} ({_described(param)})"
@@ -235,7 +236,7 @@ def gradient(param: Tensor, grad: Tensor, index: int, place: int) -> None:
         raise ValueError(f"{where} is on {grad.device}: move it there, or call zero_grad() and backward() again")
     raise ValueError(
         f"{where} is {_short(grad.dtype)}: it must be {_short(param.dtype)}"
-        + (" or float32" if param.dtype.itemsize == 2 else "")
+        + (" or float32" if param.dtype in NARROW_DTYPES else "")
         + "; call zero_grad() and backward() again"
     )
 

@@ -117,6 +117,7 @@ class SOFIM(Optimizer):
             "skip_nonfinite": skip_nonfinite,
         }
         checks.group(defaults)
+        self._backend = backends.requested(backend, foreach, fused)
         checks.unavailable(
             {
                 "capturable": capturable,
@@ -127,10 +128,10 @@ class SOFIM(Optimizer):
                 "differentiable": differentiable,
             }
         )
-        self._backend = backends.requested(backend, foreach, fused)
         self._lanes_of: dict[torch.device, tuple[Passes, Scalars]] = {}
         self._grad_norm: Tensor | None = None
         self._skipped_steps: Tensor | None = None
+        # Nothing at all counts as an empty group: a group may be empty, all of them may not.
         super().__init__(checks.groups(params) or [{"params": []}], defaults)
         checks.some_parameter(self.param_groups)
 
@@ -264,7 +265,7 @@ class SOFIM(Optimizer):
             checks.state_dict(given, self.param_groups)
             self._restored = tiles.restored_states(given, self.param_groups)
 
-        if not isinstance(state_dict, Mapping):
+        if not isinstance(state_dict, Mapping):  # the hook would come too late: torch copies the dict before
             checks.state_dict(state_dict, self.param_groups)
         # Registered last, so that it sees what the user's own hooks make of the dict.
         handle = self.register_load_state_dict_pre_hook(examine)

@@ -50,7 +50,7 @@ def check_state(entry: Entry, group: Mapping[str, Any], state: Mapping[Tensor, A
     if "exp_avg" in known and "step" in known:
         checks.state_of_parameter(entry.param, known, moment_dtype(entry.param, group["state_dtype"]), entry.ordinal)
     else:
-        checks.moment_dtype(entry.param, f"parameter {entry.ordinal}", group["state_dtype"])
+        checks.state_dtype_suits(entry.param, f"parameter {entry.ordinal}", group["state_dtype"])
 
 
 def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[Tensor, Any]) -> None:
@@ -109,7 +109,7 @@ def moment_dtype(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
 
 def keeps_lost_bits(param: Tensor, kahan: bool | None) -> bool:
     """Whether a parameter carries a compensation tensor: 16-bit ones do, unless ``kahan`` is ``False``."""
-    return param.dtype in (torch.bfloat16, torch.float16) and kahan is not False
+    return param.dtype in checks.NARROW_DTYPES and kahan is not False
 
 
 def by_device(entries: Sequence[Entry]) -> Iterator[tuple[torch.device, list[Entry]]]:

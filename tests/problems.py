@@ -134,9 +134,11 @@ def mixed_problem(
 
 
 def give(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Set the gradients as a backward pass would."""
+    """Set the gradients as a backward pass would, float32 ones of 16-bit parameters included."""
     for p, g in zip(params, grads, strict=True):
-        p.grad = None if g is None else g
+        if g is not None and g.dtype != p.dtype:
+            p.grad_dtype = None
+        p.grad = g
 
 
 def snapshot(optimizer: SOFIM) -> list[Tensor]:

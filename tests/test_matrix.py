@@ -133,7 +133,7 @@ def test_each_step_of_16_bit_and_mixed_tensors(
     for count, grads in enumerate(islice(problem.gradients(), 8)):
         if count % 2:  # grad_dtype: float32 gradients of 16-bit parameters are legal
             grads = [g.float() if g is not None and g.dtype.itemsize == 2 else g for g in grads]
-        give_any(problem.params, grads)
+        give(problem.params, grads)
         oracle.weights = [full_weight(optimizer, p) for p in problem.params]
         oracle.kept = [full - real64(p) for full, p in zip(oracle.weights, problem.params, strict=True)]
         optimizer.step()
@@ -159,13 +159,6 @@ def within(actual: Tensor, expected: Tensor, bound: Tensor) -> bool:
 
 def moment_of(optimizer: SOFIM, p: Tensor) -> Tensor:
     return real64(optimizer.state[p]["exp_avg"] if p in optimizer.state else torch.zeros_like(p))
-
-
-def give_any(params: list[Tensor], grads: list[Tensor | None]) -> None:
-    for p, g in zip(params, grads, strict=True):
-        if g is not None and g.dtype != p.dtype:
-            p.grad_dtype = None
-        p.grad = g
 
 
 def full_weight(optimizer: SOFIM, p: Tensor) -> Tensor:
