@@ -7,26 +7,52 @@ TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+NATIVE := $(VENV)/.native
+SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: help demo test coverage lint format types clean
+SANITIZED := build/sanitized
+SANITIZE_TESTS ?= tests/test_native.py tests/test_passes.py
+
+.PHONY: help demo test coverage native sanitize lint format types clean FORCE
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train LeNet-5 on real images with SOFIM and with SGD-momentum"
 	@echo "make test      run the tests"
 	@echo "make coverage  run the tests and report the lines that none of them reaches"
+	@echo "make native    compile what has changed in csrc, and show all that the compiler says"
+	@echo "make sanitize  run tests of the C++ with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make lint      check style (make format: repair it)"
 	@echo "make types     check types"
 	@echo "make clean     remove the virtual environment and caches"
 
-demo: $(READY)
+# The demo runs without the native part where that cannot be built; tests do so only where there is no compiler.
+demo: BUILD_CPU := auto
+demo: $(READY) $(NATIVE)
 	$(BIN)/python -m examples.train $(ARGS)
 
-test: $(READY)
+test: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest $(ARGS)
 
-coverage: $(READY)
+coverage: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest --cov=sofim_fused --cov-report=term-missing $(ARGS)
+
+native: $(READY)
+	$(BUILD)
+	@$(STAMP)
+
+# A copy of its own. The sanitizers have to be in the process before anything else is, libstdc++ before they look for it.
+sanitize: $(READY)
+	rm -rf $(SANITIZED)/lib/tests
+	SOFIM_BUILD_CPU=1 SOFIM_SANITIZE=address,undefined \
+	    $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	cp -r tests pyproject.toml $(SANITIZED)/lib
+	cd $(SANITIZED)/lib && \
+	    export LD_PRELOAD="$$(for name in asan ubsan stdc++; do $${CXX:-c++} -print-file-name=lib$$name.so; done | tr '\n' ' ')" \
+	        ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 && \
+	    $(abspath $(BIN))/python -m sofim_fused.info && \
+	    $(abspath $(BIN))/python -c 'from sofim_fused import native; native.instruction_set()' && \
+	    $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(SANITIZE_TESTS) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -39,6 +65,18 @@ format: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# 1 where C++ can be compiled for Python (then a build that fails is an error), else auto.
+BUILD_CPU = $$(command -v "$${CXX:-c++}" > /dev/null && $(BIN)/python $(HEADERS) && echo 1 || echo auto)
+HEADERS = -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2> /dev/null
+BUILD = SOFIM_BUILD_CPU=$(or $(SOFIM_BUILD_CPU),$(BUILD_CPU)) $(BIN)/python setup.py build_ext --inplace
+STAMP = { rm -f $(NATIVE); ! grep -q '"reason": null' sofim_fused/_build.json || touch $(NATIVE); }
+
+# As long as nothing was built it is tried again; without a compiler that takes a moment.
+$(NATIVE): $(READY) $(SOURCES) $(if $(SOFIM_BUILD_CPU),FORCE)
+	@echo "Building the native part"; \
+	$(BUILD) > $(VENV)/native.log 2>&1 || { cat $(VENV)/native.log; exit 1; }; \
+	grep -E 'warning: |^sofim_fused: ' $(VENV)/native.log; $(STAMP)
+
 # torch goes first and alone: a range in a dependency could pull a build of several gigabytes.
 $(READY): pyproject.toml setup.py Makefile
 	@if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
@@ -46,12 +84,19 @@ $(READY): pyproject.toml setup.py Makefile
 	    apt-get update -qq && apt-get install -y -qq python3-venv \
 	      || { echo "That takes root: run  sudo apt-get install python3-venv  and make again" >&2; exit 1; }; \
 	fi
+	@set --; command -v "$${CXX:-c++}" > /dev/null || set -- g++; \
+	if ! $(PYTHON) $(HEADERS) && $(PYTHON) -c 'import sys; sys.exit(sys.base_prefix != "/usr")'; then set -- "$$@" python3-dev; fi; \
+	if [ $$# -gt 0 ] && [ "$(SOFIM_BUILD_CPU)" != 0 ] && command -v apt-get > /dev/null; then \
+	    echo "To compile the native part, installing Debian's $$*"; \
+	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends "$$@"; } \
+	      || echo "Going on without it. To have it, run  sudo apt-get install $$*  and make again" >&2; \
+	fi
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip 'setuptools>=77'
 	$(BIN)/python -m pip install -q '$(TORCH)' 'numpy>=1.26'
-	$(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'
+	SOFIM_BUILD_CPU=0 $(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) sofim_fused/*.so sofim_fused/_build.json build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -66,7 +66,6 @@ def unavailable(options: Mapping[str, Any]) -> None:
         "release_grads": "call zero_grad() after step()",
         "amp_fused": "leave it out: torch.amp.GradScaler then unscales before the step",
         "differentiable": "the update is made in place; unroll it in plain PyTorch instead",
-        "fused": "leave it out: only the pure-PyTorch backend is there",
     }
     for name, value in options.items():
         if not (value is None or isinstance(value, bool)):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from sofim_fused import backends, checks, schedule, tiles
-from sofim_fused.backends import Passes
+from sofim_fused.backends import NativeStep, Passes
 from sofim_fused.scalars import Scalars
 
 
@@ -55,10 +55,11 @@ class SOFIM(Optimizer):
         skip_nonfinite: a step that meets a NaN or an infinity in any gradient changes nothing; :attr:`skipped_steps`
             counts. (The test is on the sum of squares, so that a float64 gradient above 1e154 counts as infinite.)
         foreach: ``True`` and ``False`` both ask for the pure-PyTorch backend; the native ones are neither.
-        fused: ``True`` asks for a native backend, of which this version has none; ``False`` for the pure-PyTorch one.
+        fused: ``True`` asks for a native backend, and raises where there is none; ``False`` for the pure-PyTorch one.
         capturable, in_backward, release_grads, amp_fused, differentiable: not available in this version; truthy values
             raise. (``torch.amp.GradScaler`` works without ``amp_fused``: it unscales before the step.)
-        backend: ``"auto"`` or ``"reference"``. Never saved with the state; :attr:`backends` tells what is used.
+        backend: ``"auto"``, ``"cpu"`` (C++, ``csrc``) or ``"reference"`` (pure PyTorch). Never saved with the state;
+            :attr:`backends` tells what is used.
 
     Raises:
         TypeError, ValueError: an argument, a parameter, a gradient or a state dict cannot be taken; the message says
@@ -123,12 +124,12 @@ class SOFIM(Optimizer):
                 "capturable": capturable,
                 "in_backward": in_backward,
                 "release_grads": release_grads,
-                "fused": fused,
                 "amp_fused": amp_fused,
                 "differentiable": differentiable,
             }
         )
         self._lanes_of: dict[torch.device, tuple[Passes, Scalars]] = {}
+        self._step_in_one_call: NativeStep | None = None
         self._grad_norm: Tensor | None = None
         self._skipped_steps: Tensor | None = None
         # Nothing at all counts as an empty group: a group may be empty, all of them may not.
@@ -143,7 +144,6 @@ class SOFIM(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
 
@@ -160,19 +160,30 @@ class SOFIM(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        outcome = None if torch.compiler.is_compiling() else self._native_step()(self.param_groups, self.state)
+        if outcome is None:
+            self._step_by_passes()
+        elif outcome is not True:
+            self._saw(*outcome)
+        return loss
+
+    def _native_step(self) -> NativeStep:
+        """The step in one call of the first parameter's device; models that lie elsewhere too it leaves to the passes."""
+        if self._step_in_one_call is None:
+            device = next(param.device for group in self.param_groups for param in group["params"])
+            self._step_in_one_call = backends.choose(self._backend, device).native_step()
+        return self._step_in_one_call
+
+    @torch.no_grad()
+    def _step_by_passes(self) -> None:
         lanes = self._lanes()
         if not lanes:
-            return loss
+            return
         whole = self.param_groups[0]
         if whole["max_grad_norm"] is None and not whole["skip_nonfinite"]:
             schedule.plain(lanes, self.param_groups)
         else:
-            guard = schedule.guarded(lanes, self.param_groups, whole["max_grad_norm"], whole["skip_nonfinite"])
-            self._grad_norm = guard.norm
-            if guard.skip is not None:
-                counter = self.skipped_steps
-                counter += guard.skip.to(counter.device)
-        return loss
+            self._saw(*schedule.guarded(lanes, self.param_groups, whole["max_grad_norm"], whole["skip_nonfinite"]))
 
     def _lanes(self) -> list[schedule.Lane]:
         """The tensors of this step by device, everything checked, and state made where a gradient is the first."""
@@ -203,6 +214,15 @@ class SOFIM(Optimizer):
             )
             self._lanes_of[device] = kept
         return kept
+
+    def _saw(self, norm: Tensor, skip: Tensor | bool | None) -> None:
+        """Keep what a guarded step saw (:class:`sofim_fused.schedule.Guard`)."""
+        self._grad_norm = norm
+        if isinstance(skip, Tensor):
+            counter = self.skipped_steps
+            counter += skip.to(counter.device)
+        elif skip:
+            self.skipped_steps.add_(1)
 
     # What a user can ask
 
@@ -281,6 +301,7 @@ class SOFIM(Optimizer):
         self.__dict__.setdefault("_grad_norm", None)
         self.__dict__.setdefault("_skipped_steps", None)
         self._lanes_of = {}
+        self._step_in_one_call = None
         if "_restored" in self.__dict__:
             # Optimizer.load_state_dict, which calls this, has cast the moments to the parameters' dtype.
             for param, restored in self._restored.items():

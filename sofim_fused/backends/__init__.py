@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 import torch
 
-from sofim_fused.backends.protocol import Coefficients, Decay, GradientStep, Passes, Sums, Tiles, sum_dtype
+from sofim_fused.backends import cpu
+from sofim_fused.backends.protocol import Coefficients, Decay, GradientStep, NativeStep, Passes, Sums, Tiles, sum_dtype
 from sofim_fused.backends.reference import ReferencePasses
 
 __all__ = [
     "Coefficients",
     "Decay",
     "GradientStep",
+    "NativeStep",
     "Passes",
     "Sums",
     "Tiles",
@@ -25,8 +27,10 @@ __all__ = [
 # Name, and a function that gives the backend's passes for a device or the reason why it cannot run there.
 # The best comes first; "auto" takes the first that can run.
 _REGISTRY: dict[str, Callable[[torch.device], Passes | str]] = {
+    "cpu": cpu.passes_for,
     "reference": lambda device: ReferencePasses(),
 }
+NATIVE = "native"  # what fused=True asks for: the best backend that is not pure PyTorch
 
 
 def names() -> list[str]:
@@ -35,12 +39,12 @@ def names() -> list[str]:
 
 
 def requested(backend: str, foreach: bool | None, fused: bool | None) -> str:
-    """The backend that a constructor's three arguments ask for together.
+    """The backend that a constructor's three arguments ask for together, as :func:`choose` takes it.
 
     ``foreach`` (either value) and ``fused=False`` are how generic code asks ``torch.optim`` for pure PyTorch.
 
     Raises:
-        ValueError: the backend is unknown.
+        ValueError: the backend is unknown, or the arguments contradict each other.
         TypeError: ``foreach`` or ``fused`` is neither a bool nor ``None``.
     """
     if backend not in names():
@@ -48,21 +52,26 @@ def requested(backend: str, foreach: bool | None, fused: bool | None) -> str:
     for name, value in (("foreach", foreach), ("fused", fused)):
         if not (value is None or isinstance(value, bool)):
             raise TypeError(f"{name}={value!r}: pass True, False or None")
-    if backend == "auto" and (foreach is not None or fused is False):
-        return "reference"
-    return backend
+    if fused:
+        if foreach or backend == "reference":
+            other = "foreach=True" if foreach else "backend='reference'"
+            raise ValueError(f"fused=True asks for a native backend, {other} for pure PyTorch: leave one of them out")
+        return NATIVE if backend == "auto" else backend
+    return "reference" if backend == "auto" and (foreach is not None or fused is False) else backend
 
 
 def choose(backend: str, device: torch.device) -> Passes:
-    """The passes for ``device``: those of ``backend`` (one of :func:`names`), or with ``"auto"`` the best that can run.
+    """The passes for ``device``: those of ``backend``, or the best that can run (``"auto"``; ``NATIVE``: natively).
 
     Raises:
         RuntimeError: the backend cannot run on this device; the message has its reason.
     """
+    candidates = {"auto": list(_REGISTRY), NATIVE: [name for name in _REGISTRY if name != "reference"]}
     reasons = []
-    for name in _REGISTRY if backend == "auto" else [backend]:
+    for name in candidates.get(backend, [backend]):
         found = _REGISTRY[name](device)
         if not isinstance(found, str):
             return found
         reasons.append(f"{name}: {found}")
-    raise RuntimeError(f"backend={backend!r} cannot run on {device} ({'; '.join(reasons)}): take backend='auto'")
+    asked = "fused=True" if backend == NATIVE else f"backend={backend!r}"
+    raise RuntimeError(f"{asked} cannot run on {device} ({'; '.join(reasons)}): take backend='auto'")

@@ -6,9 +6,9 @@ A pass knows tensors and plain coefficients. What the coefficients mean (learnin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -92,6 +92,12 @@ class Coefficients(NamedTuple):
     skip: Tensor | None = None
 
 
+NativeStep = Callable[[list[dict[str, Any]], MutableMapping[Tensor, Any]], "tuple[Tensor, bool] | Literal[True] | None"]
+"""A whole step in one call, from an optimizer's ``param_groups`` and ``state``: ``True`` when a plain step was taken,
+of a guarded one the gradients' norm and whether it was skipped. ``None``: it cannot take this step, and has changed
+nothing; the passes can, or a check will say what is wrong."""
+
+
 @runtime_checkable
 class Passes(Protocol):
     """The whole interface of a backend. Every pass is one sweep over all tensors of ``tiles``.
@@ -121,3 +127,6 @@ class Passes(Protocol):
 
         Runs after ``steps`` advance: a rounding to bfloat16 is keyed by ``steps``.
         """
+
+    def native_step(self) -> NativeStep:
+        """A new function that takes whole steps on this backend's device, or none at all; it may keep memory."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sofim_fused.backends.protocol import Coefficients, Decay, GradientStep, Sums, Tiles, sum_dtype
+from sofim_fused.backends.protocol import Coefficients, Decay, GradientStep, NativeStep, Sums, Tiles, sum_dtype
 from sofim_fused.backends.rounding import random_bits, round_stochastic
 
 TILE = 16_384  # elements summed at once; below the size at which torch splits one sum among threads
@@ -80,6 +80,9 @@ class ReferencePasses:
             _blend(moments, grads, weights, decay, batch)
             update.run(tiles, batch, grads, moments)
             _store_moments(tiles, batch, moments, early=False, skip=skip)
+
+    def native_step(self) -> NativeStep:
+        return lambda groups, state: None
 
 
 class _Batch(NamedTuple):

@@ -1,0 +1,60 @@
+#include "engine.h"
+
+#include <c10/util/Exception.h>
+
+namespace sofim {
+namespace {
+
+const Kernels* used = nullptr;
+
+Kernel kernel_of(Pass pass) {
+  const Kernels& kernels = used_kernels();
+  switch (pass) {
+    case Pass::accumulate:
+      return kernels.accumulate;
+    case Pass::apply:
+      return kernels.apply;
+    case Pass::dots:
+      return kernels.dots;
+    case Pass::commit:
+      return kernels.commit;
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+}  // namespace
+
+void use_kernels(const Kernels* kernels) { used = kernels; }
+
+const Kernels& used_kernels() {
+  TORCH_CHECK(used != nullptr, "sofim_fused: no instruction set was chosen; import sofim_fused before using its operators");
+  return *used;
+}
+
+std::vector<Products> run_pass(Pass pass, const Roster& roster, const Mode& mode, Order order,
+                               std::vector<double>& scratch) {
+  const Tiling& tiling = roster.tiling();
+  const bool dots = pass == Pass::dots, cross = dots || mode.cross;
+  const int width = dots ? sums_of_dots(mode) : pass == Pass::accumulate ? sums_of_accumulate(mode) : 0;
+  scratch.resize(tiling.tiles() * width);
+  sweep(kernel_of(pass), roster.records(), tiling, mode, order, scratch.data(), width);
+  if (width == 0) return {};
+  std::vector<Products> products(roster.size());
+  for (size_t i = 0; i < roster.size(); ++i) {
+    Products& p = products[i];
+    for (int64_t tile = tiling.first(i); tile < tiling.first(i + 1); ++tile) {
+      const double* sums = scratch.data() + tile * width;
+      p.mm += sums[kMM];
+      if (cross) p.mg += sums[kMG];
+      if (cross && mode.weights) p.mw += sums[kMW];
+      if (!dots) continue;
+      p.gg += sums[kGG];
+      if (!mode.weights) continue;
+      p.gw += sums[kGW];
+      p.ww += sums[kWW];
+    }
+  }
+  return products;
+}
+
+}  // namespace sofim

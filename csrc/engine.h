@@ -1,0 +1,24 @@
+// The passes that this process uses, and one pass over a roster.
+#pragma once
+
+#include <vector>
+
+#include "cpu/passes.h"
+#include "cpu/sweep.h"
+#include "roster.h"
+#include "scalars.h"
+
+namespace sofim {
+
+// The instruction set's passes; set once, before anything else.
+void use_kernels(const Kernels* kernels);
+const Kernels& used_kernels();
+
+enum class Pass { accumulate, apply, dots, commit };
+
+// Runs one pass over all tensors of a roster; returns its sums per tensor, empty for apply and commit. `scratch` is
+// memory for the sums of tiles.
+std::vector<Products> run_pass(Pass pass, const Roster& roster, const Mode& mode, Order order,
+                               std::vector<double>& scratch);
+
+}  // namespace sofim

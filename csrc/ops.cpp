@@ -1,0 +1,179 @@
+// The passes as operators over lists of tensors, for torch.compile and for schedules written in Python. Their meaning
+// is that of sofim_fused/backends/protocol.py; fake implementations are in sofim_fused/backends/cpu.py.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <optional>
+
+#include "engine.h"
+
+namespace sofim {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+using Vector = std::optional<Tensor>;
+using Floats = c10::ArrayRef<double>;
+
+struct Counts {
+  TensorList steps;
+  at::IntArrayRef ordinals;
+};
+
+Roster enrolled(TensorList params, TensorList grads, TensorList exp_avgs, std::optional<TensorList> kahans,
+                std::optional<Counts> counts) {
+  const size_t n = params.size();
+  TORCH_CHECK(grads.size() == n && exp_avgs.size() == n && (!kahans || kahans->size() == n) &&
+                  (!counts || (counts->steps.size() == n && counts->ordinals.size() == n)),
+              "sofim_fused: the lists differ in length; params has ", n);
+  Roster roster;
+  const Tensor none;
+  for (size_t i = 0; i < n; ++i) {
+    const bool kept = kahans && (*kahans)[i].numel() > 0;
+    const char* wrong = roster.add(params[i], grads[i], exp_avgs[i], kept ? (*kahans)[i] : none,
+                                   counts ? counts->steps[i] : none, counts ? counts->ordinals[i] : 0);
+    TORCH_CHECK(wrong == nullptr, "sofim_fused: tensor ", i, ": ", wrong);
+  }
+  return roster;
+}
+
+void set_decay(Roster& roster, Mode& mode, Floats moment, Floats gradient, std::optional<Floats> weight) {
+  const size_t n = roster.size();
+  TORCH_CHECK(moment.size() == n && gradient.size() == n && (!weight || weight->size() == n),
+              "sofim_fused: decay: one value per tensor, ", n, " are needed");
+  mode.weights = weight.has_value();
+  for (size_t i = 0; i < n; ++i) roster.record(i).decay = {moment[i], gradient[i], weight ? (*weight)[i] : 0.0};
+}
+
+// Takes over one coefficient of every tensor; without a vector, the value that leaves w as it is.
+template <class Set>
+void set_each(Roster& roster, const char* name, const Vector& vector, Set set) {
+  if (!vector) return;
+  TORCH_CHECK(vector->device().is_cpu() && vector->scalar_type() == at::kDouble && vector->dim() == 1 &&
+                  vector->size(0) == static_cast<int64_t>(roster.size()),
+              "sofim_fused: ", name, ": a float64 vector of ", roster.size(), " on the CPU is needed");
+  const Tensor values = vector->contiguous();
+  const double* value = values.const_data_ptr<double>();
+  for (size_t i = 0; i < roster.size(); ++i) set(roster.record(i), value[i]);
+}
+
+void set_update(Roster& roster, Mode& mode, const Vector& moment, const Vector& weight, const Vector& gradient) {
+  mode.gradient = gradient.has_value();
+  set_each(roster, "moment", moment, [](Record& r, double x) { r.update.m = x; });
+  set_each(roster, "weight", weight, [](Record& r, double x) { r.update.w = x; });
+  set_each(roster, "gradient", gradient, [](Record& r, double x) { r.update.g = x; });
+}
+
+// Rows of sums over all tensors.
+Tensor table(const std::vector<Products>& products, std::initializer_list<double Products::*> rows) {
+  const int64_t n = static_cast<int64_t>(products.size());
+  Tensor result = at::empty({static_cast<int64_t>(rows.size()), n}, at::kDouble);
+  double* to = result.mutable_data_ptr<double>();
+  for (double Products::* row : rows) {
+    for (const Products& p : products) *to++ = p.*row;
+  }
+  return result;
+}
+
+Tensor accumulated(Roster& roster, Mode& mode, bool cross) {
+  mode.cross = cross;
+  roster.key_random_bits(1);
+  roster.bump_moments();
+  if (mode.gradient) roster.bump_weights();
+  std::vector<double> scratch;
+  const auto products = run_pass(Pass::accumulate, roster, mode, Order::forwards, scratch);
+  roster.write_back(mode.gradient, true);
+  if (!cross) return table(products, {&Products::mm});
+  if (!mode.weights) return table(products, {&Products::mm, &Products::mg});
+  return table(products, {&Products::mm, &Products::mg, &Products::mw});
+}
+
+Tensor accumulate(TensorList params, TensorList grads, TensorList exp_avgs, TensorList steps, at::IntArrayRef ordinals,
+                  Floats moment, Floats gradient, std::optional<Floats> weight, bool cross) {
+  Roster roster = enrolled(params, grads, exp_avgs, std::nullopt, Counts{steps, ordinals});
+  Mode mode;
+  set_decay(roster, mode, moment, gradient, weight);
+  return accumulated(roster, mode, cross);
+}
+
+Tensor accumulate_step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList kahans, TensorList steps,
+                       at::IntArrayRef ordinals, Floats moment, Floats gradient, std::optional<Floats> weight,
+                       bool cross, const Vector& step_weight, const Tensor& step_gradient) {
+  Roster roster = enrolled(params, grads, exp_avgs, kahans, Counts{steps, ordinals});
+  Mode mode;
+  set_decay(roster, mode, moment, gradient, weight);
+  set_update(roster, mode, std::nullopt, step_weight, step_gradient);
+  return accumulated(roster, mode, cross);
+}
+
+void apply(TensorList params, TensorList grads, TensorList exp_avgs, TensorList kahans, const Tensor& moment,
+           const Vector& weight, const Vector& gradient) {
+  Roster roster = enrolled(params, grads, exp_avgs, kahans, std::nullopt);
+  Mode mode;
+  set_update(roster, mode, moment, weight, gradient);
+  roster.bump_weights();
+  std::vector<double> scratch;
+  run_pass(Pass::apply, roster, mode, Order::backwards, scratch);
+  roster.write_back(true, false);
+}
+
+Tensor dots(TensorList params, TensorList grads, TensorList exp_avgs, bool weights) {
+  Roster roster = enrolled(params, grads, exp_avgs, std::nullopt, std::nullopt);
+  Mode mode;
+  mode.weights = weights;
+  std::vector<double> scratch;
+  const auto products = run_pass(Pass::dots, roster, mode, Order::forwards, scratch);
+  if (!weights) return table(products, {&Products::mm, &Products::mg, &Products::gg});
+  return table(products, {&Products::mm, &Products::mg, &Products::gg, &Products::mw, &Products::gw, &Products::ww});
+}
+
+void commit(TensorList params, TensorList grads, TensorList exp_avgs, TensorList kahans, TensorList steps,
+            at::IntArrayRef ordinals, Floats decay_moment, Floats decay_gradient, std::optional<Floats> decay_weight,
+            const Tensor& moment, const Vector& weight, const Vector& gradient, const Vector& gain,
+            const Vector& skip) {
+  Roster roster = enrolled(params, grads, exp_avgs, kahans, Counts{steps, ordinals});
+  Mode mode;
+  set_decay(roster, mode, decay_moment, decay_gradient, decay_weight);
+  set_update(roster, mode, moment, weight, gradient);
+  if (gain) {
+    mode.scaled = true;
+    mode.gain = gain->item<double>();
+  }
+  roster.key_random_bits(0);
+  roster.bump_moments();
+  roster.bump_weights();
+  if (skip && skip->item<bool>()) return;
+  std::vector<double> scratch;
+  run_pass(Pass::commit, roster, mode, Order::backwards, scratch);
+  roster.write_back(true, true);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(sofim_fused, m) {
+  m.def(
+      "accumulate(Tensor[] params, Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor[] steps, int[] ordinals,"
+      " float[] moment, float[] gradient, float[]? weight, bool cross) -> Tensor");
+  m.def(
+      "accumulate_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] kahans,"
+      " Tensor[] steps, int[] ordinals, float[] moment, float[] gradient, float[]? weight, bool cross,"
+      " Tensor? step_weight, Tensor step_gradient) -> Tensor");
+  m.def(
+      "apply(Tensor(a!)[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor(b!)[] kahans, Tensor moment,"
+      " Tensor? weight, Tensor? gradient) -> ()");
+  m.def("dots(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, bool weights) -> Tensor");
+  m.def(
+      "commit(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] kahans, Tensor[] steps,"
+      " int[] ordinals, float[] decay_moment, float[] decay_gradient, float[]? decay_weight, Tensor moment,"
+      " Tensor? weight, Tensor? gradient, Tensor? gain, Tensor? skip) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(sofim_fused, CPU, m) {
+  m.impl("accumulate", accumulate);
+  m.impl("accumulate_step", accumulate_step);
+  m.impl("apply", apply);
+  m.impl("dots", dots);
+  m.impl("commit", commit);
+}
+
+}  // namespace sofim

@@ -1,0 +1,188 @@
+#include "roster.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
+
+#include "element.h"
+
+namespace sofim {
+namespace {
+
+bool storage_type(at::ScalarType dtype, Type& type) {
+  switch (dtype) {
+    case at::kFloat:
+    case at::kComplexFloat:
+      type = Type::float32;
+      return true;
+    case at::kDouble:
+    case at::kComplexDouble:
+      type = Type::float64;
+      return true;
+    case at::kBFloat16:
+      type = Type::bfloat16;
+      return true;
+    case at::kHalf:
+      type = Type::float16;
+      return true;
+    default:
+      return false;
+  }
+}
+
+bool narrow(Type type) { return type == Type::bfloat16 || type == Type::float16; }
+
+bool readable(const at::Tensor& x) { return x.layout() == at::kStrided && x.device().is_cpu() && x.has_storage(); }
+
+// Whether elements that correspond lie in the same order; dimensions of one element have no say.
+bool same_order(const at::Tensor& a, const at::Tensor& b) {
+  const auto sizes = a.sizes(), left = a.strides(), right = b.strides();
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] > 1 && left[i] != right[i]) return false;
+  }
+  return true;
+}
+
+bool as_stored(const at::Tensor& x) { return !x.is_conj() && !x.is_neg(); }
+
+// A zero-length tensor has no memory; a pointer that is not null keeps arithmetic on it defined.
+char nowhere[1];
+
+template <class Pointer>
+void* somewhere(Pointer pointer) {
+  return pointer == nullptr ? nowhere : const_cast<void*>(static_cast<const void*>(pointer));
+}
+
+}  // namespace
+
+void Roster::clear() {
+  records_.clear();
+  members_.clear();
+  kept_.clear();
+  copied_.clear();
+  held_.clear();
+  tiling_.clear();
+}
+
+const char* Roster::add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
+                        const at::Tensor& step, int64_t ordinal) {
+  Record record{};
+  if (!readable(w)) return "parameter: not a dense tensor on the CPU";
+  if (!readable(g)) return "gradient: not a dense tensor on the CPU";
+  if (!readable(m)) return "exp_avg: not a dense tensor on the CPU";
+  if (!storage_type(w.scalar_type(), record.w_type)) return "parameter: not float32, float64, bfloat16 or float16";
+  if (!storage_type(g.scalar_type(), record.g_type) || g.is_complex() != w.is_complex() ||
+      !(record.g_type == record.w_type || (record.g_type == Type::float32 && narrow(record.w_type)))) {
+    return "gradient: of another dtype than its parameter";
+  }
+  const bool wide = record.w_type == Type::float64;
+  if (!storage_type(m.scalar_type(), record.m_type) || m.is_complex() != w.is_complex() ||
+      !(wide ? record.m_type == Type::float64 : record.m_type == Type::float32 || record.m_type == Type::bfloat16)) {
+    return "exp_avg: not float32 or bfloat16 (of a float64 parameter: float64)";
+  }
+  if (g.sizes() != w.sizes()) return "gradient: of another shape than its parameter";
+  if (m.sizes() != w.sizes()) return "exp_avg: of another shape than its parameter";
+  if (kahan.defined()) {
+    if (!readable(kahan) || kahan.scalar_type() != w.scalar_type() || kahan.sizes() != w.sizes()) {
+      return "kahan: not a dense CPU tensor of its parameter's shape and dtype";
+    }
+    if (!narrow(record.w_type)) return "kahan: kept for a parameter that is not of 16 bits";
+  }
+  if (step.defined() && (!readable(step) || step.scalar_type() != at::kLong || step.numel() != 1)) {
+    return "step: not a 0-dimensional int64 tensor on the CPU";
+  }
+  if (!at::InferenceMode::is_enabled()) {
+    for (const at::Tensor* x : {&w, &m, &kahan, &step}) {
+      if (x->defined() && x->is_inference()) {
+        return "an inference tensor, which cannot be updated outside of torch.inference_mode()";
+      }
+    }
+  }
+
+  const bool flat = m.is_contiguous() ? w.is_contiguous() && g.is_contiguous() &&
+                                            (!kahan.defined() || kahan.is_contiguous())
+                                      : m.is_non_overlapping_and_dense() && same_order(w, m) && same_order(g, m) &&
+                                            (!kahan.defined() || same_order(kahan, m));
+  if (flat && as_stored(g) && as_stored(w) && as_stored(m)) {
+    record.w = somewhere(w.mutable_data_ptr());
+    record.g = somewhere(g.const_data_ptr());
+    record.m = somewhere(m.mutable_data_ptr());
+    if (kahan.defined()) record.kahan = somewhere(kahan.mutable_data_ptr());
+  } else {
+    const at::Tensor order = m.is_non_overlapping_and_dense() ? m : at::empty(m.sizes(), m.options());
+    const auto copy_of = [&](const at::Tensor& x) {
+      at::Tensor copy = at::empty_strided(order.sizes(), order.strides(), x.options());
+      copy.copy_(x.detach());
+      return copy;
+    };
+    const auto written = [&](const at::Tensor& x, bool moment) {
+      if (same_order(x, order) && as_stored(x) && x.is_non_overlapping_and_dense()) {
+        return somewhere(x.mutable_data_ptr());
+      }
+      copied_.push_back({x, copy_of(x), moment});
+      return somewhere(copied_.back().copy.mutable_data_ptr());
+    };
+    record.w = written(w, false);
+    record.m = written(m, true);
+    if (kahan.defined()) record.kahan = written(kahan, false);
+    if (same_order(g, order) && as_stored(g) && g.is_non_overlapping_and_dense()) {
+      record.g = somewhere(g.const_data_ptr());
+    } else {
+      kept_.push_back(copy_of(g));
+      record.g = somewhere(kept_.back().const_data_ptr());
+    }
+  }
+  record.numel = w.numel() * (w.is_complex() ? 2 : 1);
+  record.update.w = 1.0;
+  records_.push_back(record);
+  members_.push_back({w.unsafeGetTensorImpl(), g.unsafeGetTensorImpl(), m.unsafeGetTensorImpl(),
+                      kahan.defined() ? kahan.unsafeGetTensorImpl() : nullptr,
+                      step.defined() ? step.unsafeGetTensorImpl() : nullptr,
+                      step.defined() ? static_cast<int64_t*>(step.mutable_data_ptr()) : nullptr,
+                      static_cast<uint32_t>(ordinal)});
+  tiling_.add(record.numel);
+  return nullptr;
+}
+
+void Roster::key_random_bits(int64_t ahead) {
+  for (size_t i = 0; i < records_.size(); ++i) {
+    if (records_[i].m_type == Type::bfloat16) {
+      records_[i].key = tensor_key(members_[i].ordinal, updates(i) + ahead);
+    }
+  }
+}
+
+void Roster::advance() {
+  for (Member& member : members_) {
+    ++*member.updates;
+    member.step->bump_version();
+  }
+}
+
+void Roster::bump_weights() {
+  for (Member& member : members_) {
+    member.w->bump_version();
+    if (member.kahan != nullptr) member.kahan->bump_version();
+  }
+}
+
+void Roster::bump_moments() {
+  for (Member& member : members_) member.m->bump_version();
+}
+
+void Roster::write_back(bool weights, bool moments) {
+  c10::NoGradGuard no_grad;
+  for (Copied& copied : copied_) {
+    if (copied.moment ? moments : weights) copied.home.detach().copy_(copied.copy);
+  }
+}
+
+void Roster::hold() {
+  for (const Member& member : members_) {
+    for (c10::TensorImpl* impl : {member.w, member.g, member.m, member.kahan, member.step}) {
+      if (impl != nullptr) held_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(impl));
+    }
+  }
+}
+
+}  // namespace sofim

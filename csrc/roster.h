@@ -1,0 +1,64 @@
+// Gathers and validates the tensors of a step for the native passes: pointers, types, one flat order of memory.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "cpu/passes.h"
+#include "cpu/sweep.h"
+
+namespace sofim {
+
+class Roster {
+ public:
+  void clear();
+
+  // Takes one tensor of a step; it must outlive this step (or see hold()). `kahan` and `step` may be undefined: no bits
+  // are kept, no count is needed. Returns nullptr, or what is wrong, a phrase for a message; then nothing was added.
+  // Tensors whose memory is not laid out like m's go through copies, which write_back() takes home; so do lazily
+  // conjugated and negated gradients.
+  const char* add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
+                  const at::Tensor& step, int64_t ordinal);
+
+  // The number of tensors.
+  size_t size() const { return records_.size(); }
+  const Tiling& tiling() const { return tiling_; }
+  const Record* records() const { return records_.data(); }
+  Record& record(size_t i) { return records_[i]; }
+
+  // The updates that tensor i has received.
+  int64_t updates(size_t i) const { return *members_[i].updates; }
+  // Keys the random bits of each tensor by its update number: updates received plus `ahead`.
+  void key_random_bits(int64_t ahead);
+  // Counts one more update of every tensor.
+  void advance();
+
+  // Raise version counters, so that autograd notices what passes write; w includes kahan.
+  void bump_weights();
+  void bump_moments();
+  // Takes what the passes wrote into copies home.
+  void write_back(bool weights, bool moments);
+  // Keeps every tensor alive until clear(): for a step without Python's lock.
+  void hold();
+
+ private:
+  struct Member {
+    c10::TensorImpl *w, *g, *m, *kahan, *step;
+    int64_t* updates;
+    uint32_t ordinal;
+  };
+  struct Copied {
+    at::Tensor home, copy;
+    bool moment;
+  };
+
+  std::vector<Record> records_;
+  std::vector<Member> members_;
+  std::vector<at::Tensor> kept_;  // copies that are only read
+  std::vector<Copied> copied_;
+  std::vector<c10::intrusive_ptr<c10::TensorImpl>> held_;
+  Tiling tiling_;
+};
+
+}  // namespace sofim

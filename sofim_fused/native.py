@@ -1,0 +1,84 @@
+"""The native part of the package: what was built, and the passes of this machine's instruction set or why not."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import platform
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_RECORD = Path(__file__).with_name("_build.json")  # setup.py writes it
+# What a processor runs, by what PyTorch says of it, the best first; any other runs the default.
+_RUNS = {"AVX512": ("avx512", "avx2", "default"), "AVX2": ("avx2", "default")}
+
+
+@functools.cache
+def build() -> dict[str, Any]:
+    """The record of the build.
+
+    Keys: ``reason`` (why nothing was built, ``None`` if it was), ``torch`` and ``python`` (the versions it was built
+    for), ``compiler``, ``instruction_sets``, ``sanitizers``. A record that cannot be read is all ``reason``.
+    """
+    record = dict.fromkeys(("reason", "torch", "python", "compiler", "instruction_sets", "sanitizers"))
+    try:
+        read = json.loads(_RECORD.read_text(encoding="utf-8"))
+        return {**record, **{key: read[key] for key in record}}
+    except FileNotFoundError:
+        reason = "the package was not installed (pip install --no-build-isolation -e .)"
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        reason = f"{_RECORD.name} is no record of a build ({error!r}): reinstall sofim_fused"
+    return {**record, "reason": reason}
+
+
+def cpu() -> ModuleType | str:
+    """The extension ``sofim_fused._C``, with the passes of this machine's instruction set in use; or why there is none.
+
+    ``ATEN_CPU_CAPABILITY`` limits the instruction set, as it does PyTorch's own.
+    """
+    found = _find()
+    return found if isinstance(found, str) else found[0]
+
+
+def instruction_set() -> str:
+    """The instruction set in use: ``"avx512"``, ``"avx2"`` or ``"default"``.
+
+    Raises:
+        RuntimeError: the native part is not in use; the message has the reason.
+    """
+    found = _find()
+    if isinstance(found, str):
+        raise RuntimeError(f"the native CPU part is not in use: {found}")
+    return found[1]
+
+
+@functools.cache
+def _find() -> tuple[ModuleType, str] | str:
+    record = build()
+    if record["reason"] is not None:
+        return f"the native part was not built: {record['reason']}"
+    for what, built, running in (
+        ("torch", record["torch"], torch.__version__),
+        ("Python", record["python"], platform.python_version()),
+    ):
+        if _minor(built) != _minor(running):
+            return f"it was built for {what} {built}, and this is {what} {running}: reinstall sofim_fused"
+    runs = _RUNS.get(torch.backends.cpu.get_cpu_capability(), ("default",))
+    try:
+        name = next(name for name in runs if name in record["instruction_sets"])
+        module = importlib.import_module("sofim_fused._C")
+        module.use_kernels(importlib.import_module(f"sofim_fused._cpu_{name}").kernels)
+    except Exception as error:  # a module that does not fit may raise anything
+        return (
+            f"it was built for torch {record['torch']} and cannot be loaded under torch {torch.__version__} "
+            f"({str(error).partition(chr(10))[0]}): reinstall sofim_fused"
+        )
+    return module, name
+
+
+def _minor(version: str) -> list[str]:
+    return str(version).split(".")[:2]
