@@ -168,7 +168,7 @@ class SOFIM(Optimizer):
         return loss
 
     def _native_step(self) -> NativeStep:
-        """The step in one call of the first parameter's device; models that lie elsewhere too it leaves to the passes."""
+        """The step in one call of the first parameter's device; a model on several devices it leaves to the passes."""
         if self._step_in_one_call is None:
             device = next(param.device for group in self.param_groups for param in group["params"])
             self._step_in_one_call = backends.choose(self._backend, device).native_step()
