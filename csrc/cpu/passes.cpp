@@ -29,12 +29,33 @@ struct Block {
   typename Y::M* m;
   typename Y::W* kahan;
   int64_t index;
+
+  SOFIM_HD void advance(int64_t elements) {
+    w += elements;
+    g += elements;
+    m += elements;
+    if (kahan != nullptr) kahan += elements;
+    index += elements;
+  }
 };
 
 // What a pass touches; the tail goes through copies of these.
 struct Use {
   bool w, g, writes_m, writes_w;
 };
+
+// How many elements ahead memory is asked for: the hardware's own prefetching stops at the end of each page.
+constexpr size_t kAhead = 512;
+// From so many elements on, a tile is worked on from its start and from its middle in turns: that keeps more reads
+// under way.
+constexpr int64_t kSplit = 2048;
+
+template <class T>
+SOFIM_HD void ask_ahead(const T* from) {
+#if defined(__GNUC__)
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + kAhead * sizeof(T)));
+#endif
+}
 
 // Calls body(block) for every sixteen elements. The last few run through the same instructions, on copies padded with
 // zeros, which add nothing to a sum.
@@ -46,14 +67,25 @@ SOFIM_HD void for_blocks(const Record& r, int64_t begin, int64_t size, Use use, 
       static_cast<typename Y::M*>(r.m) + begin,
       r.kahan == nullptr ? nullptr : static_cast<typename Y::W*>(r.kahan) + begin,
       begin};
+  const auto take = [&](Block<Y>& b) SOFIM_INLINE {
+    if (use.w) ask_ahead(b.w);
+    if (use.g) ask_ahead(b.g);
+    ask_ahead(b.m);
+    body(b);
+    b.advance(kLanes);
+  };
   const int64_t end = begin + size;
-  for (; block.index + kLanes <= end; block.index += kLanes) {
-    body(block);
-    block.w += kLanes;
-    block.g += kLanes;
-    block.m += kLanes;
-    if (block.kahan != nullptr) block.kahan += kLanes;
+  if (size >= kSplit) {
+    const int64_t half = size / (2 * kLanes) * kLanes;
+    Block<Y> second = block;
+    second.advance(half);
+    while (block.index < begin + half) {
+      take(block);
+      take(second);
+    }
+    block = second;
   }
+  while (block.index + kLanes <= end) take(block);
   const size_t rest = static_cast<size_t>(end - block.index);
   if (rest == 0) return;
   alignas(64) typename Y::W w[kLanes] = {};
