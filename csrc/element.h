@@ -48,10 +48,8 @@ SOFIM_HD float from_bits(uint32_t bits) {
   memcpy(&x, &bits, sizeof x);
   return x;
 }
-// a where the bits x are those of a finite float32, else b.
-SOFIM_HD uint32_t where_finite(uint32_t x, uint32_t a, uint32_t b) {
-  return (x & 0x7F800000u) != 0x7F800000u ? a : b;
-}
+// a, or b where the bits x are those of a NaN.
+SOFIM_HD uint32_t where_number(uint32_t x, uint32_t a, uint32_t b) { return (x & 0x7FFFFFFFu) <= 0x7F800000u ? a : b; }
 
 // The first moment: by_m·m + by_g·g.
 template <class V>
@@ -108,11 +106,11 @@ SOFIM_HD U random_bits(U stretch, U place) {
 }
 
 // A float32's bits, rounded to those of a bfloat16 (the lower half zero): up in magnitude with the probability of the
-// part that is cut off. Infinities stay what they are, and so does a NaN that arithmetic made: it is a quiet one, which
-// shows in the upper half.
+// part that is cut off. An infinity has nothing to cut off and stays what it is, and so does a NaN that arithmetic made:
+// it is a quiet one, which shows in the upper half.
 template <class U>
 SOFIM_HD U rounded_stochastically(U value, U random) {
-  return where_finite(value, value + random, value) & 0xFFFF0000u;
+  return where_number(value, value + random, value) & 0xFFFF0000u;
 }
 
 }  // namespace sofim

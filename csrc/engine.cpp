@@ -7,6 +7,9 @@ namespace {
 
 const Kernels* used = nullptr;
 
+// From so many elements on, memory is asked for ahead. In fewer, that would fetch what another thread is writing.
+constexpr int64_t kFar = 1 << 20;
+
 Kernel kernel_of(Pass pass) {
   const Kernels& kernels = used_kernels();
   switch (pass) {
@@ -31,9 +34,9 @@ const Kernels& used_kernels() {
   return *used;
 }
 
-std::vector<Products> run_pass(Pass pass, const Roster& roster, const Mode& mode, Order order,
-                               std::vector<double>& scratch) {
+std::vector<Products> run_pass(Pass pass, const Roster& roster, Mode mode, Order order, std::vector<double>& scratch) {
   const Tiling& tiling = roster.tiling();
+  mode.far = tiling.elements() >= kFar;
   const bool dots = pass == Pass::dots, cross = dots || mode.cross;
   const int width = dots ? sums_of_dots(mode) : pass == Pass::accumulate ? sums_of_accumulate(mode) : 0;
   scratch.resize(tiling.tiles() * width);

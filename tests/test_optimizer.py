@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sofim_fused import SOFIM, backends
 from sofim_fused.backends.reference import ReferencePasses
@@ -244,6 +245,30 @@ def test_step_hooks_and_zero_grad() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
     optimizer.zero_grad()
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_hooks_on_all_optimizers() -> None:
+    optimizer = SOFIM(small_model().parameters())
+    seen: list[Any] = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda which, *_: seen.append(which)),
+        register_optimizer_step_post_hook(lambda which, *_: seen.append(which)),
+    ]
+    try:
+        optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    optimizer.step()
+    assert seen == [optimizer] * 2
+
+
+def test_a_profiler_sees_steps() -> None:
+    optimizer = SOFIM(small_model().parameters())
+    optimizer.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    assert [event.count for event in profile.key_averages() if event.key == "Optimizer.step#SOFIM.step"] == [1]
 
 
 def test_named_parameters() -> None:

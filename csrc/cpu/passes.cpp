@@ -44,7 +44,7 @@ struct Use {
   bool w, g, writes_m, writes_w;
 };
 
-// How many elements ahead memory is asked for: the hardware's own prefetching stops at the end of each page.
+// How many elements ahead a `far` pass asks for memory: the hardware's own prefetching stops at the end of each page.
 constexpr size_t kAhead = 512;
 // From so many elements on, a tile is worked on from its start and from its middle in turns: that keeps more reads
 // under way.
@@ -60,7 +60,7 @@ SOFIM_HD void ask_ahead(const T* from) {
 // Calls body(block) for every sixteen elements. The last few run through the same instructions, on copies padded with
 // zeros, which add nothing to a sum.
 template <class Y, class Body>
-SOFIM_HD void for_blocks(const Record& r, int64_t begin, int64_t size, Use use, Body body) {
+SOFIM_HD void for_blocks(const Record& r, bool far, int64_t begin, int64_t size, Use use, Body body) {
   Block<Y> block{
       static_cast<typename Y::W*>(r.w) + begin,
       static_cast<const typename Y::G*>(r.g) + begin,
@@ -68,9 +68,11 @@ SOFIM_HD void for_blocks(const Record& r, int64_t begin, int64_t size, Use use, 
       r.kahan == nullptr ? nullptr : static_cast<typename Y::W*>(r.kahan) + begin,
       begin};
   const auto take = [&](Block<Y>& b) SOFIM_INLINE {
-    if (use.w) ask_ahead(b.w);
-    if (use.g) ask_ahead(b.g);
-    ask_ahead(b.m);
+    if (far) {
+      if (use.w) ask_ahead(b.w);
+      if (use.g) ask_ahead(b.g);
+      ask_ahead(b.m);
+    }
     body(b);
     b.advance(kLanes);
   };
@@ -168,7 +170,7 @@ template <class Y, bool weights, bool cross, bool step>
 void accumulate(const Record& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
   const Factors<Y> factors(r, mode, begin);
   Lanes mm, mg, mw;
-  for_blocks<Y>(r, begin, size, Use{weights || step, true, true, step}, [&](const Block<Y>& b) SOFIM_INLINE {
+  for_blocks<Y>(r, mode.far, begin, size, Use{weights || step, true, true, step}, [&](const Block<Y>& b) SOFIM_INLINE {
     const auto g = load(b.g);
     const auto m = factors.store_moment(b.m, factors.moment(load(b.m), g, b.w), b.index);
     const auto wide = widened(m);
@@ -187,7 +189,7 @@ void accumulate(const Record& r, const Mode& mode, int64_t begin, int64_t size, 
 template <class Y, bool gradient>
 void apply(const Record& r, const Mode& mode, int64_t begin, int64_t size, double*) {
   const Factors<Y> factors(r, mode, begin);
-  for_blocks<Y>(r, begin, size, Use{true, gradient, false, true}, [&](const Block<Y>& b) SOFIM_INLINE {
+  for_blocks<Y>(r, mode.far, begin, size, Use{true, gradient, false, true}, [&](const Block<Y>& b) SOFIM_INLINE {
     const auto m = load(b.m);
     if constexpr (gradient) {
       factors.template update<true, true>(b, load(b.g), m);
@@ -198,9 +200,9 @@ void apply(const Record& r, const Mode& mode, int64_t begin, int64_t size, doubl
 }
 
 template <class Y, bool weights>
-void dots(const Record& r, const Mode&, int64_t begin, int64_t size, double* sums) {
+void dots(const Record& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
   Lanes mm, mg, gg, mw, gw, ww;
-  for_blocks<Y>(r, begin, size, Use{weights, true, false, false}, [&](const Block<Y>& b) SOFIM_INLINE {
+  for_blocks<Y>(r, mode.far, begin, size, Use{weights, true, false, false}, [&](const Block<Y>& b) SOFIM_INLINE {
     const Doubles m = widened(load(b.m)), g = widened(load(b.g));
     mm.add(m, m);
     mg.add(m, g);
@@ -226,7 +228,7 @@ template <class Y, bool gradient>
 void commit(const Record& r, const Mode& mode, int64_t begin, int64_t size, double*) {
   const Factors<Y> factors(r, mode, begin);
   const bool scaled = mode.scaled;
-  for_blocks<Y>(r, begin, size, Use{true, true, true, true}, [&](const Block<Y>& b) SOFIM_INLINE {
+  for_blocks<Y>(r, mode.far, begin, size, Use{true, true, true, true}, [&](const Block<Y>& b) SOFIM_INLINE {
     auto v = load(b.g);
     if (scaled) v = v * typename Y::V(factors.gain);
     const auto m = factors.moment(load(b.m), v, b.w);

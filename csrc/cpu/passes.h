@@ -7,7 +7,7 @@ namespace sofim {
 
 // Elements that are summed in one go. A tile never crosses a tensor, and its place in a tensor never changes, so that
 // sums do not depend on the number of threads.
-constexpr int64_t kTile = 16384;
+constexpr int64_t kTile = 32768;
 
 enum class Type : uint8_t { float32, float64, bfloat16, float16 };
 
@@ -35,6 +35,7 @@ struct Mode {
   bool gradient = false;  // w takes the term update.g·v (in accumulate: and no other)
   bool scaled = false;    // commit: v = gain·g, else v = g
   double gain = 1.0;
+  bool far = false;  // too many elements for a core's caches
 };
 
 // Sums of a tile, in this order. accumulate writes as many as the mode asks for: mm, then mg, then mw; dots all but
