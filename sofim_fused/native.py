@@ -68,8 +68,11 @@ def _find() -> tuple[ModuleType, str] | str:
         if _minor(built) != _minor(running):
             return f"it was built for {what} {built}, and this is {what} {running}: reinstall sofim_fused"
     runs = _RUNS.get(torch.backends.cpu.get_cpu_capability(), ("default",))
+    name = next((name for name in runs if name in record["instruction_sets"]), None)
+    if name is None:
+        built = ", ".join(record["instruction_sets"])
+        return f"it was built for {built}, which this CPU does not run: reinstall sofim_fused"
     try:
-        name = next(name for name in runs if name in record["instruction_sets"])
         module = importlib.import_module("sofim_fused._C")
         module.use_kernels(importlib.import_module(f"sofim_fused._cpu_{name}").kernels)
     except Exception as error:  # a module that does not fit may raise anything

@@ -489,8 +489,8 @@ def trained_states() -> dict[str, list[Tensor]]:
                 if torch.float32 not in dtypes and torch.bfloat16 not in dtypes and state_dtype:
                     continue
                 problem = mixed_problem(dtypes, decay)
-                generator = torch.Generator().manual_seed(9)
-                extra = [nn.Parameter(torch.randn(n, generator=generator).to(dtypes[0])) for n in (1000, TILE + 2100)]
+                generator = torch.Generator().manual_seed(9)  # rand: randn differs between instruction sets
+                extra = [nn.Parameter(torch.rand(n, generator=generator).to(dtypes[0])) for n in (1000, TILE + 2100)]
                 problem.groups[0]["params"] += extra
                 problem.group_of[:0] = [0, 0]
                 optimizer = SOFIM(problem.groups, backend="cpu", state_dtype=state_dtype, **options)
@@ -514,20 +514,18 @@ def test_instruction_sets(tmp_path: Path) -> None:
     if torch.backends.cpu.get_cpu_capability() not in ("AVX512", "AVX2"):
         pytest.skip(f"this CPU runs {torch.backends.cpu.get_cpu_capability()} alone")
     results: dict[str, dict[str, list[Tensor]]] = {}
-    for name in ("avx512", "avx2", "default"):
+    for name in native.build()["instruction_sets"]:
         path = tmp_path / f"{name}.pt"
         environment = {**os.environ, "ATEN_CPU_CAPABILITY": name, "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, "-c", SCRIPT, str(path)], check=True, cwd=ROOT, env=environment)
         used, state = torch.load(path)
-        if used != name:
-            assert name == "avx512"  # asked for more than this CPU has
-            continue
-        results[name] = state
-    best = results.pop("avx2")
-    if "avx512" in results:
-        for key, state in results.pop("avx512").items():
-            assert digest(state) == digest(best[key]), key
-    for key, state in results.pop("default").items():
+        if used == name:  # else it was asked for more than this CPU has
+            results[name] = state
+    assert len(results) >= 2
+    best = results["avx2"]
+    for key, state in results.get("avx512", {}).items():
+        assert digest(state) == digest(best[key]), key
+    for key, state in results.get("default", {}).items():
         for a, b in zip(state, best[key], strict=True):
             coarse = a.dtype in (torch.bfloat16, torch.float16) or "bfloat16" in key
             exact = {"rtol": 1e-12, "atol": 1e-13} if a.dtype == torch.float64 else {"rtol": 1e-5, "atol": 5e-6}
