@@ -52,7 +52,7 @@ sanitize: $(READY)
 	        ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 && \
 	    $(abspath $(BIN))/python -m sofim_fused.info && \
 	    $(abspath $(BIN))/python -c 'from sofim_fused import native; native.instruction_set()' && \
-	    $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(SANITIZE_TESTS) $(ARGS)
+	    $(abspath $(BIN))/python -m pytest -p no:cacheprovider --capture=sys $(SANITIZE_TESTS) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
