@@ -12,8 +12,9 @@ SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
 SANITIZED := build/sanitized
 SANITIZE_TESTS ?= tests/test_native.py tests/test_passes.py
+LESSER_SETS := avx2 default
 
-.PHONY: help demo test coverage native sanitize lint format types clean FORCE
+.PHONY: help demo test coverage native instruction-sets sanitize lint format types clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +23,7 @@ help:
 	@echo "make coverage  run the tests and report the lines that none of them reaches"
 	@echo "make native    compile what has changed in csrc, and show all that the compiler says"
 	@echo "make sanitize  run tests of the C++ with AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make instruction-sets  run tests of the C++ as compiled for older CPUs than this one"
 	@echo "make lint      check style (make format: repair it)"
 	@echo "make types     check types"
 	@echo "make clean     remove the virtual environment and caches"
@@ -40,6 +42,13 @@ coverage: $(READY) $(NATIVE)
 native: $(READY)
 	$(BUILD)
 	@$(STAMP)
+
+instruction-sets: $(READY) $(NATIVE)
+	for set in $(LESSER_SETS); do \
+	    export ATEN_CPU_CAPABILITY=$$set && \
+	    $(BIN)/python -c 'from sofim_fused import native; print(native.instruction_set())' && \
+	    $(BIN)/python -m pytest -q -k cpu tests/test_matrix.py tests/test_passes.py $(ARGS) || exit 1; \
+	done
 
 # A copy of its own. The sanitizers have to be in the process before anything else is, libstdc++ before they look for it.
 sanitize: $(READY)

@@ -34,13 +34,14 @@ const Kernels& used_kernels() {
   return *used;
 }
 
-std::vector<Products> run_pass(Pass pass, const Roster& roster, Mode mode, Order order, std::vector<double>& scratch) {
+std::vector<Products> run_pass(Pass pass, const Roster& roster, Mode mode, std::vector<double>& scratch) {
   const Tiling& tiling = roster.tiling();
   mode.far = tiling.elements() >= kFar;
+  mode.backwards = pass == Pass::apply || pass == Pass::commit;
   const bool dots = pass == Pass::dots, cross = dots || mode.cross;
   const int width = dots ? sums_of_dots(mode) : pass == Pass::accumulate ? sums_of_accumulate(mode) : 0;
   scratch.resize(tiling.tiles() * width);
-  sweep(kernel_of(pass), roster.records(), tiling, mode, order, scratch.data(), width);
+  sweep(kernel_of(pass), roster.records(), tiling, mode, scratch.data(), width);
   if (width == 0) return {};
   std::vector<Products> products(roster.size());
   for (size_t i = 0; i < roster.size(); ++i) {

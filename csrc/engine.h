@@ -18,6 +18,6 @@ enum class Pass { accumulate, apply, dots, commit };
 
 // Runs one pass over all tensors of a roster; returns its sums per tensor, empty for apply and commit. `scratch` is
 // memory for the sums of tiles.
-std::vector<Products> run_pass(Pass pass, const Roster& roster, Mode mode, Order order, std::vector<double>& scratch);
+std::vector<Products> run_pass(Pass pass, const Roster& roster, Mode mode, std::vector<double>& scratch);
 
 }  // namespace sofim

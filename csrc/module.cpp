@@ -203,12 +203,12 @@ class Step {
   // One step. Returns None if Python has to take it, nothing being changed; True for a plain step; for a guarded one
   // the pair of the gradients' norm before clipping, a 0-dimensional float64 tensor, and whether the step was skipped.
   py::object run(const py::handle& groups, const py::handle& state) {
-    if (c10::impl::TorchDispatchModeTLS::any_modes_set() || !gather(groups.ptr(), state.ptr())) {
-      roster_.clear();
+    if (busy_ || c10::impl::TorchDispatchModeTLS::any_modes_set()) return py::none();
+    const Busy busy(*this);
+    if (!gather(groups.ptr(), state.ptr())) {
       PyErr_Clear();  // Python meets the same error in its own checks
       return py::none();
     }
-    py::object outcome;
     // A step over fewer elements is done before another thread of Python's would have started.
     if (roster_.tiling().elements() < (int64_t{1} << 21)) {
       compute();
@@ -217,16 +217,21 @@ class Step {
       const py::gil_scoped_release unlocked;
       compute();
     }
-    if (!whole_.guarded() || roster_.size() == 0) {
-      outcome = py::bool_(true);
-    } else {
-      outcome = py::make_tuple(at::scalar_tensor(norm_, at::kDouble), skipped_);
-    }
-    roster_.clear();
-    return outcome;
+    if (!whole_.guarded() || roster_.size() == 0) return py::bool_(true);
+    return py::make_tuple(at::scalar_tensor(norm_, at::kDouble), skipped_);
   }
 
  private:
+  // While a step runs without Python's lock, another thread may ask for one.
+  struct Busy {
+    explicit Busy(Step& step) : step(step) { step.busy_ = true; }
+    ~Busy() {
+      step.roster_.clear();
+      step.busy_ = false;
+    }
+    Step& step;
+  };
+
   bool gather(PyObject* groups, PyObject* state) {
     roster_.clear();
     groups_.clear();
@@ -302,18 +307,18 @@ class Step {
     mode_.cross = whole_.gradient_form;
     roster_.key_random_bits(1);
     roster_.bump_moments();
-    const auto products = run_pass(Pass::accumulate, roster_, mode_, Order::forwards, scratch_);
+    const auto products = run_pass(Pass::accumulate, roster_, mode_, scratch_);
     set_updates(blocks<PlainBlock>(products));
     roster_.bump_weights();
     mode_.gradient = whole_.gradient_form;
-    run_pass(Pass::apply, roster_, mode_, Order::backwards, scratch_);
+    run_pass(Pass::apply, roster_, mode_, scratch_);
     roster_.write_back(true, true);
     roster_.advance();
   }
 
   // dots, then commit: sofim_fused/schedule.py, guarded().
   void guarded() {
-    const auto products = run_pass(Pass::dots, roster_, mode_, Order::forwards, scratch_);
+    const auto products = run_pass(Pass::dots, roster_, mode_, scratch_);
     double square = 0.0;
     for (const Products& p : products) square += p.gg;
     norm_ = std::sqrt(square);
@@ -330,7 +335,7 @@ class Step {
     mode_.gradient = whole_.gradient_form;
     mode_.scaled = gain != 1.0;
     mode_.gain = gain;
-    run_pass(Pass::commit, roster_, mode_, Order::backwards, scratch_);
+    run_pass(Pass::commit, roster_, mode_, scratch_);
     roster_.write_back(true, true);
     roster_.advance();
   }
@@ -368,6 +373,7 @@ class Step {
   std::vector<double> scratch_;
   double norm_ = 0.0;
   bool skipped_ = false;
+  bool busy_ = false;
 };
 
 }  // namespace

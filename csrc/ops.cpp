@@ -81,7 +81,7 @@ Tensor accumulated(Roster& roster, Mode& mode, bool cross) {
   roster.bump_moments();
   if (mode.gradient) roster.bump_weights();
   std::vector<double> scratch;
-  const auto products = run_pass(Pass::accumulate, roster, mode, Order::forwards, scratch);
+  const auto products = run_pass(Pass::accumulate, roster, mode, scratch);
   roster.write_back(mode.gradient, true);
   if (!cross) return table(products, {&Products::mm});
   if (!mode.weights) return table(products, {&Products::mm, &Products::mg});
@@ -113,7 +113,7 @@ void apply(TensorList params, TensorList grads, TensorList exp_avgs, TensorList 
   set_update(roster, mode, moment, weight, gradient);
   roster.bump_weights();
   std::vector<double> scratch;
-  run_pass(Pass::apply, roster, mode, Order::backwards, scratch);
+  run_pass(Pass::apply, roster, mode, scratch);
   roster.write_back(true, false);
 }
 
@@ -122,7 +122,7 @@ Tensor dots(TensorList params, TensorList grads, TensorList exp_avgs, bool weigh
   Mode mode;
   mode.weights = weights;
   std::vector<double> scratch;
-  const auto products = run_pass(Pass::dots, roster, mode, Order::forwards, scratch);
+  const auto products = run_pass(Pass::dots, roster, mode, scratch);
   if (!weights) return table(products, {&Products::mm, &Products::mg, &Products::gg});
   return table(products, {&Products::mm, &Products::mg, &Products::gg, &Products::mw, &Products::gw, &Products::ww});
 }
@@ -144,7 +144,7 @@ void commit(TensorList params, TensorList grads, TensorList exp_avgs, TensorList
   roster.bump_weights();
   if (skip && skip->item<bool>()) return;
   std::vector<double> scratch;
-  run_pass(Pass::commit, roster, mode, Order::backwards, scratch);
+  run_pass(Pass::commit, roster, mode, scratch);
   roster.write_back(true, true);
 }
 

@@ -470,6 +470,22 @@ def test_gradients_may_go_while_a_large_step_runs() -> None:
     assert len({p.detach().unique().item() for p in params}) == 1
 
 
+def test_two_threads_may_step_at_once() -> None:
+    """Whoever comes second goes through the operators: both steps are taken, in whatever order."""
+    p = nn.Parameter(torch.zeros((1 << 22) + 1))
+    optimizer = SOFIM([p], backend="cpu", momentum=0.0, weight_decay=0.0, lr=0.1)
+    p.grad = torch.full_like(p, 1e-3)
+    for _ in range(2):
+        optimizer.step()
+    threads = [threading.Thread(target=lambda: [optimizer.step() for _ in range(10)]) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert bool(torch.isfinite(p).all())
+    assert bool((p.detach() < 0).all())
+
+
 # Determinism
 
 

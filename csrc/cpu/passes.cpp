@@ -45,33 +45,35 @@ struct Use {
 };
 
 // How many elements ahead a `far` pass asks for memory: the hardware's own prefetching stops at the end of each page.
-constexpr size_t kAhead = 512;
+constexpr ptrdiff_t kAhead = 512;
 // From so many elements on, a tile is worked on from its start and from its middle in turns: that keeps more reads
 // under way.
 constexpr int64_t kSplit = 2048;
 
 template <class T>
-SOFIM_HD void ask_ahead(const T* from) {
+SOFIM_HD void ask_for(const T* from, ptrdiff_t ahead) {
 #if defined(__GNUC__)
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + kAhead * sizeof(T)));
+  const auto address = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(ahead) * sizeof(T);
+  __builtin_prefetch(reinterpret_cast<const void*>(address));
 #endif
 }
 
 // Calls body(block) for every sixteen elements. The last few run through the same instructions, on copies padded with
 // zeros, which add nothing to a sum.
 template <class Y, class Body>
-SOFIM_HD void for_blocks(const Record& r, bool far, int64_t begin, int64_t size, Use use, Body body) {
+SOFIM_HD void for_blocks(const Record& r, const Mode& mode, int64_t begin, int64_t size, Use use, Body body) {
+  const bool far = mode.far;
   Block<Y> block{
       static_cast<typename Y::W*>(r.w) + begin,
       static_cast<const typename Y::G*>(r.g) + begin,
       static_cast<typename Y::M*>(r.m) + begin,
       r.kahan == nullptr ? nullptr : static_cast<typename Y::W*>(r.kahan) + begin,
       begin};
-  const auto take = [&](Block<Y>& b) SOFIM_INLINE {
+  const auto take = [&](Block<Y>& b, ptrdiff_t ahead) SOFIM_INLINE {
     if (far) {
-      if (use.w) ask_ahead(b.w);
-      if (use.g) ask_ahead(b.g);
-      ask_ahead(b.m);
+      if (use.w) ask_for(b.w, ahead);
+      if (use.g) ask_for(b.g, ahead);
+      ask_for(b.m, ahead);
     }
     body(b);
     b.advance(kLanes);
@@ -79,15 +81,18 @@ SOFIM_HD void for_blocks(const Record& r, bool far, int64_t begin, int64_t size,
   const int64_t end = begin + size;
   if (size >= kSplit) {
     const int64_t half = size / (2 * kLanes) * kLanes;
+    // From the end of either run to where it begins in the next tile.
+    const ptrdiff_t next = size < kTile ? 0 : mode.backwards ? -3 * half : half;
     Block<Y> second = block;
     second.advance(half);
     while (block.index < begin + half) {
-      take(block);
-      take(second);
+      const ptrdiff_t ahead = block.index + kAhead < begin + half ? kAhead : kAhead + next;
+      take(block, ahead);
+      take(second, ahead);
     }
     block = second;
   }
-  while (block.index + kLanes <= end) take(block);
+  while (block.index + kLanes <= end) take(block, kAhead);
   const size_t rest = static_cast<size_t>(end - block.index);
   if (rest == 0) return;
   alignas(64) typename Y::W w[kLanes] = {};
@@ -170,7 +175,7 @@ template <class Y, bool weights, bool cross, bool step>
 void accumulate(const Record& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
   const Factors<Y> factors(r, mode, begin);
   Lanes mm, mg, mw;
-  for_blocks<Y>(r, mode.far, begin, size, Use{weights || step, true, true, step}, [&](const Block<Y>& b) SOFIM_INLINE {
+  for_blocks<Y>(r, mode, begin, size, Use{weights || step, true, true, step}, [&](const Block<Y>& b) SOFIM_INLINE {
     const auto g = load(b.g);
     const auto m = factors.store_moment(b.m, factors.moment(load(b.m), g, b.w), b.index);
     const auto wide = widened(m);
@@ -189,7 +194,7 @@ void accumulate(const Record& r, const Mode& mode, int64_t begin, int64_t size, 
 template <class Y, bool gradient>
 void apply(const Record& r, const Mode& mode, int64_t begin, int64_t size, double*) {
   const Factors<Y> factors(r, mode, begin);
-  for_blocks<Y>(r, mode.far, begin, size, Use{true, gradient, false, true}, [&](const Block<Y>& b) SOFIM_INLINE {
+  for_blocks<Y>(r, mode, begin, size, Use{true, gradient, false, true}, [&](const Block<Y>& b) SOFIM_INLINE {
     const auto m = load(b.m);
     if constexpr (gradient) {
       factors.template update<true, true>(b, load(b.g), m);
@@ -202,7 +207,7 @@ void apply(const Record& r, const Mode& mode, int64_t begin, int64_t size, doubl
 template <class Y, bool weights>
 void dots(const Record& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
   Lanes mm, mg, gg, mw, gw, ww;
-  for_blocks<Y>(r, mode.far, begin, size, Use{weights, true, false, false}, [&](const Block<Y>& b) SOFIM_INLINE {
+  for_blocks<Y>(r, mode, begin, size, Use{weights, true, false, false}, [&](const Block<Y>& b) SOFIM_INLINE {
     const Doubles m = widened(load(b.m)), g = widened(load(b.g));
     mm.add(m, m);
     mg.add(m, g);
@@ -228,7 +233,7 @@ template <class Y, bool gradient>
 void commit(const Record& r, const Mode& mode, int64_t begin, int64_t size, double*) {
   const Factors<Y> factors(r, mode, begin);
   const bool scaled = mode.scaled;
-  for_blocks<Y>(r, mode.far, begin, size, Use{true, true, true, true}, [&](const Block<Y>& b) SOFIM_INLINE {
+  for_blocks<Y>(r, mode, begin, size, Use{true, true, true, true}, [&](const Block<Y>& b) SOFIM_INLINE {
     auto v = load(b.g);
     if (scaled) v = v * typename Y::V(factors.gain);
     const auto m = factors.moment(load(b.m), v, b.w);

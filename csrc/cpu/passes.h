@@ -35,7 +35,8 @@ struct Mode {
   bool gradient = false;  // w takes the term update.g·v (in accumulate: and no other)
   bool scaled = false;    // commit: v = gain·g, else v = g
   double gain = 1.0;
-  bool far = false;  // too many elements for a core's caches
+  bool far = false;        // too many elements for a core's caches
+  bool backwards = false;  // the order in which a thread takes its tiles
 };
 
 // Sums of a tile, in this order. accumulate writes as many as the mode asks for: mm, then mg, then mw; dots all but

@@ -32,12 +32,11 @@ size_t Tiling::tensor_of(int64_t tile) const {
   return std::upper_bound(first_.begin(), first_.end(), tile) - first_.begin() - 1;
 }
 
-void sweep(Kernel kernel, const Record* records, const Tiling& tiling, const Mode& mode, Order order, double* sums,
-           int width) {
+void sweep(Kernel kernel, const Record* records, const Tiling& tiling, const Mode& mode, double* sums, int width) {
   if (tiling.tiles() == 0) return;
   const auto stretch = [&](int64_t begin, int64_t end) {
     if (begin >= end) return;
-    const bool forwards = order == Order::forwards;
+    const bool forwards = !mode.backwards;
     size_t tensor = tiling.tensor_of(forwards ? begin : end - 1);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t tile = forwards ? i : begin + end - 1 - i;

@@ -30,12 +30,9 @@ class Tiling {
   std::vector<int64_t> elements_{0};
 };
 
-enum class Order { forwards, backwards };
-
 // Runs a pass over every tile. Threads get stretches of neighbouring tiles of about the same number of elements, the
-// same ones in each pass; each thread takes its own in the given order, so that a second pass backwards meets first
+// same ones in each pass; each thread takes its own in the mode's order, so that a second pass backwards meets first
 // what the pass before it left in the cache. `sums` has room for `width` numbers per tile.
-void sweep(Kernel kernel, const Record* records, const Tiling& tiling, const Mode& mode, Order order, double* sums,
-           int width);
+void sweep(Kernel kernel, const Record* records, const Tiling& tiling, const Mode& mode, double* sums, int width);
 
 }  // namespace sofim

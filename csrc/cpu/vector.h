@@ -114,7 +114,7 @@ SOFIM_WORDS_OPERATOR(>>)
 SOFIM_HD Words where_number(const Words& x, const Words& a, const Words& b) {
   typedef float Reals __attribute__((vector_size(sizeof(Words::Part))));
   return Words(Words::Indices(), [&](auto i) SOFIM_INLINE {
-    const Reals real = reinterpret_cast<const Reals&>(x.part[i]);
+    const Reals real = reinterpret_cast<Reals>(x.part[i]);
     return real == real ? a.part[i] : b.part[i];
   });
 }

@@ -73,8 +73,8 @@ class CpuPasses:
 
 
 def _kahans(tiles: Tiles) -> list[Tensor]:
-    # An operator's list holds tensors only: an empty one stands for none.
-    return [torch.empty(0, dtype=w.dtype) if k is None else k for w, k in zip(tiles.params, tiles.kahans, strict=True)]
+    none = torch.empty(0)  # an operator's list holds tensors only
+    return [none if kahan is None else kahan for kahan in tiles.kahans]
 
 
 def passes_for(device: torch.device) -> CpuPasses | str:
