@@ -1,5 +1,5 @@
-// The arithmetic of one element. Each formula stands here once, as a template: for a scalar, on the host or on a device,
-// and for a vector of elements (csrc/cpu/vector.h). V is a real type, float or double or a vector of them; U a 32-bit
+// The arithmetic of one element. Each formula stands here once, as a template: for a scalar, on host or device, and for
+// a vector of elements (csrc/cpu/vector.h). V is a real type, float or double or a vector of them; U a 32-bit
 // unsigned integer or a vector of them.
 #pragma once
 
@@ -94,8 +94,8 @@ SOFIM_HD uint32_t stretch_key(uint32_t key, int64_t index) {
   return mixed(key ^ static_cast<uint32_t>(static_cast<uint64_t>(index) >> 32));
 }
 
-// 16 random bits; `place` is the lower half of the index times kWeyl. They are the upper half of mixed(stretch + place),
-// to which its last step adds nothing.
+// 16 random bits; `place` is the lower half of the index times kWeyl. They are the upper half of
+// mixed(stretch + place), to which its last step adds nothing.
 template <class U>
 SOFIM_HD U random_bits(U stretch, U place) {
   U x = stretch + place;
@@ -106,8 +106,8 @@ SOFIM_HD U random_bits(U stretch, U place) {
 }
 
 // A float32's bits, rounded to those of a bfloat16 (the lower half zero): up in magnitude with the probability of the
-// part that is cut off. An infinity has nothing to cut off and stays what it is, and so does a NaN that arithmetic made:
-// it is a quiet one, which shows in the upper half.
+// part that is cut off. An infinity has nothing to cut off and stays what it is, and so does a NaN that arithmetic
+// made: it is a quiet one, which shows in the upper half.
 template <class U>
 SOFIM_HD U rounded_stochastically(U value, U random) {
   return where_number(value, value + random, value) & 0xFFFF0000u;

@@ -30,7 +30,7 @@ Kernel kernel_of(Pass pass) {
 void use_kernels(const Kernels* kernels) { used = kernels; }
 
 const Kernels& used_kernels() {
-  TORCH_CHECK(used != nullptr, "sofim_fused: no instruction set was chosen; import sofim_fused before using its operators");
+  TORCH_CHECK(used != nullptr, "sofim_fused: no instruction set was chosen; import sofim_fused before its operators");
   return *used;
 }
 

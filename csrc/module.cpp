@@ -40,7 +40,9 @@ const Names& names() {
 
 PyObject* item(PyObject* dict, PyObject* key) { return PyDict_GetItemWithError(dict, key); }
 
-bool is_tensor(PyObject* object) { return object != nullptr && (THPVariable_CheckExact(object) || THPVariable_Check(object)); }
+bool is_tensor(PyObject* object) {
+  return object != nullptr && (THPVariable_CheckExact(object) || THPVariable_Check(object));
+}
 
 // A float, or with `tensor` also a real one-element tensor on the CPU.
 bool read_number(PyObject* object, bool tensor, double& value) {
@@ -389,5 +391,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   pybind11::class_<Step>(m, "Step", "A whole step over tensors on the CPU; keeps memory from one to the next.")
       .def(pybind11::init<>())
       .def("__call__", &Step::run, pybind11::arg("param_groups"), pybind11::arg("state"),
-           "Takes a step: True if plain, (grad_norm, skipped) if guarded, None if it cannot; then nothing was changed.");
+           "Takes a step: True if plain, (grad_norm, skipped) if guarded, None if it cannot and has changed nothing.");
 }

@@ -182,6 +182,21 @@ def test_the_operators_compile() -> None:
     assert same_bits(*results)
 
 
+def test_a_compiled_step() -> None:
+    """With breaks in the graph, in torch's own part of the step, and to the same bits."""
+    results = []
+    for compiled in (False, True):
+        params = [nn.Parameter(torch.linspace(-1, 1, n)) for n in (5, 40)]
+        optimizer = SOFIM(params, lr=0.1, backend="cpu")
+        optimizer._step_in_one_call = lambda groups, state: None
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        for count in range(3):
+            give(params, [torch.sin(torch.arange(p.numel()) + float(count)) for p in params])
+            step()
+        results.append(snapshot(optimizer))
+    assert same_bits(*results)
+
+
 REFUSED: dict[str, Callable[[Any], Any]] = {
     "the lists differ in length; params has 2": lambda x: x.update(grads=x["grads"][:1]),
     "tensor 0: parameter: not float32": lambda x: x["params"].__setitem__(0, torch.ones(4, dtype=torch.int32)),

@@ -51,7 +51,9 @@ void sweep(Kernel kernel, const Record* records, const Tiling& tiling, const Mod
   const int64_t parts = std::clamp<int64_t>(elements / kGrain, 1, at::get_num_threads());
   if (parts == 1) return stretch(0, tiling.tiles());
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    const auto boundary = [&](int64_t part) { return part == parts ? tiling.tiles() : tiling.tile_at(elements / parts * part); };
+    const auto boundary = [&](int64_t part) {
+      return part == parts ? tiling.tiles() : tiling.tile_at(elements / parts * part);
+    };
     stretch(boundary(begin), boundary(end));
   });
 }

@@ -76,7 +76,9 @@ struct Ops<Pack<T>> {
     return V(Indices(), [&](auto i) SOFIM_INLINE { return x.part[i].abs(); });
   }
   static SOFIM_HD V where_at_most(const V& a, const V& b, const V& x) {
-    return V(Indices(), [&](auto i) SOFIM_INLINE { return Part::blendv(Part(T(0)), x.part[i], a.part[i] <= b.part[i]); });
+    return V(Indices(), [&](auto i) SOFIM_INLINE {
+      return Part::blendv(Part(T(0)), x.part[i], a.part[i] <= b.part[i]);
+    });
   }
 };
 
@@ -215,7 +217,9 @@ SOFIM_HD Floats load(const BFloat16* from) {
   });
 }
 SOFIM_HD Floats load(const Half* from) {
-  return Floats(Floats::Indices(), [=](auto i) SOFIM_INLINE { return Floats::Part(_mm256_cvtph_ps(load_bits(from + 8 * i))); });
+  return Floats(Floats::Indices(), [=](auto i) SOFIM_INLINE {
+    return Floats::Part(_mm256_cvtph_ps(load_bits(from + 8 * i)));
+  });
 }
 SOFIM_HD void store(BFloat16* to, const Floats& x) {
   at::vec::convert_from_float<BFloat16>(x.part[0], x.part[1]).store(to);

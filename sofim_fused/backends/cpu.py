@@ -81,7 +81,8 @@ def passes_for(device: torch.device) -> CpuPasses | str:
     """The native passes for ``device``, or the reason why it has none."""
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}"
-    return _loaded()
+    loaded: CpuPasses | str = torch.compiler.disable(_loaded)()  # which files are there is nothing to trace
+    return loaded
 
 
 @cache
