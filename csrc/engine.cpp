@@ -11,16 +11,16 @@ const Kernels* used = nullptr;
 constexpr int64_t kFar = 1 << 20;
 
 Kernel kernel_of(Pass pass) {
-  const Kernels& kernels = used_kernels();
+  TORCH_CHECK(used != nullptr, "sofim_fused: no instruction set was chosen; import sofim_fused before its operators");
   switch (pass) {
     case Pass::accumulate:
-      return kernels.accumulate;
+      return used->accumulate;
     case Pass::apply:
-      return kernels.apply;
+      return used->apply;
     case Pass::dots:
-      return kernels.dots;
+      return used->dots;
     case Pass::commit:
-      return kernels.commit;
+      return used->commit;
   }
   TORCH_INTERNAL_ASSERT(false);
 }
@@ -28,11 +28,6 @@ Kernel kernel_of(Pass pass) {
 }  // namespace
 
 void use_kernels(const Kernels* kernels) { used = kernels; }
-
-const Kernels& used_kernels() {
-  TORCH_CHECK(used != nullptr, "sofim_fused: no instruction set was chosen; import sofim_fused before its operators");
-  return *used;
-}
 
 std::vector<Products> run_pass(Pass pass, const Roster& roster, Mode mode, std::vector<double>& scratch) {
   const Tiling& tiling = roster.tiling();

@@ -12,7 +12,6 @@ namespace sofim {
 
 // The instruction set's passes; set once, before anything else.
 void use_kernels(const Kernels* kernels);
-const Kernels& used_kernels();
 
 enum class Pass { accumulate, apply, dots, commit };
 

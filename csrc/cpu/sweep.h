@@ -15,7 +15,6 @@ class Tiling {
   void clear();
   void add(int64_t numel);
 
-  size_t tensors() const { return first_.size() - 1; }
   int64_t tiles() const { return first_.back(); }
   int64_t elements() const { return elements_.back(); }
   // The tiles of tensor i are [first(i), first(i + 1)).
