@@ -69,7 +69,7 @@ def instruction_sets() -> list[str]:
     """What to build on this machine."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ["default"]
-    # Scalar code and sanitizers' checks on every element: the default would take the compiler half an hour.
+    # Scalar code and sanitizers' checks on every element: the default would take the compiler longest by far.
     return [name for name in INSTRUCTION_SETS if name != "default" or not os.environ.get("SOFIM_SANITIZE")]
 
 

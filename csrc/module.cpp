@@ -235,7 +235,6 @@ class Step {
   };
 
   bool gather(PyObject* groups, PyObject* state) {
-    roster_.clear();
     groups_.clear();
     group_of_.clear();
     whole_ = Whole();

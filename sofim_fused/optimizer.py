@@ -181,7 +181,7 @@ class SOFIM(Optimizer):
     def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
         """What :class:`Optimizer` puts around ``step``, for the steps that a hook or a profiler waits for.
 
-        On a small model it takes half as long as the step itself.
+        For a few small tensors it would take longer than the step itself.
         """
         observed = Optimizer.profile_hook_step(func)
 

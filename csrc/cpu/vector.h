@@ -99,12 +99,12 @@ struct Words {
   SOFIM_HD Words(std::integer_sequence<int, i...>, F f) : part{f(std::integral_constant<int, i>())...} {}
 };
 
-#define SOFIM_WORDS_OPERATOR(op)                                                         \
-  SOFIM_HD Words operator op(const Words& a, const Words& b) {                           \
-    return Words(Words::Indices(), [&](auto i) SOFIM_INLINE { return a.part[i] op b.part[i]; });      \
-  }                                                                                      \
-  SOFIM_HD Words operator op(const Words& a, uint32_t b) {                               \
-    return Words(Words::Indices(), [&](auto i) SOFIM_INLINE { return a.part[i] op b; });              \
+#define SOFIM_WORDS_OPERATOR(op)                                                                 \
+  SOFIM_HD Words operator op(const Words& a, const Words& b) {                                   \
+    return Words(Words::Indices(), [&](auto i) SOFIM_INLINE { return a.part[i] op b.part[i]; }); \
+  }                                                                                              \
+  SOFIM_HD Words operator op(const Words& a, uint32_t b) {                                       \
+    return Words(Words::Indices(), [&](auto i) SOFIM_INLINE { return a.part[i] op b; });         \
   }
 SOFIM_WORDS_OPERATOR(+)
 SOFIM_WORDS_OPERATOR(*)
