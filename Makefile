@@ -13,8 +13,11 @@ SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 SANITIZED := build/sanitized
 SANITIZE_TESTS ?= tests/test_native.py tests/test_passes.py
 LESSER_SETS := avx2 default
+INTERPRETER_TESTS := tests/test_matrix.py tests/test_passes.py tests/test_triton.py
+GPU_BUDGET ?= 540
+JOBS ?= 2
 
-.PHONY: help demo test coverage native instruction-sets sanitize lint format types clean FORCE
+.PHONY: help demo test coverage native instruction-sets interpreter kernels gpu sanitize lint format types clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +27,9 @@ help:
 	@echo "make native    compile what has changed in csrc, and show all that the compiler says"
 	@echo "make sanitize  run tests of the C++ with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make instruction-sets  run tests of the C++ as compiled for older CPUs than this one"
+	@echo "make interpreter  run the tests of the Triton kernels on the CPU, in Triton's interpreter"
+	@echo "make kernels   compile the Triton kernels for GPUs and report what they come to"
+	@echo "make gpu       on a machine with a GPU: build, test and time there (GPU_BUDGET seconds)"
 	@echo "make lint      check style (make format: repair it)"
 	@echo "make types     check types"
 	@echo "make clean     remove the virtual environment and caches"
@@ -34,7 +40,7 @@ demo: $(READY) $(NATIVE)
 	$(BIN)/python -m examples.train $(ARGS)
 
 test: $(READY) $(NATIVE)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 coverage: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest --cov=sofim_fused --cov-report=term-missing $(ARGS)
@@ -47,8 +53,19 @@ instruction-sets: $(READY) $(NATIVE)
 	for set in $(LESSER_SETS); do \
 	    export ATEN_CPU_CAPABILITY=$$set && \
 	    $(BIN)/python -c 'from sofim_fused import native; print(native.instruction_set())' && \
-	    $(BIN)/python -m pytest -q -k cpu tests/test_matrix.py tests/test_passes.py $(ARGS) || exit 1; \
+	    $(BIN)/python -m pytest -q -n $(JOBS) -k "cpu and not reference" tests/test_matrix.py tests/test_passes.py $(ARGS) || exit 1; \
 	done
+
+# The interpreter is chosen for a whole process.
+interpreter: $(READY) $(NATIVE)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(JOBS) $(INTERPRETER_TESTS) $(ARGS)
+
+kernels: $(READY)
+	$(BIN)/python -m bench.kernels $(ARGS)
+
+# With what the machine has: no virtual environment, no network.
+gpu:
+	$(PYTHON) -m bench.gpu --budget $(GPU_BUDGET) $(ARGS)
 
 # A copy of its own. The sanitizers have to be in the process before anything else is, libstdc++ before they look for it.
 sanitize: $(READY)

@@ -82,3 +82,33 @@ def grid(limit: int = 200_000_000) -> dict[str, list[Shape]]:
         for tensors in (1, 100, 1000)
         if tensors * size <= limit
     }
+
+
+def vit_b() -> list[Shape]:
+    """ViT-B/16 for ImageNet, in torchvision's order."""
+    width, patches = 768, (224 // 16) ** 2
+    stem: list[Shape] = [(1, 1, width), (width, 3, 16, 16), (width,), (1, patches + 1, width)]
+    return [*stem, *_transformer_layer(width) * 12, (width,), (width,), *_linear(width, 1000)]
+
+
+def lm_1b() -> list[Shape]:
+    """A language model of 1.1 billion parameters: GPT-2's layers, the head tied to the token embedding."""
+    width, layers, tokens, context = 2048, 20, 50257, 2048
+    return [(tokens, width), (context, width), *_transformer_layer(width) * layers, (width,), (width,)]
+
+
+def _transformer_layer(width: int) -> list[Shape]:
+    norm: list[Shape] = [(width,), (width,)]
+    attention = _linear(width, 3 * width) + _linear(width, width)
+    feed_forward = _linear(width, 4 * width) + _linear(4 * width, width)
+    return norm + attention + norm + feed_forward
+
+
+# Besides what bench.step runs on a CPU, models that would take it minutes and many GB.
+GPU_MODELS: dict[str, Callable[[], list[Shape]]] = {**MODELS, "vit-b": vit_b, "lm-1b": lm_1b}
+
+
+def miniature(shapes: Sequence[Shape], dimension: int, tensors: int) -> list[Shape]:
+    """At most ``tensors`` of the shapes, as different ones as there are, each dimension at most ``dimension``."""
+    small = [tuple(min(size, dimension) for size in shape) for shape in shapes]
+    return [*dict.fromkeys(small), *small][: min(tensors, len(small))]

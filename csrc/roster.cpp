@@ -32,8 +32,6 @@ bool storage_type(at::ScalarType dtype, Type& type) {
 
 bool narrow(Type type) { return type == Type::bfloat16 || type == Type::float16; }
 
-bool readable(const at::Tensor& x) { return x.layout() == at::kStrided && x.device().is_cpu() && x.has_storage(); }
-
 // Whether elements that correspond lie in the same order; dimensions of one element have no say.
 bool same_order(const at::Tensor& a, const at::Tensor& b) {
   const auto sizes = a.sizes(), left = a.strides(), right = b.strides();
@@ -45,6 +43,12 @@ bool same_order(const at::Tensor& a, const at::Tensor& b) {
 
 bool as_stored(const at::Tensor& x) { return !x.is_conj() && !x.is_neg(); }
 
+bool has_memory(const at::Tensor& x) {
+  const c10::TensorImpl* impl = x.unsafeGetTensorImpl();
+  const c10::Storage& storage = impl->unsafe_storage();
+  return storage && (storage.data() != nullptr || impl->numel() == 0);
+}
+
 // A zero-length tensor has no memory; a pointer that is not null keeps arithmetic on it defined.
 char nowhere[1];
 
@@ -54,6 +58,11 @@ void* somewhere(Pointer pointer) {
 }
 
 }  // namespace
+
+bool has_addresses(const at::Tensor& x) {
+  const c10::DeviceType device = x.device().type();
+  return x.layout() == at::kStrided && device != at::kMeta && device != at::kMPS && has_memory(x);
+}
 
 void Roster::clear() {
   records_.clear();
@@ -67,6 +76,13 @@ void Roster::clear() {
 const char* Roster::add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
                         const at::Tensor& step, int64_t ordinal) {
   Record record{};
+  if (anywhere_ && records_.empty()) {
+    device_ = w.device();
+    if (!has_addresses(w)) return "parameter: not a dense tensor in memory";
+  }
+  const auto readable = [this](const at::Tensor& x) {
+    return x.device() == device_ && x.layout() == at::kStrided && has_memory(x);
+  };
   if (!readable(w)) return "parameter: not a dense tensor on the CPU";
   if (!readable(g)) return "gradient: not a dense tensor on the CPU";
   if (!readable(m)) return "exp_avg: not a dense tensor on the CPU";
@@ -153,10 +169,8 @@ void Roster::key_random_bits(int64_t ahead) {
 }
 
 void Roster::advance() {
-  for (Member& member : members_) {
-    ++*member.updates;
-    member.step->bump_version();
-  }
+  for (Member& member : members_) ++*member.updates;
+  bump_steps();
 }
 
 void Roster::bump_weights() {
@@ -170,6 +184,10 @@ void Roster::bump_moments() {
   for (Member& member : members_) member.m->bump_version();
 }
 
+void Roster::bump_steps() {
+  for (Member& member : members_) member.step->bump_version();
+}
+
 void Roster::write_back(bool weights, bool moments) {
   c10::NoGradGuard no_grad;
   for (Copied& copied : copied_) {
@@ -177,12 +195,9 @@ void Roster::write_back(bool weights, bool moments) {
   }
 }
 
-void Roster::hold() {
-  for (const Member& member : members_) {
-    for (c10::TensorImpl* impl : {member.w, member.g, member.m, member.kahan, member.step}) {
-      if (impl != nullptr) held_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(impl));
-    }
-  }
+void Roster::hold_gradients() {
+  held_.reserve(members_.size());
+  for (const Member& member : members_) held_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(member.g));
 }
 
 }  // namespace sofim

@@ -10,12 +10,17 @@
 
 namespace sofim {
 
+// Whether elements of a tensor have addresses: it is dense, has memory, and lies on a device where a pointer says where.
+bool has_addresses(const at::Tensor& x);
+
 class Roster {
  public:
+  // `anywhere`: all tensors may lie on any one device, the first one's. Else all have to lie on the CPU.
+  explicit Roster(bool anywhere = false) : anywhere_(anywhere) {}
   void clear();
 
-  // Takes one tensor of a step; it must outlive this step (or see hold()). `kahan` and `step` may be undefined: no bits
-  // are kept, no count is needed. Returns nullptr, or what is wrong, a phrase for a message; then nothing was added.
+  // Takes one tensor of a step; it must outlive this step. `kahan` and `step` may be undefined: no bits are kept, no
+  // count is needed. Returns nullptr, or what is wrong, a phrase for a message; then nothing was added.
   // Tensors whose memory is not laid out like m's go through copies, which write_back() takes home; so do lazily
   // conjugated and negated gradients.
   const char* add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
@@ -26,8 +31,13 @@ class Roster {
   const Tiling& tiling() const { return tiling_; }
   const Record* records() const { return records_.data(); }
   Record& record(size_t i) { return records_[i]; }
+  // Where the tensors lie; of no meaning without any.
+  at::Device device() const { return device_; }
+  uint32_t ordinal(size_t i) const { return members_[i].ordinal; }
 
-  // The updates that tensor i has received.
+  // Where tensor i's count of updates lies, on the tensors' device.
+  const int64_t* count(size_t i) const { return members_[i].updates; }
+  // The updates that tensor i has received. This, key_random_bits() and advance() are for tensors on the CPU.
   int64_t updates(size_t i) const { return *members_[i].updates; }
   // Keys the random bits of each tensor by its update number: updates received plus `ahead`.
   void key_random_bits(int64_t ahead);
@@ -37,10 +47,11 @@ class Roster {
   // Raise version counters, so that autograd notices what passes write; w includes kahan.
   void bump_weights();
   void bump_moments();
+  void bump_steps();
   // Takes what the passes wrote into copies home.
   void write_back(bool weights, bool moments);
-  // Keeps every tensor alive until clear(): for a step without Python's lock.
-  void hold();
+  // Keeps the gradients alive until clear().
+  void hold_gradients();
 
  private:
   struct Member {
@@ -53,6 +64,8 @@ class Roster {
     bool moment;
   };
 
+  const bool anywhere_;
+  at::Device device_ = at::kCPU;
   std::vector<Record> records_;
   std::vector<Member> members_;
   std::vector<at::Tensor> kept_;  // copies that are only read

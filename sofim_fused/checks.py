@@ -54,6 +54,17 @@ CONSTRUCTOR_ONLY = (
 )
 
 
+def flag(name: str, value: Any) -> bool:
+    """A constructor's flag; ``None`` counts as ``False``.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not (value is None or isinstance(value, bool)):
+        raise TypeError(f"{name}={value!r}: pass True or False")
+    return bool(value)
+
+
 def unavailable(options: Mapping[str, Any]) -> None:
     """Refuse options that are part of the signature but that this version does not have.
 
@@ -61,16 +72,13 @@ def unavailable(options: Mapping[str, Any]) -> None:
         options: name to value, as passed to the constructor; falsy values are fine.
     """
     remedy = {
-        "capturable": "run the step outside of the graph",
         "in_backward": "call step() after backward()",
         "release_grads": "call zero_grad() after step()",
         "amp_fused": "leave it out: torch.amp.GradScaler then unscales before the step",
         "differentiable": "the update is made in place; unroll it in plain PyTorch instead",
     }
     for name, value in options.items():
-        if not (value is None or isinstance(value, bool)):
-            raise TypeError(f"{name}={value!r}: pass True or False")
-        if value:
+        if flag(name, value):
             raise ValueError(f"{name}={value!r} is not available in this version: {remedy[name]}")
 
 

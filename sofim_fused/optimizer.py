@@ -66,15 +66,19 @@ class SOFIM(Optimizer):
             counts. (The test is on the sum of squares, so that a float64 gradient above 1e154 counts as infinite.)
         foreach: ``True`` and ``False`` both ask for the pure-PyTorch backend; the native ones are neither.
         fused: ``True`` asks for a native backend, and raises where there is none; ``False`` for the pure-PyTorch one.
-        capturable, in_backward, release_grads, amp_fused, differentiable: not available in this version; truthy values
-            raise. (``torch.amp.GradScaler`` works without ``amp_fused``: it unscales before the step.)
-        backend: ``"auto"``, ``"cpu"`` (C++, ``csrc``) or ``"reference"`` (pure PyTorch). Never saved with the state;
-            :attr:`backends` tells what is used.
+        capturable: a step may be captured in a CUDA graph, after one like it was taken. A replay takes gradients from
+            where they were, ``lr`` and ``rho`` from their tensors if these are on the device, and every number as it
+            was when the graph was captured. Step counts are on the device in any case.
+        in_backward, release_grads, amp_fused, differentiable: not available in this version; truthy values raise.
+            (``torch.amp.GradScaler`` works without ``amp_fused``: it unscales before the step.)
+        backend: ``"auto"``, ``"cpu"`` (C++, ``csrc``), ``"triton"`` (GPUs) or ``"reference"`` (pure PyTorch). Never
+            saved with the state; :attr:`backends` tells what is used.
 
     Raises:
         TypeError, ValueError: an argument, a parameter, a gradient or a state dict cannot be taken; the message says
             which and what to do, and nothing was changed.
-        RuntimeError: the requested backend cannot run on a parameter's device.
+        RuntimeError: the requested backend cannot run on a parameter's device, or a step is captured in a graph
+            without ``capturable``, or before any like it was taken.
 
     Example:
         >>> optimizer = SOFIM(model.parameters(), lr=0.5, momentum=0.9, rho=1.0)
@@ -129,9 +133,9 @@ class SOFIM(Optimizer):
         }
         checks.group(defaults)
         self._backend = backends.requested(backend, foreach, fused)
+        self._capturable = checks.flag("capturable", capturable)
         checks.unavailable(
             {
-                "capturable": capturable,
                 "in_backward": in_backward,
                 "release_grads": release_grads,
                 "amp_fused": amp_fused,
@@ -140,6 +144,7 @@ class SOFIM(Optimizer):
         )
         self._lanes_of: dict[torch.device, tuple[Passes, Scalars]] = {}
         self._step_in_one_call: NativeStep | None = None
+        self._may_not_capture = False
         self._grad_norm: Tensor | None = None
         self._skipped_steps: Tensor | None = None
         # Nothing at all counts as an empty group: a group may be empty, all of them may not.
@@ -170,7 +175,12 @@ class SOFIM(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        outcome = None if torch.compiler.is_compiling() else self._native_step()(self.param_groups, self.state)
+        outcome = None
+        if not torch.compiler.is_compiling():
+            native_step = self._native_step()
+            if self._may_not_capture and backends.capturing():
+                raise RuntimeError("a step is captured in a CUDA graph: make the optimizer with capturable=True")
+            outcome = native_step(self.param_groups, self.state)
         if outcome is None:
             self._step_by_passes()
         elif outcome is not True:
@@ -205,6 +215,7 @@ class SOFIM(Optimizer):
         if self._step_in_one_call is None:
             device = next(param.device for group in self.param_groups for param in group["params"])
             self._step_in_one_call = backends.choose(self._backend, device).native_step()
+            self._may_not_capture = device.type == "cuda" and not self._capturable
         return self._step_in_one_call
 
     @torch.no_grad()
@@ -331,6 +342,7 @@ class SOFIM(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", "auto")
+        self.__dict__.setdefault("_capturable", False)
         self.__dict__.setdefault("_grad_norm", None)
         self.__dict__.setdefault("_skipped_steps", None)
         self._lanes_of = {}
@@ -344,7 +356,8 @@ class SOFIM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # The backend stays behind: what is unpickled may meet another machine.
-        return {**super().__getstate__(), "_grad_norm": self._grad_norm, "_skipped_steps": self._skipped_steps}
+        kept = {name: getattr(self, name) for name in ("_capturable", "_grad_norm", "_skipped_steps")}
+        return {**super().__getstate__(), **kept}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SOFIM:
         twin = type(self).__new__(type(self))

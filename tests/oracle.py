@@ -110,6 +110,6 @@ class Oracle:
 
 
 def real64(x: Tensor) -> Tensor:
-    """A float64 copy; of a complex tensor, of its real view."""
-    x = x.detach().resolve_conj()
+    """A float64 copy on the CPU; of a complex tensor, of its real view."""
+    x = x.detach().cpu().resolve_conj()
     return (torch.view_as_real(x) if x.is_complex() else x).to(torch.float64, copy=True)

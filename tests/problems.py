@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sofim_fused import SOFIM
+from sofim_fused import SOFIM, tiles
 from tests.oracle import Hyper, Oracle
 
 
@@ -38,9 +38,12 @@ LAYOUTS: dict[str, Callable[[torch.dtype], Tensor]] = {
 }
 
 
-def make_parameter(layout: str, dtype: torch.dtype, generator: torch.Generator) -> torch.nn.Parameter:
+def make_parameter(
+    layout: str, dtype: torch.dtype, generator: torch.Generator, device: str = "cpu"
+) -> torch.nn.Parameter:
     """A parameter of a layout, filled with normal values."""
-    x = LAYOUTS[layout](dtype)
+    with torch.device(device):
+        x = LAYOUTS[layout](dtype)
     x.copy_(torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.real.dtype))
     if x.is_complex():
         x.imag.copy_(torch.randn(x.shape, generator=generator, dtype=torch.float64))
@@ -97,7 +100,11 @@ class Problem:
 
 
 def mixed_problem(
-    dtype: torch.dtype | Sequence[torch.dtype], decay: str = "none", seed: int = 0, layouts: Sequence[str] = ()
+    dtype: torch.dtype | Sequence[torch.dtype],
+    decay: str = "none",
+    seed: int = 0,
+    layouts: Sequence[str] = (),
+    device: str = "cpu",
 ) -> Problem:
     """Three groups of different hyperparameters over all layouts.
 
@@ -106,10 +113,13 @@ def mixed_problem(
         decay: ``"none"``, ``"decoupled"`` or ``"l2"`` weight decay, different in each group.
         seed: of values and gradients.
         layouts: a choice of :data:`LAYOUTS`; all by default.
+        device: where the parameters lie.
     """
     generator = torch.Generator().manual_seed(seed)
     dtypes = [dtype] if isinstance(dtype, torch.dtype) else list(dtype)
-    params = [make_parameter(name, dtypes[i % len(dtypes)], generator) for i, name in enumerate(layouts or LAYOUTS)]
+    params = [
+        make_parameter(name, dtypes[i % len(dtypes)], generator, device) for i, name in enumerate(layouts or LAYOUTS)
+    ]
     weight_decay = 0.0 if decay == "none" else 0.02
     base = Hyper(lr=0.05, momentum=0.9, rho=0.7, weight_decay=weight_decay, decoupled=decay != "l2")
     hypers = [
@@ -141,6 +151,15 @@ def give(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         p.grad = g
 
 
+def give_state(optimizer: SOFIM) -> None:
+    """Make every parameter's state at once, as the first step with all gradients would find it."""
+    ordinal = 0
+    for index, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            tiles.ensure_state(tiles.Entry(index, ordinal, p, p), group, optimizer.state)
+            ordinal += 1
+
+
 def snapshot(optimizer: SOFIM) -> list[Tensor]:
     """Copies of every tensor that a step may change: parameters and state, in a fixed order."""
     tensors = []
@@ -162,4 +181,4 @@ def same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
 
 
 def _bytes(x: Tensor) -> bytes:
-    return bytes(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return bytes(x.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())

@@ -65,7 +65,11 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"state_dtype": "bfloat16"}, ValueError, r"state_dtype='bfloat16'"),
     ({"kahan": "on"}, TypeError, r"kahan='on'"),
     ({"kahan": 0}, TypeError, r"kahan=0"),
-    ({"backend": "cublas"}, ValueError, r"backend='cublas' is unknown: take one of 'auto', 'cpu', 'reference'"),
+    (
+        {"backend": "cublas"},
+        ValueError,
+        r"backend='cublas' is unknown: take one of 'auto', 'cpu', 'triton', 'reference'",
+    ),
     ({"foreach": 1}, TypeError, r"foreach=1: pass True, False or None"),
     (
         {"foreach": True, "fused": True},
@@ -73,7 +77,6 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"fused=True asks for a native backend, foreach=True for pure PyTorch",
     ),
     ({"backend": "reference", "fused": True}, ValueError, r"fused=True asks for a native backend, backend='reference'"),
-    ({"capturable": True}, ValueError, r"capturable=True is not available in this version"),
     ({"in_backward": True}, ValueError, r"in_backward=True is not available in this version"),
     ({"release_grads": True}, ValueError, r"release_grads=True is not available in this version"),
     ({"amp_fused": True}, ValueError, r"amp_fused=True is not available in this version"),

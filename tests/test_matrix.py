@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sofim_fused import SOFIM, backends
+from sofim_fused import SOFIM
 from tests.oracle import Hyper, Oracle, real64
-from tests.problems import Problem, give, mixed_problem
+from tests.problems import Problem, give, give_state, mixed_problem
+from tests.runs import Run
 
-BACKENDS = [name for name in backends.names() if name != "auto"]
 SCHEDULES: dict[str, dict[str, Any]] = {
     "plain": {},
     "clip": {"max_grad_norm": 1.2},
@@ -29,8 +29,11 @@ TOLERANCES = {
 }
 
 
-def optimizer_for(problem: Problem, numerator: str, fisher: str, backend: str, **options: Any) -> SOFIM:
-    return SOFIM(problem.groups, numerator=numerator, fisher=fisher, backend=backend, **options)
+def optimizer_for(problem: Problem, numerator: str, fisher: str, run: Run, **options: Any) -> SOFIM:
+    optimizer = SOFIM(problem.groups, numerator=numerator, fisher=fisher, backend=run.backend, **options)
+    if run.ready:
+        give_state(optimizer)
+    return optimizer
 
 
 def distance(params: list[Tensor], oracle: Oracle) -> float:
@@ -39,21 +42,21 @@ def distance(params: list[Tensor], oracle: Oracle) -> float:
     return max(((p - w).norm() / w.norm()).item() for p, w in pairs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("decay", ["none", "decoupled", "l2"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("fisher", ["model", "group", "parameter"])
 @pytest.mark.parametrize("numerator", ["moment", "gradient"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_follows_the_oracle(
-    schedule: str, numerator: str, fisher: str, dtype: torch.dtype, decay: str, backend: str
+    schedule: str, numerator: str, fisher: str, dtype: torch.dtype, decay: str, run: Run
 ) -> None:
-    problem = mixed_problem(dtype, decay)
+    problem = mixed_problem(dtype, decay, layouts=run.layouts, device=run.device)
     oracle = problem.oracle(numerator, fisher, **SCHEDULES[schedule])
-    optimizer = optimizer_for(problem, numerator, fisher, backend, **SCHEDULES[schedule])
+    optimizer = optimizer_for(problem, numerator, fisher, run, **SCHEDULES[schedule])
     start = [w.clone() for w in oracle.weights]
-    for count, grads in enumerate(islice(problem.gradients(), 100 if decay == "none" else 30)):
-        if count == 12:  # as schedulers do
+    steps = run.steps(100 if decay == "none" else 30)
+    for count, grads in enumerate(islice(problem.gradients(), steps)):
+        if count == min(12, steps - 2):  # as schedulers do
             for group in optimizer.param_groups:
                 group.update(lr=group["lr"] / 2, momentum=0.8, rho=1.1)
             oracle.hypers = [replace(hyper, lr=hyper.lr / 2, momentum=0.8, rho=1.1) for hyper in oracle.hypers]
@@ -61,29 +64,26 @@ def test_follows_the_oracle(
         optimizer.step()
         oracle.step(grads)
     assert distance(problem.params, oracle) <= TOLERANCES[dtype]
-    assert max((a - b).abs().max().item() for a, b in zip(start, oracle.weights, strict=True) if a.numel()) > 0.05
+    assert max((a - b).abs().max().item() for a, b in zip(start, oracle.weights, strict=True) if a.numel()) > 0.01
     assert [int(optimizer.state[p]["step"]) for p in problem.params] == oracle.steps
     if schedule != "plain":
         assert optimizer.grad_norm is not None
         assert optimizer.grad_norm.item() == pytest.approx(oracle.norm, rel=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("numerator", ["moment", "gradient"])
-def test_follows_the_oracle_for_100_steps_above_the_dense_size(
-    numerator: str, dtype: torch.dtype, backend: str
-) -> None:
+def test_follows_the_oracle_for_100_steps_above_the_dense_size(numerator: str, dtype: torch.dtype, run: Run) -> None:
     """Larger than a tile, so that sums are put together from parts; the oracle is the closed form there."""
     generator = torch.Generator().manual_seed(3)
     params = [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in (40_001, 16_384, 70)]
-    params = [torch.nn.Parameter(p) for p in params]
-    optimizer = SOFIM(params, lr=0.3, rho=2.0, numerator=numerator, backend=backend)
+    params = [torch.nn.Parameter(p.to(run.device)) for p in params]
+    optimizer = SOFIM(params, lr=0.3, rho=2.0, numerator=numerator, backend=run.backend)
     oracle = Oracle([p.detach() for p in params], [Hyper(lr=0.3, rho=2.0)] * 3, [0, 0, 0], numerator)
     drift = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in params]
-    for _ in range(100):
+    for _ in range(run.steps(100)):
         grads: list[Tensor | None] = [
-            (0.01 * (d + torch.randn(p.shape, generator=generator, dtype=torch.float64))).to(dtype)
+            (0.01 * (d + torch.randn(p.shape, generator=generator, dtype=torch.float64))).to(run.device, dtype)
             for p, d in zip(params, drift, strict=True)
         ]
         give(params, grads)
@@ -103,7 +103,6 @@ NARROW = (torch.bfloat16, torch.float32, torch.float16)
 ANY = (*NARROW, torch.float64, torch.complex64)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("decay", ["none", "decoupled", "l2"])
 @pytest.mark.parametrize("kahan", [True, False])
 @pytest.mark.parametrize(
@@ -124,13 +123,13 @@ def test_each_step_of_16_bit_and_mixed_tensors(
     state_dtype: torch.dtype | None,
     kahan: bool,
     decay: str,
-    backend: str,
+    run: Run,
 ) -> None:
-    problem = mixed_problem(dtypes, decay)
+    problem = mixed_problem(dtypes, decay, layouts=run.layouts, device=run.device)
     options = {"state_dtype": state_dtype, "kahan": kahan, **SCHEDULES[schedule]}
-    optimizer = optimizer_for(problem, numerator, "model", backend, **options)
+    optimizer = optimizer_for(problem, numerator, "model", run, **options)
     oracle = problem.oracle(numerator, "model", **SCHEDULES[schedule])
-    for count, grads in enumerate(islice(problem.gradients(), 8)):
+    for count, grads in enumerate(islice(problem.gradients(), run.steps(8))):
         if count % 2:  # grad_dtype: float32 gradients of 16-bit parameters are legal
             grads = [g.float() if g is not None and g.dtype.itemsize == 2 else g for g in grads]
         give(problem.params, grads)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from sofim_fused.backends import cpu
+from sofim_fused.backends import cpu, triton
 from sofim_fused.backends.protocol import Coefficients, Decay, GradientStep, NativeStep, Passes, Sums, Tiles, sum_dtype
 from sofim_fused.backends.reference import ReferencePasses
+from sofim_fused.backends.triton import capturing
 
 __all__ = [
     "Coefficients",
@@ -18,6 +19,7 @@ __all__ = [
     "Passes",
     "Sums",
     "Tiles",
+    "capturing",
     "choose",
     "names",
     "requested",
@@ -28,6 +30,7 @@ __all__ = [
 # The best comes first; "auto" takes the first that can run.
 _REGISTRY: dict[str, Callable[[torch.device], Passes | str]] = {
     "cpu": cpu.passes_for,
+    "triton": triton.passes_for,
     "reference": lambda device: ReferencePasses(),
 }
 NATIVE = "native"  # what fused=True asks for: the best backend that is not pure PyTorch
@@ -70,8 +73,11 @@ def choose(backend: str, device: torch.device) -> Passes:
     reasons = []
     for name in candidates.get(backend, [backend]):
         found = _REGISTRY[name](device)
-        if not isinstance(found, str):
+        if isinstance(found, str):
+            reasons.append(f"{name}: {found}")
+        elif found.emulated and name != backend:
+            reasons.append(f"{name}: it runs in an interpreter here, and only if asked for by name")
+        else:
             return found
-        reasons.append(f"{name}: {found}")
     asked = "fused=True" if backend == NATIVE else f"backend={backend!r}"
     raise RuntimeError(f"{asked} cannot run on {device} ({'; '.join(reasons)}): take backend='auto'")

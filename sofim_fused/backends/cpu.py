@@ -24,6 +24,7 @@ class CpuPasses:
     """See :class:`sofim_fused.backends.protocol.Passes`."""
 
     name = "cpu"
+    emulated = False
 
     def __init__(self, new_step: Callable[[], NativeStep]) -> None:
         self._new_step = new_step

@@ -92,10 +92,12 @@ class Coefficients(NamedTuple):
     skip: Tensor | None = None
 
 
-NativeStep = Callable[[list[dict[str, Any]], MutableMapping[Tensor, Any]], "tuple[Tensor, bool] | Literal[True] | None"]
+NativeStep = Callable[
+    [list[dict[str, Any]], MutableMapping[Tensor, Any]], "tuple[Tensor, bool | Tensor] | Literal[True] | None"
+]
 """A whole step in one call, from an optimizer's ``param_groups`` and ``state``: ``True`` when a plain step was taken,
-of a guarded one the gradients' norm and whether it was skipped. ``None``: it cannot take this step, and has changed
-nothing; the passes can, or a check will say what is wrong."""
+of a guarded one the gradients' norm and whether it was skipped (on the device: 0-dimensional int64, 1 if so). ``None``:
+it cannot take this step, and has changed nothing; the passes can, or a check will say what is wrong."""
 
 
 @runtime_checkable
@@ -105,9 +107,14 @@ class Passes(Protocol):
     Arithmetic is float32, or float64 for float64 parameters; sums are float64 products and float64 additions in an
     order that neither the number of threads nor the run changes. Each pass raises the version counter of every tensor
     that it writes, so that autograd notices.
+
+    Attributes:
+        name: what ``backend=`` takes.
+        emulated: it is here to be tested, and far too slow for anything else; taken only when asked for by name.
     """
 
     name: str
+    emulated: bool
 
     def accumulate(self, tiles: Tiles, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
         """Update m in place and return its sums: ``mm``, with ``decay.cross`` also ``mg`` (and ``mw``).

@@ -31,6 +31,7 @@ class ReferencePasses:
     """
 
     name = "reference"
+    emulated = False
 
     def accumulate(self, tiles: Tiles, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
         sums = _Table(len(tiles))

@@ -1,0 +1,150 @@
+"""What a step costs the host, apart from its launches: ``python -m bench.host``.
+
+Times :meth:`SOFIM.step` on the Triton backend with every launch replaced by a counter, on tensors on the CPU: checks,
+pointers, tables. What a GPU adds is not in it: the launches themselves and, where something changed, a copy through
+pinned memory. Tensors have one element each, so that torch's fused SGD, which runs on the same list, computes next to
+nothing either. Gradients are kept from step to step, or made anew outside of the timed part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench import shapes
+from bench.timing import Timing, compare
+from sofim_fused import SOFIM, native
+from sofim_fused.backends import table
+from sofim_fused.backends.triton import TritonStep
+
+RESULTS = Path(__file__).parent / "results" / "host"
+
+
+class Counter:
+    """In the place of a kernel."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: object, **kwargs: object) -> None:
+            self.launches += 1
+
+        return launch
+
+
+@dataclass(frozen=True)
+class Row:
+    """Times in microseconds per step; ``table``: what gathers the tensors."""
+
+    tensors: int
+    gradients: str
+    table: str
+    median: float
+    low: float
+    high: float
+
+
+def counted(kernels: ModuleType) -> tuple[Any, Counter]:
+    """The kernels' constants, with one counter for every launch."""
+    counter = Counter()
+    return SimpleNamespace(**{**vars(kernels), "first": counter, "second": counter, "single": counter}), counter
+
+
+def sofim(count: int, kernels: ModuleType, new_table: Any) -> tuple[SOFIM, list[nn.Parameter], Counter]:
+    """An optimizer whose launches are counted, with state."""
+    params = [nn.Parameter(torch.ones(1)) for _ in range(count)]
+    optimizer = SOFIM(params, backend="reference")
+    renew(params)
+    optimizer.step()
+    spied, counter = counted(kernels)
+    optimizer._step_in_one_call = TritonStep(spied, emulated=True, new_table=new_table)
+    return optimizer, params, counter
+
+
+def renew(params: list[nn.Parameter]) -> None:
+    """New gradients, as after ``zero_grad()`` and a backward pass."""
+    for p in params:
+        p.grad = torch.ones_like(p)
+
+
+def measured(count: int, seconds: float) -> list[Row]:
+    """Every table and torch's fused SGD, in turns, with gradients kept and made anew."""
+    kernels = importlib.import_module("sofim_fused.backends.triton_kernels")
+    tables: dict[str, Any] = {"Python": table.Table}
+    module = native.cpu()
+    if not isinstance(module, str):
+        tables["C++"] = module.Table
+    providers: dict[str, Callable[[], object]] = {}
+    params: dict[str, list[nn.Parameter]] = {}
+    counters = {}
+    for name, new_table in tables.items():
+        optimizer, params[name], counters[name] = sofim(count, kernels, new_table)
+        providers[name] = optimizer.step
+    params["SGD fused"] = [nn.Parameter(torch.ones(1)) for _ in range(count)]
+    renew(params["SGD fused"])
+    providers["SGD fused"] = torch.optim.SGD(params["SGD fused"], lr=0.1, momentum=0.9, fused=True).step
+    rows = []
+    for gradients in ("kept", "made anew"):
+        before = {name: _renewing(params[name]) for name in providers} if gradients == "made anew" else None
+        timings = compare(providers, "SGD fused", seconds, before=before)
+        rows += [Row(count, gradients, name, *_microseconds(timing)) for name, timing in timings.items()]
+    for name, counter in counters.items():
+        if not counter.launches:
+            raise RuntimeError(f"{name}: no step reached its launch")
+    return rows
+
+
+def _renewing(params: list[nn.Parameter]) -> Callable[[], None]:
+    return lambda: renew(params)
+
+
+def _microseconds(timing: Timing) -> tuple[float, float, float]:
+    return timing.median * 1e6, timing.low * 1e6, timing.high * 1e6
+
+
+def as_markdown(rows: list[Row], command: str) -> str:
+    """The results as a document."""
+    lines = [
+        "# Host time of a step, launches left out",
+        "",
+        f"`{command}`, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{torch.get_num_threads()} threads. Microseconds per step, 20th and 80th percentile in brackets.",
+        "",
+        "| tensors | gradients | who gathers | µs |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| {r.tensors} | {r.gradients} | {r.table} | {r.median:.1f} [{r.low:.1f}, {r.high:.1f}] |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print; ``--save`` also writes bench/results/host.{json,md}."""
+    parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.partition("\n")[0])
+    parser.add_argument("--tensors", type=int, nargs="+", default=[10, len(shapes.resnet50()), 1000])
+    parser.add_argument("--seconds", type=float, default=2.0, help="per table of results")
+    parser.add_argument("--save", action="store_true")
+    args = parser.parse_args(argv)
+    rows = [row for count in args.tensors for row in measured(count, args.seconds)]
+    text = as_markdown(rows, " ".join(["python -m bench.host", *(argv if argv is not None else sys.argv[1:])]))
+    print(text)
+    if args.save:
+        RESULTS.with_suffix(".md").write_text(text, encoding="utf-8")
+        RESULTS.with_suffix(".json").write_text(
+            json.dumps([asdict(r) for r in rows], indent=1) + "\n", encoding="utf-8"
+        )
+
+
+if __name__ == "__main__":
+    main()

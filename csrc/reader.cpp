@@ -1,0 +1,287 @@
+#include "reader.h"
+
+#include <ATen/ATen.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <limits>
+
+namespace sofim {
+namespace {
+
+// Keys of group and state dicts.
+struct Names {
+  PyObject *params, *lr, *momentum, *rho, *weight_decay, *decoupled_weight_decay, *maximize, *state_dtype, *kahan,
+      *numerator, *fisher, *max_grad_norm, *skip_nonfinite, *exp_avg, *step;
+};
+
+const Names& names() {
+  static const Names names = [] {
+    const auto name = [](const char* text) { return PyUnicode_InternFromString(text); };
+    return Names{name("params"),       name("lr"),       name("momentum"),    name("rho"),
+                 name("weight_decay"), name("decoupled_weight_decay"),        name("maximize"),
+                 name("state_dtype"),  name("kahan"),    name("numerator"),   name("fisher"),
+                 name("max_grad_norm"), name("skip_nonfinite"), name("exp_avg"), name("step")};
+  }();
+  return names;
+}
+
+// Values are read like this: false for anything that Python should look at.
+
+PyObject* item(PyObject* dict, PyObject* key) { return PyDict_GetItemWithError(dict, key); }
+
+bool is_tensor(PyObject* object) {
+  return object != nullptr && (THPVariable_CheckExact(object) || THPVariable_Check(object));
+}
+
+// Subclasses and traced or functionalized tensors have ways of their own; memory is not all there is to them.
+bool plain(const at::Tensor& x) {
+  constexpr c10::DispatchKeySet others({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+                                        c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
+  return !x.key_set().has_any(others);
+}
+
+bool read_number(PyObject* object, double& value) {
+  if (object == nullptr || PyBool_Check(object)) return false;
+  if (PyFloat_Check(object)) {
+    value = PyFloat_AS_DOUBLE(object);
+    return true;
+  }
+  if (!PyLong_Check(object)) return false;
+  value = PyLong_AsDouble(object);
+  if (value == -1.0 && PyErr_Occurred()) {
+    PyErr_Clear();
+    return false;
+  }
+  return true;
+}
+
+bool read_flag(PyObject* object, bool& value) {
+  value = object == Py_True;
+  return object == Py_True || object == Py_False;
+}
+
+bool in_range(double x, double low, double below) { return x >= low && x < below; }
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kSmallestRho = 1e-30;  // checks.SMALLEST_RHO
+
+bool same(PyObject* a, PyObject* b) {
+  return a == b || (a != nullptr && b != nullptr && PyObject_RichCompareBool(a, b, Py_EQ) == 1);
+}
+
+bool is(PyObject* text, const char* value) {
+  return text != nullptr && PyUnicode_Check(text) && PyUnicode_CompareWithASCIIString(text, value) == 0;
+}
+
+bool read_whole(PyObject* groups, Whole& whole) {
+  const Names& n = names();
+  PyObject* first = PyList_GET_ITEM(groups, 0);
+  if (!PyDict_Check(first)) return false;
+  for (PyObject* key : {n.numerator, n.fisher, n.max_grad_norm, n.skip_nonfinite}) {
+    PyObject* value = item(first, key);
+    for (Py_ssize_t i = 1; i < PyList_GET_SIZE(groups); ++i) {
+      PyObject* other = PyList_GET_ITEM(groups, i);
+      if (!PyDict_Check(other) || !same(item(other, key), value)) return false;
+    }
+  }
+  PyObject* numerator = item(first, n.numerator);
+  whole.gradient_form = is(numerator, "gradient");
+  if (!whole.gradient_form && !is(numerator, "moment")) return false;
+  PyObject* fisher = item(first, n.fisher);
+  if (is(fisher, "model")) {
+    whole.fisher = Whole::kModel;
+  } else if (is(fisher, "group")) {
+    whole.fisher = Whole::kGroup;
+  } else if (is(fisher, "parameter")) {
+    whole.fisher = Whole::kParameter;
+  } else {
+    return false;
+  }
+  PyObject* limit = item(first, n.max_grad_norm);
+  if (limit != Py_None) {
+    double value;
+    if (!read_number(limit, value) || !(value > 0.0)) return false;
+    whole.max_grad_norm = value;
+  }
+  return read_flag(item(first, n.skip_nonfinite), whole.skip_nonfinite);
+}
+
+}  // namespace
+
+// A group's settings.
+struct Reader::Group {
+  Hyper hyper;
+  std::optional<at::ScalarType> state_dtype;
+  bool kahan = true;
+  PyObject* params = nullptr;
+};
+
+// A parameter's state: nullptr for what it does not have. Nearly always it has nothing else, under these very strings;
+// to walk through it takes less time than to look them up.
+struct Reader::Entries {
+  PyObject *exp_avg = nullptr, *step = nullptr, *kahan = nullptr;
+
+  Entries(PyObject* known, bool keeps) {
+    const Names& n = names();
+    PyObject *key, *value;
+    for (Py_ssize_t place = 0; PyDict_Next(known, &place, &key, &value);) {
+      if (key == n.exp_avg) exp_avg = value;
+      if (key == n.step) step = value;
+      if (key == n.kahan && keeps) kahan = value;
+    }
+    if (exp_avg == nullptr) exp_avg = item(known, n.exp_avg);
+    if (step == nullptr) step = item(known, n.step);
+    if (kahan == nullptr && keeps) kahan = item(known, n.kahan);
+  }
+};
+
+// Looks up parameters in the optimizer's state. Entries usually stand in the order in which they are asked for; then
+// no hash is taken, which for a tensor is a call into Python.
+class Reader::States {
+ public:
+  explicit States(PyObject* state) : state_(state) { next(); }
+
+  // The entry of `param` if it is the next one in the dict.
+  PyObject* in_turn(PyObject* param) {
+    if (key_ != param) return nullptr;
+    PyObject* found = value_;
+    next();
+    return found;
+  }
+
+  PyObject* find(PyObject* param) const { return item(state_, param); }
+
+ private:
+  void next() {
+    if (!PyDict_Next(state_, &place_, &key_, &value_)) key_ = value_ = nullptr;
+  }
+
+  PyObject* state_;
+  Py_ssize_t place_ = 0;
+  PyObject *key_ = nullptr, *value_ = nullptr;
+};
+
+bool Reader::read(PyObject* groups, PyObject* state) {
+  clear();
+  if (read_everything(groups, state)) return true;
+  PyErr_Clear();  // Python meets the same error in its own checks
+  clear();
+  return false;
+}
+
+void Reader::hold() {
+  held_ = true;
+  for (const Objects& objects : objects_) {
+    for (PyObject* object : {objects.w, objects.m, objects.kahan, objects.step}) Py_XINCREF(object);
+  }
+  roster_.hold_gradients();  // w may be given another one
+}
+
+void Reader::clear() {
+  roster_.clear();
+  whole_ = Whole();
+  groups_.clear();
+  distant_.clear();
+  group_of_.clear();
+  if (held_) {
+    for (const Objects& objects : objects_) {
+      for (PyObject* object : {objects.w, objects.m, objects.kahan, objects.step}) Py_XDECREF(object);
+    }
+    held_ = false;
+  }
+  objects_.clear();
+}
+
+bool Reader::read_everything(PyObject* groups, PyObject* state) {
+  if (!PyList_Check(groups) || PyList_GET_SIZE(groups) == 0 || !PyDict_Check(state)) return false;
+  if (!read_whole(groups, whole_)) return false;
+  States states(state);
+  int64_t ordinal = 0;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
+    Group group;
+    if (!read_group(PyList_GET_ITEM(groups, i), group)) return false;
+    for (Py_ssize_t j = 0; j < PyList_GET_SIZE(group.params); ++j, ++ordinal) {
+      if (!enrol(PyList_GET_ITEM(group.params, j), group, states, ordinal)) return false;
+    }
+    groups_.push_back(group.hyper);
+  }
+  return true;
+}
+
+bool Reader::read_group(PyObject* dict, Group& group) {
+  const Names& n = names();
+  if (!PyDict_Check(dict)) return false;
+  Hyper& h = group.hyper;
+  double weight_decay;
+  bool decoupled, maximize;
+  if (!read_scalar(item(dict, n.lr), Distant::kLr, h.lr)) return false;
+  if (!read_number(item(dict, n.momentum), h.momentum) || !in_range(h.momentum, 0.0, 1.0)) return false;
+  if (!read_scalar(item(dict, n.rho), Distant::kRho, h.rho)) return false;
+  if (!read_number(item(dict, n.weight_decay), weight_decay) || !in_range(weight_decay, 0.0, kInfinity)) return false;
+  if (!read_flag(item(dict, n.decoupled_weight_decay), decoupled)) return false;
+  if (!read_flag(item(dict, n.maximize), maximize)) return false;
+  h.weight_decay = decoupled ? weight_decay : 0.0;
+  h.l2 = decoupled ? 0.0 : weight_decay;
+  h.sign = maximize ? -1.0 : 1.0;
+  PyObject* kahan = item(dict, n.kahan);
+  if (kahan != Py_None && kahan != Py_True && kahan != Py_False) return false;
+  group.kahan = kahan != Py_False;
+  PyObject* state_dtype = item(dict, n.state_dtype);
+  if (state_dtype == nullptr) return false;
+  if (state_dtype != Py_None) {
+    if (!THPDtype_Check(state_dtype)) return false;
+    group.state_dtype = reinterpret_cast<THPDtype*>(state_dtype)->scalar_type;
+    if (*group.state_dtype != at::kFloat && *group.state_dtype != at::kBFloat16) return false;
+  }
+  group.params = item(dict, n.params);
+  return group.params != nullptr && PyList_Check(group.params);
+}
+
+// A number, or a real tensor of one element; of a tensor on another device than the CPU the value is not looked at.
+bool Reader::read_scalar(PyObject* object, Distant::Name name, double& value) {
+  if (!read_number(object, value)) {
+    if (!is_tensor(object)) return false;
+    const at::Tensor& x = THPVariable_Unpack(object);
+    if (!plain(x) || x.numel() != 1 || x.is_complex() || x.scalar_type() == at::kBool) return false;
+    if (!x.device().is_cpu()) {
+      if (!anywhere_ || !has_addresses(x)) return false;
+      distant_.push_back({groups_.size(), name, x});
+      value = kNaN;
+      return true;
+    }
+    value = x.item<double>();
+  }
+  return in_range(value, name == Distant::kRho ? kSmallestRho : 0.0, kInfinity);
+}
+
+bool Reader::enrol(PyObject* param, const Group& group, States& states, int64_t ordinal) {
+  if (!is_tensor(param)) return false;
+  const at::Tensor& w = THPVariable_Unpack(param);
+  const at::Tensor& g = w.unsafeGetTensorImpl()->grad();
+  PyObject* known = states.in_turn(param);
+  if (!g.defined()) return plain(w);
+  if (known == nullptr) known = states.find(param);
+  if (known == nullptr || !PyDict_Check(known)) return false;
+  const bool keeps = group.kahan && (w.scalar_type() == at::kBFloat16 || w.scalar_type() == at::kHalf);
+  const Entries entries(known, keeps);
+  if (!is_tensor(entries.exp_avg) || !is_tensor(entries.step) || (keeps && !is_tensor(entries.kahan))) return false;
+  const at::Tensor none;
+  const at::Tensor& m = THPVariable_Unpack(entries.exp_avg);
+  const at::Tensor& t = THPVariable_Unpack(entries.step);
+  const at::Tensor& kahan = keeps ? THPVariable_Unpack(entries.kahan) : none;
+  if (!plain(w) || !plain(g) || !plain(m) || !plain(t) || (keeps && !plain(kahan))) return false;
+  const at::ScalarType natural = c10::promoteTypes(w.scalar_type(), at::kFloat);
+  if (m.scalar_type() != group.state_dtype.value_or(natural)) return false;
+  if (group.state_dtype && natural != at::kFloat) return false;
+  if (roster_.add(w, g, m, kahan, t, ordinal) != nullptr) return false;
+  const Hyper& h = group.hyper;
+  const double taken = 1.0 - h.momentum;
+  roster_.record(roster_.size() - 1).decay = {h.momentum, taken * h.sign, taken * h.l2};
+  group_of_.push_back(groups_.size());
+  objects_.push_back({param, entries.exp_avg, entries.kahan, entries.step});
+  return true;
+}
+
+}  // namespace sofim

@@ -1,0 +1,83 @@
+// Reads an optimizer's groups and state: the tensors of one step, and what holds for them.
+//
+// It takes what SOFIM.step (sofim_fused/optimizer.py) takes where nothing is to be said about it. Whatever it does not
+// expect, a wrong value or a tensor without state, it leaves to Python.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/python_headers.h>
+
+#include <optional>
+#include <vector>
+
+#include "roster.h"
+#include "scalars.h"
+
+namespace sofim {
+
+// What holds for the optimizer as a whole.
+struct Whole {
+  bool gradient_form = false;
+  enum Fisher { kModel, kGroup, kParameter } fisher = kModel;
+  std::optional<double> max_grad_norm;
+  bool skip_nonfinite = false;
+
+  bool guarded() const { return max_grad_norm || skip_nonfinite; }
+};
+
+// A hyperparameter that is a tensor on another device than the CPU; its group's Hyper has NaN in its place.
+struct Distant {
+  size_t group;
+  enum Name { kLr, kRho } name;
+  at::Tensor value;
+};
+
+class Reader {
+ public:
+  // `anywhere`: all tensors may lie on any one device, and lr and rho on others. Else all have to lie on the CPU.
+  explicit Reader(bool anywhere = false) : anywhere_(anywhere), roster_(anywhere) {}
+  ~Reader() { clear(); }
+  Reader(const Reader&) = delete;
+  Reader& operator=(const Reader&) = delete;
+
+  // False if Python has to look at this step; nothing was changed then. What was read stays valid as long as Python's
+  // lock is held and no Python code runs, or see hold(). `groups` and `state` may be of any type.
+  bool read(PyObject* groups, PyObject* state);
+  // Keeps every tensor alive until clear().
+  void hold();
+  // Forgets what was read. To be called with Python's lock; what goes may run Python code, which must not come back here.
+  void clear();
+
+  Roster& roster() { return roster_; }
+  const Roster& roster() const { return roster_; }
+  const Whole& whole() const { return whole_; }
+  const std::vector<Hyper>& groups() const { return groups_; }
+  const std::vector<Distant>& distant() const { return distant_; }
+  size_t group_of(size_t i) const { return group_of_[i]; }
+  const Hyper& hyper(size_t i) const { return groups_[group_of_[i]]; }
+
+ private:
+  struct Group;
+  struct Entries;
+  class States;
+  struct Objects {
+    PyObject *w, *m, *kahan, *step;
+  };
+
+  bool read_everything(PyObject* groups, PyObject* state);
+  bool read_group(PyObject* dict, Group& group);
+  bool read_scalar(PyObject* object, Distant::Name name, double& value);
+  bool enrol(PyObject* param, const Group& group, States& states, int64_t ordinal);
+
+  const bool anywhere_;
+  // Kept from step to step for their memory alone.
+  Roster roster_;
+  Whole whole_;
+  std::vector<Hyper> groups_;
+  std::vector<Distant> distant_;
+  std::vector<size_t> group_of_;
+  std::vector<Objects> objects_;
+  bool held_ = false;
+};
+
+}  // namespace sofim

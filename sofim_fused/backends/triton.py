@@ -1,0 +1,569 @@
+"""The passes on a GPU: Triton kernels over a table of tensors, one launch per pass whatever the number of tensors.
+
+A whole step takes two launches, or one. Sums and coefficients are finished on the device by the first
+(:mod:`sofim_fused.backends.triton_kernels`), so that the host waits for nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import re
+import warnings
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from sofim_fused import native
+from sofim_fused.backends import table
+from sofim_fused.backends.protocol import Coefficients, Decay, GradientStep, NativeStep, Sums, Tiles
+
+OLDEST = (3, 6)  # the oldest Triton that the kernels were compiled with
+CAPABILITY = (8, 0)  # of an NVIDIA GPU: the first with bfloat16
+SINGLE_UP_TO = 2048  # tiles, 8.4 million elements: up to here a step takes one launch
+
+SINGLE_LAUNCH: bool | None = None
+"""One launch per step (``True``), two (``False``), or one for models up to mid size (``None``). Read at each step."""
+
+REGISTERS = 128  # per thread at most
+
+
+class TritonPasses:
+    """See :class:`sofim_fused.backends.protocol.Passes`. An instance serves one optimizer: it keeps tables.
+
+    Args:
+        kernels: :mod:`sofim_fused.backends.triton_kernels`.
+        emulated: they run in Triton's interpreter, on the CPU.
+    """
+
+    name = "triton"
+
+    def __init__(self, kernels: ModuleType, emulated: bool = False) -> None:
+        self.emulated = emulated
+        self._kernels = kernels
+        self._sheet: Sheet | None = None
+
+    def accumulate(self, tiles: Tiles, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
+        sums: Sums = self._sweep_first(tiles, decay, gradient_step, self._kernels.ACCUMULATE)
+        return sums
+
+    def dots(self, tiles: Tiles, decay: Decay) -> Sums:
+        sums: Sums = self._sweep_first(tiles, decay, None, self._kernels.DOTS)
+        return sums
+
+    def apply(self, tiles: Tiles, coefficients: Coefficients) -> None:
+        self._sweep_second(tiles, None, coefficients, self._kernels.APPLY)
+
+    def commit(self, tiles: Tiles, decay: Decay, coefficients: Coefficients) -> None:
+        self._sweep_second(tiles, decay, coefficients, self._kernels.COMMIT)
+
+    def native_step(self) -> NativeStep:
+        return TritonStep(self._kernels, self.emulated)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _sweep_first(self, tiles: Tiles, decay: Decay, gradient_step: GradientStep | None, which: int) -> Sums:
+        k = self._kernels
+        dots, l2 = which == k.DOTS, decay.weight is not None
+        with _on(tiles.device):
+            laid, sheet = self._laid(tiles, decay)
+            if gradient_step is not None:
+                sheet.set_update(gradient_step.weight, gradient_step.gradient)
+            launch_first(
+                k,
+                sheet,
+                Form(tuple(laid.kinds), first=which, l2=l2, cross=decay.cross and not dots),
+                with_step=gradient_step is not None,
+            )
+            laid.finish(gradient_step is not None, not dots, False)
+        mm, mg, gg, mw, gw, ww = sheet.sums().unbind()
+        if dots:
+            return Sums(mm, mg, gg, mw, gw, ww) if l2 else Sums(mm, mg, gg)
+        return Sums(mm, mg if decay.cross else None, mw=mw if decay.cross and l2 else None)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _sweep_second(self, tiles: Tiles, decay: Decay | None, update: Coefficients, which: int) -> None:
+        with _on(tiles.device):
+            laid, sheet = self._laid(tiles, decay)
+            sheet.set_update(update.weight, update.gradient, update.moment, update.gain, update.skip)
+            form = Form(
+                tuple(laid.kinds),
+                second=which,
+                l2=decay is not None and decay.weight is not None,
+                cross=update.gradient is not None,
+                clip=update.gain is not None,
+                skip=update.skip is not None,
+            )
+            launch_second(self._kernels, sheet, form)
+            laid.finish(True, decay is not None, False)
+
+    def _laid(self, tiles: Tiles, decay: Decay | None) -> tuple[table.Laid, Sheet]:
+        laid = table.laid_out(
+            tiles.params, tiles.grads, tiles.exp_avgs, tiles.kahans, tiles.steps, tiles.ordinals, self._kernels.TILE
+        )
+        n = len(tiles)
+        hyper = torch.zeros(n, table.HYPERS, dtype=torch.float64)
+        if decay is not None:
+            factors = [decay.moment, decay.gradient, decay.weight or [0.0] * n]
+            hyper[:, table.DECAY_M :] = torch.tensor(factors, dtype=torch.float64).t()
+        sheet = self._sheet
+        if sheet is None or not sheet.serves(tiles.device, laid.rows, laid.tiles):
+            sheet = self._sheet = Sheet(self._kernels, tiles.device, laid.rows, hyper, laid.tiles, [0, n])
+        sheet.load(laid.rows, hyper, None)
+        sheet.renew_work()  # sums that were returned stay what they are
+        return laid, sheet
+
+
+class StepTable(Protocol):
+    """What :class:`sofim_fused.backends.table.Table`, which documents it, has in common with its twin in C++."""
+
+    size: int
+    tiles: int
+    kinds: list[int]
+    rows: Tensor
+    hyper: Tensor
+    scalars: list[tuple[int, int, Tensor]]
+    device: torch.device | None
+    gradient_form: bool
+    fisher: str
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+    l2: bool
+
+    def gather(self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> int | None:
+        """See :meth:`sofim_fused.backends.table.Table.gather`."""
+
+    def finish(self, weights: bool, moments: bool, steps: bool) -> None:
+        """See :meth:`sofim_fused.backends.table.Table.finish`."""
+
+
+class TritonStep:
+    """Whole steps of one optimizer (:data:`sofim_fused.backends.protocol.NativeStep`); it keeps tables between them.
+
+    Args:
+        kernels: :mod:`sofim_fused.backends.triton_kernels`.
+        emulated: they run in Triton's interpreter, on the CPU.
+        new_table: makes what gathers the tensors of a step, for a number of elements per tile; by default the C++ one
+            where that is built.
+    """
+
+    def __init__(self, kernels: ModuleType, emulated: bool = False, new_table: Any = None) -> None:
+        self._kernels = kernels
+        self._emulated = emulated
+        self._table: StepTable = (new_table or table_class())(kernels.TILE)
+        self._sheet: Sheet | None = None
+        self._captured: list[Sheet] = []  # graphs read their pinned memory at each replay
+        self._cooperates = True
+        self._changed = 0  # since the tables were filled
+
+    def __call__(
+        self, groups: list[dict[str, Any]], state: MutableMapping[Tensor, Any]
+    ) -> tuple[Tensor, Tensor] | Literal[True] | None:
+        gathered = self._table
+        changed = gathered.gather(groups, state)
+        if changed is None:
+            return None
+        self._changed |= changed
+        if gathered.size == 0:
+            return True
+        assert gathered.device is not None
+        if gathered.device.type != ("cpu" if self._emulated else "cuda"):
+            gathered.finish(False, False, False)
+            return None
+        guarded = gathered.max_grad_norm is not None or gathered.skip_nonfinite
+        with _on(gathered.device):
+            sheet = self._filled()
+            if guarded:  # what a step saw stays what it is
+                sheet.outcome = torch.empty(2, dtype=torch.float64, device=sheet.device)
+            self._launch(sheet, self._form(guarded))
+            gathered.finish(True, True, True)
+        if not guarded:
+            return True
+        norm, skipped = sheet.outcome.unbind()
+        return norm, skipped.view(torch.int64)
+
+    def _form(self, guarded: bool) -> Form:
+        k, t = self._kernels, self._table
+        return Form(
+            tuple(t.kinds),
+            first=k.DOTS if guarded else k.ACCUMULATE,
+            second=k.COMMIT if guarded else k.APPLY,
+            finish=k.GUARDED if guarded else k.PLAIN,
+            l2=t.l2,
+            cross=t.gradient_form,
+            per_tensor=t.fisher == "parameter",
+            clip=t.max_grad_norm is not None,
+            skip=t.skip_nonfinite,
+        )
+
+    def _filled(self) -> Sheet:
+        """The tables on the device, as they are to be in this step."""
+        t = self._table
+        if capturing():
+            if self._sheet is None or self._changed & table.LAYOUT:
+                t.finish(False, False, False)
+                raise RuntimeError(
+                    "a step is captured in a graph before any like it was taken: take one with the same gradients "
+                    "present and the same settings, then capture"
+                )
+            # A graph has tables of its own: what eager steps write into theirs must not show in a replay.
+            sheet = self._sheet.for_capture()
+            self._captured.append(sheet)
+            sheet.load(t.rows, t.hyper, t.max_grad_norm)
+        else:
+            if self._sheet is None or self._changed & table.LAYOUT:
+                assert t.device is not None
+                self._sheet = Sheet(self._kernels, t.device, t.rows, t.hyper, t.tiles, _bounds(t))
+                self._changed = table.EVERYTHING
+            sheet = self._sheet
+            sheet.load(
+                t.rows if self._changed & table.POINTERS else None,
+                t.hyper if self._changed & table.VALUES else None,
+                t.max_grad_norm,
+            )
+            self._changed = 0
+        for group, column, value in t.scalars:
+            sheet.hyper[1 + group, column].copy_(value.detach().reshape(()))
+        return sheet
+
+    def _launch(self, sheet: Sheet, form: Form) -> None:
+        single = sheet.tiles <= SINGLE_UP_TO if SINGLE_LAUNCH is None else SINGLE_LAUNCH
+        if single and self._cooperates:
+            try:
+                launch_single(self._kernels, sheet, form, self._programs(sheet.device, form))
+            except RuntimeError as error:
+                if "cooperative" not in str(error).lower():
+                    raise
+                # Nothing has run: another process holds a part of the device.
+                self._cooperates = False
+                warnings.warn(f"a step in one launch was refused ({error}); from now on it takes two", stacklevel=4)
+            else:
+                return
+        launch_first(self._kernels, sheet, form)
+        launch_second(self._kernels, sheet, form)
+
+    def _programs(self, device: torch.device, form: Form) -> int:
+        if self._emulated:  # programs run one after the other there
+            return 1
+        return multiprocessors(device) * programs_per_multiprocessor(form, hip=torch.version.hip is not None)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a kernel is compiled for; ``first``, ``second`` and ``finish`` are named in ``triton_kernels``.
+
+    Attributes:
+        kinds: of the tensors (:mod:`sofim_fused.backends.table`).
+        cross: the gradient form of the step, or sums for it.
+        per_tensor: each tensor is a Fisher block.
+        clip: the gradients are scaled.
+        skip: the step may be skipped.
+    """
+
+    kinds: tuple[int, ...]
+    first: int = 0
+    second: int = 0
+    finish: int = 0
+    l2: bool = False
+    cross: bool = False
+    per_tensor: bool = False
+    clip: bool = False
+    skip: bool = False
+
+    @property
+    def double(self) -> bool:
+        """Whether some tensor is float64."""
+        return any(kind & 3 == table.TYPES[torch.float64] for kind in self.kinds)
+
+    def common(self, kernels: ModuleType, waits: bool = False) -> dict[str, Any]:
+        """Arguments of every kernel. ``waits``: its programs wait for each other."""
+        # Left to itself, the compiler makes room for more programs by spilling, but for the plainest of kernels.
+        limit = waits or self.l2 or self.kinds != (table.TYPES[torch.float32],)
+        return {
+            **({"maxnreg": REGISTERS} if limit and not torch.version.hip else {}),
+            "KINDS": sum(kind << 8 * i for i, kind in enumerate(self.kinds)),  # one constant, a byte for each
+            "N_KINDS": len(self.kinds),
+            "L2": self.l2,
+            "CLIP": self.clip,
+            "SKIP": self.skip,
+            "SIZE": kernels.TILE,
+            "num_warps": kernels.NUM_WARPS * (2 if self.double else 1),  # as many registers as float32 takes
+            "enable_fp_fusion": False,  # the kernels say where one rounding is meant
+        }
+
+
+class Sheet:
+    """Tables on a device, whose shapes :mod:`sofim_fused.backends.triton_kernels` gives, for tensors of given sizes.
+
+    Args:
+        kernels: that module.
+        device: where the tables lie.
+        rows, hyper: tables on the CPU like those to come; of the first, the sizes of tensors are used.
+        tiles: of all tensors.
+        bounds: where Fisher blocks begin and end among the tensors.
+    """
+
+    def __init__(
+        self,
+        kernels: ModuleType,
+        device: torch.device,
+        rows: Tensor,
+        hyper: Tensor,
+        tiles: int,
+        bounds: Sequence[int],
+    ) -> None:
+        self.device = device
+        self.tensors = len(rows)
+        self.tiles = tiles
+        self.blocks = len(bounds) - 1
+        self._sum_rows, self._update_rows = kernels.SUMS, kernels.UPDATES
+        self._numels = rows[:, table.NUMEL].clone()
+        ends = torch.cat((rows[1:, table.FIRST], torch.tensor([tiles])))
+        tile_of = torch.repeat_interleave(torch.arange(self.tensors, dtype=torch.int32), ends - rows[:, table.FIRST])
+        self.tile_of = _sent(tile_of, torch.empty_like(tile_of, device=device))
+        bounds_ = torch.tensor(bounds, dtype=torch.int32)
+        self.bounds = _sent(bounds_, torch.empty_like(bounds_, device=device))
+        size = (kernels.SUMS + kernels.UPDATES) * self.tensors + kernels.EXTRAS + kernels.SUMS * tiles
+        self._make_tables(rows.shape, (1 + len(hyper), table.HYPERS), size)
+
+    def _make_tables(self, rows: Sequence[int], hyper: Sequence[int], work: int) -> None:
+        device = self.device
+        self.rows = torch.empty(rows, dtype=torch.int64, device=device)
+        self.hyper = torch.empty(hyper, dtype=torch.float64, device=device)
+        self.counters = torch.zeros(self.tensors + 2, dtype=torch.int32, device=device)
+        self.work = torch.empty(work, dtype=torch.float64, device=device)
+        self.outcome = self.work  # not written to without a guard
+        self._rows = torch.empty(rows, dtype=torch.int64)
+        self._hyper = torch.zeros(hyper, dtype=torch.float64)
+        self._limit: float | None = None
+        self._known = False
+        # While a graph is captured, pinned memory cannot be had.
+        self._pinned: tuple[Tensor, Tensor] | None = _pinned(self.rows), _pinned(self.hyper)
+        self._reread = False
+
+    def for_capture(self) -> Sheet:
+        """Tables of the same sizes for a graph that is being captured; the first ones after an eager step."""
+        if self._pinned is None:
+            raise RuntimeError("two captures in a row: take a step outside of a graph before the second")
+        twin: Sheet = object.__new__(Sheet)
+        twin.__dict__.update(self.__dict__)
+        twin.rows, twin.hyper = torch.empty_like(self.rows), torch.empty_like(self.hyper)
+        twin.counters, twin.work = torch.zeros_like(self.counters), torch.empty_like(self.work)
+        twin.outcome = twin.work
+        twin._rows, twin._hyper = torch.empty_like(self._rows), torch.zeros_like(self._hyper)
+        twin._known = False
+        twin._reread = True
+        self._pinned = None
+        return twin
+
+    def serves(self, device: torch.device, rows: Tensor, tiles: int) -> bool:
+        """Whether these are the tables for tensors of such sizes."""
+        same = self.device == device and self.tiles == tiles and len(rows) == self.tensors
+        return same and torch.equal(rows[:, table.NUMEL], self._numels)
+
+    def load(self, rows: Tensor | None, hyper: Tensor | None, limit: float | None) -> None:
+        """Write what differs from the last time, without waiting for the device.
+
+        Args:
+            rows: a table on the CPU, or ``None`` for that of the last time.
+            hyper: likewise.
+            limit: of the gradients' norm.
+        """
+        if self._pinned is None:
+            self._pinned = _pinned(self.rows), _pinned(self.hyper)
+        if rows is not None and not (self._known and torch.equal(rows, self._rows)):
+            self._rows.copy_(rows)
+            _sent(self._rows, self.rows, self._pinned[0] if self._reread else None)
+        if hyper is not None or limit != self._limit:
+            if hyper is not None:
+                self._hyper[1:] = hyper
+            self._hyper[0, 0] = 0.0 if limit is None else limit
+            self._limit = limit
+            _sent(self._hyper, self.hyper, self._pinned[1] if self._reread else None)
+        self._known = True
+
+    def renew_work(self) -> None:
+        """Give sums and coefficients new memory; the last ones' stays with whoever has them."""
+        update = self._update().clone()
+        self.work = torch.empty_like(self.work)
+        self._update().copy_(update)
+
+    def sums(self) -> Tensor:
+        """Float64 ``[SUMS, tensors]``: those that the last pass took, in the order of ``triton_kernels``."""
+        return self.work[: self._sum_rows * self.tensors].view(self._sum_rows, self.tensors)
+
+    def _update(self) -> Tensor:
+        start = self._sum_rows * self.tensors
+        return self.work[start : start + self._update_rows * self.tensors].view(self._update_rows, self.tensors)
+
+    def set_update(
+        self,
+        weight: Tensor | None,
+        gradient: Tensor | None,
+        moment: Tensor | None = None,
+        gain: Tensor | None = None,
+        skip: Tensor | None = None,
+    ) -> None:
+        """Take over coefficients (:class:`sofim_fused.backends.protocol.Coefficients`) in the place of a pass's own."""
+        for row, vector, without in zip(self._update(), (weight, gradient, moment), (1.0, 0.0, 0.0), strict=True):
+            row.fill_(without) if vector is None else row.copy_(vector)
+        end = (self._sum_rows + self._update_rows) * self.tensors
+        for at, value in ((end, gain), (end + 1, skip)):
+            if value is not None:
+                self.work[at].copy_(value)
+
+
+def launch_first(kernels: ModuleType, sheet: Sheet, form: Form, with_step: bool = False) -> None:
+    """Launch ``accumulate`` (``with_step``: w takes the known part of its step) or ``dots``."""
+    kernels.first[(sheet.tiles,)](
+        sheet.rows,
+        sheet.tile_of,
+        sheet.bounds,
+        sheet.hyper,
+        sheet.work,
+        sheet.counters,
+        sheet.outcome,
+        sheet.tensors,
+        sheet.tiles,
+        sheet.blocks,
+        PASS=form.first,
+        FINISH=form.finish,
+        CROSS=form.cross,
+        STEP=with_step,
+        PER_TENSOR=form.per_tensor,
+        **form.common(kernels),
+    )
+
+
+def launch_second(kernels: ModuleType, sheet: Sheet, form: Form) -> None:
+    """Launch ``apply`` or ``commit``."""
+    kernels.second[(sheet.tiles,)](
+        sheet.rows,
+        sheet.tile_of,
+        sheet.hyper,
+        sheet.work,
+        sheet.tensors,
+        sheet.tiles,
+        PASS=form.second,
+        GRADIENT=form.cross,
+        **form.common(kernels),
+    )
+
+
+def launch_single(kernels: ModuleType, sheet: Sheet, form: Form, programs: int) -> None:
+    """Launch both passes of a step as one kernel of at most ``programs`` programs, all of which can run at once."""
+    kernels.single[(min(sheet.tiles, programs),)](
+        sheet.rows,
+        sheet.tile_of,
+        sheet.bounds,
+        sheet.hyper,
+        sheet.work,
+        sheet.counters,
+        sheet.outcome,
+        sheet.tensors,
+        sheet.tiles,
+        sheet.blocks,
+        FIRST=form.first,
+        SECOND=form.second,
+        FINISH=form.finish,
+        CROSS=form.cross,
+        GRADIENT=form.cross,
+        PER_TENSOR=form.per_tensor,
+        launch_cooperative_grid=True,
+        **form.common(kernels, waits=True),
+    )
+
+
+def programs_per_multiprocessor(form: Form, hip: bool) -> int:
+    """How many programs of one launch are surely on a multiprocessor at once, and may wait for each other.
+
+    It has 65,536 registers, and a program takes ``REGISTERS`` for each of its 256 threads, or 512 with float64. The
+    launch is a cooperative one besides, which the driver refuses if it has no room. On an AMD GPU one program: there
+    registers are not limited.
+    """
+    return 1 if hip or form.double else 2
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many of them a GPU has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def capturing() -> bool:
+    """Whether the current stream is captured in a graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def table_class() -> type[Any]:
+    """The class that gathers the tensors of a step: in C++ where that is built, else in Python."""
+    module = native.cpu()
+    return table.Table if isinstance(module, str) else module.Table
+
+
+def _bounds(t: StepTable) -> list[int]:
+    """Where Fisher blocks begin and end among the tensors of a step."""
+    if t.fisher != "group":
+        return [0, t.size]
+    groups = t.rows[:, table.GROUP]
+    return torch.searchsorted(groups.contiguous(), torch.arange(len(t.hyper) + 1)).tolist()
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A launch goes to the current device, whatever its arguments are on."""
+    if device.type == "cpu" or torch.cuda.current_device() == device.index:
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def _pinned(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.device.type != "cpu")
+
+
+def _sent(values: Tensor, to: Tensor, pinned: Tensor | None = None) -> Tensor:
+    """Copy from the CPU in the order of the stream, through pinned memory, which lives until it was read."""
+    if to.device.type == "cpu":
+        return to.copy_(values)
+    return to.copy_(values.pin_memory() if pinned is None else pinned.copy_(values), non_blocking=True)
+
+
+def passes_for(device: torch.device) -> TritonPasses | str:
+    """The passes for ``device``, or the reason why it has none."""
+    found = torch.compiler.disable(_kernels_for)(device)
+    return found if isinstance(found, str) else TritonPasses(*found)
+
+
+@functools.cache
+def _kernels_for(device: torch.device) -> tuple[ModuleType, bool] | str:
+    if device.type not in ("cpu", "cuda"):
+        return f"it runs on GPUs of NVIDIA and AMD, not on {device.type}"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "PyTorch finds no GPU"
+    try:
+        triton: Any = importlib.import_module("triton")
+        version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
+    except Exception as error:  # a broken installation may raise anything
+        return f"Triton cannot be imported ({_first_line(error)}): pip install triton"
+    if version < OLDEST:
+        return f"Triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}: pip install --upgrade triton"
+    kernels = importlib.import_module("sofim_fused.backends.triton_kernels")
+    emulated = not isinstance(kernels.first, triton.runtime.JITFunction)
+    if emulated:
+        return (kernels, True) if device.type == "cpu" else "TRITON_INTERPRET is set: Triton runs on the CPU alone"
+    if device.type == "cpu":
+        return "it runs on GPUs (and, where TRITON_INTERPRET=1 is set before Python starts, slowly on the CPU)"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < CAPABILITY:
+        return f"it needs compute capability {'.'.join(map(str, CAPABILITY))}, that of A100, or above"
+    try:
+        triton.runtime.driver.active.get_current_target()  # compiles a file of C
+    except Exception as error:
+        return f"Triton cannot use the GPU ({_first_line(error)})"
+    return kernels, False
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,66 @@
+"""Where the tests of backends run: each backend that this process can use, on each of its devices.
+
+Triton's interpreter is chosen by the environment, for a whole process: with ``TRITON_INTERPRET=1`` only its runs are
+here, without it none. Runs on a GPU are marked ``gpu``, and are skipped where there is none.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from sofim_fused import backends
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CPU_BACKENDS = ["triton"] if INTERPRETED else ["cpu", "reference"]
+ALL_ON_GPU = os.environ.get("SOFIM_ALL_GPU_TESTS") == "1"  # else one case in eight: most have a kernel to compile
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU")
+
+
+class Run(NamedTuple):
+    """A backend on a device.
+
+    Attributes:
+        single: whole steps take one launch, or two; ``None``: as each test's name happens to say, half of them one.
+        ready: there is state before the first step, which can then be a whole one; ``None``: likewise.
+    """
+
+    backend: str
+    device: str
+    single: bool | None = False
+    ready: bool | None = False
+
+    def steps(self, count: int) -> int:
+        """How many steps to take where another backend takes ``count``: a few in the interpreter, which is slow."""
+        return min(count, 4 if INTERPRETED else 12 if self.device == "cuda" else count)
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """A choice of :data:`tests.problems.LAYOUTS`: all (none named), or those that kernels treat differently."""
+        return ("scalar", "channels-last", "sliced", "offset", "empty") if INTERPRETED else ()
+
+
+def _params() -> list[Any]:
+    if INTERPRETED:
+        return [Run("triton", "cpu", None, None)]
+    on_gpu = [Run("triton", "cuda", None, None), Run("reference", "cuda")]
+    return [
+        *(Run(name, "cpu") for name in CPU_BACKENDS),
+        *(pytest.param(run, marks=[pytest.mark.gpu, NO_GPU]) for run in on_gpu),
+    ]
+
+
+def name_of(run: object) -> str:
+    """What a test's name has for a run."""
+    assert isinstance(run, Run)
+    if run.single is None:
+        return f"{run.backend}-{run.device}"
+    launches = "" if run.backend != "triton" else "-one-launch" if run.single else "-two-launches"
+    return f"{run.backend}-{run.device}{launches}"
+
+
+RUNS = _params()
+assert set(CPU_BACKENDS) <= set(backends.names())
