@@ -9,9 +9,10 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import chain
 from math import inf, nan
-from operator import is_, itemgetter
+from operator import is_, itemgetter, or_
 from typing import Any, NamedTuple
 
 import torch
@@ -566,6 +567,8 @@ def _kind(w: Tensor, g: Tensor, m: Tensor, kahan: Tensor | None) -> int:
 
 
 def _aligned(kinds: list[int], columns: list[list[int]]) -> list[int]:
+    if not reduce(or_, chain(*columns[:STEP]), 0) & 15:
+        return kinds
     return [
         kind | UNALIGNED if (w | g | m | kahan) & 15 else kind
         for kind, w, g, m, kahan in zip(kinds, *columns[:STEP], strict=True)

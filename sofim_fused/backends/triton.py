@@ -156,6 +156,7 @@ class TritonStep:
         self._emulated = emulated
         self._table: StepTable = (new_table or table_class())(kernels.TILE)
         self._sheet: Sheet | None = None
+        self._form: Form | None = None
         self._captured: list[Sheet] = []  # graphs read their pinned memory at each replay
         self._cooperates = True
         self._changed = 0  # since the tables were filled
@@ -175,18 +176,20 @@ class TritonStep:
             gathered.finish(False, False, False)
             return None
         guarded = gathered.max_grad_norm is not None or gathered.skip_nonfinite
+        if self._form is None or self._changed & table.LAYOUT:
+            self._form = self._new_form(guarded)
         with _on(gathered.device):
             sheet = self._filled()
             if guarded:  # what a step saw stays what it is
                 sheet.outcome = torch.empty(2, dtype=torch.float64, device=sheet.device)
-            self._launch(sheet, self._form(guarded))
+            self._launch(sheet, self._form)
             gathered.finish(True, True, True)
         if not guarded:
             return True
         norm, skipped = sheet.outcome.unbind()
         return norm, skipped.view(torch.int64)
 
-    def _form(self, guarded: bool) -> Form:
+    def _new_form(self, guarded: bool) -> Form:
         k, t = self._kernels, self._table
         return Form(
             tuple(t.kinds),
