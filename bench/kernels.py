@@ -278,7 +278,7 @@ _PTX_LOC = re.compile(r"\s*\.loc\s+\d+ \d+ \d+, function_name \S+, inlined_at \d
 _PTX_ACCESS = re.compile(
     r"\s*(?:@!?%p\d+ )?(ld|st)\.(?:volatile\.)?global\.(?:[a-z]\w*[.:])*?(?:v(\d)\.)?[bfsu](\d+)\b"
 )
-_GCN_LOC = re.compile(r"\s*\.loc\s+.*?;.*?@\[ \w+\.py:(\d+):")
+_COMMENTED_LOC = re.compile(r"\s*\.loc\s+.*?(?:;|//).*?@\[ \w+\.py:(\d+):")  # AMD; PTX of Triton 3.6
 _GCN_ACCESS = re.compile(r"\s*(?:buffer|global|flat)_(load|store)_(dwordx?\d?|u?short\w*|s?byte\w*)\b")
 _GCN_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
 
@@ -297,7 +297,7 @@ def hot_path(text: str, lines: set[int]) -> tuple[Counter[tuple[str, int]], int]
     instructions = in_block = 0
     hot = block_is_hot = False
     for line in text.splitlines():
-        place = _PTX_LOC.match(line) or _GCN_LOC.match(line)
+        place = _PTX_LOC.match(line) or _COMMENTED_LOC.match(line)
         if line.lstrip().startswith(".loc"):
             hot = place is not None and int(place[1]) in lines
             continue

@@ -109,6 +109,9 @@ $L__BB0_2:
 	.loc	1 188 12, function_name $L__info_string0, inlined_at 1 204 13
 	st.global.b16 [ %rd1 + 0 ], { %rs1 };
 """
+PTX_OF_3_6 = PTX.replace(
+    ", function_name $L__info_string0, inlined_at 1 195 13 // kernels.py:178:12", " // k.py:178:12 @[ k.py:195:13 ]"
+)
 GCN = """
 	.loc	1 178 12                        ; kernels.py:178:12 @[ kernels.py:195:13 @[ kernels.py:9:9 ] ]
 	buffer_load_dwordx4 v[4:7], v27, s[20:23], 0 offen
@@ -125,4 +128,5 @@ def test_accesses_are_those_of_the_lines_asked_for() -> None:
     assert report.hot_path(PTX, {195, 204}) == (expected, 7)
     accesses, _ = report.hot_path(GCN, {195, 204})
     assert accesses == Counter({("load", 128): 1, ("load", 64): 1, ("store", 16): 1})
+    assert report.hot_path(PTX_OF_3_6, {195})[0] == Counter({("load", 128): 2})
     assert report.hot_path(PTX, {1}) == (Counter(), 0)

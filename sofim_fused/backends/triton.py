@@ -31,6 +31,7 @@ SINGLE_LAUNCH: bool | None = None
 """One launch per step (``True``), two (``False``), or one for models up to mid size (``None``). Read at each step."""
 
 REGISTERS = 128  # per thread at most
+ALONE = 224  # where a program waits for others, and is the only one on its multiprocessor
 
 
 class TritonPasses:
@@ -284,10 +285,9 @@ class Form:
 
     def common(self, kernels: ModuleType, waits: bool = False) -> dict[str, Any]:
         """Arguments of every kernel. ``waits``: its programs wait for each other."""
-        # Left to itself, the compiler makes room for more programs by spilling, but for the plainest of kernels.
-        limit = waits or self.l2 or self.kinds != (table.TYPES[torch.float32],)
         return {
-            **({"maxnreg": REGISTERS} if limit and not torch.version.hip else {}),
+            # Left to itself, the compiler spills a few to make room for more programs than memory can feed.
+            **({} if torch.version.hip else {"maxnreg": ALONE if waits and self.l2 and not self.double else REGISTERS}),
             "KINDS": sum(kind << 8 * i for i, kind in enumerate(self.kinds)),  # one constant, a byte for each
             "N_KINDS": len(self.kinds),
             "L2": self.l2,
@@ -484,11 +484,11 @@ def launch_single(kernels: ModuleType, sheet: Sheet, form: Form, programs: int) 
 def programs_per_multiprocessor(form: Form, hip: bool) -> int:
     """How many programs of one launch are surely on a multiprocessor at once, and may wait for each other.
 
-    It has 65,536 registers, and a program takes ``REGISTERS`` for each of its 256 threads, or 512 with float64. The
-    launch is a cooperative one besides, which the driver refuses if it has no room. On an AMD GPU one program: there
-    registers are not limited.
+    It has 65,536 registers, and a program takes ``REGISTERS`` for each of its 256 threads, or 512 with float64; with L2
+    decay, where there is more to sum, ``ALONE``. The launch is a cooperative one besides, which the driver refuses if it
+    has no room. On an AMD GPU one program: there registers are not limited.
     """
-    return 1 if hip or form.double else 2
+    return 1 if hip or form.double or form.l2 else 2
 
 
 @functools.cache
