@@ -485,8 +485,8 @@ def programs_per_multiprocessor(form: Form, hip: bool) -> int:
     """How many programs of one launch are surely on a multiprocessor at once, and may wait for each other.
 
     It has 65,536 registers, and a program takes ``REGISTERS`` for each of its 256 threads, or 512 with float64; with L2
-    decay, where there is more to sum, ``ALONE``. The launch is a cooperative one besides, which the driver refuses if it
-    has no room. On an AMD GPU one program: there registers are not limited.
+    decay, where there is more to sum, ``ALONE``. The launch is a cooperative one besides, which the driver refuses
+    where it has no room. On an AMD GPU one program: there registers are not limited.
     """
     return 1 if hip or form.double or form.l2 else 2
 
