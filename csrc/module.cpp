@@ -157,7 +157,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("__call__", &Step::run, pybind11::arg("param_groups"), pybind11::arg("state"),
            "Takes a step: True if plain, (grad_norm, skipped) if guarded, None if it cannot and has changed nothing.");
   pybind11::class_<Table>(m, "Table",
-                          "The tensors of a step as one table; see the twin in Python, sofim_fused.backends.table.Table.")
+                          "The tensors of a step as one table; see its twin, sofim_fused.backends.table.Table.")
       .def(pybind11::init([](int64_t tile) {
              if (tile < 1) throw pybind11::value_error("tile: at least 1 element is needed");
              return std::make_unique<Table>(tile);

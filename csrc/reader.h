@@ -45,7 +45,7 @@ class Reader {
   bool read(PyObject* groups, PyObject* state);
   // Keeps every tensor alive until clear().
   void hold();
-  // Forgets what was read. To be called with Python's lock; what goes may run Python code, which must not come back here.
+  // Forgets what was read. To be called with Python's lock. What goes may run Python code, which must not come here.
   void clear();
 
   Roster& roster() { return roster_; }

@@ -10,7 +10,7 @@
 
 namespace sofim {
 
-// Whether elements of a tensor have addresses: it is dense, has memory, and lies on a device where a pointer says where.
+// Whether a tensor's elements have addresses: it is dense, has memory, and its device is one where pointers say where.
 bool has_addresses(const at::Tensor& x);
 
 class Roster {
