@@ -389,6 +389,11 @@ class Sheet:
             _sent(self._hyper, self.hyper, self._pinned[1] if self._reread else None)
         self._known = True
 
+    def arguments(self) -> tuple[Tensor | int, ...]:
+        """What a kernel with a first sweep takes, in its order."""
+        tables = (self.rows, self.tile_of, self.bounds, self.hyper, self.work, self.counters, self.outcome)
+        return (*tables, self.tensors, self.tiles, self.blocks)
+
     def renew_work(self) -> None:
         """Give sums and coefficients new memory; the last ones' stays with whoever has them."""
         update = self._update().clone()
@@ -423,16 +428,7 @@ class Sheet:
 def launch_first(kernels: ModuleType, sheet: Sheet, form: Form, with_step: bool = False) -> None:
     """Launch ``accumulate`` (``with_step``: w takes the known part of its step) or ``dots``."""
     kernels.first[(sheet.tiles,)](
-        sheet.rows,
-        sheet.tile_of,
-        sheet.bounds,
-        sheet.hyper,
-        sheet.work,
-        sheet.counters,
-        sheet.outcome,
-        sheet.tensors,
-        sheet.tiles,
-        sheet.blocks,
+        *sheet.arguments(),
         PASS=form.first,
         FINISH=form.finish,
         CROSS=form.cross,
@@ -460,16 +456,7 @@ def launch_second(kernels: ModuleType, sheet: Sheet, form: Form) -> None:
 def launch_single(kernels: ModuleType, sheet: Sheet, form: Form, programs: int) -> None:
     """Launch both passes of a step as one kernel of at most ``programs`` programs, all of which can run at once."""
     kernels.single[(min(sheet.tiles, programs),)](
-        sheet.rows,
-        sheet.tile_of,
-        sheet.bounds,
-        sheet.hyper,
-        sheet.work,
-        sheet.counters,
-        sheet.outcome,
-        sheet.tensors,
-        sheet.tiles,
-        sheet.blocks,
+        *sheet.arguments(),
         FIRST=form.first,
         SECOND=form.second,
         FINISH=form.finish,
