@@ -51,13 +51,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def _counting(name: str, launch: Callable[..., None], counts: Counter[str]) -> Callable[..., None]:
     def counted(kernels: Any, *args: Any, **kwargs: Any) -> None:
-        def kernel(which: str) -> Any:
-            real = getattr(kernels, which)
-            return SimpleNamespace(__getitem__=None) if real is None else _Counted(which, real, counts)
-
-        spied = SimpleNamespace(
-            **{**vars(kernels), **{which: kernel(which) for which in ("first", "second", "single")}}
-        )
+        spies = {which: _Counted(which, getattr(kernels, which), counts) for which in ("first", "second", "single")}
+        spied = SimpleNamespace(**{**vars(kernels), **spies})
         launch(spied, *args, **kwargs)
 
     return counted
@@ -218,7 +213,6 @@ def test_a_graph_has_tables_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager steps after a capture write into other tables than a replay reads."""
     optimizer, params = made([3, 50], capturable=True)
     monkeypatch.setattr(triton, "capturing", lambda: True)
-    before = snapshot(optimizer)
     optimizer.step()  # no state yet: by the passes
     monkeypatch.setattr(triton, "capturing", lambda: False)
     optimizer.step()
@@ -233,7 +227,6 @@ def test_a_graph_has_tables_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert captured.tile_of is eager.tile_of
     with pytest.raises(RuntimeError, match="two captures in a row"):
         optimizer.step()
-    assert len(before) == 2
     params[0].grad = None
     with pytest.raises(RuntimeError, match="take one with the same gradients present"):
         optimizer.step()
@@ -302,10 +295,10 @@ def test_the_environment_chooses_for_a_whole_process() -> None:
     """Kernels are interpreted where the variable was set before Python started, and nowhere else."""
     code = (
         "import torch; from sofim_fused.backends import triton; found = triton._kernels_for(torch.device('cpu')); "
-        "print(isinstance(found, str) or found[1])\n"
+        "print('none' if isinstance(found, str) else 'interpreter' if found[1] else 'GPU')\n"
         "from sofim_fused import SOFIM; p = torch.nn.Parameter(torch.ones(2)); print(SOFIM([p]).backends)"
     )
-    for interpret, seen in (("1", "True"), ("0", "True"), (None, "True")):
+    for interpret, seen in (("1", "interpreter"), ("0", "none"), (None, "none")):
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         if interpret is not None:
             environment["TRITON_INTERPRET"] = interpret
