@@ -8,16 +8,20 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := $(VENV)/.native
-SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
 SANITIZED := build/sanitized
 SANITIZE_TESTS ?= tests/test_native.py tests/test_passes.py
 LESSER_SETS := avx2 default
 INTERPRETER_TESTS := tests/test_matrix.py tests/test_passes.py tests/test_triton.py
+EMULATED := build/emulated
+EMULATED_TESTS := tests/test_matrix.py tests/test_passes.py tests/test_cuda.py
+CUDA_SYNTAX := build/cuda-syntax
 GPU_BUDGET ?= 540
 JOBS ?= 2
 
-.PHONY: help demo test coverage native instruction-sets interpreter kernels gpu sanitize lint format types clean FORCE
+.PHONY: help demo test coverage native instruction-sets interpreter emulated cuda-syntax kernels gpu sanitize lint format \
+    types clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -28,7 +32,9 @@ help:
 	@echo "make sanitize  run tests of the C++ with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make instruction-sets  run tests of the C++ as compiled for older CPUs than this one"
 	@echo "make interpreter  run the tests of the Triton kernels on the CPU, in Triton's interpreter"
-	@echo "make kernels   compile the Triton kernels for GPUs and report what they come to"
+	@echo "make emulated  run the tests of the CUDA kernels on the CPU, in the emulator"
+	@echo "make cuda-syntax  check the C++ around the CUDA kernels against CUDA's headers, where nvcc is there"
+	@echo "make kernels   compile the kernels for GPUs and report what they come to"
 	@echo "make gpu       on a machine with a GPU: build, test and time there (GPU_BUDGET seconds)"
 	@echo "make lint      check style (make format: repair it)"
 	@echo "make types     check types"
@@ -60,6 +66,31 @@ instruction-sets: $(READY) $(NATIVE)
 interpreter: $(READY) $(NATIVE)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(JOBS) $(INTERPRETER_TESTS) $(ARGS)
 
+# A copy of its own, with the C++ for CPUs compiled once: it is not what is tested.
+emulated: $(READY)
+	rm -rf $(EMULATED)/lib/tests
+	SOFIM_BUILD_CPU=1 SOFIM_BUILD_CUDA=emulated \
+	SOFIM_INSTRUCTION_SETS=$$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo avx2 || echo default) \
+	    $(BIN)/python setup.py -q build --build-base $(EMULATED) --build-lib $(EMULATED)/lib
+	cp -r tests pyproject.toml $(EMULATED)/lib
+	cd $(EMULATED)/lib && \
+	    SOFIM_EMULATED=1 $(abspath $(BIN))/python -m pytest -q -n $(JOBS) -p no:cacheprovider $(EMULATED_TESTS) $(ARGS)
+
+# PyTorch's headers for CUDA are there without CUDA, but for one that its build writes; nvcc knows where its own are.
+cuda-syntax: $(READY)
+	@if ! command -v nvcc > /dev/null; then echo "nvcc is not there: csrc/cuda/*.cpp are not checked"; exit 0; fi; \
+	mkdir -p $(CUDA_SYNTAX)/c10/cuda/impl && \
+	printf '#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n' > $(CUDA_SYNTAX)/c10/cuda/impl/cuda_cmake_macros.h && \
+	torch=$$($(BIN)/python $(INCLUDES)) && \
+	cuda=$$(nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$$ INCLUDES=//p' | tr -d '"') && \
+	for source in csrc/cuda/*.cpp; do \
+	    echo "$$source" && \
+	    $${CXX:-c++} -fsyntax-only -std=c++17 -Wall -Wextra -DTORCH_EXTENSION_NAME=_cuda -Icsrc \
+	        $$torch $$cuda -isystem $(CUDA_SYNTAX) $$source || exit 1; \
+	done
+INCLUDES = -c 'from sysconfig import get_path; from torch.utils.cpp_extension import include_paths; \
+    print(*(f"-isystem {path}" for path in (*include_paths(), get_path("include"))))'
+
 kernels: $(READY)
 	$(BIN)/python -m bench.kernels $(ARGS)
 
@@ -70,7 +101,7 @@ gpu:
 # A copy of its own. The sanitizers have to be in the process before anything else is, libstdc++ before they look for it.
 sanitize: $(READY)
 	rm -rf $(SANITIZED)/lib/tests
-	SOFIM_BUILD_CPU=1 SOFIM_SANITIZE=address,undefined \
+	SOFIM_BUILD_CPU=1 SOFIM_BUILD_CUDA=0 SOFIM_SANITIZE=address,undefined \
 	    $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	cp -r tests pyproject.toml $(SANITIZED)/lib
 	cd $(SANITIZED)/lib && \
@@ -120,7 +151,7 @@ $(READY): pyproject.toml setup.py Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip 'setuptools>=77'
 	$(BIN)/python -m pip install -q '$(TORCH)' 'numpy>=1.26'
-	SOFIM_BUILD_CPU=0 $(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'
+	SOFIM_BUILD_CPU=0 SOFIM_BUILD_CUDA=0 $(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'
 	@touch $@
 
 clean:

@@ -1,11 +1,13 @@
-"""Set-up of the package: builds its native CPU part from ``csrc`` where that is possible.
+"""Set-up of the package: builds its native parts, for CPUs and for CUDA, from ``csrc`` where that is possible.
 
 What does not depend on the machine stands in pyproject.toml. Read from the environment:
 
     SOFIM_BUILD_CPU=auto|1|0  auto: where it cannot be built, install without it; 1: fail then; 0: do not try
-    SOFIM_BUILD_CUDA=auto|1|0  nothing to build in this version; 1 fails
+    SOFIM_BUILD_CUDA=auto|1|0|emulated  the same, for CUDA, which needs the CPU part; emulated: the kernels compiled for
+        the CPU, for the tests (tests/emulator); fails where it cannot be built
+    SOFIM_INSTRUCTION_SETS=avx512,avx2,default  the CPU part for these alone
     SOFIM_SANITIZE=address,undefined  build with these sanitizers, for the tests
-    CXX, CFLAGS, MAX_JOBS  as PyTorch's extensions take them
+    TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX, CFLAGS, MAX_JOBS  as PyTorch's extensions take them; of GPUs from 8.0 on
 
 What was built, or why nothing was, is recorded in ``sofim_fused/_build.json`` (see ``sofim_fused/native.py``).
 """
@@ -17,13 +19,15 @@ import importlib
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.build import build
@@ -32,7 +36,7 @@ from setuptools.errors import CompileError, SetupError
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "sofim_fused"
-NATIVE = ("_C.*.so", "_cpu_*.so")  # the files of the native part in the package
+NATIVE = {"CPU": ("_C.*.so", "_cpu_*.so"), "CUDA": ("_cuda.*.so",)}  # the files of the native parts in the package
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 INSTRUCTION_SETS = {  # flags by instruction set, the best first
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", *_AVX2],
@@ -41,17 +45,26 @@ INSTRUCTION_SETS = {  # flags by instruction set, the best first
 }
 # Of passes.cpp: GCC warns in its own AVX-512 headers, and of vectors as parameters, which are all inlined.
 QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
+# What _cuda is made of: everything in csrc/cuda, and of the rest what knows of no CPU.
+KERNELS = Path("csrc/cuda/passes.cu")
+SHARED = [Path("csrc", name) for name in ("lists.cpp", "reader.cpp", "roster.cpp", "cpu/sweep.cpp")]
+EMULATOR = Path("tests/emulator")
+GPUS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # compute capabilities to compile for, unless told otherwise
+# The kernels use what the first of them has, and less has no bfloat16. So the compiler's front end, which takes most of
+# the time, runs for that one alone. What it makes, PTX, becomes the code for each GPU: here, or when it is loaded.
+PTX = "compute_80"
+NO_CPU = "it needs the native CPU part, which is not there"
 
 
 class UnavailableError(Exception):
-    """Why the native part cannot be built: a fragment of a sentence."""
+    """Why a native part cannot be built: a fragment of a sentence."""
 
 
-def switch(name: str) -> str:
-    """The environment variable ``name``: "0", "1" or "auto"."""
+def switch(name: str, *values: str) -> str:
+    """The environment variable ``name``: one of ``values``, "auto" if it is not set."""
     value = os.environ.get(name, "auto")
-    if value not in ("0", "1", "auto"):
-        raise SystemExit(f"{name}={value!r}: take 0, 1 or auto")
+    if value not in values:
+        raise SystemExit(f"{name}={value!r}: take {', '.join(values[:-1])} or {values[-1]}")
     return value
 
 
@@ -67,50 +80,51 @@ def find_compiler() -> str:
 
 def instruction_sets() -> list[str]:
     """What to build on this machine."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return ["default"]
+    possible = list(INSTRUCTION_SETS) if platform.machine().lower() in ("x86_64", "amd64") else ["default"]
+    if wanted := os.environ.get("SOFIM_INSTRUCTION_SETS"):
+        if not set(wanted.split(",")) <= set(possible):
+            raise SystemExit(f"SOFIM_INSTRUCTION_SETS={wanted!r}: take some of {','.join(possible)}")
+        return [name for name in possible if name in wanted.split(",")]
     # Scalar code and sanitizers' checks on every element: the default would take the compiler longest by far.
-    return [name for name in INSTRUCTION_SETS if name != "default" or not os.environ.get("SOFIM_SANITIZE")]
+    return possible[:-1] if os.environ.get("SOFIM_SANITIZE") and len(possible) > 1 else possible
 
 
-def extensions(torch_version: str, compiler: str) -> list[Extension]:
-    """The extension modules, those that take longest to compile first."""
-    from torch.utils.cpp_extension import include_paths, library_paths
+def cxx_flags(optimization: str) -> list[str]:
+    """Flags of all C++."""
+    from torch.utils.cpp_extension import include_paths
 
-    sanitizers = os.environ.get("SOFIM_SANITIZE")
     flags = ["-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
     flags += [f"-ffile-prefix-map={ROOT}/=", *(part for path in include_paths() for part in ("-isystem", path))]
-    if sanitizers:
-        flags += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitizers}"]
-    else:
-        flags += ["-O3", "-g0"]
+    if sanitizers := os.environ.get("SOFIM_SANITIZE"):
+        return [*flags, "-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitizers}"]
+    return [*flags, optimization, "-g0"]
 
-    def extension(name: str, sources: list[Path], *more: str) -> Extension:
-        return Extension(
-            f"{PACKAGE}.{name}",
-            [str(source) for source in sources],
-            language="c++",
-            depends=[str(header) for header in sorted(Path("csrc").rglob("*.h"))],
-            include_dirs=[str(ROOT / "csrc")],
-            define_macros=[("SOFIM_TORCH_VERSION", torch_version)],  # another torch: another command, compiled anew
-            library_dirs=library_paths(),
-            libraries=["c10", "torch", "torch_cpu", "torch_python"],
-            extra_compile_args=[*flags, *more],
-            extra_link_args=[*openmp(library_paths(), compiler), *([f"-fsanitize={sanitizers}"] if sanitizers else [])],
-        )
 
-    result = [
-        extension(
-            f"_cpu_{name}",
-            [Path("csrc/cpu/module.cpp"), Path("csrc/cpu/passes.cpp")],
-            f"-DCPU_CAPABILITY={name.upper()}",
-            f"-DCPU_CAPABILITY_{name.upper()}",
-            *INSTRUCTION_SETS[name],
-            *(QUIET if name == "avx512" else QUIET[-1:]),
-        )
-        for name in instruction_sets()
-    ]
-    return [*result, extension("_C", [*sorted(Path("csrc").glob("*.cpp")), Path("csrc/cpu/sweep.cpp")])]
+def extension(
+    name: str,
+    sources: list[Path],
+    record: dict[str, Any],
+    flags: list[str] | dict[str, list[str]],
+    include_dirs: Iterable[str] = (),
+    library_dirs: Iterable[str] = (),
+    libraries: Iterable[str] = (),
+) -> Extension:
+    """An extension module, with what all of them have."""
+    from torch.utils.cpp_extension import library_paths
+
+    sanitizers = [f"-fsanitize={record['sanitizers']}"] if record["sanitizers"] else []
+    return Extension(
+        f"{PACKAGE}.{name}",
+        [str(source) for source in sources],
+        language="c++",
+        depends=[str(header) for header in sorted(Path("csrc").rglob("*.h"))],
+        include_dirs=[*include_dirs, str(ROOT / "csrc")],
+        define_macros=[("SOFIM_TORCH_VERSION", record["torch"])],  # another torch: another command, compiled anew
+        library_dirs=[*library_paths(), *library_dirs],
+        libraries=["c10", "torch", "torch_cpu", "torch_python", *libraries],
+        extra_compile_args=flags,
+        extra_link_args=[*openmp(library_paths(), record["compiler"]), *sanitizers],
+    )
 
 
 def openmp(torch_libraries: list[str], compiler: str) -> list[str]:
@@ -119,24 +133,168 @@ def openmp(torch_libraries: list[str], compiler: str) -> list[str]:
     return own[:1] if own and "clang" not in compiler else ["-fopenmp"]
 
 
-def plan() -> tuple[list[Extension], type[build_ext], dict[str, object]]:
-    """What to build, the command that does, and the record of it, its reason set where nothing can be built."""
-    record: dict[str, object] = {
+def cpu_extensions(record: dict[str, Any]) -> list[Extension]:
+    """The extension modules of the CPU part, those that take longest to compile first."""
+    flags = cxx_flags("-O3")
+    result = [
+        extension(
+            f"_cpu_{name}",
+            [Path("csrc/cpu/module.cpp"), Path("csrc/cpu/passes.cpp")],
+            record,
+            [
+                *flags,
+                f"-DCPU_CAPABILITY={name.upper()}",
+                f"-DCPU_CAPABILITY_{name.upper()}",
+                *INSTRUCTION_SETS[name],
+                *(QUIET if name == "avx512" else QUIET[-1:]),
+            ],
+        )
+        for name in record["instruction_sets"]
+    ]
+    return [*result, extension("_C", [*sorted(Path("csrc").glob("*.cpp")), Path("csrc/cpu/sweep.cpp")], record, flags)]
+
+
+def find_nvcc(home: str | None, torch_cuda: str) -> tuple[str, str]:
+    """The path of CUDA's compiler, and its version."""
+    nvcc = os.path.join(home or "", "bin", "nvcc")
+    if home is None or not shutil.which(nvcc):
+        raise UnavailableError("nvcc was not found; CUDA_HOME may say where CUDA is")
+    found = re.search(r"\bV(\d+)([.\d]*)", said(nvcc, "--version"))
+    version = found[1] + found[2] if found else "of an unknown version"
+    if found is None or found[1] != torch_cuda.partition(".")[0]:
+        raise UnavailableError(f"nvcc is {version}, and torch was built with CUDA {torch_cuda}")
+    return nvcc, version
+
+
+def said(nvcc: str, *arguments: str) -> str:
+    """What CUDA's compiler says when it is asked about itself."""
+    try:
+        done = subprocess.run(
+            [nvcc, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        raise UnavailableError(f"{nvcc} {arguments[0]} does not run") from None
+    return done.stdout
+
+
+def toolkit(nvcc: str) -> tuple[list[str], list[str]]:
+    """Where CUDA has headers and libraries: nvcc knows, and may be a script that lies somewhere else."""
+    text = said(nvcc, "--dryrun", "-x", "cu", os.devnull)
+    headers, libraries = (dict.fromkeys(map(os.path.realpath, re.findall(rf'"-{x}([^"]+)"', text))) for x in "IL")
+    return [path for path in headers if path != "/usr/include"], list(libraries)  # that one has a place of its own
+
+
+def architectures(wanted: str, known: Iterable[str], visible: Callable[[], Iterable[tuple[int, int]]]) -> list[str]:
+    """What to compile for: GPUs, as "sm_90", and behind them ``PTX`` if others are to be served, such as later ones.
+
+    Args:
+        wanted: as TORCH_CUDA_ARCH_LIST has it; empty: all of ``GPUS`` that the compiler knows, and ``PTX``.
+        known: what the compiler compiles for, as "compute_90".
+        visible: gives the compute capabilities of the GPUs in this machine.
+    """
+    known = set(known)
+    words = re.findall(r"[^\s;]+", wanted)
+    named = words not in ([], ["native"])
+    if not words:
+        words = [f"{gpu}+PTX" for gpu in GPUS]
+    elif not named:
+        words = [f"{major}.{minor}+PTX" for major, minor in visible()]
+        if not words:
+            raise UnavailableError("TORCH_CUDA_ARCH_LIST=native, but PyTorch finds no GPU")
+    numbers, ptx = set(), False
+    for word in words:
+        read = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", word)
+        if read is None:
+            raise UnavailableError(f"TORCH_CUDA_ARCH_LIST: {word!r} is not understood; take numbers, as 8.0 or 9.0+PTX")
+        number = int(read[1] + read[2])
+        if number < 80:
+            raise UnavailableError(f"TORCH_CUDA_ARCH_LIST: {word!r} is too old, as the kernels need 8.0 (for bfloat16)")
+        if f"compute_{number}" in known:
+            numbers.add(number)
+        elif named:
+            raise UnavailableError(f"TORCH_CUDA_ARCH_LIST: nvcc does not compile for {word!r}")
+        ptx |= read[3] is not None
+    if PTX not in known:
+        raise UnavailableError(f"nvcc does not compile for {PTX}")
+    return [*(f"sm_{number}" for number in sorted(numbers)), *([PTX] if ptx else [])]
+
+
+def cuda_extension(record: dict[str, Any]) -> Extension:
+    """The extension module of the CUDA part; writes down what it is compiled by and for."""
+    cuda = record["cuda"]
+    if SWITCHES["CUDA"] == "0":
+        raise UnavailableError("SOFIM_BUILD_CUDA=0 was set")
+    if record["reason"] is not None:
+        raise UnavailableError(f"{NO_CPU}: {record['reason']}")
+    sources = [KERNELS, *sorted(Path("csrc/cuda").glob("*.cpp")), *SHARED]
+    if SWITCHES["CUDA"] == "emulated":
+        if not Path(ROOT, EMULATOR).is_dir():
+            raise UnavailableError(f"{EMULATOR} is not there")
+        cuda["compiler"] = record["compiler"]
+        flags = [*cxx_flags("-O2"), "-DSOFIM_EMULATED", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-pthread"]
+        return extension("_cuda", sources, record, flags, include_dirs=[str(ROOT / EMULATOR)])
+    torch = importlib.import_module("torch")
+    if torch.version.hip:
+        raise UnavailableError("not tried on ROCm; Triton serves there")
+    if torch.version.cuda is None:
+        raise UnavailableError("torch was built without CUDA")
+    nvcc, version = find_nvcc(importlib.import_module("torch.utils.cpp_extension").CUDA_HOME, torch.version.cuda)
+    cuda["compiler"] = f"nvcc {version}"
+    cuda["architectures"] = architectures(
+        os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
+        said(nvcc, "--list-gpu-arch").split(),
+        lambda: map(torch.cuda.get_device_capability, range(torch.cuda.device_count())),
+    )
+    headers, libraries = toolkit(nvcc)
+    flags = {
+        "cxx": [*cxx_flags("-O3"), *(part for path in headers for part in ("-isystem", path))],
+        "nvcc": [
+            *("-std=c++17", "-O3", "-fmad=false", "-lineinfo", "-Xcompiler=-fvisibility=hidden,-ffp-contract=off"),
+            *(f"-gencode=arch={PTX},code={name}" for name in cuda["architectures"]),  # torch then adds none of its own
+        ],
+    }
+    return extension(
+        "_cuda", sources, record, flags, library_dirs=libraries, libraries=["cudart", "c10_cuda", "torch_cuda"]
+    )
+
+
+def as_cpp(source: str, folder: str) -> str:
+    """A source for the C++ compiler; of one in CUDA, which by its name is left to nvcc, a file that includes it."""
+    if not source.endswith(".cu"):
+        return source
+    path, text = Path(folder, Path(source).name).with_suffix(".cpp"), f'#include "{ROOT / source}"\n'
+    if not path.exists() or path.read_text(encoding="utf-8") != text:  # or ninja would take it for a new one
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def plan() -> tuple[list[Extension], type[build_ext], dict[str, Any]]:
+    """What to build, the command that does, and the record of it, with reasons where a part cannot be built."""
+    record: dict[str, Any] = {
         "torch": None,
         "python": platform.python_version(),
         "compiler": None,
         "instruction_sets": [],
         "sanitizers": os.environ.get("SOFIM_SANITIZE") or None,
         "reason": None,
+        "cuda": {
+            "reason": None,
+            "compiler": None,
+            "architectures": [],
+            "emulated": SWITCHES["CUDA"] == "emulated",
+        },
     }
+    modules: list[Extension] = []
+    command = build_ext
     try:
-        if CPU == "0":
+        if SWITCHES["CPU"] == "0":
             raise UnavailableError("SOFIM_BUILD_CPU=0 was set")
         if os.name != "posix":
             raise UnavailableError(f"it was not written for {platform.system()}")
         if not Path(ROOT, "csrc").is_dir():
             raise UnavailableError("csrc is not there")
-        record["compiler"] = compiler = find_compiler()
+        record["compiler"] = find_compiler()
         headers = Path(sysconfig.get_path("include"))
         if not Path(headers, "Python.h").is_file():
             raise UnavailableError(f"Python's headers are not there ({headers}/Python.h; Debian's package python3-dev)")
@@ -149,70 +307,108 @@ def plan() -> tuple[list[Extension], type[build_ext], dict[str, object]]:
             ) from None
         record["torch"] = str(torch.__version__)
         record["instruction_sets"] = instruction_sets()
-        return extensions(str(torch.__version__), compiler), command, record
+        modules = cpu_extensions(record)
     except UnavailableError as reason:
         record["reason"] = str(reason)
-        return [], build_ext, record
+    try:
+        modules = [cuda_extension(record), *modules]
+    except Exception as error:  # as above: PyTorch may be asked for GPUs
+        record["cuda"]["reason"] = str(error)
+    return modules, command, record
 
 
 # pip runs this file with the PATH of whoever calls it; ninja may be in the environment of this Python.
 if not shutil.which("ninja"):
     os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")))
 
-CPU, CUDA = switch("SOFIM_BUILD_CPU"), switch("SOFIM_BUILD_CUDA")
-if CUDA == "1":
-    raise SystemExit("SOFIM_BUILD_CUDA=1: csrc/cuda is not there in this version")
+SWITCHES = {
+    "CPU": switch("SOFIM_BUILD_CPU", "0", "1", "auto"),
+    "CUDA": switch("SOFIM_BUILD_CUDA", "0", "1", "auto", "emulated"),
+}
 EXTENSIONS, COMMAND, RECORD = plan()
 
 
+def part_of(ext: Extension) -> str:
+    """The native part that an extension module belongs to."""
+    return "CUDA" if ext.name == f"{PACKAGE}._cuda" else "CPU"
+
+
 class BuildNative(COMMAND):  # type: ignore[misc, valid-type]
-    """Builds all of the native part or nothing of it, and writes the record."""
+    """Builds all of a native part or nothing of it, and writes the record."""
 
     def run(self) -> None:
-        """Build, record, and settle what a failure means."""
-        record, inplace = RECORD, self.inplace
-        failed = record["reason"] is not None
+        """Build, record, and settle what failures mean."""
+        inplace = self.inplace
+        self.failures: dict[str, str] = {}  # reasons by part
         try:
-            if not failed:
+            if self.extensions:
                 super().run()
         except Exception as error:
-            failed = True
-            record = {**record, "instruction_sets": [], "reason": " ".join(str(error).split())}
+            self.fail("CPU", error)
+        cuda = RECORD["cuda"]
+        if RECORD["reason"] is None and "CPU" in self.failures:
+            RECORD.update(instruction_sets=[], reason=self.failures["CPU"])
+            self.failures.setdefault("CUDA", f"{NO_CPU}: {RECORD['reason']}")
+        if cuda["reason"] is None and "CUDA" in self.failures:
+            cuda.update(architectures=[], reason=self.failures["CUDA"])
+        reasons = {"CPU": RECORD["reason"], "CUDA": cuda["reason"]}
         package = Path(self.build_lib, PACKAGE)
-        places = [package, ROOT / PACKAGE] if inplace else [package]
-        for place in places:
-            if failed:
-                for pattern in NATIVE:
+        for place in [package, ROOT / PACKAGE] if inplace else [package]:
+            for part, patterns in NATIVE.items():
+                for pattern in patterns if reasons[part] is not None else ():
                     for file in place.glob(pattern):
                         file.unlink()
             place.mkdir(parents=True, exist_ok=True)
-            (place / "_build.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        if not failed:
-            return
-        self.extensions = []  # there are no outputs
-        if CPU == "1":
-            raise SetupError(f"SOFIM_BUILD_CPU=1, but the native CPU part cannot be built: {record['reason']}")
-        print(f"{PACKAGE}: going on without the native CPU part: {record['reason']}", file=sys.stderr)
+            (place / "_build.json").write_text(json.dumps(RECORD, indent=2) + "\n", encoding="utf-8")
+        self.extensions = [ext for ext in self.extensions if reasons[part_of(ext)] is None]  # these have outputs
+        failed = {part: reason for part, reason in reasons.items() if reason is not None}
+        for part, reason in failed.items():
+            if SWITCHES[part] not in ("0", "auto"):
+                text = f"SOFIM_BUILD_{part}={SWITCHES[part]}, but the native {part} part cannot be built"
+                raise SetupError(f"{text}: {reason}")
+        for part, reason in failed.items():
+            # Without nvcc nobody expects a CUDA part; without a CPU part enough was said.
+            if part == "CPU" or (cuda["compiler"] and "CPU" not in failed):
+                print(f"{PACKAGE}: going on without the native {part} part: {reason}", file=sys.stderr)
+
+    def fail(self, part: str, error: Exception) -> None:
+        """Note why a part is not there, unless something else came first."""
+        self.failures.setdefault(part, " ".join(str(error).split()))
 
     def build_extensions(self) -> None:
         """Several extensions at a time, all of them together with ``MAX_JOBS`` processes."""
         self.force = True  # distutils sees neither a new torch nor new flags; ninja does
+        jobs = max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
         if self.use_ninja:
-            jobs = max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
             self.parallel = min(jobs, len(self.extensions))
-            os.environ["MAX_JOBS"] = str(jobs // self.parallel)
-        super().build_extensions()
+            jobs //= self.parallel
+            os.environ["MAX_JOBS"] = str(jobs)
+        # In the environment, as another number is no reason to compile anew.
+        os.environ["NVCC_APPEND_FLAGS"] = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} --threads={jobs}".strip()
+        if SWITCHES["CUDA"] == "emulated":
+            for ext in self.extensions:
+                ext.sources = [as_cpp(source, self.build_temp) for source in ext.sources]
+        try:
+            super().build_extensions()
+        except Exception as error:  # of PyTorch's, which asks for tools that fit before it compiles anything
+            cpu = [ext for ext in self.extensions if part_of(ext) == "CPU"]
+            if len(cpu) == len(self.extensions):
+                raise
+            self.fail("CUDA", error)
+            self.extensions = cpu
+            super().build_extensions()
+        self.extensions = [ext for ext in self.extensions if part_of(ext) not in self.failures]
 
     def build_extension(self, ext: Extension) -> None:
-        """Build one extension with a directory of its own for its objects."""
+        """Build one extension with a directory of its own for its objects. If that fails, others go on."""
         # Extensions share sources, but not flags: without a place of its own, one would take another one's objects.
         command = copy.copy(self)
         command.build_temp = os.path.join(self.build_temp, ext.name)
         try:
             super(BuildNative, command).build_extension(ext)
-        except Exception as error:
-            hint = "SOFIM_BUILD_CPU=1 and pip's option -v show the compiler's messages"
-            raise CompileError(f"{ext.name} could not be compiled ({hint})") from error
+        except Exception:
+            hint = f"SOFIM_BUILD_{part_of(ext)}=1 and pip's option -v show the compiler's messages"
+            self.fail(part_of(ext), CompileError(f"{ext.name} could not be compiled ({hint})"))
 
     def get_outputs(self) -> list[str]:
         """The extensions and the record."""

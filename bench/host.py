@@ -2,7 +2,8 @@
 
 Times :meth:`SOFIM.step` on the Triton backend with every launch replaced by a counter, on tensors on the CPU: checks,
 pointers, tables. What a GPU adds is not in it: the launches themselves and, where something changed, a copy through
-pinned memory. Tensors have one element each, so that torch's fused SGD, which runs on the same list, computes next to
+pinned memory. Where the CUDA backend was built for the emulator (``make emulated``), its steps are timed too, with
+launches that take over their arguments and run nothing. Tensors have one element each, so that torch's fused SGD, which runs on the same list, computes next to
 nothing either. Gradients are kept from step to step, or made anew outside of the timed part.
 """
 
@@ -46,7 +47,7 @@ class Counter:
 
 @dataclass(frozen=True)
 class Row:
-    """Times in microseconds per step; ``table``: what gathers the tensors."""
+    """Times in microseconds per step; ``table``: the backend, and what gathers the tensors."""
 
     tensors: int
     gradients: str
@@ -73,6 +74,15 @@ def sofim(count: int, kernels: ModuleType, new_table: Any) -> tuple[SOFIM, list[
     return optimizer, params, counter
 
 
+def on_cuda(count: int) -> tuple[SOFIM, list[nn.Parameter]]:
+    """An optimizer on the emulated CUDA backend, with state."""
+    params = [nn.Parameter(torch.ones(1)) for _ in range(count)]
+    optimizer = SOFIM(params, backend="cuda")
+    renew(params)
+    optimizer.step()
+    return optimizer, params
+
+
 def renew(params: list[nn.Parameter]) -> None:
     """New gradients, as after ``zero_grad()`` and a backward pass."""
     for p in params:
@@ -82,24 +92,33 @@ def renew(params: list[nn.Parameter]) -> None:
 def measured(count: int, seconds: float) -> list[Row]:
     """Every table and torch's fused SGD, in turns, with gradients kept and made anew."""
     kernels = importlib.import_module("sofim_fused.backends.triton_kernels")
-    tables: dict[str, Any] = {"Python": table.Table}
+    tables: dict[str, Any] = {"Triton, Python": table.Table}
     module = native.cpu()
     if not isinstance(module, str):
-        tables["C++"] = module.Table
+        tables["Triton, C++"] = module.Table
     providers: dict[str, Callable[[], object]] = {}
     params: dict[str, list[nn.Parameter]] = {}
     counters = {}
     for name, new_table in tables.items():
         optimizer, params[name], counters[name] = sofim(count, kernels, new_table)
         providers[name] = optimizer.step
+    cuda = native.cuda()
+    emulated = not isinstance(cuda, str) and cuda.emulated
+    if emulated:
+        optimizer, params["CUDA C++"] = on_cuda(count)
+        providers["CUDA C++"] = optimizer.step
     params["SGD fused"] = [nn.Parameter(torch.ones(1)) for _ in range(count)]
     renew(params["SGD fused"])
     providers["SGD fused"] = torch.optim.SGD(params["SGD fused"], lr=0.1, momentum=0.9, fused=True).step
+    if emulated:
+        cuda.set_idle(True)  # type: ignore[union-attr]
     rows = []
     for gradients in ("kept", "made anew"):
         before = {name: _renewing(params[name]) for name in providers} if gradients == "made anew" else None
         timings = compare(providers, "SGD fused", seconds, before=before)
         rows += [Row(count, gradients, name, *_microseconds(timing)) for name, timing in timings.items()]
+    if emulated:
+        cuda.set_idle(False)  # type: ignore[union-attr]
     for name, counter in counters.items():
         if not counter.launches:
             raise RuntimeError(f"{name}: no step reached its launch")

@@ -6,44 +6,13 @@
 #include <optional>
 
 #include "engine.h"
+#include "lists.h"
 
 namespace sofim {
 namespace {
 
 using at::Tensor;
 using at::TensorList;
-using Vector = std::optional<Tensor>;
-using Floats = c10::ArrayRef<double>;
-
-struct Counts {
-  TensorList steps;
-  at::IntArrayRef ordinals;
-};
-
-Roster enrolled(TensorList params, TensorList grads, TensorList exp_avgs, std::optional<TensorList> kahans,
-                std::optional<Counts> counts) {
-  const size_t n = params.size();
-  TORCH_CHECK(grads.size() == n && exp_avgs.size() == n && (!kahans || kahans->size() == n) &&
-                  (!counts || (counts->steps.size() == n && counts->ordinals.size() == n)),
-              "sofim_fused: the lists differ in length; params has ", n);
-  Roster roster;
-  const Tensor none;
-  for (size_t i = 0; i < n; ++i) {
-    const bool kept = kahans && (*kahans)[i].numel() > 0;
-    const char* wrong = roster.add(params[i], grads[i], exp_avgs[i], kept ? (*kahans)[i] : none,
-                                   counts ? counts->steps[i] : none, counts ? counts->ordinals[i] : 0);
-    TORCH_CHECK(wrong == nullptr, "sofim_fused: tensor ", i, ": ", wrong);
-  }
-  return roster;
-}
-
-void set_decay(Roster& roster, Mode& mode, Floats moment, Floats gradient, std::optional<Floats> weight) {
-  const size_t n = roster.size();
-  TORCH_CHECK(moment.size() == n && gradient.size() == n && (!weight || weight->size() == n),
-              "sofim_fused: decay: one value per tensor, ", n, " are needed");
-  mode.weights = weight.has_value();
-  for (size_t i = 0; i < n; ++i) roster.record(i).decay = {moment[i], gradient[i], weight ? (*weight)[i] : 0.0};
-}
 
 // Takes over one coefficient of every tensor; without a vector, the value that leaves w as it is.
 template <class Set>
@@ -90,25 +59,27 @@ Tensor accumulated(Roster& roster, Mode& mode, bool cross) {
 
 Tensor accumulate(TensorList params, TensorList grads, TensorList exp_avgs, TensorList steps, at::IntArrayRef ordinals,
                   Floats moment, Floats gradient, std::optional<Floats> weight, bool cross) {
-  Roster roster = enrolled(params, grads, exp_avgs, std::nullopt, Counts{steps, ordinals});
+  Roster roster = enrolled(false, params, grads, exp_avgs, std::nullopt, Counts{steps, ordinals});
   Mode mode;
-  set_decay(roster, mode, moment, gradient, weight);
+  mode.weights = weight.has_value();
+  set_decay(roster, moment, gradient, weight);
   return accumulated(roster, mode, cross);
 }
 
 Tensor accumulate_step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList kahans, TensorList steps,
                        at::IntArrayRef ordinals, Floats moment, Floats gradient, std::optional<Floats> weight,
                        bool cross, const Vector& step_weight, const Tensor& step_gradient) {
-  Roster roster = enrolled(params, grads, exp_avgs, kahans, Counts{steps, ordinals});
+  Roster roster = enrolled(false, params, grads, exp_avgs, kahans, Counts{steps, ordinals});
   Mode mode;
-  set_decay(roster, mode, moment, gradient, weight);
+  mode.weights = weight.has_value();
+  set_decay(roster, moment, gradient, weight);
   set_update(roster, mode, std::nullopt, step_weight, step_gradient);
   return accumulated(roster, mode, cross);
 }
 
 void apply(TensorList params, TensorList grads, TensorList exp_avgs, TensorList kahans, const Tensor& moment,
            const Vector& weight, const Vector& gradient) {
-  Roster roster = enrolled(params, grads, exp_avgs, kahans, std::nullopt);
+  Roster roster = enrolled(false, params, grads, exp_avgs, kahans, std::nullopt);
   Mode mode;
   set_update(roster, mode, moment, weight, gradient);
   roster.bump_weights();
@@ -118,7 +89,7 @@ void apply(TensorList params, TensorList grads, TensorList exp_avgs, TensorList 
 }
 
 Tensor dots(TensorList params, TensorList grads, TensorList exp_avgs, bool weights) {
-  Roster roster = enrolled(params, grads, exp_avgs, std::nullopt, std::nullopt);
+  Roster roster = enrolled(false, params, grads, exp_avgs, std::nullopt, std::nullopt);
   Mode mode;
   mode.weights = weights;
   std::vector<double> scratch;
@@ -131,9 +102,10 @@ void commit(TensorList params, TensorList grads, TensorList exp_avgs, TensorList
             at::IntArrayRef ordinals, Floats decay_moment, Floats decay_gradient, std::optional<Floats> decay_weight,
             const Tensor& moment, const Vector& weight, const Vector& gradient, const Vector& gain,
             const Vector& skip) {
-  Roster roster = enrolled(params, grads, exp_avgs, kahans, Counts{steps, ordinals});
+  Roster roster = enrolled(false, params, grads, exp_avgs, kahans, Counts{steps, ordinals});
   Mode mode;
-  set_decay(roster, mode, decay_moment, decay_gradient, decay_weight);
+  mode.weights = decay_weight.has_value();
+  set_decay(roster, decay_moment, decay_gradient, decay_weight);
   set_update(roster, mode, moment, weight, gradient);
   if (gain) {
     mode.scaled = true;
@@ -150,23 +122,7 @@ void commit(TensorList params, TensorList grads, TensorList exp_avgs, TensorList
 
 }  // namespace
 
-TORCH_LIBRARY(sofim_fused, m) {
-  m.def(
-      "accumulate(Tensor[] params, Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor[] steps, int[] ordinals,"
-      " float[] moment, float[] gradient, float[]? weight, bool cross) -> Tensor");
-  m.def(
-      "accumulate_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] kahans,"
-      " Tensor[] steps, int[] ordinals, float[] moment, float[] gradient, float[]? weight, bool cross,"
-      " Tensor? step_weight, Tensor step_gradient) -> Tensor");
-  m.def(
-      "apply(Tensor(a!)[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor(b!)[] kahans, Tensor moment,"
-      " Tensor? weight, Tensor? gradient) -> ()");
-  m.def("dots(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, bool weights) -> Tensor");
-  m.def(
-      "commit(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] kahans, Tensor[] steps,"
-      " int[] ordinals, float[] decay_moment, float[] decay_gradient, float[]? decay_weight, Tensor moment,"
-      " Tensor? weight, Tensor? gradient, Tensor? gain, Tensor? skip) -> ()");
-}
+TORCH_LIBRARY(sofim_fused, m) { define_operators(m); }
 
 TORCH_LIBRARY_IMPL(sofim_fused, CPU, m) {
   m.impl("accumulate", accumulate);

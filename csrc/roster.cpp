@@ -83,9 +83,9 @@ const char* Roster::add(const at::Tensor& w, const at::Tensor& g, const at::Tens
   const auto readable = [this](const at::Tensor& x) {
     return x.device() == device_ && x.layout() == at::kStrided && has_memory(x);
   };
-  if (!readable(w)) return "parameter: not a dense tensor on the CPU";
-  if (!readable(g)) return "gradient: not a dense tensor on the CPU";
-  if (!readable(m)) return "exp_avg: not a dense tensor on the CPU";
+  if (!readable(w)) return "parameter: not a dense tensor on the step's device";
+  if (!readable(g)) return "gradient: not a dense tensor on the step's device";
+  if (!readable(m)) return "exp_avg: not a dense tensor on the step's device";
   if (!storage_type(w.scalar_type(), record.w_type)) return "parameter: not float32, float64, bfloat16 or float16";
   if (!storage_type(g.scalar_type(), record.g_type) || g.is_complex() != w.is_complex() ||
       !(record.g_type == record.w_type || (record.g_type == Type::float32 && narrow(record.w_type)))) {
@@ -100,12 +100,12 @@ const char* Roster::add(const at::Tensor& w, const at::Tensor& g, const at::Tens
   if (m.sizes() != w.sizes()) return "exp_avg: of another shape than its parameter";
   if (kahan.defined()) {
     if (!readable(kahan) || kahan.scalar_type() != w.scalar_type() || kahan.sizes() != w.sizes()) {
-      return "kahan: not a dense CPU tensor of its parameter's shape and dtype";
+      return "kahan: not a dense tensor on the step's device of its parameter's shape and dtype";
     }
     if (!narrow(record.w_type)) return "kahan: kept for a parameter that is not of 16 bits";
   }
   if (step.defined() && (!readable(step) || step.scalar_type() != at::kLong || step.numel() != 1)) {
-    return "step: not a 0-dimensional int64 tensor on the CPU";
+    return "step: not a 0-dimensional int64 tensor on the step's device";
   }
   if (!at::InferenceMode::is_enabled()) {
     for (const at::Tensor* x : {&w, &m, &kahan, &step}) {

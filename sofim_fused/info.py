@@ -19,6 +19,7 @@ def lines() -> Iterator[str]:
     yield f"Python           {platform.python_version()}, {platform.system()}, {platform.machine()}"
     yield f"triton           {_version('triton')}"
     yield f"native CPU part  {_built()}"
+    yield f"native CUDA part {_built_cuda()}"
     module = native.cpu()
     used = "not in use" if isinstance(module, str) else f"{native.instruction_set()} in use"
     yield f"instruction set  {used}; PyTorch takes this CPU for {torch.backends.cpu.get_cpu_capability()}"
@@ -48,6 +49,15 @@ def _built() -> str:
         f"built for torch {record['torch']} and Python {record['python']} by {record['compiler']}: "
         f"{', '.join(record['instruction_sets'])}{sanitizers}"
     )
+
+
+def _built_cuda() -> str:
+    record = native.build()["cuda"]
+    if record["reason"] is not None:
+        return f"not built: {record['reason']}"
+    if record["emulated"]:
+        return f"built by {record['compiler']} to be emulated on the CPU"
+    return f"built by {record['compiler']} for {', '.join(record['architectures'])}"
 
 
 def _devices() -> Iterator[tuple[torch.device, str]]:

@@ -1,4 +1,4 @@
-"""The native part of the package: what was built, and the passes of this machine's instruction set or why not."""
+"""The native parts of the package: what was built, the passes of this machine's instruction set, and those for CUDA."""
 
 from __future__ import annotations
 
@@ -21,18 +21,27 @@ _RUNS = {"AVX512": ("avx512", "avx2", "default"), "AVX2": ("avx2", "default")}
 def build() -> dict[str, Any]:
     """The record of the build.
 
-    Keys: ``reason`` (why nothing was built, ``None`` if it was), ``torch`` and ``python`` (the versions it was built
-    for), ``compiler``, ``instruction_sets``, ``sanitizers``. A record that cannot be read is all ``reason``.
+    Keys: ``reason`` (why the CPU part was not built, ``None`` if it was), ``torch`` and ``python`` (the versions it was
+    built for), ``compiler``, ``instruction_sets``, ``sanitizers``, and ``cuda``, the record of the CUDA part: its
+    ``reason``, ``compiler``, ``architectures`` ("sm_90", or "compute_80" for PTX) and ``emulated`` (its kernels are run
+    by the CPU). What cannot be read is all ``reason``.
     """
     record = dict.fromkeys(("reason", "torch", "python", "compiler", "instruction_sets", "sanitizers"))
+    cuda = dict.fromkeys(("reason", "compiler", "architectures", "emulated"))
     try:
         read = json.loads(_RECORD.read_text(encoding="utf-8"))
-        return {**record, **{key: read[key] for key in record}}
+        record = {key: read[key] for key in record}
     except FileNotFoundError:
         reason = "the package was not installed (pip install --no-build-isolation -e .)"
     except (OSError, ValueError, TypeError, LookupError) as error:
         reason = f"{_RECORD.name} is no record of a build ({error!r}): reinstall sofim_fused"
-    return {**record, "reason": reason}
+    else:
+        try:
+            cuda = {key: read["cuda"][key] for key in cuda}
+        except (TypeError, LookupError) as error:
+            cuda["reason"] = f"{_RECORD.name} has no record of it ({error!r}): reinstall sofim_fused"
+        return {**record, "cuda": cuda}
+    return {**record, "reason": reason, "cuda": {**cuda, "reason": reason}}
 
 
 def cpu() -> ModuleType | str:
@@ -42,6 +51,14 @@ def cpu() -> ModuleType | str:
     """
     found = _find()
     return found if isinstance(found, str) else found[0]
+
+
+def cuda() -> ModuleType | str:
+    """The extension ``sofim_fused._cuda``, for which ``sofim_fused._C`` is in use; or why there is none.
+
+    Its attribute ``emulated`` tells whether its kernels are run by the CPU.
+    """
+    return _find_cuda()
 
 
 def instruction_set() -> str:
@@ -76,11 +93,29 @@ def _find() -> tuple[ModuleType, str] | str:
         module = importlib.import_module("sofim_fused._C")
         module.use_kernels(importlib.import_module(f"sofim_fused._cpu_{name}").kernels)
     except Exception as error:  # a module that does not fit may raise anything
-        return (
-            f"it was built for torch {record['torch']} and cannot be loaded under torch {torch.__version__} "
-            f"({str(error).partition(chr(10))[0]}): reinstall sofim_fused"
-        )
+        return _unfit(error)
     return module, name
+
+
+@functools.cache
+def _find_cuda() -> ModuleType | str:
+    reason = build()["cuda"]["reason"]
+    if reason is not None:
+        return f"the native CUDA part was not built: {reason}"
+    found = _find()  # which was built along with it, for the same versions
+    if isinstance(found, str):
+        return f"it needs the native CPU part: {found}"
+    try:
+        return importlib.import_module("sofim_fused._cuda")
+    except Exception as error:
+        return _unfit(error)
+
+
+def _unfit(error: Exception) -> str:
+    return (
+        f"it was built for torch {build()['torch']} and cannot be loaded under torch {torch.__version__} "
+        f"({str(error).partition(chr(10))[0]}): reinstall sofim_fused"
+    )
 
 
 def _minor(version: str) -> list[str]:

@@ -71,7 +71,7 @@ class SOFIM(Optimizer):
             was when the graph was captured. Step counts are on the device in any case.
         in_backward, release_grads, amp_fused, differentiable: not available in this version; truthy values raise.
             (``torch.amp.GradScaler`` works without ``amp_fused``: it unscales before the step.)
-        backend: ``"auto"``, ``"cpu"`` (C++, ``csrc``), ``"triton"`` (GPUs) or ``"reference"`` (pure PyTorch). Never
+        backend: ``"auto"``, ``"cpu"`` (C++), ``"cuda"`` (CUDA C++), ``"triton"`` or ``"reference"`` (PyTorch). Never
             saved with the state; :attr:`backends` tells what is used.
 
     Raises:

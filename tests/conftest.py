@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sofim_fused.backends import triton
+from sofim_fused.backends import cuda, triton
 from tests.runs import ALL_ON_GPU, INTERPRETED, RUNS, Run, name_of
 
 # On tensors this small a second thread only waits, and on a busy machine it waits long.
@@ -43,6 +43,7 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
         pytest.skip("one case in eight runs on a GPU, unless SOFIM_ALL_GPU_TESTS=1")
     single = bool(chance & 1) if chosen.single is None else chosen.single
     ready = bool(chance & 2) if chosen.ready is None else chosen.ready
-    if chosen.backend == "triton":
-        monkeypatch.setattr(triton, "SINGLE_LAUNCH", single)
+    module = {"cuda": cuda, "triton": triton}.get(chosen.backend)
+    if module is not None:
+        monkeypatch.setattr(module, "SINGLE_LAUNCH", single)
     return chosen._replace(single=single, ready=ready)

@@ -182,3 +182,15 @@ def same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
 
 def _bytes(x: Tensor) -> bytes:
     return bytes(x.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
+
+
+def ready_problem(
+    backend: str, sizes: Sequence[int], device: str = "cpu", **options: Any
+) -> tuple[SOFIM, list[torch.nn.Parameter]]:
+    """An optimizer of a backend, and its parameters, vectors of these sizes that have gradients."""
+    generator = torch.Generator().manual_seed(11)
+    params = [torch.nn.Parameter(torch.randn(n, generator=generator).to(device)) for n in sizes]
+    optimizer = SOFIM(params, lr=0.1, backend=backend, **options)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(device)
+    return optimizer, params

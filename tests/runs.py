@@ -1,7 +1,8 @@
 """Where the tests of backends run: each backend that this process can use, on each of its devices.
 
-Triton's interpreter is chosen by the environment, for a whole process: with ``TRITON_INTERPRET=1`` only its runs are
-here, without it none. Runs on a GPU are marked ``gpu``, and are skipped where there is none.
+What stands in for a GPU is chosen by the environment, for a whole process: with ``TRITON_INTERPRET=1`` only runs in
+Triton's interpreter are here, with ``SOFIM_EMULATED=1`` only those of the CUDA kernels in the emulator
+(``tests/emulator``), without them neither. Runs on a GPU are marked ``gpu``, and are skipped where there is none.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch
 from sofim_fused import backends
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CPU_BACKENDS = ["triton"] if INTERPRETED else ["cpu", "reference"]
+EMULATED = os.environ.get("SOFIM_EMULATED") == "1"
+CPU_BACKENDS = ["triton"] if INTERPRETED else ["cuda"] if EMULATED else ["cpu", "reference"]
+GPU_BACKENDS = ["cuda", "triton"]
 ALL_ON_GPU = os.environ.get("SOFIM_ALL_GPU_TESTS") == "1"  # else one case in eight: most have a kernel to compile
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU")
 
@@ -44,9 +47,9 @@ class Run(NamedTuple):
 
 
 def _params() -> list[Any]:
-    if INTERPRETED:
-        return [Run("triton", "cpu", None, None)]
-    on_gpu = [Run("triton", "cuda", None, None), Run("reference", "cuda")]
+    if INTERPRETED or EMULATED:
+        return [Run(CPU_BACKENDS[0], "cpu", None, None)]
+    on_gpu = [*(Run(name, "cuda", None, None) for name in GPU_BACKENDS), Run("reference", "cuda")]
     return [
         *(Run(name, "cpu") for name in CPU_BACKENDS),
         *(pytest.param(run, marks=[pytest.mark.gpu, NO_GPU]) for run in on_gpu),
@@ -58,7 +61,7 @@ def name_of(run: object) -> str:
     assert isinstance(run, Run)
     if run.single is None:
         return f"{run.backend}-{run.device}"
-    launches = "" if run.backend != "triton" else "-one-launch" if run.single else "-two-launches"
+    launches = "" if run.backend not in GPU_BACKENDS else "-one-launch" if run.single else "-two-launches"
     return f"{run.backend}-{run.device}{launches}"
 
 

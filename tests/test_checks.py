@@ -68,7 +68,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"backend": "cublas"},
         ValueError,
-        r"backend='cublas' is unknown: take one of 'auto', 'cpu', 'triton', 'reference'",
+        r"backend='cublas' is unknown: take one of 'auto', 'cpu', 'cuda', 'triton', 'reference'",
     ),
     ({"foreach": 1}, TypeError, r"foreach=1: pass True, False or None"),
     (

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 
 from sofim_fused import SOFIM, backends, native
 from sofim_fused.backends import table, triton
-from tests.problems import give, give_state, mixed_problem, same_bits, snapshot
-from tests.runs import INTERPRETED, NO_GPU
+from tests.problems import give, give_state, mixed_problem, ready_problem, same_bits, snapshot
+from tests.runs import INTERPRETED
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")
@@ -31,13 +32,7 @@ GUARDED: dict[str, Any] = {"max_grad_norm": 0.5, "skip_nonfinite": True}
 OPTIONS: list[dict[str, Any]] = [{}, {"numerator": "gradient"}, GUARDED, {"numerator": "gradient", **GUARDED}]
 
 
-def made(sizes: list[int], device: str = "cpu", **options: Any) -> tuple[SOFIM, list[nn.Parameter]]:
-    generator = torch.Generator().manual_seed(11)
-    params = [nn.Parameter(torch.randn(n, generator=generator).to(device)) for n in sizes]
-    optimizer = SOFIM(params, lr=0.1, backend="triton", **options)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(device)
-    return optimizer, params
+made = partial(ready_problem, "triton")
 
 
 @pytest.fixture
@@ -345,125 +340,3 @@ def test_other_devices_are_refused_with_a_reason() -> None:
     assert "not on meta" in str(triton.passes_for(torch.device("meta")))
     if not torch.cuda.is_available():
         assert triton.passes_for(torch.device("cuda", 0)) == "PyTorch finds no GPU"
-
-
-# On a GPU
-
-
-@pytest.mark.gpu
-@NO_GPU
-@pytest.mark.parametrize("single", [True, False], ids=["one launch", "two launches"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_step_does_not_wait_for_the_gpu(
-    options: dict[str, Any], single: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(triton, "SINGLE_LAUNCH", single)
-    optimizer, params = made([3, 5000, 1_000_003], "cuda", **options)
-    for _ in range(3):
-        optimizer.step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(3):
-            for p in params:
-                p.grad = torch.ones_like(p)
-            optimizer.param_groups[0]["lr"] *= 0.5
-            optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-@NO_GPU
-@pytest.mark.parametrize("single", [True, False], ids=["one launch", "two launches"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_captured_step_replays(options: dict[str, Any], single: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """100 replays with new gradients and learning rates, and eager steps of another problem between them."""
-    monkeypatch.setattr(triton, "SINGLE_LAUNCH", single)
-    results = []
-    for captured in (True, False):
-        lr = torch.full((), 0.1, device="cuda")
-        optimizer, params = made([3, 5000, 70_001], "cuda", capturable=captured, **options)
-        optimizer.param_groups[0]["lr"] = lr
-        static = [p.grad for p in params]
-        for _ in range(3):
-            optimizer.step()
-        graph = torch.cuda.CUDAGraph()
-        if captured:
-            with torch.cuda.graph(graph):
-                optimizer.step()
-        generator = torch.Generator().manual_seed(5)
-        for count in range(100):
-            for grad in static:
-                assert grad is not None
-                grad.copy_(torch.randn(grad.shape, generator=generator))
-            lr.mul_(0.99)
-            graph.replay() if captured else optimizer.step()
-            if captured and count == 50:
-                params[0].grad = torch.zeros_like(params[0])  # an eager step with other addresses, then back
-                kept = [p.detach().clone() for p in params], snapshot(optimizer)
-                optimizer.step()
-                params[0].grad = static[0]
-                for p, value in zip(params, kept[0], strict=True):
-                    p.data.copy_(value)
-                rest = iter(kept[1])
-                for p in params:
-                    next(rest)
-                    for name in sorted(optimizer.state[p]):
-                        optimizer.state[p][name].copy_(next(rest))
-        results.append(snapshot(optimizer))
-    assert same_bits(*results)
-
-
-@pytest.mark.gpu
-@NO_GPU
-def test_capture_without_capturable_is_refused() -> None:
-    optimizer, _ = made([3], "cuda")
-    optimizer.step()
-    with pytest.raises(RuntimeError, match="capturable=True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        optimizer.step()
-
-
-@pytest.mark.gpu
-@NO_GPU
-def test_bits_do_not_depend_on_the_run() -> None:
-    """Tiles end in another order each time."""
-    results = []
-    for _ in range(5):
-        optimizer, _ = made([3, 5_000_000, 1_000_003] + [999] * 300, "cuda", **GUARDED)
-        for _ in range(3):
-            optimizer.step()
-        results.append(snapshot(optimizer))
-    assert all(same_bits(results[0], other) for other in results[1:])
-
-
-@pytest.mark.gpu
-@NO_GPU
-def test_steps_follow_the_current_stream() -> None:
-    results = []
-    for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
-        with torch.cuda.stream(stream):
-            optimizer, _ = made([3, 500_000], "cuda")
-            for _ in range(5):
-                optimizer.step()
-        stream.synchronize()
-        results.append(snapshot(optimizer))
-    assert same_bits(*results)
-
-
-@pytest.mark.gpu
-@NO_GPU
-@pytest.mark.slow
-def test_more_than_two_to_the_31_elements() -> None:
-    n = 2**31 + 70_001
-    if torch.cuda.mem_get_info()[0] < 7 * n:
-        pytest.skip("needs 15 GiB of a GPU's memory")
-    p = nn.Parameter(torch.zeros(n, dtype=torch.bfloat16, device="cuda"))
-    p.grad = torch.zeros_like(p)
-    p.grad[-3:] = 2.0
-    optimizer = SOFIM([p], lr=1.0, momentum=0.0, state_dtype=torch.bfloat16, kahan=False, backend="triton")
-    for _ in range(2):
-        optimizer.step()
-    assert p[:-3].abs().max().item() == 0.0
-    assert torch.all(p[-3:] == p[-1])
-    assert p[-1].item() == pytest.approx(-2 * 2.0 / (1 + 12.0), rel=1e-2)

@@ -1,0 +1,97 @@
+#include "launch.h"
+
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <cstring>
+#include <limits>
+
+namespace sofim::cuda {
+
+void Memory::serve(Task& task, at::Device device, void* stream) {
+  const int64_t n = task.tensors, tiles = task.tiles;
+  if (n != tensors_ || tiles != tiles_ || stream != stream_ || !numbers_.defined() || numbers_.device() != device) {
+    const auto options = at::TensorOptions(at::kDouble).device(device);
+    counters_ = at::zeros({n + 1}, options.dtype(at::kInt));
+    numbers_ = at::empty({kSums * (n + tiles) + 4 * n + 2}, options);
+    tensors_ = n;
+    tiles_ = tiles;
+    stream_ = stream;
+    filled_.clear();
+  }
+  task.counters = static_cast<uint32_t*>(counters_.mutable_data_ptr());
+  task.sums = numbers_.mutable_data_ptr<double>();
+  task.slots = task.sums + kSums * n;
+  task.corrections = task.slots + kSums * tiles;
+  task.by_weight = task.corrections + n;
+  task.by_gradient = task.by_weight + n;
+  task.by_moment = task.by_gradient + n;
+  task.gain = task.by_moment + n;
+  task.skip = reinterpret_cast<bool*>(task.gain + 1);
+}
+
+void Memory::serve_table(Task& task, const std::vector<Row>& rows, const std::vector<Group>& groups, at::Device device,
+                         void* stream) {
+  task.rows = nullptr;
+  task.groups = nullptr;
+  if (fit(largest_arguments(), rows.size(), groups.size())) return;
+  const size_t row_bytes = rows.size() * sizeof(Row), bytes = row_bytes + groups.size() * sizeof(Group);
+  if (!table_.defined() || table_.numel() != static_cast<int64_t>(bytes) || filled_.empty()) {
+    table_ = at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions(at::kByte).device(device));
+  }
+  void* const table = table_.mutable_data_ptr();
+  const bool same = filled_.size() == bytes && std::memcmp(filled_.data(), rows.data(), row_bytes) == 0 &&
+                    std::memcmp(filled_.data() + row_bytes, groups.data(), bytes - row_bytes) == 0;
+  if (!same) {
+    check(fill(table, rows.data(), rows.size(), groups.data(), groups.size(), stream));
+    filled_.resize(bytes);
+    std::memcpy(filled_.data(), rows.data(), row_bytes);
+    std::memcpy(filled_.data() + row_bytes, groups.data(), bytes - row_bytes);
+  }
+  task.rows = static_cast<const Row*>(table);
+  task.groups = reinterpret_cast<const Group*>(static_cast<const unsigned char*>(table) + row_bytes);
+}
+
+at::Tensor Memory::sums() const { return numbers_.narrow(0, 0, kSums * tensors_).view({kSums, tensors_}); }
+
+void Packed::take(const Roster& roster) {
+  rows.resize(roster.size());
+  uint64_t tiles = 0;
+  bool float32 = true, narrow = true;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const Record& r = roster.records()[i];
+    Row& row = rows[i];
+    row.w = r.w;
+    row.g = r.g;
+    row.m = r.m;
+    row.kahan = r.kahan;
+    row.step = const_cast<int64_t*>(roster.count(i));
+    row.numel = r.numel;
+    row.first = static_cast<uint32_t>(tiles);
+    row.ordinal = roster.ordinal(i);
+    row.w_type = r.w_type;
+    row.g_type = r.g_type;
+    row.m_type = r.m_type;
+    const auto address = [](const void* at) { return reinterpret_cast<uintptr_t>(at); };
+    row.aligned = (address(r.w) | address(r.g) | address(r.m) | address(r.kahan)) % 16 == 0;
+    tiles += tiles_of(r.numel);
+    float32 &= r.w_type == Type::float32;
+    narrow &= (r.w_type == Type::bfloat16 || r.w_type == Type::float16) && r.g_type == r.w_type;
+  }
+  TORCH_CHECK(tiles <= std::numeric_limits<int32_t>::max(), "sofim_fused: more elements than a launch can have");
+  task.tensors = static_cast<uint32_t>(rows.size());
+  task.tiles = static_cast<uint32_t>(tiles);
+  form.types = float32 ? Types::float32 : narrow ? Types::narrow : Types::any;
+}
+
+On::On(at::Device device)
+    : guard_(device),
+      stream_(c10::cuda::getCurrentCUDAStream().stream()),
+      captured_(c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {}
+
+void check(int error) {
+  TORCH_CHECK(error == 0, "sofim_fused: a kernel could not be launched: ", error_text(error));
+}
+
+}  // namespace sofim::cuda

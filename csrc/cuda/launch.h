@@ -1,0 +1,77 @@
+// Passes and steps over a roster's tensors, in PyTorch's memory and on its current stream.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/cuda/CUDAGuard.h>
+
+#include <vector>
+
+#include "../roster.h"
+#include "passes.h"
+
+namespace sofim::cuda {
+
+#if defined(SOFIM_EMULATED)
+constexpr auto kDevice = c10::DeviceType::CPU;  // see tests/emulator
+#else
+constexpr auto kDevice = c10::DeviceType::CUDA;
+#endif
+
+// Memory that launches need. It may be kept for the next launch on the same stream with the same sizes.
+class Memory {
+ public:
+  // Makes what is not there yet, and points the task to it.
+  void serve(Task& task, at::Device device, void* stream);
+  // Points the task to a table on the device, if rows and groups do not fit into arguments; it is filled unless it was
+  // with the same.
+  void serve_table(Task& task, const std::vector<Row>& rows, const std::vector<Group>& groups, at::Device device,
+                   void* stream);
+  // The last launch's sums: float64 [kSums, tensors].
+  at::Tensor sums() const;
+
+ private:
+  at::Tensor counters_, numbers_, table_;
+  int64_t tensors_ = -1, tiles_ = -1;
+  void* stream_ = nullptr;
+  std::vector<unsigned char> filled_;
+};
+
+// The tensors of a launch, packed.
+struct Packed {
+  std::vector<Row> rows;
+  std::vector<Group> groups;
+  Task task{};
+  Form form;
+
+  // Takes over a roster's tensors; `group_of`: the group of each.
+  template <class F>
+  void take(const Roster& roster, F group_of);
+
+ private:
+  void take(const Roster& roster);
+};
+
+template <class F>
+void Packed::take(const Roster& roster, F group_of) {
+  take(roster);
+  for (size_t i = 0; i < rows.size(); ++i) rows[i].group = static_cast<uint32_t>(group_of(i));
+}
+
+// Switches to a device, whose stream then says where launches go.
+class On {
+ public:
+  explicit On(at::Device device);
+  void* stream() const { return stream_; }
+  // Whether the stream is captured in a graph, which keeps to itself whatever memory it is given.
+  bool captured() const { return captured_; }
+
+ private:
+  c10::cuda::CUDAGuard guard_;
+  void* stream_;
+  bool captured_;
+};
+
+// Raises an error if a launch returned one.
+void check(int error);
+
+}  // namespace sofim::cuda

@@ -1,0 +1,189 @@
+// sofim_fused._cuda: a whole step in one call, for optimizers whose tensors all lie on one GPU. It leaves to Python what
+// sofim_fused._C.Step leaves to it.
+#include <ATen/ATen.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <string>
+
+#include "../reader.h"
+#include "launch.h"
+
+namespace sofim::cuda {
+namespace {
+
+namespace py = pybind11;
+
+// Tiles up to which a step takes one launch: what it reads twice then stays in the cache.
+constexpr uint32_t kSingleUpTo = 2048;
+
+class Step {
+ public:
+  // One step, in one launch (`single`), in two, or as its size asks for. Returns None if Python has to take it, nothing
+  // being changed; True for a plain step; for a guarded one the pair of the gradients' norm before clipping and of how
+  // many steps were skipped, 0-dimensional tensors of float64 and int64 on the device.
+  py::object run(const py::handle& groups, const py::handle& state, std::optional<bool> single) {
+    if (busy_ || c10::impl::TorchDispatchModeTLS::any_modes_set()) return py::none();
+    const Busy busy(*this);
+    if (!reader_.read(groups.ptr(), state.ptr())) return py::none();
+    Roster& roster = reader_.roster();
+    if (roster.size() == 0) return py::bool_(true);
+    if (roster.device().type() != kDevice) return py::none();
+    const On on(roster.device());
+    pack();
+    Task& task = packed_.task;
+    at::Tensor norm, skipped;
+    if (whole().guarded()) {
+      const auto options = at::TensorOptions(at::kDouble).device(roster.device());
+      norm = at::empty({}, options);
+      skipped = at::empty({}, options.dtype(at::kLong));
+      task.norm = norm.mutable_data_ptr<double>();
+      task.skipped = skipped.mutable_data_ptr<int64_t>();
+    }
+    // What a graph uses must not be used by eager steps as well, and goes when the graph goes.
+    Memory own;
+    Memory& memory = on.captured() ? own : memory_;
+    memory.serve(task, roster.device(), on.stream());
+    if (!whole().guarded()) task.skip = nullptr;
+    if (!whole().gradient_form) task.by_gradient = nullptr;
+    memory.serve_table(task, packed_.rows, packed_.groups, roster.device(), on.stream());
+    roster.bump_moments();
+    roster.bump_weights();
+    roster.bump_steps();
+    launch_all(single.value_or(task.tiles <= kSingleUpTo), on.stream());
+    roster.write_back(true, true);
+    if (!whole().guarded()) return py::bool_(true);
+    return py::make_tuple(norm, skipped);
+  }
+
+ private:
+  // What lets go of tensors may run Python code, and that may come back here.
+  struct Busy {
+    explicit Busy(Step& step) : step(step) { step.busy_ = true; }
+    ~Busy() {
+      step.reader_.clear();
+      step.kept_.clear();
+      step.busy_ = false;
+    }
+    Step& step;
+  };
+
+  const Whole& whole() const { return reader_.whole(); }
+
+  void pack() {
+    const Roster& roster = reader_.roster();
+    const size_t groups = reader_.groups().size();
+    packed_.take(roster, [this](size_t i) { return reader_.group_of(i); });
+    packed_.groups.resize(groups);
+    std::memset(static_cast<void*>(packed_.groups.data()), 0, groups * sizeof(Group));
+    for (size_t i = 0; i < groups; ++i) {
+      Group& group = packed_.groups[i];
+      const Hyper& h = reader_.groups()[i];
+      const double taken = 1.0 - h.momentum;
+      group.hyper = h;
+      group.decay_m = h.momentum;
+      group.decay_g = taken * h.sign;
+      group.decay_w = taken * h.l2;
+    }
+    for (const Distant& distant : reader_.distant()) {
+      Group& group = packed_.groups[distant.group];
+      at::Tensor value = distant.value;
+      if (value.device() != roster.device() || (value.scalar_type() != at::kFloat && value.scalar_type() != at::kDouble)) {
+        value = value.detach().to(roster.device(), at::kDouble, /*non_blocking=*/true);
+        kept_.push_back(value);
+      }
+      const bool wide = value.scalar_type() == at::kDouble;
+      (distant.name == Distant::kLr ? group.lr : group.rho) = value.const_data_ptr();
+      (distant.name == Distant::kLr ? group.lr_double : group.rho_double) = wide;
+    }
+    bool l2 = false;
+    for (size_t i = 0; i < roster.size(); ++i) l2 |= reader_.hyper(i).l2 != 0.0;
+    packed_.form.l2 = l2;
+    packed_.form.gradient = whole().gradient_form;
+    Task& task = packed_.task;
+    task.group_count = static_cast<uint32_t>(groups);
+    task.limit = whole().max_grad_norm.value_or(std::numeric_limits<double>::infinity());
+    task.finish = whole().guarded() ? Finish::guarded : Finish::plain;
+    task.fisher = whole().fisher == Whole::kModel   ? Fisher::model
+                  : whole().fisher == Whole::kGroup ? Fisher::group
+                                                    : Fisher::parameter;
+    task.gradient_form = whole().gradient_form;
+    task.skip_nonfinite = whole().skip_nonfinite;
+  }
+
+  void launch_all(bool single, void* stream) {
+    const Task& task = packed_.task;
+    const Form& form = packed_.form;
+    const Row* const rows = packed_.rows.data();
+    const Group* const groups = packed_.groups.data();
+    if (single && cooperates_) {
+      const int blocks = step_blocks_once();
+      const int error = blocks > 0 ? launch_step(form, task, rows, groups, blocks, stream) : 0;
+      if (blocks > 0 && error == 0) return;
+      if (!refused(error)) check(error);
+      if (error != 0) {
+        // Nothing has run: another process holds a part of the device.
+        cooperates_ = false;
+        const std::string text =
+            std::string("a step in one launch was refused (") + error_text(error) + "); from now on it takes two";
+        if (PyErr_WarnEx(PyExc_UserWarning, text.c_str(), 1) != 0) throw py::error_already_set();
+      }
+    }
+    const bool guarded = task.finish == Finish::guarded;
+    check(launch(guarded ? Pass::dots : Pass::accumulate, form, task, rows, groups, stream));
+    check(launch(guarded ? Pass::commit : Pass::apply, form, task, rows, groups, stream));
+  }
+
+  // step_blocks(), which asks the driver, for the last kernel alone.
+  int step_blocks_once() {
+    const Form& f = packed_.form;
+    const Task& task = packed_.task;
+    const bool small = task.rows != nullptr || fit(kSmall, task.tensors, task.group_count);
+    const int device = reader_.roster().device().index();
+    const int kernel = device * 64 + static_cast<int>(f.types) * 16 + f.l2 * 8 + f.gradient * 4 + small * 2 +
+                       (task.finish == Finish::guarded);
+    if (kernel != kernel_) {
+      check(step_blocks(f, task, &blocks_));
+      kernel_ = kernel;
+    }
+    return blocks_;
+  }
+
+  // Kept from step to step for their memory alone.
+  Reader reader_{true};
+  Packed packed_;
+  Memory memory_;
+  std::vector<at::Tensor> kept_;
+  int kernel_ = std::numeric_limits<int>::min(), blocks_ = 0;
+  bool cooperates_ = true;
+  bool busy_ = false;
+};
+
+}  // namespace
+}  // namespace sofim::cuda
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using sofim::cuda::Step;
+  m.doc() = "Native passes over the parameters of an optimizer on a GPU.";
+#if defined(SOFIM_EMULATED)
+  m.attr("emulated") = true;
+  m.def("launches", [] { return emulator::launches.load(); }, "How many kernels were launched so far.");
+  m.def("set_idle", [](bool idle) { emulator::idle = idle; }, pybind11::arg("idle"), "Whether kernels do nothing.");
+#else
+  m.attr("emulated") = false;
+#endif
+  m.attr("TILE") = sofim::cuda::kTile;
+  m.attr("SMALL_ARGUMENTS") = sofim::cuda::kSmall;
+  m.attr("ARGUMENTS") = sofim::cuda::largest_arguments();
+  m.def("tiles_of", &sofim::cuda::tiles_of, pybind11::arg("numel"), "The tiles of a tensor of so many elements.");
+  m.def("fit", &sofim::cuda::fit, pybind11::arg("size"), pybind11::arg("tensors"), pybind11::arg("groups"),
+        "Whether so many tensors and groups fit into kernel arguments of `size` bytes; else a table on the GPU is used.");
+  pybind11::class_<Step>(m, "Step", "A whole step over tensors on a GPU; keeps memory from one to the next.")
+      .def(pybind11::init<>())
+      .def("__call__", &Step::run, pybind11::arg("param_groups"), pybind11::arg("state"),
+           pybind11::arg("single") = pybind11::none(),
+           "Takes a step: True if plain, (grad_norm, skipped) if guarded, None if it cannot and has changed nothing.");
+}

@@ -1,0 +1,175 @@
+// The passes as operators over lists of tensors on a GPU. Their meaning is that of
+// sofim_fused/backends/protocol.py; fake implementations are in sofim_fused/backends/operators.py.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <cstring>
+#include <optional>
+
+#include "../lists.h"
+#include "launch.h"
+
+namespace sofim::cuda {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+
+// One pass, and all that it needs.
+class Sweep {
+ public:
+  explicit Sweep(Roster& roster) : roster_(roster) {
+    packed_.take(roster, [](size_t i) { return i; });
+    packed_.groups.resize(roster.size());
+    if (roster.size() > 0) std::memset(static_cast<void*>(packed_.groups.data()), 0, roster.size() * sizeof(Group));
+    for (size_t i = 0; i < roster.size(); ++i) {
+      const auto& decay = roster.records()[i].decay;
+      packed_.groups[i].decay_m = decay.m;
+      packed_.groups[i].decay_g = decay.g;
+      packed_.groups[i].decay_w = decay.w;
+    }
+    packed_.task.group_count = packed_.task.tensors;
+  }
+
+  Form& form() { return packed_.form; }
+
+  // Coefficients of every tensor, or of all in one number; without one, the value that changes nothing.
+  void set_update(const Vector& moment, const Vector& weight, const Vector& gradient) {
+    by_moment_ = vector("moment", moment);
+    by_weight_ = vector("weight", weight);
+    by_gradient_ = vector("gradient", gradient);
+  }
+  void set_guard(const Vector& gain, const Vector& skip) {
+    gain_ = number("gain", gain, at::kDouble, "float64");
+    skip_ = number("skip", skip, at::kBool, "bool");
+  }
+
+  void run(Pass pass) {
+    if (roster_.size() == 0) return;
+    const On on(roster_.device());
+    Task& task = packed_.task;
+    memory_.serve(task, roster_.device(), on.stream());
+    const auto given = [](const Vector& x) { return x ? static_cast<double*>(x->mutable_data_ptr()) : nullptr; };
+    task.by_weight = given(by_weight_);
+    task.by_gradient = given(by_gradient_);
+    task.by_moment = given(by_moment_);
+    task.gain = given(gain_);
+    task.skip = skip_ ? static_cast<bool*>(skip_->mutable_data_ptr()) : nullptr;
+    memory_.serve_table(task, packed_.rows, packed_.groups, roster_.device(), on.stream());
+    check(launch(pass, packed_.form, task, packed_.rows.data(), packed_.groups.data(), on.stream()));
+  }
+
+  // Rows of the sums.
+  Tensor sums(at::ArrayRef<int64_t> rows) const {
+    const auto options = at::TensorOptions(at::kDouble).device(kDevice);
+    if (roster_.size() == 0) return at::empty({static_cast<int64_t>(rows.size()), 0}, options);
+    const Tensor all = memory_.sums();
+    std::vector<Tensor> chosen;
+    for (const int64_t row : rows) chosen.push_back(all.select(0, row));
+    return at::stack(chosen);
+  }
+
+ private:
+  Vector vector(const char* name, const Vector& x) const {
+    if (!x) return x;
+    TORCH_CHECK(x->device() == roster_.device() && x->scalar_type() == at::kDouble && x->dim() == 1 &&
+                    x->size(0) == static_cast<int64_t>(roster_.size()),
+                "sofim_fused: ", name, ": a float64 vector of ", roster_.size(), " on ", roster_.device(),
+                " is needed");
+    return x->contiguous();
+  }
+  Vector number(const char* name, const Vector& x, at::ScalarType type, const char* type_name) const {
+    TORCH_CHECK(!x || (x->device() == roster_.device() && x->scalar_type() == type && x->numel() == 1),
+                "sofim_fused: ", name, ": one ", type_name, " on ", roster_.device(), " is needed");
+    return x;
+  }
+
+  Roster& roster_;
+  Packed packed_;
+  Memory memory_;
+  Vector by_weight_, by_gradient_, by_moment_, gain_, skip_;
+};
+
+Tensor accumulated(Roster& roster, Sweep& sweep, bool weights, bool cross) {
+  sweep.form().l2 = weights;
+  sweep.form().gradient = cross;
+  const bool step = sweep.form().step;
+  roster.bump_moments();
+  if (step) roster.bump_weights();
+  sweep.run(Pass::accumulate);
+  roster.write_back(step, true);
+  if (!cross) return sweep.sums({kMM});
+  return weights ? sweep.sums({kMM, kMG, kMW}) : sweep.sums({kMM, kMG});
+}
+
+Tensor accumulate(TensorList params, TensorList grads, TensorList exp_avgs, TensorList steps, at::IntArrayRef ordinals,
+                  Floats moment, Floats gradient, std::optional<Floats> weight, bool cross) {
+  Roster roster = enrolled(true, params, grads, exp_avgs, std::nullopt, Counts{steps, ordinals});
+  set_decay(roster, moment, gradient, weight);
+  Sweep sweep(roster);
+  return accumulated(roster, sweep, weight.has_value(), cross);
+}
+
+Tensor accumulate_step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList kahans, TensorList steps,
+                       at::IntArrayRef ordinals, Floats moment, Floats gradient, std::optional<Floats> weight,
+                       bool cross, const Vector& step_weight, const Tensor& step_gradient) {
+  Roster roster = enrolled(true, params, grads, exp_avgs, kahans, Counts{steps, ordinals});
+  set_decay(roster, moment, gradient, weight);
+  Sweep sweep(roster);
+  sweep.set_update(std::nullopt, step_weight, step_gradient);
+  sweep.form().step = true;
+  return accumulated(roster, sweep, weight.has_value(), cross);
+}
+
+void apply(TensorList params, TensorList grads, TensorList exp_avgs, TensorList kahans, const Tensor& moment,
+           const Vector& weight, const Vector& gradient) {
+  Roster roster = enrolled(true, params, grads, exp_avgs, kahans, std::nullopt);
+  Sweep sweep(roster);
+  sweep.set_update(moment, weight, gradient);
+  sweep.form().gradient = gradient.has_value();
+  roster.bump_weights();
+  sweep.run(Pass::apply);
+  roster.write_back(true, false);
+}
+
+Tensor dots(TensorList params, TensorList grads, TensorList exp_avgs, bool weights) {
+  Roster roster = enrolled(true, params, grads, exp_avgs, std::nullopt, std::nullopt);
+  Sweep sweep(roster);
+  sweep.form().l2 = weights;
+  sweep.run(Pass::dots);
+  return weights ? sweep.sums({kMM, kMG, kGG, kMW, kGW, kWW}) : sweep.sums({kMM, kMG, kGG});
+}
+
+void commit(TensorList params, TensorList grads, TensorList exp_avgs, TensorList kahans, TensorList steps,
+            at::IntArrayRef ordinals, Floats decay_moment, Floats decay_gradient, std::optional<Floats> decay_weight,
+            const Tensor& moment, const Vector& weight, const Vector& gradient, const Vector& gain,
+            const Vector& skip) {
+  Roster roster = enrolled(true, params, grads, exp_avgs, kahans, Counts{steps, ordinals});
+  set_decay(roster, decay_moment, decay_gradient, decay_weight);
+  Sweep sweep(roster);
+  sweep.set_update(moment, weight, gradient);
+  sweep.set_guard(gain, skip);
+  sweep.form().l2 = decay_weight.has_value();
+  sweep.form().gradient = gradient.has_value();
+  roster.bump_moments();
+  roster.bump_weights();
+  sweep.run(Pass::commit);
+  roster.write_back(true, true);
+}
+
+}  // namespace
+
+#if defined(SOFIM_EMULATED)
+TORCH_LIBRARY(sofim_fused_emulated, m) { define_operators(m); }
+TORCH_LIBRARY_IMPL(sofim_fused_emulated, CPU, m) {
+#else
+TORCH_LIBRARY_IMPL(sofim_fused, CUDA, m) {
+#endif
+  m.impl("accumulate", accumulate);
+  m.impl("accumulate_step", accumulate_step);
+  m.impl("apply", apply);
+  m.impl("dots", dots);
+  m.impl("commit", commit);
+}
+
+}  // namespace sofim::cuda

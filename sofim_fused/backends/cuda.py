@@ -1,0 +1,66 @@
+"""The passes on an NVIDIA GPU in CUDA C++, compiled ahead of time (``csrc/cuda``): no warm-up, the least to launch.
+
+A whole step takes one launch, or two. What a launch has to know travels in its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sofim_fused import native
+from sofim_fused.backends.cpu import register_operators
+from sofim_fused.backends.operators import OperatorPasses, register_fakes
+from sofim_fused.backends.protocol import NativeStep
+
+CAPABILITY = (8, 0)  # the first with bfloat16, which setup.py compiles for
+
+SINGLE_LAUNCH: bool | None = None
+"""One launch per step (``True``), two (``False``), or one for models up to mid size (``None``). Read at each step.
+
+Models of several dtypes, of float64, or with float32 gradients of 16-bit weights take two in any case."""
+
+
+def passes_for(device: torch.device) -> OperatorPasses | str:
+    """The passes for ``device``, or the reason why it has none."""
+    found: OperatorPasses | str = torch.compiler.disable(_passes_for)(device)
+    return found
+
+
+@cache
+def _passes_for(device: torch.device) -> OperatorPasses | str:
+    if device.type not in ("cpu", "cuda"):
+        return f"it runs on NVIDIA's GPUs, not on {device.type}"
+    module = native.cuda()
+    if isinstance(module, str):
+        return module
+    if module.emulated:
+        return _passes(module) if device.type == "cpu" else "it was built to be emulated on the CPU"
+    if device.type == "cpu":
+        return "it runs on GPUs"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no GPU"
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
+        return f"it needs compute capability {'.'.join(map(str, CAPABILITY))}, that of A100, or above"
+    return _passes(module)
+
+
+@cache
+def _passes(module: Any) -> OperatorPasses:
+    def new_step() -> NativeStep:
+        step = module.Step()
+
+        def take(groups: list[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> Any:
+            return step(groups, state, SINGLE_LAUNCH)
+
+        return take
+
+    if module.emulated:
+        register_fakes("sofim_fused_emulated")
+        return OperatorPasses("cuda", new_step, "sofim_fused_emulated", emulated=True)
+    register_operators()
+    return OperatorPasses("cuda", new_step)

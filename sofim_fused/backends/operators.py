@@ -1,0 +1,118 @@
+"""Passes in C++ over all tensors at once (``csrc``), as operators over lists of tensors.
+
+The optimizer takes whole steps in one call where it can; these operators serve schedules in Python: the first step of a
+tensor, models that span devices, ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sofim_fused.backends.protocol import Coefficients, Decay, GradientStep, NativeStep, Sums, Tiles
+
+# The rows of the operators' sums; the last ones only where they are asked for.
+ACCUMULATED = ("mm", "mg", "mw")
+DOTS = ("mm", "mg", "gg", "mw", "gw", "ww")
+
+
+class OperatorPasses:
+    """See :class:`sofim_fused.backends.protocol.Passes`.
+
+    Args:
+        name: of the backend.
+        new_step: makes its whole steps.
+        namespace: of its operators.
+        emulated: it is no more than tested here.
+    """
+
+    def __init__(
+        self, name: str, new_step: Callable[[], NativeStep], namespace: str = "sofim_fused", emulated: bool = False
+    ) -> None:
+        self.name = name
+        self.emulated = emulated
+        self._new_step = new_step
+        self._namespace = namespace
+
+    @property
+    def _ops(self) -> Any:
+        return getattr(torch.ops, self._namespace)
+
+    def accumulate(self, tiles: Tiles, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
+        counts = (tiles.steps, tiles.ordinals)
+        if gradient_step is None:
+            sums = self._ops.accumulate(tiles.params, tiles.grads, tiles.exp_avgs, *counts, *decay)
+        else:
+            sums = self._ops.accumulate_step(
+                tiles.params, tiles.grads, tiles.exp_avgs, _kahans(tiles), *counts, *decay, *gradient_step
+            )
+        return Sums(**dict(zip(ACCUMULATED, sums.unbind(), strict=False)))
+
+    def apply(self, tiles: Tiles, coefficients: Coefficients) -> None:
+        self._ops.apply(
+            tiles.params,
+            tiles.grads,
+            tiles.exp_avgs,
+            _kahans(tiles),
+            coefficients.moment,
+            coefficients.weight,
+            coefficients.gradient,
+        )
+
+    def dots(self, tiles: Tiles, decay: Decay) -> Sums:
+        sums = self._ops.dots(tiles.params, tiles.grads, tiles.exp_avgs, decay.weight is not None)
+        return Sums(**dict(zip(DOTS, sums.unbind(), strict=False)))
+
+    def commit(self, tiles: Tiles, decay: Decay, coefficients: Coefficients) -> None:
+        self._ops.commit(
+            tiles.params,
+            tiles.grads,
+            tiles.exp_avgs,
+            _kahans(tiles),
+            tiles.steps,
+            tiles.ordinals,
+            decay.moment,
+            decay.gradient,
+            decay.weight,
+            *coefficients,
+        )
+
+    def native_step(self) -> NativeStep:
+        return self._new_step()
+
+
+def _kahans(tiles: Tiles) -> list[Tensor]:
+    none = torch.empty(0, device=tiles.device)  # an operator's list holds tensors only
+    return [none if kahan is None else kahan for kahan in tiles.kahans]
+
+
+def register_fakes(namespace: str = "sofim_fused") -> None:
+    """Say what the operators return, for tracing: shapes alone."""
+
+    def sums(params: Sequence[Tensor], rows: int) -> Tensor:
+        return torch.empty(rows, len(params), dtype=torch.float64, device=params[0].device if params else "cpu")
+
+    @torch.library.register_fake(f"{namespace}::accumulate")
+    def _(params, grads, exp_avgs, steps, ordinals, moment, gradient, weight, cross):  # type: ignore[no-untyped-def]
+        return sums(params, 1 + cross + (cross and weight is not None))
+
+    @torch.library.register_fake(f"{namespace}::accumulate_step")
+    def _(  # type: ignore[no-untyped-def]
+        params, grads, exp_avgs, kahans, steps, ordinals, moment, gradient, weight, cross, step_weight, step_gradient
+    ):
+        return sums(params, 1 + cross + (cross and weight is not None))
+
+    @torch.library.register_fake(f"{namespace}::apply")
+    def _(params, grads, exp_avgs, kahans, moment, weight, gradient):  # type: ignore[no-untyped-def]
+        return None
+
+    @torch.library.register_fake(f"{namespace}::dots")
+    def _(params, grads, exp_avgs, weights):  # type: ignore[no-untyped-def]
+        return sums(params, 6 if weights else 3)
+
+    @torch.library.register_fake(f"{namespace}::commit")
+    def _(params, grads, *rest):  # type: ignore[no-untyped-def]
+        return None

@@ -1,0 +1,141 @@
+"""What only a GPU can show: steps that do not wait, graphs, streams, many blocks at once; on each backend for it.
+
+Their numbers are in the matrix (tests/test_matrix.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sofim_fused import SOFIM
+from sofim_fused.backends import cuda, triton
+from tests.problems import ready_problem, same_bits, snapshot
+from tests.runs import NO_GPU
+
+BACKENDS: dict[str, Any] = {"cuda": cuda, "triton": triton}
+GUARDED: dict[str, Any] = {"max_grad_norm": 0.5, "skip_nonfinite": True}
+OPTIONS: list[dict[str, Any]] = [{}, {"numerator": "gradient"}, GUARDED, {"numerator": "gradient", **GUARDED}]
+pytestmark = [pytest.mark.gpu, NO_GPU]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend that runs on a GPU."""
+    name: str = request.param
+    found = BACKENDS[name].passes_for(torch.device("cuda", torch.cuda.current_device()))
+    if isinstance(found, str):
+        pytest.skip(f"{name}: {found}")
+    return name
+
+
+@pytest.mark.parametrize("single", [True, False], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_step_does_not_wait_for_the_gpu(
+    backend: str, options: dict[str, Any], single: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BACKENDS[backend], "SINGLE_LAUNCH", single)
+    optimizer, params = ready_problem(backend, [3, 5000, 1_000_003], "cuda", **options)
+    for _ in range(3):
+        optimizer.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.param_groups[0]["lr"] *= 0.5
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("single", [True, False], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_captured_step_replays(
+    backend: str, options: dict[str, Any], single: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 replays with new gradients and learning rates, and eager steps of another problem between them."""
+    monkeypatch.setattr(BACKENDS[backend], "SINGLE_LAUNCH", single)
+    results = []
+    for captured in (True, False):
+        lr = torch.full((), 0.1, device="cuda")
+        optimizer, params = ready_problem(backend, [3, 5000, 70_001], "cuda", capturable=captured, **options)
+        optimizer.param_groups[0]["lr"] = lr
+        static = [p.grad for p in params]
+        for _ in range(3):
+            optimizer.step()
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            with torch.cuda.graph(graph):
+                optimizer.step()
+        generator = torch.Generator().manual_seed(5)
+        for count in range(100):
+            for grad in static:
+                assert grad is not None
+                grad.copy_(torch.randn(grad.shape, generator=generator))
+            lr.mul_(0.99)
+            graph.replay() if captured else optimizer.step()
+            if captured and count == 50:
+                params[0].grad = torch.zeros_like(params[0])  # an eager step with other addresses, then back
+                kept = [p.detach().clone() for p in params], snapshot(optimizer)
+                optimizer.step()
+                params[0].grad = static[0]
+                for p, value in zip(params, kept[0], strict=True):
+                    p.data.copy_(value)
+                rest = iter(kept[1])
+                for p in params:
+                    next(rest)
+                    for name in sorted(optimizer.state[p]):
+                        optimizer.state[p][name].copy_(next(rest))
+        results.append(snapshot(optimizer))
+    assert same_bits(*results)
+
+
+def test_capture_without_capturable_is_refused(backend: str) -> None:
+    optimizer, _ = ready_problem(backend, [3], "cuda")
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="capturable=True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
+def test_bits_do_not_depend_on_the_run(backend: str) -> None:
+    """Tiles end in another order each time."""
+    results = []
+    for _ in range(5):
+        optimizer, _ = ready_problem(backend, [3, 5_000_000, 1_000_003] + [999] * 300, "cuda", **GUARDED)
+        for _ in range(3):
+            optimizer.step()
+        results.append(snapshot(optimizer))
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
+def test_steps_follow_the_current_stream(backend: str) -> None:
+    results = []
+    for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            optimizer, _ = ready_problem(backend, [3, 500_000], "cuda")
+            for _ in range(5):
+                optimizer.step()
+        stream.synchronize()
+        results.append(snapshot(optimizer))
+    assert same_bits(*results)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements(backend: str) -> None:
+    n = 2**31 + 70_001
+    if torch.cuda.mem_get_info()[0] < 7 * n:
+        pytest.skip("needs 15 GiB of a GPU's memory")
+    p = nn.Parameter(torch.zeros(n, dtype=torch.bfloat16, device="cuda"))
+    p.grad = torch.zeros_like(p)
+    p.grad[-3:] = 2.0
+    optimizer = SOFIM([p], lr=1.0, momentum=0.0, state_dtype=torch.bfloat16, kahan=False, backend=backend)
+    for _ in range(2):
+        optimizer.step()
+    assert p[:-3].abs().max().item() == 0.0
+    assert torch.all(p[-3:] == p[-1])
+    assert p[-1].item() == pytest.approx(-2 * 2.0 / (1 + 12.0), rel=1e-2)
