@@ -20,8 +20,8 @@ CUDA_SYNTAX := build/cuda-syntax
 GPU_BUDGET ?= 540
 JOBS ?= 2
 
-.PHONY: help demo test coverage native instruction-sets interpreter emulated cuda-syntax kernels gpu sanitize lint format \
-    types clean FORCE
+.PHONY: help demo test coverage native instruction-sets interpreter emulated cuda-syntax kernels gpu sanitize lint \
+    format types clean FORCE
 .DEFAULT_GOAL := help
 
 help:

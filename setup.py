@@ -381,10 +381,11 @@ class BuildNative(COMMAND):  # type: ignore[misc, valid-type]
         jobs = max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
         if self.use_ninja:
             self.parallel = min(jobs, len(self.extensions))
-            jobs //= self.parallel
-            os.environ["MAX_JOBS"] = str(jobs)
+            os.environ["MAX_JOBS"] = str(jobs // self.parallel)
+        # Half of them for nvcc, which takes longest and compiles for several GPUs; others have one long source each.
         # In the environment, as another number is no reason to compile anew.
-        os.environ["NVCC_APPEND_FLAGS"] = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} --threads={jobs}".strip()
+        threads = f"--threads={max(1, jobs // 2)}"
+        os.environ["NVCC_APPEND_FLAGS"] = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} {threads}".strip()
         if SWITCHES["CUDA"] == "emulated":
             for ext in self.extensions:
                 ext.sources = [as_cpp(source, self.build_temp) for source in ext.sources]

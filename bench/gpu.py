@@ -36,6 +36,9 @@ OUTCOMES = re.compile(r"(\d+) (passed|failed|errors?|skipped|xfailed|xpassed|des
 FINISHED = re.compile(r" (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
 NO_TESTS = 5  # pytest's exit code
+CPU_SWITCH, CUDA_SWITCH, ARCHITECTURES = "SOFIM_BUILD_CPU", "SOFIM_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST"
+
+FOR_GPUS = ("cuda", "triton")  # the backends that the run is about
 
 # In order of what they tell for their time.
 FIRST = [Section("lenet-5"), Section("resnet-50"), Section("gpt2-small")]
@@ -130,17 +133,17 @@ class Acceptance:
             return [self._section(weight, entry) for entry in entries if entry.model in self.options.models]
 
         return [
-            *([] if self.options.no_install else [Step("install", 80, self.install)]),
+            *([] if self.options.no_install else [Step("install", 150, self.install)]),
             Step("info", 4, self.info),
             Step("backends", 4, self.find_backends),
-            Step("smoke", 25, self.smoke),
+            Step("smoke", 35, self.smoke),
             Step("copy bandwidth", 2, self.copy),
-            *sections(FIRST, 8),
+            *sections(FIRST, 10),
             Step("tests", 80, self.tests),
-            Step("sanitizer memcheck", 12, lambda seconds: self.sanitize("memcheck", seconds)),
+            Step("sanitizer memcheck", 20, lambda seconds: self.sanitize("memcheck", seconds)),
             *sections(SECOND, 5),
-            Step("sanitizer racecheck", 8, lambda seconds: self.sanitize("racecheck", seconds)),
-            Step("sanitizer synccheck", 8, lambda seconds: self.sanitize("synccheck", seconds)),
+            Step("sanitizer racecheck", 14, lambda seconds: self.sanitize("racecheck", seconds)),
+            Step("sanitizer synccheck", 14, lambda seconds: self.sanitize("synccheck", seconds)),
             *sections(THIRD, 5),
             *sections(COMPILED, 5),
         ]
@@ -200,31 +203,42 @@ class Acceptance:
     # Steps
 
     def install(self, seconds: float) -> None:
-        """Install the package in place, the C++ for the CPU with it if that can be had in the time."""
+        """Install the package in place, with as much of its native parts as can be had in the time."""
         pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", "."]
-        build = os.environ.get("SOFIM_BUILD_CPU") or ("auto" if _has_ninja() else "0")
-        if "SOFIM_BUILD_CPU" not in os.environ and build == "0":
-            self.note("ninja is not there: the CPU part, which would be compiled file by file, is left out")
+        builds = self._builds()
         left = time.monotonic() + seconds
-        for native in dict.fromkeys((build, "0")):
-            environment = {**self.environment, "SOFIM_BUILD_CPU": native}
-            # What is later retried without it may take most of the time, not all.
-            done = run(pip, max(10.0, (left - time.monotonic()) * (0.8 if native != "0" else 1)), environment, say_more)
+        for build in builds:
+            environment = {**self.environment, **build}
+            # What is later retried without a part may take most of the time, not all.
+            share = 1 if build == builds[-1] else 0.7
+            done = run(pip, max(10.0, (left - time.monotonic()) * share), environment, say_more)
             if done.code not in (0, None) and "externally-managed" in done.text:
                 say("  pip refuses: the Python is managed from outside; installing all the same")
                 done = run([*pip, "--break-system-packages"], max(10.0, left - time.monotonic()), environment, say_more)
             if done.code == 0:
-                self.record.data["install"] = f"pip, SOFIM_BUILD_CPU={native}"
+                self.record.data["install"] = f"pip, {_switches(build)}"
                 return
             reason = "it took too long" if done.code is None else tail(done.text, 3)
-            self.note(f"pip install with SOFIM_BUILD_CPU={native} did not work: {reason}")
+            self.note(f"pip install with {_switches(build)} did not work: {reason}")
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        done = run(
-            command, max(10.0, left - time.monotonic()), {**self.environment, "SOFIM_BUILD_CPU": build}, say_more
-        )
+        done = run(command, max(10.0, left - time.monotonic()), {**self.environment, **builds[0]}, say_more)
         how = "with" if done.code == 0 else "without"
         self.record.data["install"] = f"PYTHONPATH, {how} setup.py build_ext --inplace"
         self.note(f"the package is not installed but used from its folder (PYTHONPATH), {how} what setup.py builds")
+
+    def _builds(self) -> list[dict[str, str]]:
+        """What to build, as setup.py reads it from the environment; what to do without, if that does not work."""
+        given = "auto" if _has_ninja() else "0"
+        if given == "0" and not {CPU_SWITCH, CUDA_SWITCH} <= os.environ.keys():
+            self.note("ninja is not there: native parts, which would be compiled file by file, are left out")
+        first = {
+            CPU_SWITCH: os.environ.get(CPU_SWITCH) or given,
+            CUDA_SWITCH: os.environ.get(CUDA_SWITCH) or (given if self.gpu else "0"),
+        }
+        if capability := self.record.data["device"]["more"].get("compute capability"):
+            first[ARCHITECTURES] = os.environ.get(ARCHITECTURES) or capability  # for this device alone
+        builds = [first, {**first, CUDA_SWITCH: "0"}, {**first, CPU_SWITCH: "0", CUDA_SWITCH: "0"}]
+        return [build for i, build in enumerate(builds) if build not in builds[:i]]
 
     def info(self, seconds: float) -> None:
         """Print what is installed."""
@@ -240,9 +254,15 @@ class Acceptance:
             self.record.data["backends"][row["backend"]] = row["state"]
             say(f"  {row['backend']}: {row['state']}")
         self.backends = [name for name, state in self.record.data["backends"].items() if state == "ok"]
-        if self.gpu and not [name for name in self.backends if name != "reference"]:
+        if self.gpu and not self._native():
             self.failed("backends", "no native backend runs on the GPU")
+        for name in FOR_GPUS:
+            if self.gpu and name not in self.backends:
+                self.note(f"the backend {name} is not in this run: {self.record.data['backends'].get(name)}")
         self.record.save()
+
+    def _native(self) -> list[str]:
+        return [name for name in self.backends if name != "reference"]
 
     def copy(self, seconds: float) -> None:
         """Measure what the device can do."""
@@ -404,10 +424,10 @@ class Acceptance:
         self.record.save()
 
     def sanitize(self, tool: str, seconds: float) -> None:
-        """Run a few steps under one of compute-sanitizer's tools."""
+        """Run a few steps of each native backend under one of compute-sanitizer's tools."""
         sanitizer = find_sanitizer(self.environment.get("PATH", ""))
         if sanitizer is None:
-            self._sanitized(tool, "not there")
+            self._sanitized(tool, "", "not there")
             self.note("compute-sanitizer is NOT THERE: nobody has watched the memory accesses")
             return
         command = [sanitizer, "--tool", tool]
@@ -416,19 +436,24 @@ class Acceptance:
         target = [sys.executable, "-m", "bench.gpu", "--sanitizer-target", "--device", self.options.device]
         # Each tensor in an allocation of its own: within PyTorch's blocks nothing would be out of bounds.
         environment = {**self.environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        done = run([*command, *target, *(f"--backend={name}" for name in self.backends)], seconds, environment)
-        verdict, wrong = sanitizer_verdict(done)
-        self._sanitized(tool, verdict)
-        if wrong:
-            say(tail(done.text, 40))
-            self.failed(f"compute-sanitizer {tool}", verdict)
-        elif verdict != CLEAN:
-            say(tail(done.text))
-            self.note(f"compute-sanitizer {tool}: {verdict}")
+        end = time.monotonic() + seconds
+        watched = self._native() or self.backends
+        for index, backend in enumerate(watched):
+            share = (end - time.monotonic()) / (len(watched) - index)
+            done = run([*command, *target, "--backend", backend], share, environment)
+            verdict, wrong = sanitizer_verdict(done)
+            self._sanitized(tool, backend, verdict)
+            if wrong:
+                say(tail(done.text, 40))
+                self.failed(f"compute-sanitizer {tool}: {backend}", verdict)
+            elif verdict != CLEAN:
+                say(tail(done.text))
+                self.note(f"compute-sanitizer {tool}: {backend}: {verdict}")
 
-    def _sanitized(self, tool: str, verdict: str) -> None:
-        self.record.data["sanitizer"][tool] = verdict
-        say(f"  compute-sanitizer {tool}: {verdict}")
+    def _sanitized(self, tool: str, backend: str, verdict: str) -> None:
+        name = f"{tool}, {backend}" if backend else tool
+        self.record.data["sanitizer"][name] = verdict
+        say(f"  compute-sanitizer {name}: {verdict}")
         self.record.save()
 
 
@@ -499,6 +524,10 @@ def _named(row: Row) -> str:
 
 def _ending(done: Output) -> str:
     return "took too long" if done.code is None else f"ended with exit status {done.code}: {tail(done.text, 1)}"
+
+
+def _switches(build: dict[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in build.items())
 
 
 def _has_ninja() -> bool:

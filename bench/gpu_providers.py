@@ -114,22 +114,22 @@ def providers(backends: Sequence[str], dtype: torch.dtype) -> list[Provider]:
         Provider(f"{BASELINE}, clip_grad_norm_", "clipped sgd", {**SGDS, "fused": True}, clip=True),
     ]
     wide = dtype.itemsize > 2
-    for name in native:
-        found += [_sofim(name, "guarded", **GUARD), _sofim(name, "bfloat16 moment", state_dtype=BF16)]
-        if wide:
-            found += [
-                _sofim(name, "apply alone", form="apply"),
-                _sofim(name, "one launch", one_launch=True, largest=SINGLE),
-                _sofim(name, "two launches", one_launch=False, largest=SINGLE),
-            ]
-        else:
-            found += [
-                _sofim(name, "no kahan", kahan=False),
-                _sofim(name, "bfloat16 moment, no kahan", state_dtype=BF16, kahan=False),
-            ]
-        found += [_sofim(name, "gradient form", numerator="gradient")]
-        if wide:
-            found += [_sofim(name, "CUDA graph", form="graph", capturable=True)]
+
+    def each(kind: str, **arguments: Any) -> list[Provider]:
+        return [_sofim(name, kind, **arguments) for name in native]
+
+    found += [*each("guarded", **GUARD), *each("bfloat16 moment", state_dtype=BF16)]
+    if wide:
+        found += [
+            *each("apply alone", form="apply"),
+            *each("one launch", one_launch=True, largest=SINGLE),
+            *each("two launches", one_launch=False, largest=SINGLE),
+        ]
+    else:
+        found += [*each("no kahan", kahan=False), *each("bfloat16 moment, no kahan", state_dtype=BF16, kahan=False)]
+    found += each("gradient form", numerator="gradient")
+    if wide:
+        found += each("CUDA graph", form="graph", capturable=True)
     found += [Provider("SGD foreach", "sgd foreach", {**SGDS, "foreach": True})]
     if wide:
         found += [Provider(f"{BASELINE}, CUDA graph", "sgd graph", {**SGDS, "fused": True}, form="graph")]

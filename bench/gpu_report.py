@@ -58,7 +58,7 @@ class Target:
         field: of its row, as a ratio to the baseline ("ratio") or to the copy bandwidth ("share").
         limit: the largest ratio or the smallest share.
         least, most: elements of the models that it is for.
-        model: the only model that it is for.
+        model: the only model that it is for. ``backend``: likewise.
         beside: a kind of provider of the same section; its ratio divides.
     """
 
@@ -69,6 +69,7 @@ class Target:
     least: int = 0
     most: float = math.inf
     model: str | None = None
+    backend: str | None = None
     beside: str | None = None
 
     def suits(self, row: Row) -> bool:
@@ -80,6 +81,7 @@ class Target:
             and not row["compiled"]
             and self.least <= row["elements"] <= self.most
             and self.model in (None, row["model"])
+            and self.backend in (None, row.get("backend"))
         )
 
 
@@ -88,7 +90,8 @@ TARGETS = [
     Target("plain step, at most 10 M parameters", "plain", 1.0, most=MEDIUM),
     Target("plain step, at least 100 M parameters", "plain", 1.2, least=LARGE),
     Target("share of the copy bandwidth, at least 100 M parameters", "plain", 0.9, "share", least=LARGE),
-    Target("LeNet-5 in one launch", "one launch", 0.6, model="lenet-5"),
+    Target("LeNet-5 in one launch, cuda", "one launch", 0.6, model="lenet-5", backend="cuda"),
+    Target("LeNet-5 in one launch, triton", "one launch", 0.6, model="lenet-5", backend="triton"),
     Target("guarded step, to SGD fused with clip_grad_norm_", "guarded", 0.9, beside="clipped sgd"),
     Target("apply alone, at least 10 M parameters", "apply alone", 0.62, least=MEDIUM),
     Target("bfloat16 moment, at least 10 M parameters", "bfloat16 moment", 0.95, least=MEDIUM),

@@ -23,6 +23,8 @@ CPU = torch.device("cpu")
 SHAPES: list[Shape] = [(40, 6, 5, 5), (17,), (), (1,), (4099,), (3, 7), (70_001,)]
 SMALL_SHAPES: list[Shape] = [(6, 1, 5, 5), (17,), (), (3, 7), (4099,)]
 TINY_SHAPES: list[Shape] = [(3, 7), (), (4099,)]  # for the interpreter, which takes milliseconds for each
+# More tensors than a launch of the CUDA backend carries in its arguments, which is about 500.
+MANY_SHAPES: list[Shape] = [(1 + i % 37,) for i in range(600)]
 # Of a weight's change: what float32 arithmetic, or a moment of 8 bits, may be off by.
 RELATIVE = {torch.float32: 2e-5, torch.bfloat16: 2**-5}
 # Of a weight, per step: what it cannot hold of its change; with the bits that are kept beside it.
@@ -42,6 +44,7 @@ class Case:
         dtype: of the parameters.
         spoiled: a step at which a gradient holds a NaN.
         one_launch: what ``SINGLE_LAUNCH`` is set to; ``None``: left alone.
+        many: of a model of ``MANY_SHAPES``.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     spoiled: int | None = None
     one_launch: bool | None = None
+    many: bool = False
 
 
 GUARD = {"max_grad_norm": 0.6, "skip_nonfinite": True}
@@ -63,6 +67,7 @@ CASES = [
     Case("plain, two launches", one_launch=False),
     Case("guarded, one launch", GUARD, spoiled=1, one_launch=True),
     Case("guarded, two launches", GUARD, spoiled=1, one_launch=False),
+    Case("guarded, many tensors", GUARD, spoiled=1, many=True),
     Case("gradient form, guarded", {"numerator": "gradient", **GUARD}, spoiled=2),
     Case("bfloat16, bfloat16 moment, guarded", {"state_dtype": BF16, **GUARD}, BF16, spoiled=1),
     Case("L2 decay", {"weight_decay": 0.02, "decoupled_weight_decay": False}),
@@ -209,20 +214,38 @@ def judge(case: Case, outcome: Outcome, reference: Outcome, exact: Outcome) -> V
 
 
 def sanitizer_target(where: str, backends: Sequence[str]) -> None:
-    """Two plain and two guarded steps of each backend on small tensors of odd sizes, for compute-sanitizer to watch.
+    """Two steps of each kind of each backend, for compute-sanitizer to watch; on small tensors of odd sizes.
 
     Args:
         where: the device.
         backends: whose steps.
     """
     device = torch.device(where)
+    watched: list[tuple[dict[str, Any], torch.dtype, bool | None, list[Shape]]] = [
+        ({}, torch.float32, None, SMALL_SHAPES),
+        (GUARD, torch.float32, None, SMALL_SHAPES),
+        ({}, torch.float32, False, SMALL_SHAPES),
+        (GUARD, torch.float32, False, SMALL_SHAPES),
+        ({}, torch.float32, None, MANY_SHAPES),
+        ({"numerator": "gradient", "state_dtype": BF16}, torch.float32, None, SMALL_SHAPES),
+        *(
+            (options, BF16, None, SMALL_SHAPES)
+            for options in ({}, GUARD, {"numerator": "gradient", "state_dtype": BF16})
+        ),
+    ]
     for backend in backends:
-        for options in ({}, GUARD, {"numerator": "gradient", "state_dtype": BF16}):
-            for dtype in (torch.float32, BF16):
-                params: list[Tensor] = [
-                    torch.nn.Parameter(torch.ones(shape, dtype=dtype, device=device)) for shape in SMALL_SHAPES
-                ]
-                optimizer = SOFIM(params, backend=backend, **options)
+        for options, dtype, one_launch, shapes in watched:
+            during: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+            if one_launch is not None:
+                try:
+                    during = Launches(backend, one_launch)
+                except UnavailableError:
+                    continue
+            params: list[Tensor] = [
+                torch.nn.Parameter(torch.ones(shape, dtype=dtype, device=device)) for shape in shapes
+            ]
+            optimizer = SOFIM(params, backend=backend, **options)
+            with during():
                 for _ in range(2):
                     for param in params:
                         param.grad = torch.full_like(param, 0.01)

@@ -34,7 +34,7 @@ from bench.gpu_providers import (
     rotation,
 )
 from bench.gpu_report import PENDING, Row, Section
-from bench.shapes import GPU_MODELS, elements, miniature
+from bench.shapes import GPU_MODELS, Shape, elements, miniature
 from bench.timing import DEVICE_SAMPLE, MIN_ROUNDS, DeviceTiming, Event, HostEvent, Stopwatch, compare_on_device
 from sofim_fused import SOFIM, backends
 
@@ -91,17 +91,13 @@ class Worker:
         """Which backends run here: "ok", or the reason why not."""
         param = torch.nn.Parameter(torch.zeros(1, device=self.device))
         names = [name for name in backends.names() if name != "auto"]
-        for name in dict.fromkeys(["triton", *names]):
+        for name in names:
             self.doing(name, PATIENCE)
             try:
                 SOFIM([param], backend=name)
                 state = "ok"
             except RuntimeError as error:
                 state = str(error)
-            except ValueError as error:
-                if name in names:
-                    raise
-                state = f"not there ({error})"
             self.answer({"backend": name, "state": state})
 
     def copy(self, job: Row) -> None:
@@ -162,7 +158,7 @@ class Worker:
 
     def _judged(self, case: gpu_smoke.Case, backend: str) -> Row:
         try:
-            outcome = gpu_smoke.take(case, backend, self.device, self._smoke_shapes())
+            outcome = gpu_smoke.take(case, backend, self.device, self._smoke_shapes(case))
             verdict = gpu_smoke.judge(case, outcome, self._reference(case.name), self._exact(case.name))
         except UnavailableError as error:
             return {"status": "unavailable", "reason": str(error)}
@@ -173,13 +169,17 @@ class Worker:
         return {"status": "wrong" if verdict.wrong else "right", "reason": verdict.wrong, **finite}
 
     def _take_exactly(self, name: str) -> gpu_smoke.Outcome:
-        return gpu_smoke.take(_case(name), "reference", gpu_smoke.CPU, self._smoke_shapes(), exact=True)
+        case = _case(name)
+        return gpu_smoke.take(case, "reference", gpu_smoke.CPU, self._smoke_shapes(case), exact=True)
 
     def _take_by_reference(self, name: str) -> gpu_smoke.Outcome:
-        return gpu_smoke.take(_case(name), "reference", self.device, self._smoke_shapes())
+        case = _case(name)
+        return gpu_smoke.take(case, "reference", self.device, self._smoke_shapes(case))
 
-    def _smoke_shapes(self) -> list[tuple[int, ...]]:
-        return gpu_smoke.SHAPES if self.gpu else gpu_smoke.TINY_SHAPES
+    def _smoke_shapes(self, case: gpu_smoke.Case) -> list[Shape]:
+        if self.gpu:
+            return gpu_smoke.MANY_SHAPES if case.many else gpu_smoke.SHAPES
+        return gpu_smoke.MANY_SHAPES[:8] if case.many else gpu_smoke.TINY_SHAPES
 
     # Timing
 
@@ -258,6 +258,7 @@ class Worker:
             "sets": len(work),
             "provider": provider.name,
             "kind": provider.kind,
+            "backend": provider.backend,
             "ours": provider.ours,
             "status": PENDING,
             "reason": "",

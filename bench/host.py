@@ -3,8 +3,9 @@
 Times :meth:`SOFIM.step` on the Triton backend with every launch replaced by a counter, on tensors on the CPU: checks,
 pointers, tables. What a GPU adds is not in it: the launches themselves and, where something changed, a copy through
 pinned memory. Where the CUDA backend was built for the emulator (``make emulated``), its steps are timed too, with
-launches that take over their arguments and run nothing. Tensors have one element each, so that torch's fused SGD, which runs on the same list, computes next to
-nothing either. Gradients are kept from step to step, or made anew outside of the timed part.
+launches that take over their arguments and run nothing. Tensors have one element each, so that torch's fused SGD, which
+runs on the same list, computes next to nothing either. Gradients are kept from step to step, or made anew outside of
+the timed part.
 """
 
 from __future__ import annotations

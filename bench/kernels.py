@@ -1,15 +1,18 @@
-"""What the Triton kernels come to, without a GPU: ``python -m bench.kernels``.
+"""What the kernels for GPUs come to, without a GPU: ``python -m bench.kernels``.
 
-Compiles every kernel as the backend launches it for sm_80, sm_90, sm_100 and gfx942, and reads from the compiler's
-output what each pass moves and needs. The exit code is 1 where the full tiles of a kernel, its hot path,
+Compiles every Triton kernel as the backend launches it for sm_80, sm_90, sm_100 and gfx942, where nvcc is there the
+CUDA C++ kernels for the former three, and reads from the compilers' output what each pass moves and needs. The exit
+code is 1 where the full tiles of a kernel, its hot path,
 
 - have an access narrower than 128 bits, or none at all,
 - move more or fewer bytes per parameter than docs/method.md says, or where a kernel
 - spills registers, or
-- starts more programs that wait for each other than a multiprocessor has room for.
+- starts more programs that wait for each other than a multiprocessor has room for, or has room for fewer blocks than
+  ``__launch_bounds__`` promises.
 
 Tensors whose addresses are no multiple of 16 have narrow accesses by nature, in full tiles as in others, so that the
-compiler may make one of both; of those only the rest is required.
+compiler may make one of both; of those only the rest is required. CUDA C++ is there twice: the kernels that are
+shipped, which serve several kinds and say nothing of bytes, and instances of the same templates for one kind each.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,11 +36,14 @@ from typing import Any
 
 import torch
 
+from bench import kernels_cuda
+from bench.kernels_cuda import SHIPPED, Instance, kind_of
 from sofim_fused.backends import table
 from sofim_fused.backends import triton as backend
 from sofim_fused.backends.triton import Form, Sheet, launch_first, launch_second, launch_single
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TRITON, CUDA = "Triton", "CUDA C++"
 BANDWIDTH = 3.0e12  # bytes/s, about what an H100 copies with
 PARAMETERS = 100_000_000
 SGD_BYTES = 20  # float32 SGD with momentum in one sweep: reads g, m, w; writes m, w
@@ -79,6 +85,18 @@ KINDS = {
     "fp64": FLOAT64,
     "fp32, unaligned": FLOAT32 | table.UNALIGNED,
 }
+# In CUDA C++, bfloat16 and float16 are told apart at run time, and so is whether bits are kept: 16-bit kinds that keep
+# none have the code of those that do.
+CUDA_KINDS = {
+    "fp32": ("fp32", ("float", "float", "float")),
+    "fp32, bf16 moment": ("fp32, bf16 moment", ("float", "float", "Narrow")),
+    "16-bit, Kahan": ("bf16, Kahan", ("Narrow", "Narrow", "float")),
+    "16-bit, bf16 moment, Kahan": ("bf16, bf16 moment, Kahan", ("Narrow", "Narrow", "Narrow")),
+    "16-bit, fp32 gradient, Kahan": ("bf16, fp32 gradient, Kahan", ("Narrow", "float", "float")),
+    "fp64": ("fp64", ("double", "double", "double")),
+}
+TWO_LAUNCHES = ("16-bit, fp32 gradient, Kahan", "fp64")  # in any case
+ALL_KINDS = list(dict.fromkeys([*KINDS, *CUDA_KINDS, *SHIPPED.values()]))
 
 
 def cases(kernels: ModuleType) -> Iterator[tuple[str, Case]]:
@@ -106,6 +124,33 @@ def cases(kernels: ModuleType) -> Iterator[tuple[str, Case]]:
     yield "fp32", Case("accumulate with the gradient's part of the step", early, "first", with_step=True)
 
 
+def cuda_cases(kernels: ModuleType) -> Iterator[tuple[str, Case, Instance]]:
+    """The same cases in CUDA C++, those left out that are another one's kernel."""
+    seen: set[Instance] = set()
+    for label, (kind, storage) in CUDA_KINDS.items():
+        for other, case in cases(kernels):
+            if other != kind or case.form.per_tensor or (case.launch == "single" and label in TWO_LAUNCHES):
+                continue
+            form = case.form
+            passes = {
+                kernels.ACCUMULATE: kind_of("accumulate", l2=form.l2, gradient=form.cross, step=case.with_step),
+                kernels.APPLY: kind_of("apply", gradient=form.cross),
+                kernels.DOTS: kind_of("dots", l2=form.l2),
+                kernels.COMMIT: kind_of("commit", l2=form.l2, gradient=form.cross),
+            }
+            template = {"first": "first", "second": "second", "single": "both"}[case.launch]
+            instance = Instance(template, storage, tuple(passes[which] for which in _passes(case)))
+            if instance not in seen:
+                seen.add(instance)
+                yield label, case, instance
+
+
+def _passes(case: Case) -> list[int]:
+    """The passes of a case, as the Triton kernels number them."""
+    form = case.form
+    return {"first": [form.first], "second": [form.second], "single": [form.first, form.second]}[case.launch]
+
+
 def table_bytes(case: Case, kernels: ModuleType) -> tuple[int, int]:
     """Bytes per parameter that a case has to read and to write, from the table of passes in docs/method.md."""
     kind = case.form.kinds[0]
@@ -121,8 +166,7 @@ def table_bytes(case: Case, kernels: ModuleType) -> tuple[int, int]:
         kernels.DOTS: (g + m + (w if l2 else 0), 0),
         kernels.COMMIT: (g + m + w + kahan, m + w + kahan),
     }
-    taken = {"first": [case.form.first], "second": [case.form.second], "single": [case.form.first, case.form.second]}
-    chosen = [passes[which] for which in taken[case.launch]]
+    chosen = [passes[which] for which in _passes(case)]
     return sum(read for read, _ in chosen), sum(written for _, written in chosen)
 
 
@@ -194,22 +238,25 @@ class Row:
     """What became of a case on a target.
 
     Attributes:
-        read, written: bytes per parameter that the hot path moves.
+        by: ``TRITON`` or ``CUDA``.
+        read, written: bytes per parameter that the hot path moves; ``None`` where it serves several kinds.
         widths: bits of its accesses, and how many of each a thread has.
         registers: per thread. ``spills``: instructions that move registers to memory or back.
-        shared: bytes per program.
+        shared: bytes per program, as CUDA C++'s blocks are called here.
         programs: per multiprocessor; ``occupancy``: their share of the threads that it can hold.
-        instructions: PTX instructions per element in the blocks that touch parameters' memory; ``None`` for AMD, where
-            each access stands in a loop (of one turn) of its own.
+        instructions: PTX instructions per element in the blocks that touch parameters' memory, in CUDA C++ in the code
+            for full tiles, both sides of each branch; ``None`` for AMD, where each access stands in a loop (of one
+            turn) of its own, and where it serves several kinds.
         milliseconds: for ``PARAMETERS`` at ``BANDWIDTH``.
         wrong: what the exit code is about.
     """
 
+    by: str
     kind: str
     case: str
     target: str
-    read: float
-    written: float
+    read: float | None
+    written: float | None
     widths: dict[int, int]
     registers: int
     spills: int
@@ -217,7 +264,7 @@ class Row:
     programs: int
     occupancy: float
     instructions: float | None
-    milliseconds: float
+    milliseconds: float | None
     wrong: list[str]
 
 
@@ -229,42 +276,140 @@ def examined(case: Case, label: str, target: str, kernels: ModuleType) -> Row:
     threads = launch.options["num_warps"] * (32 if nvidia else 64)
     text = kernel.asm["ptx" if nvidia else "amdgcn"]
     accesses, instructions = hot_path(text, _full_lines(kernels))
-    moved = {
-        what: sum(n * bits for (kind, bits), n in accesses.items() if kind == what) / 8 for what in ("load", "store")
-    }
-    read, written = (moved[what] * threads / kernels.TILE for what in ("load", "store"))
-    widths: Counter[int] = Counter()
-    for (_, bits), n in accesses.items():
-        widths[bits] += n
+    read, written, widths = _moved(accesses, threads / kernels.TILE)
     if nvidia:
         registers, spills, shared = _of_cubin(kernel.asm["cubin"])
-        warps = launch.options["num_warps"]
-        per_program = -(-registers // 8) * 8 * 32 * warps
-        programs = min(_REGISTERS // per_program, _WARPS // warps, _PROGRAMS, _SHARED[target] // max(shared, 1))
-        occupancy = programs * warps / _WARPS
+        programs, occupancy = _room(registers, shared, launch.options["num_warps"], target)
     else:
         registers, spills, shared, programs, occupancy = _of_amdgcn(text, launch.options["num_warps"])
     row = Row(
-        label, case.name, target, read, written, dict(widths), registers, spills, shared, programs, occupancy,
-        instructions * threads / kernels.TILE if nvidia else None, (read + written) * PARAMETERS / BANDWIDTH * 1e3, [],
+        TRITON, label, case.name, target, read, written, widths, registers, spills, shared, programs, occupancy,
+        instructions * threads / kernels.TILE if nvidia else None, _milliseconds(read + written), [],
     )  # fmt: skip
-    row.wrong = list(_wrong(row, case, kernels))
+    single = case.launch == "single"
+    needed = backend.programs_per_multiprocessor(case.form, hip=not nvidia) if single else 0
+    if case.form.kinds[0] & table.UNALIGNED:
+        row.wrong = list(_wrong(row, needed))
+    else:
+        row.wrong = list(_wrong(row, needed, table_bytes(case, kernels), NARROWEST))
     return row
 
 
-def _wrong(row: Row, case: Case, kernels: ModuleType) -> Iterator[str]:
-    read, written = table_bytes(case, kernels)
-    if not case.form.kinds[0] & table.UNALIGNED:
-        if (row.read, row.written) != (read, written):
-            yield f"moves {row.read:g} + {row.written:g} bytes per parameter, docs/method.md has {read} + {written}"
-        narrow = [bits for bits in row.widths if bits < NARROWEST]
-        if narrow:
-            yield f"accesses of {', '.join(map(str, sorted(narrow)))} bits in the hot path"
+def examined_cuda(
+    nvcc: str,
+    targets: Sequence[str],
+    kinds: Collection[str],
+    kernels: ModuleType,
+    source: str | None = None,
+    names: Collection[str] | None = None,
+) -> list[Row]:
+    """Compile the CUDA C++ kernels and read what came out.
+
+    Args:
+        nvcc: the compiler.
+        targets: of NVIDIA's, such as it knows.
+        kinds: labels of ``CUDA_KINDS``, and of kernels as they are shipped.
+        kernels: the Triton kernels, whose cases these are.
+        source: of the kernels; ``None``: csrc/cuda/passes.cu.
+        names: of the cases; ``None``: all.
+    """
+    source = kernels_cuda.SOURCE.read_text(encoding="utf-8") if source is None else source
+    chosen = [c for c in cuda_cases(kernels) if c[0] in kinds and (names is None or c[1].name in names)]
+    shipped = not set(kinds).isdisjoint(SHIPPED.values())
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2 * (len(targets) + 2)) as pool:
+
+        def compiled(text: str, name: str) -> Future[kernels_cuda.Compiled]:
+            return kernels_cuda.compiled(text, targets, nvcc, _tools(), Path(folder, name), pool)
+
+        single = compiled(kernels_cuda.instantiated(source, [instance for _, _, instance in chosen]), "single")
+        several = compiled(source, "several") if shipped else None
+        numbers = single.result().numbers
+        rows = []
+        for kernel in single.result().kernels:
+            number = int(re.findall(r"4OnlyILi(\d+)E", kernel.entry)[0])
+            label, case, _ = chosen[number]
+            per_element = numbers["threads"] * numbers[f"turns_{number}"] / numbers["tile"]
+            rows.append(_cuda_row(kernel, label, case.name, numbers, per_element, table_bytes(case, kernels)))
+        for kernel in several.result().kernels if several else []:
+            label, name = kernels_cuda.described(kernel.entry)
+            if label in kinds:
+                rows.append(_cuda_row(kernel, label, name, numbers))
+    order = [*((label, case.name) for label, case, _ in chosen), *((label, "") for label in SHIPPED.values())]
+    return sorted(
+        rows,
+        key=lambda row: (
+            order.index((row.kind, "" if row.read is None else row.case)),
+            row.case,
+            targets.index(row.target),
+        ),
+    )
+
+
+def _cuda_row(
+    kernel: kernels_cuda.Kernel,
+    label: str,
+    name: str,
+    numbers: Mapping[str, int],
+    per_element: float | None = None,
+    moved: tuple[int, int] | None = None,
+) -> Row:
+    """The row of a kernel for one kind, of which the last two arguments are known, or of a kernel for several."""
+    programs, occupancy = _room(kernel.registers, kernel.shared, numbers["threads"] // 32, kernel.target)
+    read, written, widths = _moved(kernel.accesses, per_element or 0.0)
+    row = Row(
+        CUDA, label, name, kernel.target, read, written, widths, kernel.registers, kernel.spills, kernel.shared,
+        programs, occupancy, None, _milliseconds(read + written), [],
+    )  # fmt: skip
+    if per_element is None:
+        row.read = row.written = row.milliseconds = None
+    else:
+        row.instructions = kernel.instructions * per_element
+    copies = per_element is None and name == kernels_cuda.COPY
+    row.wrong = list(_wrong(row, 0) if copies else _wrong(row, numbers["blocks"], moved, NARROWEST))
+    return row
+
+
+def _moved(accesses: Counter[tuple[str, int]], per_element: float) -> tuple[float, float, dict[int, int]]:
+    """Bytes per parameter that are read and written, and how often an access has which width."""
+    widths: Counter[int] = Counter()
+    moved = {"load": 0, "store": 0}
+    for (what, bits), n in accesses.items():
+        widths[bits] += n
+        moved[what] += n * bits // 8
+    return moved["load"] * per_element, moved["store"] * per_element, dict(widths)
+
+
+def _milliseconds(moved: float) -> float:
+    return moved * PARAMETERS / BANDWIDTH * 1e3
+
+
+def _room(registers: int, shared: int, warps: int, target: str) -> tuple[int, float]:
+    """Programs per multiprocessor, and their share of the threads that it can hold."""
+    per_program = -(-registers // 8) * 8 * 32 * warps
+    programs = min(_REGISTERS // per_program, _WARPS // warps, _PROGRAMS, _SHARED[target] // max(shared, 1))
+    return programs, programs * warps / _WARPS
+
+
+def _wrong(row: Row, needed: int, moved: tuple[int, int] | None = None, narrowest: int = 0) -> Iterator[str]:
+    """What is wrong with a kernel.
+
+    Args:
+        row: what is known of it.
+        needed: programs on a multiprocessor.
+        moved: bytes per parameter to be read and written; ``None``: anything.
+        narrowest: bits of an access, of which there has to be one; 0: any, or none.
+    """
+    if moved is not None and (row.read, row.written) != moved:
+        yield f"moves {row.read:g} + {row.written:g} bytes per parameter, docs/method.md has {moved[0]} + {moved[1]}"
+    if narrowest and not row.widths:
+        yield "no access in the hot path"
+    narrow = [bits for bits in row.widths if bits < narrowest]
+    if narrow:
+        yield f"accesses of {', '.join(map(str, sorted(narrow)))} bits in the hot path"
     if row.spills:
         yield f"{row.spills} spills"
-    needed = backend.programs_per_multiprocessor(case.form, hip=not row.target.startswith("sm_"))
-    if case.launch == "single" and row.programs < needed:
-        yield f"room for {row.programs} programs on a multiprocessor, {needed} are started"
+    if row.programs < needed:
+        yield f"room for {row.programs} programs on a multiprocessor, {needed} are needed"
 
 
 def _full_lines(kernels: ModuleType) -> set[int]:
@@ -320,10 +465,15 @@ def hot_path(text: str, lines: set[int]) -> tuple[Counter[tuple[str, int]], int]
     return accesses, instructions + (in_block if block_is_hot else 0)
 
 
+def _tools() -> Path:
+    """Where Triton has cuobjdump and nvdisasm."""
+    triton: Any = importlib.import_module("triton")
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
 def _of_cubin(cubin: bytes) -> tuple[int, int, int]:
     """Registers, spilling instructions, and bytes of shared memory."""
-    triton: Any = importlib.import_module("triton")
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tools = _tools()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -355,18 +505,22 @@ def as_text(rows: Iterable[Row]) -> str:
     lines = [
         f"Time for {PARAMETERS / 1e6:g} M parameters at {BANDWIDTH / 1e12:g} TB/s; SGD with momentum, fused, fp32: "
         f"{SGD_BYTES} bytes, {sgd:.3f} ms",
-        f"{'kind':<27} {'pass':<48} {'target':<7} {'read':>5} {'write':>5} {'ms':>6} {'widths':<14} {'regs':>4} "
-        f"{'spills':>6} {'shared':>6} {'occup.':>6} {'instr.':>6}",
+        f"{'':<8} {'kind':<28} {'pass':<48} {'target':<7} {'read':>5} {'write':>5} {'ms':>6} {'widths':<14} "
+        f"{'regs':>4} {'spills':>6} {'shared':>6} {'occup.':>6} {'instr.':>6}",
     ]
     for r in rows:
         widths = ", ".join(f"{n}x{bits}" for bits, n in sorted(r.widths.items()))
-        instructions = "" if r.instructions is None else f"{r.instructions:.1f}"
         lines.append(
-            f"{r.kind:<27} {r.case:<48} {r.target:<7} {r.read:5g} {r.written:5g} {r.milliseconds:6.3f} {widths:<14} "
-            f"{r.registers:4} {r.spills:6} {r.shared:6} {r.occupancy:6.0%} {instructions:>6}"
+            f"{r.by:<8} {r.kind:<28} {r.case:<48} {r.target:<7} {_figure(r.read, 'g'):>5} {_figure(r.written, 'g'):>5} "
+            f"{_figure(r.milliseconds, '.3f'):>6} {widths:<14} {r.registers:4} {r.spills:6} {r.shared:6} "
+            f"{r.occupancy:6.0%} {_figure(r.instructions, '.1f'):>6}"
             + "".join(f"\n    WRONG: {text}" for text in r.wrong)
         )
     return "\n".join(lines)
+
+
+def _figure(value: float | None, how: str) -> str:
+    return "" if value is None else format(value, how)
 
 
 def _examined(targets: Iterable[str], index: int) -> list[Row]:
@@ -379,7 +533,7 @@ def main(argv: list[str] | None = None) -> int:
     """Report; 1 if something is wrong with a kernel."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.partition("\n")[0])
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", default=ALL_KINDS, choices=ALL_KINDS)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)
@@ -387,7 +541,20 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [i for i, (label, _) in enumerate(cases(kernels)) if label in args.kinds]
     with ProcessPoolExecutor() as pool:
         rows = [row for some in pool.map(partial(_examined, args.targets), chosen) for row in some]
+    targets = [target for target in args.targets if target.startswith("sm_")]
+    left_out = ""
+    if targets and not set(args.kinds).isdisjoint([*CUDA_KINDS, *SHIPPED.values()]):
+        nvcc = kernels_cuda.find_nvcc()
+        known = kernels_cuda.known_targets(nvcc) if nvcc is not None else []
+        if nvcc is None:
+            left_out = "nvcc is not there: the CUDA C++ kernels are left out"
+        elif unknown := [target for target in targets if target not in known]:
+            left_out = f"nvcc does not know {', '.join(unknown)}: the CUDA C++ kernels for these are left out"
+        if nvcc is not None and (targets := [target for target in targets if target in known]):
+            rows += examined_cuda(nvcc, targets, args.kinds, kernels)
     print(as_text(rows))
+    if left_out:
+        print(left_out)
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
     wrong = sum(bool(row.wrong) for row in rows)

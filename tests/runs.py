@@ -37,8 +37,8 @@ class Run(NamedTuple):
     ready: bool | None = False
 
     def steps(self, count: int) -> int:
-        """How many steps to take where another backend takes ``count``: a few in the interpreter, which is slow."""
-        return min(count, 4 if INTERPRETED else 12 if self.device == "cuda" else count)
+        """How many steps to take where another backend takes ``count``: a few in what stands in for a GPU."""
+        return min(count, 4 if INTERPRETED else 12 if self.device == "cuda" or EMULATED else count)
 
     @property
     def layouts(self) -> tuple[str, ...]:

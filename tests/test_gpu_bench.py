@@ -36,7 +36,7 @@ from bench.gpu_providers import (
     time_limit,
 )
 from bench.gpu_report import Record, Row, Section, markdown, not_reached, slug, verdicts
-from bench.gpu_smoke import CASES, SMALL_SHAPES, Case, judge, take
+from bench.gpu_smoke import CASES, MANY_SHAPES, SMALL_SHAPES, Case, judge, take
 from bench.gpu_worker import chunks
 from bench.shapes import GPU_MODELS, MODELS, elements, miniature
 from bench.timing import HostEvent, Stopwatch, compare_on_device
@@ -213,10 +213,14 @@ def test_bytes_are_those_of_the_method() -> None:
 
 
 def test_the_baseline_comes_first_and_every_native_backend_is_there() -> None:
+    """Each kind of both backends side by side, so that neither is left out for want of time."""
     for dtype in (torch.float32, torch.bfloat16):
-        found = providers(["triton", "cuda", "reference"], dtype)
+        found = providers(["cuda", "triton", "reference"], dtype)
         assert found[0].name == BASELINE
-        assert {"SOFIM triton", "SOFIM cuda", "SOFIM cuda, guarded"} <= {provider.name for provider in found}
+        native = [(provider.kind, provider.backend) for provider in found if provider.backend in ("cuda", "triton")]
+        kinds = [kind for kind, backend in native if backend == "cuda"]
+        assert {"plain", "guarded"} <= set(kinds)
+        assert native == [(kind, backend) for kind in kinds for backend in ("cuda", "triton")]
         assert len({provider.name for provider in found}) == len(found)
         assert [provider.name for provider in found if provider.backend == "reference"] == ["SOFIM reference"]
 
@@ -349,6 +353,16 @@ def test_options_of_another_version_are_no_failure() -> None:
             take(Case("capturable", {"capturable": True}), "reference", CPU, SMALL_SHAPES)
 
 
+def test_one_case_has_more_tensors_than_a_launch_carries() -> None:
+    (case,) = [case for case in CASES if case.many]
+    assert 64 * len(MANY_SHAPES) > 32_764  # bytes of a row, and of all arguments
+    true = take(case, "reference", CPU, MANY_SHAPES, exact=True)
+    outcome = take(case, "reference", CPU, MANY_SHAPES)
+    assert judge(case, outcome, outcome, true).wrong == ""
+    last = outcome._replace(changes=[*outcome.changes[:-1], torch.zeros_like(outcome.changes[-1])])
+    assert judge(case, last, outcome, true).wrong
+
+
 def test_the_steps_for_the_sanitizer_are_taken(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--sanitizer-target", "--device", "cpu", "--backend", "reference"]) == 0
     assert capsys.readouterr().out.splitlines() == ["reference: steps taken", gpu.TARGET_DONE]
@@ -366,6 +380,7 @@ def timed(kind: str, model: str = "gpt2-small", size: int = 124_439_808, **value
         "sets": 1,
         "provider": f"SOFIM triton, {kind}",
         "kind": kind,
+        "backend": "triton",
         "ours": True,
         "status": "measured",
         "reason": "",
@@ -412,9 +427,14 @@ def test_targets_are_for_models_of_their_size() -> None:
     assert found[SMALL_PLAIN, "lenet-5"] == "missed"
     assert found[LARGE_PLAIN, ""] == "not measured"
     assert not [model for _, model in found if model == "resnet-50"]
-    found = judged([timed("one launch", "lenet-5", 61_706, ratio=0.6), timed("one launch", "1000x1K", 1_024_000)])
-    assert found["LeNet-5 in one launch", "lenet-5"] == "met"
-    assert ("LeNet-5 in one launch", "1000x1K") not in found
+    rows = [timed("one launch", "lenet-5", 61_706, ratio=0.6), timed("one launch", "1000x1K", 1_024_000)]
+    found = judged(rows)
+    assert found["LeNet-5 in one launch, triton", "lenet-5"] == "met"
+    assert ("LeNet-5 in one launch, triton", "1000x1K") not in found
+    assert found["LeNet-5 in one launch, cuda", "lenet-5"] == "not measured"
+    found = judged([*rows, timed("one launch", "lenet-5", 61_706, ratio=0.61, backend="cuda")])
+    assert found["LeNet-5 in one launch, triton", "lenet-5"] == "met"
+    assert found["LeNet-5 in one launch, cuda", "lenet-5"] == "missed"
 
 
 @pytest.mark.parametrize(("guarded", "verdict"), [(1.44, "met"), (1.45, "missed")])
@@ -679,8 +699,10 @@ def test_without_a_native_backend_a_gpu_run_fails(tmp_path: Path, monkeypatch: p
         made = acceptance(tmp_path, device=device)
         answering(made, monkeypatch, states)
         assert only(made, monkeypatch, "backends") == code
-        assert saved(tmp_path)["backends"] == {"triton": "it is not installed", "reference": "ok"}
+        data = saved(tmp_path)
+        assert data["backends"] == {"triton": "it is not installed", "reference": "ok"}
         assert made.backends == ["reference"]
+        assert ("the backend triton is not in this run: it is not installed" in data["notes"]) == (device == "cuda")
 
 
 LENET = "lenet-5, float32, from memory"
@@ -841,8 +863,27 @@ def test_a_sanitizer_on_the_path_watches_the_steps(
     made.options.budget = 300
     monkeypatch.setattr(made.budget, "slice", lambda _: 60.0)
     assert only(made, monkeypatch, "sanitizer memcheck") == code
-    assert saved(tmp_path)["sanitizer"] == {"memcheck": "no errors" if code == 0 else "2 errors"}
+    assert saved(tmp_path)["sanitizer"] == {"memcheck, reference": "no errors" if code == 0 else "2 errors"}
     assert (tmp_path / "arguments").read_text().startswith("--tool memcheck --report-api-errors no")
+
+
+def test_each_native_backend_is_watched_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = acceptance(tmp_path)
+    made.backends = ["cuda", "triton", "reference"]
+    watched: list[str] = []
+
+    def answer(command: Sequence[str], *_: object) -> Output:
+        watched.append(f"{command[2]} {command[-1]}")
+        return Output(None, "====") if command[-1] == "triton" else Output(0, CLEAN)
+
+    monkeypatch.setattr(gpu, "find_sanitizer", lambda path: "compute-sanitizer")
+    monkeypatch.setattr(gpu, "run", answer)
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        made.sanitize(tool, 20)
+    assert watched == [f"{t} {name}" for t in ("memcheck", "racecheck", "synccheck") for name in ("cuda", "triton")]
+    found = made.record.data["sanitizer"]
+    assert (found["racecheck, cuda"], found["racecheck, triton"]) == ("no errors", "not finished in its time")
+    assert not made.record.failed
 
 
 def test_a_missing_sanitizer_is_said_and_no_failure(
@@ -858,17 +899,24 @@ def test_a_missing_sanitizer_is_said_and_no_failure(
 # Installing
 
 
+SWITCHES = (gpu.CPU_SWITCH, gpu.CUDA_SWITCH)
+
+
 def installing(
     made: Acceptance, monkeypatch: pytest.MonkeyPatch, answer: Callable[[str, str], Output]
 ) -> list[tuple[str, str]]:
-    """Run the step with commands that answer so; gives the commands, each with its SOFIM_BUILD_CPU."""
+    """Run the step with commands that answer so; gives the commands, each with what it builds for CPU and CUDA."""
     calls: list[tuple[str, str]] = []
 
     def fake(command: Sequence[str], seconds: float, environment: dict[str, str], line: Any = None) -> Output:
-        calls.append((" ".join(command[1:]), environment["SOFIM_BUILD_CPU"]))
+        calls.append((" ".join(command[1:]), " ".join(environment[name] for name in SWITCHES)))
+        assert environment[gpu.ARCHITECTURES] == "9.0"
         return answer(*calls[-1])
 
-    monkeypatch.delenv("SOFIM_BUILD_CPU", raising=False)
+    for name in (*SWITCHES, gpu.ARCHITECTURES):
+        monkeypatch.delenv(name, raising=False)
+        made.environment.pop(name, None)
+    made.record.data["device"]["more"]["compute capability"] = "9.0"
     monkeypatch.setattr(gpu, "run", fake)
     monkeypatch.setattr(gpu, "_has_ninja", lambda: True)
     made.install(100)
@@ -880,8 +928,15 @@ PIP = "-m pip install --no-deps --no-build-isolation -e ."
 
 def test_installing_takes_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = acceptance(tmp_path)
-    assert installing(made, monkeypatch, lambda *_: Output(0, "")) == [(PIP, "auto")]
+    assert installing(made, monkeypatch, lambda *_: Output(0, "")) == [(PIP, "auto auto")]
     assert not made.record.data["notes"]
+    built = "SOFIM_BUILD_CPU=auto, SOFIM_BUILD_CUDA=auto, TORCH_CUDA_ARCH_LIST=9.0"
+    assert made.record.data["install"] == f"pip, {built}"
+
+
+def test_without_a_gpu_nothing_is_built_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = acceptance(tmp_path, device="cpu")
+    assert installing(made, monkeypatch, lambda *_: Output(0, "")) == [(PIP, "auto 0")]
 
 
 def test_pip_may_have_to_be_told_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -890,14 +945,20 @@ def test_pip_may_have_to_be_told_twice(tmp_path: Path, monkeypatch: pytest.Monke
     def answer(command: str, native: str) -> Output:
         return Output(0, "") if "--break" in command else Output(1, "error: externally-managed-environment")
 
-    assert installing(made, monkeypatch, answer) == [(PIP, "auto"), (f"{PIP} --break-system-packages", "auto")]
+    calls = [(PIP, "auto auto"), (f"{PIP} --break-system-packages", "auto auto")]
+    assert installing(made, monkeypatch, answer) == calls
 
 
-def test_a_build_that_takes_too_long_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("works", "calls"), [("auto 0", 2), ("0 0", 3)])
+def test_a_build_that_takes_too_long_is_left_out(
+    works: str, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = acceptance(tmp_path)
-    calls = installing(made, monkeypatch, lambda _, native: Output(0 if native == "0" else None, ""))
-    assert calls == [(PIP, "auto"), (PIP, "0")]
-    assert "SOFIM_BUILD_CPU=auto did not work: it took too long" in made.record.data["notes"][0]
+    made_calls = installing(made, monkeypatch, lambda _, native: Output(0 if native == works else None, ""))
+    assert made_calls == [(PIP, native) for native in ("auto auto", "auto 0", "0 0")[:calls]]
+    notes = made.record.data["notes"]
+    assert len(notes) == calls - 1
+    assert re.search("SOFIM_BUILD_CUDA=auto, .* did not work: it took too long", notes[0])
 
 
 def test_without_pip_the_package_is_used_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -905,7 +966,7 @@ def test_without_pip_the_package_is_used_from_its_folder(tmp_path: Path, monkeyp
     calls = installing(
         made, monkeypatch, lambda command, _: Output(1 if "pip" in command else 0, "No module named pip")
     )
-    assert calls[-1] == ("setup.py build_ext --inplace", "auto")
+    assert calls[-1] == ("setup.py build_ext --inplace", "auto auto")
     assert "PYTHONPATH" in made.record.data["notes"][-1]
     assert not made.record.failed
 
@@ -996,10 +1057,10 @@ def test_the_whole_run_without_a_gpu(tmp_path: Path) -> None:
     section = "resnet-50, float32, from memory"
     tests = tmp_path / "tests"
     tests.mkdir()
-    command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--no-install", "--budget", "60"]
+    command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--no-install", "--budget", "75"]
     more = ["--models", "resnet-50", "--scale", "2", "--output", str(tmp_path / "gpu.json"), "--tests", str(tests)]
     done = subprocess.run(
-        [*command, *more], cwd=ROOT, env={**os.environ, "OUT": str(out)}, capture_output=True, text=True, timeout=120
+        [*command, *more], cwd=ROOT, env={**os.environ, "OUT": str(out)}, capture_output=True, text=True, timeout=150
     )
     assert done.returncode == 0, done.stdout + done.stderr
     data = saved(tmp_path)
@@ -1009,7 +1070,8 @@ def test_the_whole_run_without_a_gpu(tmp_path: Path) -> None:
     assert set(data["plan"].values()) <= {"done", "not reached"}
     assert data["plan"]["smoke"] == data["plan"][section] == "done"
     assert data["backends"]["reference"] == "ok"
-    assert "triton" in data["backends"]
+    assert list(data["backends"]) == ["cpu", "cuda", "triton", "reference"]
+    assert "cuda: " in data["backends"]["cuda"] or data["backends"]["cuda"] == "ok"
     rows = {row["provider"]: row for row in data["timing"] if row["section"] == section}
     native = [name for name, state in data["backends"].items() if state == "ok" and name != "reference"]
     for name in (BASELINE, "SOFIM reference", *(f"SOFIM {backend}" for backend in native)):

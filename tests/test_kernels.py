@@ -1,4 +1,4 @@
-"""The static report on the Triton kernels (bench/kernels.py): what it counts, and that it notices."""
+"""The static report on the kernels for GPUs (bench/kernels.py): what it counts, and that it notices."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 from bench import kernels as report
+from bench import kernels_cuda as cuda
 from tests.runs import INTERPRETED
 
 triton_kernels = pytest.importorskip("sofim_fused.backends.triton_kernels")
@@ -76,12 +77,18 @@ def test_a_worse_kernel_is_noticed(replacements: list[tuple[str, str]], message:
 
 
 def test_spills_and_lack_of_room_are_wrong() -> None:
-    case = CASES["fp32", "one launch, plain (moment)"]
-    fields = ("fp32", case.name, "sm_90", 16.0, 8.0, {128: 24}, 200, 3, 0, 1, 0.1, 1.0, 1.0, [])
-    assert list(report._wrong(report.Row(*fields), case, triton_kernels)) == [
-        "3 spills",
-        "room for 1 programs on a multiprocessor, 2 are started",
-    ]
+    for by in (report.TRITON, report.CUDA):
+        row = report.Row(by, "fp32", "apply", "sm_90", 16.0, 8.0, {128: 24}, 200, 3, 0, 1, 0.1, 1.0, 1.0, [])
+        assert list(report._wrong(row, 2, (16, 8), 128)) == [
+            "3 spills",
+            "room for 1 programs on a multiprocessor, 2 are needed",
+        ]
+        row.spills, row.widths = 0, {}
+        assert list(report._wrong(row, 1, (16, 4), 128)) == [
+            "moves 16 + 8 bytes per parameter, docs/method.md has 16 + 4",
+            "no access in the hot path",
+        ]
+        assert not list(report._wrong(row, 0))
 
 
 def test_bytes_of_the_table() -> None:
@@ -130,3 +137,185 @@ def test_accesses_are_those_of_the_lines_asked_for() -> None:
     assert accesses == Counter({("load", 128): 1, ("load", 64): 1, ("store", 16): 1})
     assert report.hot_path(PTX_OF_3_6, {195})[0] == Counter({("load", 128): 2})
     assert report.hot_path(PTX, {1}) == (Counter(), 0)
+
+
+# CUDA C++
+
+NVCC = cuda.find_nvcc()
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not there")
+SOURCE = cuda.SOURCE.read_text(encoding="utf-8")
+
+
+def examined_cuda(kind: str, name: str, *replacements: tuple[str, str]) -> report.Row:
+    """One kernel from the source, or from another one."""
+    source = SOURCE
+    for old, new in replacements:
+        assert old in source
+        source = source.replace(old, new)
+    assert NVCC is not None
+    (row,) = report.examined_cuda(NVCC, ["sm_90"], [kind], triton_kernels, source, [name])
+    return row
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("kind", "name", "moved"),
+    [
+        ("fp32", "accumulate (moment)", (8, 4)),
+        ("fp32", "one launch, guarded (L2)", (24, 8)),
+        ("16-bit, bf16 moment, Kahan", "commit (moment)", (8, 6)),
+        ("fp64", "dots (moment)", (16, 0)),
+    ],
+)
+def test_a_kernel_in_cuda_is_as_it_should_be(kind: str, name: str, moved: tuple[int, int]) -> None:
+    row = examined_cuda(kind, name)
+    assert row.wrong == []
+    assert (row.by, row.kind, row.case, row.target) == (report.CUDA, kind, name, "sm_90")
+    assert (row.read, row.written) == moved
+    assert set(row.widths) == {128}
+    assert row.registers > 16
+    assert row.programs >= 2
+    assert row.instructions is not None
+    assert row.instructions > 2
+
+
+HALVES = [("uint4", "uint2"), ("sizeof x / 16", "sizeof x / 8")]
+READ_MORE = [
+    ("reads_w = writes_w || (l2 && sums);", "reads_w = true;"),
+    ("sums.add(kMM, kept, kept);", "sums.add(kMM, kept, weight);"),
+]
+CROWDED = [("__launch_bounds__(kThreads, kBlocks)", "__launch_bounds__(kThreads, 8)")]
+ELEMENT_BY_ELEMENT = [("return row.aligned && ", "return false && ")]
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("replacements", "message"),
+    [
+        (HALVES, "accesses of 64 bits"),
+        (READ_MORE, "moves 12 \\+ 4 bytes"),
+        (CROWDED, "spills"),
+        (ELEMENT_BY_ELEMENT, "moves 0 \\+ 0 bytes"),
+    ],
+    ids=["8 bytes at a time", "another read", "too few registers", "no vectors"],
+)
+def test_a_worse_kernel_in_cuda_is_noticed(replacements: list[tuple[str, str]], message: str) -> None:
+    row = examined_cuda("fp32", "accumulate (moment)", *replacements)
+    assert any(re.search(message, text) for text in row.wrong), row.wrong
+
+
+def test_kernels_that_are_shipped_are_judged_without_bytes() -> None:
+    numbers = {"threads": 256, "tile": 4096, "blocks": 2}
+
+    def wrong(accesses: dict[tuple[str, int], int], registers: int = 128, name: str = "apply (moment)") -> list[str]:
+        kernel = cuda.Kernel("", "sm_90", Counter(accesses), 100, registers, 0, 400)
+        row = report._cuda_row(kernel, "fp32 weights, as shipped", name, numbers)
+        assert (row.read, row.written, row.milliseconds, row.instructions) == (None, None, None, None)
+        assert "shipped" in report.as_text([row])
+        return row.wrong
+
+    assert wrong({("load", 128): 8}) == []
+    assert wrong({("load", 128): 8, ("store", 32): 1}) == ["accesses of 32 bits in the hot path"]
+    assert wrong({("load", 128): 8}, 129) == ["room for 1 programs on a multiprocessor, 2 are needed"]
+    assert wrong({}) == ["no access in the hot path"]
+    assert wrong({}, 129, cuda.COPY) == []
+
+
+def test_cases_in_cuda_are_those_of_triton() -> None:
+    """Each kernel once: dots is the same in both forms."""
+    found = list(report.cuda_cases(triton_kernels))
+    assert len({instance for *_, instance in found}) == len(found)
+    assert {label for label, *_ in found} == set(report.CUDA_KINDS)
+    fp32 = {case.name for label, case, _ in found if label == "fp32"}
+    left_out = {"dots (gradient)", "dots (gradient, L2)", "dots (gradient, a block per tensor)"}
+    assert fp32 == {name for label, name in CASES if label == "fp32"} - left_out
+    assert not [case.name for label, case, _ in found if label in report.TWO_LAUNCHES and case.launch == "single"]
+
+
+def test_without_nvcc_triton_is_reported_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cuda, "find_nvcc", lambda: None)
+    assert report.main(["--kinds", *cuda.SHIPPED.values(), "--targets", "sm_90"]) == 0
+    assert "\nnvcc is not there: the CUDA C++ kernels are left out\n" in capsys.readouterr().out
+
+
+def test_a_target_that_nvcc_does_not_know_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cuda, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(cuda, "known_targets", lambda _: ["sm_90"])
+    asked: list[list[str]] = []
+    monkeypatch.setattr(report, "examined_cuda", lambda nvcc, targets, *_: asked.append(targets) or [])
+    assert report.main(["--kinds", *cuda.SHIPPED.values()]) == 0
+    assert asked == [["sm_90"]]
+    assert "\nnvcc does not know sm_80, sm_100: " in capsys.readouterr().out
+
+
+def test_names_of_kernels_are_read() -> None:
+    start = "_ZN5sofim4cuda41_GLOBAL__N__81d36e19_9_passes_cu_0b88ca13"
+    accumulate = "NS1_4KindILNS0_4PassE0ELb1ELb1ELb1EEE"
+    both = "NS1_4KindILNS0_4PassE2ELb0ELb0ELb0EEENS4_ILS5_3ELb0ELb1ELb0EEE"
+    dots = "NS1_4KindILNS0_4PassE2ELb0ELb0ELb0EEE"
+    end = "EvNS0_9ArgumentsIXT2_EEE"
+    fp32, narrow, some = (cuda.SHIPPED[name] for name in ("Float32", "Alike", "Any"))
+    for middle, expected in (
+        (f"5firstINS1_7Float32E{accumulate}Li32764E", (fp32, "accumulate with the step (gradient, L2)")),
+        (f"4bothINS1_5AlikeE{both}Li4096E", (narrow, "one launch, guarded (gradient), 4096 bytes")),
+        (f"5firstINS1_3AnyE{dots}Li32764E", (some, "dots (no L2)")),
+        ("4copyILi32764E", (some, cuda.COPY)),
+    ):
+        assert cuda.described(start + middle + end) == expected
+
+
+def of_nvcc(body: str) -> str:
+    """PTX of a kernel, in which ``{8}`` and ``{1}`` stand for functions that load so many elements."""
+    labels = {8: "$L__info_string0", 1: "$L__info_string1"}
+    names = {label: ",".join(map(str, f"_ZN4loadILi{size}EfEEv".encode() + b"\0")) for size, label in labels.items()}
+    strings = "".join(f"{label}:\n.b8 {data}\n" for label, data in names.items())
+    code = body.replace("{8}", labels[8]).replace("{1}", labels[1])
+    numbers = '\t.file\t1 "/a/kernels.cu"\n\t.file\t2 "/a/other.h"\n.visible .global .align 4 .u32 tile = 4096;\n'
+    return f".visible .entry kernel(\n\t.param .u64 kernel_param_0\n)\n{{\n{code}\n}}\n{strings}{numbers}"
+
+
+OF_A_TILE = """\
+	mov.u32 	%r1, %tid.x;
+	ld.param.u64 	%rd1, [kernel_param_0+8];
+	ld.param.u64 	%rd2, [%rd1+16];
+	ld.u64 	%rd3, [%rd2+-40];
+	mul.wide.u32 	%rd4, %r1, 16;
+	add.s64 	%rd5, %rd3, %rd4;
+	add.s64 	%rd6, %rd2, %rd4;
+	.loc	1 10 5, function_name {8}, inlined_at 1 50 5
+	ld.global.v4.u32 	{%r2, %r3, %r4, %r5}, [%rd5];
+	@%p1 ld.global.v2.f64 	{%fd1, %fd2}, [%rd5+4096];
+	ld.global.v4.u32 	{%r2, %r3, %r4, %r5}, [%rd6];
+	ld.u8 	%rs1, [%rd3+14];
+	.loc	1 12 5, function_name {1}, inlined_at 1 51 5
+	ld.global.u16 	%rs1, [%rd5];
+"""
+
+
+def test_accesses_in_cuda_are_those_to_tensors_in_full_tiles() -> None:
+    """Its address comes from a table, and differs between threads; others are sums, and what the table says."""
+    text = of_nvcc(OF_A_TILE)
+    expected = Counter({("load", 128): 2})
+    assert dict(cuda.hot_paths(text, [])) == {"kernel": (expected, 4)}
+    assert cuda.numbers(text) == {"tile": 4096}
+    # A place without a function is in the hot path, unless it is a line for single elements.
+    lost = "\t.loc\t{} 12 5\n\tst.global.u16 \t[%rd5], %rs1;\n"
+    for place, single in ((1, True), (2, False)):
+        ((_, (found, _)),) = cuda.hot_paths(of_nvcc(OF_A_TILE + lost.format(place)), [12])
+        assert found == expected + (Counter() if single else Counter({("store", 16): 1})), place
+
+
+def test_lines_for_single_elements_are_found() -> None:
+    lines = SOURCE.splitlines()
+    single = [lines[i - 1] for i in sorted(cuda.single_lines(SOURCE))]
+    assert [line for line in single if "x.at[0]" in line]
+    assert not [line for line in single if "vector" in line or "piece" in line]
+
+
+def test_spills_are_those_of_the_sweeps() -> None:
+    text = ".text.one:\n STL [R1], R2 ;\n LDL R2, [R1] ;\n$one$finish:\n STL [R1], R2 ;\n.text.two:\n LDG.E R2 ;\n"
+    assert cuda._spills(text) == {"one": 2}
