@@ -154,11 +154,10 @@ def compiled(
 
     def read() -> Compiled:
         paths = dict(hot_paths(text.result(), single_lines(source)))
-        kernels = [
-            Kernel(entry, target, *paths[entry], *figures)
-            for target, figures_of in zip(targets, done, strict=True)
-            for entry, figures in figures_of.result().items()
-        ]
+        kernels = []
+        for target, figures in zip(targets, done, strict=True):
+            assert figures.result().keys() == paths.keys(), f"kernels and machine code for {target} differ"
+            kernels += [Kernel(name, target, *path, *figures.result()[name]) for name, path in paths.items()]
         return Compiled(kernels, numbers(text.result()))
 
     text = pool.submit(front_end)
@@ -276,7 +275,6 @@ def usage(cubin: Path, tools: Path) -> dict[str, tuple[int, int, int]]:
     """Registers, spilling instructions and bytes of shared memory of each kernel."""
     listed = _output(tools / "cuobjdump", "-res-usage", cubin)
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", listed)
-    assert found, listed
     # Without a stack there is no memory to spill to; reading the machine code would take seconds.
     spills = _spills(_output(tools / "nvdisasm", "-c", cubin)) if any(int(stack) for _, _, stack, _ in found) else {}
     return {name: (int(registers), spills.get(name, 0), int(shared)) for name, registers, _, shared in found}

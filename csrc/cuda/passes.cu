@@ -93,6 +93,10 @@ struct Elements {
   T at[size];
 };
 
+// 16 bytes. Of float64 the compiler would take integers apart again.
+template <class T>
+using Piece16 = std::conditional_t<std::is_same_v<T, double>, double2, uint4>;
+
 // A vector from memory and to it. Nothing else touches the elements of a tensor; bench/kernels.py finds these by name.
 
 // Tensors are in the GPU's memory, which the compiler cannot know of an address that it finds in a table.
@@ -106,8 +110,8 @@ __device__ __forceinline__ void load(Elements<T, size>& x, const void* from, int
   } else if constexpr (size == 1) {
     x.at[0] = static_cast<const T*>(from)[at];
   } else {
-    const auto* const vector = reinterpret_cast<const uint4*>(static_cast<const T*>(from) + at);
-    uint4 piece[sizeof x / 16];
+    const auto* const vector = reinterpret_cast<const Piece16<T>*>(static_cast<const T*>(from) + at);
+    Piece16<T> piece[sizeof x / 16];
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof x / 16); ++i) piece[i] = vector[i];
     memcpy(&x, piece, sizeof x);
@@ -126,8 +130,8 @@ __device__ __forceinline__ void store(void* to, int64_t at, const Elements<T, si
   } else if constexpr (size == 1) {
     static_cast<T*>(to)[at] = x.at[0];
   } else {
-    auto* const vector = reinterpret_cast<uint4*>(static_cast<T*>(to) + at);
-    uint4 piece[sizeof x / 16];
+    auto* const vector = reinterpret_cast<Piece16<T>*>(static_cast<T*>(to) + at);
+    Piece16<T> piece[sizeof x / 16];
     memcpy(piece, &x, sizeof x);
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof x / 16); ++i) vector[i] = piece[i];

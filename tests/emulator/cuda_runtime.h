@@ -41,6 +41,9 @@
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(16) double2 {
+  double x, y;
+};
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   explicit dim3(unsigned x) : x(x) {}
