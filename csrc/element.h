@@ -51,6 +51,11 @@ SOFIM_HD float from_bits(uint32_t bits) {
 // a, or b where the bits x are those of a NaN.
 SOFIM_HD uint32_t where_number(uint32_t x, uint32_t a, uint32_t b) { return (x & 0x7FFFFFFFu) <= 0x7F800000u ? a : b; }
 
+// How the first moment goes on: m' = m·m + g·v + w·w, each factor named after what it multiplies.
+struct Decay {
+  double m, g, w;
+};
+
 // The first moment: by_m·m + by_g·g.
 template <class V>
 SOFIM_HD V blended(V m, V g, V by_m, V by_g) {

@@ -55,7 +55,7 @@ class Step {
 
   void compute() {
     mode_ = Mode();
-    for (size_t i = 0; i < roster_.size(); ++i) mode_.weights |= reader_.hyper(i).l2 != 0.0;
+    mode_.weights = reader_.l2();
     corrections_.resize(roster_.size());
     double momentum = -1.0;
     int64_t update = 0;

@@ -199,6 +199,13 @@ void Reader::clear() {
   objects_.clear();
 }
 
+bool Reader::l2() const {
+  for (const size_t group : group_of_) {
+    if (groups_[group].l2 != 0.0) return true;
+  }
+  return false;
+}
+
 bool Reader::read_everything(PyObject* groups, PyObject* state) {
   if (!PyList_Check(groups) || PyList_GET_SIZE(groups) == 0 || !PyDict_Check(state)) return false;
   if (!read_whole(groups, whole_)) return false;
@@ -281,9 +288,7 @@ bool Reader::enrol(PyObject* param, const Group& group, States& states, int64_t 
   if (m.scalar_type() != group.state_dtype.value_or(natural)) return false;
   if (group.state_dtype && natural != at::kFloat) return false;
   if (roster_.add(w, g, m, kahan, t, ordinal) != nullptr) return false;
-  const Hyper& h = group.hyper;
-  const double taken = 1.0 - h.momentum;
-  roster_.record(roster_.size() - 1).decay = {h.momentum, taken * h.sign, taken * h.l2};
+  roster_.record(roster_.size() - 1).decay = decay_of(group.hyper);
   group_of_.push_back(groups_.size());
   objects_.push_back({param, entries.exp_avg, entries.kahan, entries.step});
   return true;

@@ -55,6 +55,8 @@ class Reader {
   const std::vector<Distant>& distant() const { return distant_; }
   size_t group_of(size_t i) const { return group_of_[i]; }
   const Hyper& hyper(size_t i) const { return groups_[group_of_[i]]; }
+  // Whether some tensor has L2 weight decay.
+  bool l2() const;
 
  private:
   struct Group;

@@ -30,8 +30,6 @@ bool storage_type(at::ScalarType dtype, Type& type) {
   }
 }
 
-bool narrow(Type type) { return type == Type::bfloat16 || type == Type::float16; }
-
 // Whether elements that correspond lie in the same order; dimensions of one element have no say.
 bool same_order(const at::Tensor& a, const at::Tensor& b) {
   const auto sizes = a.sizes(), left = a.strides(), right = b.strides();
@@ -88,7 +86,7 @@ const char* Roster::add(const at::Tensor& w, const at::Tensor& g, const at::Tens
   if (!readable(m)) return "exp_avg: not a dense tensor on the step's device";
   if (!storage_type(w.scalar_type(), record.w_type)) return "parameter: not float32, float64, bfloat16 or float16";
   if (!storage_type(g.scalar_type(), record.g_type) || g.is_complex() != w.is_complex() ||
-      !(record.g_type == record.w_type || (record.g_type == Type::float32 && narrow(record.w_type)))) {
+      !(record.g_type == record.w_type || (record.g_type == Type::float32 && is_narrow(record.w_type)))) {
     return "gradient: of another dtype than its parameter";
   }
   const bool wide = record.w_type == Type::float64;
@@ -102,7 +100,7 @@ const char* Roster::add(const at::Tensor& w, const at::Tensor& g, const at::Tens
     if (!readable(kahan) || kahan.scalar_type() != w.scalar_type() || kahan.sizes() != w.sizes()) {
       return "kahan: not a dense tensor on the step's device of its parameter's shape and dtype";
     }
-    if (!narrow(record.w_type)) return "kahan: kept for a parameter that is not of 16 bits";
+    if (!is_narrow(record.w_type)) return "kahan: kept for a parameter that is not of 16 bits";
   }
   if (step.defined() && (!readable(step) || step.scalar_type() != at::kLong || step.numel() != 1)) {
     return "step: not a 0-dimensional int64 tensor on the step's device";

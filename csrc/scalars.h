@@ -21,6 +21,12 @@ struct Hyper {
   double sign = 1.0;  // -1 to maximize
 };
 
+// How a gradient and, with L2 decay, the weight enter the first moment.
+SOFIM_HD Decay decay_of(const Hyper& h) {
+  const double taken = 1.0 - h.momentum;
+  return {h.momentum, taken * h.sign, taken * h.l2};
+}
+
 // Dot products of one tensor's m, g and w.
 struct Products {
   double mm = 0.0, mg = 0.0, mw = 0.0, gg = 0.0, gw = 0.0, ww = 0.0;

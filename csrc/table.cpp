@@ -18,8 +18,7 @@ enum { kLr, kMomentum, kRho, kWeightDecay, kL2, kSign, kDecayM, kDecayG, kDecayW
 int64_t address(const void* pointer) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer)); }
 
 int64_t kind_of(const Record& r, int64_t addresses) {
-  const bool narrow = r.w_type == Type::bfloat16 || r.w_type == Type::float16;
-  return static_cast<int64_t>(r.w_type) | int64_t{narrow && r.g_type == Type::float32} << 2 |
+  return static_cast<int64_t>(r.w_type) | int64_t{is_narrow(r.w_type) && r.g_type == Type::float32} << 2 |
          int64_t{r.m_type == Type::bfloat16} << 3 | int64_t{r.kahan != nullptr} << 4 |
          int64_t{addresses % 16 != 0} << 5;
 }
@@ -70,11 +69,9 @@ void Table::finish(bool weights, bool moments, bool steps) {
 int Table::fill_whole() {
   const Roster& roster = reader_.roster();
   const Whole& whole = reader_.whole();
-  bool l2 = false, decoupled = false;
-  for (size_t i = 0; i < roster.size(); ++i) {
-    l2 |= reader_.hyper(i).l2 != 0.0;
-    decoupled |= reader_.hyper(i).weight_decay != 0.0;
-  }
+  const bool l2 = reader_.l2();
+  bool decoupled = false;
+  for (size_t i = 0; i < roster.size(); ++i) decoupled |= reader_.hyper(i).weight_decay != 0.0;
   std::optional<at::Device> device;
   if (roster.size() > 0) device = roster.device();
   const bool same = l2 == l2_ && decoupled == decoupled_ && device == device_ &&
@@ -145,9 +142,9 @@ int Table::fill_hyper() {
   }
   double* to = hyper_.mutable_data_ptr<double>();
   for (const Hyper& h : groups) {
-    const double taken = 1.0 - h.momentum;
-    const double row[kHypers] = {h.lr,   h.momentum, h.rho,          h.weight_decay, h.l2,
-                                 h.sign, h.momentum, taken * h.sign, taken * h.l2};
+    const Decay decay = decay_of(h);
+    const double row[kHypers] = {h.lr,   h.momentum, h.rho,   h.weight_decay, h.l2,
+                                 h.sign, decay.m,    decay.g, decay.w};
     if (changed != 0 || std::memcmp(row, to, sizeof row) != 0) {
       changed |= kValues;
       std::memcpy(to, row, sizeof row);

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sofim_fused.backends import cuda, triton
-from tests.runs import ALL_ON_GPU, INTERPRETED, RUNS, Run, name_of
+from tests.runs import ALL_ON_GPU, GPU_BACKENDS, INTERPRETED, RUNS, Run, name_of
 
 # On tensors this small a second thread only waits, and on a busy machine it waits long.
 torch.set_num_threads(1)
@@ -43,7 +42,6 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
         pytest.skip("one case in eight runs on a GPU, unless SOFIM_ALL_GPU_TESTS=1")
     single = bool(chance & 1) if chosen.single is None else chosen.single
     ready = bool(chance & 2) if chosen.ready is None else chosen.ready
-    module = {"cuda": cuda, "triton": triton}.get(chosen.backend)
-    if module is not None:
-        monkeypatch.setattr(module, "SINGLE_LAUNCH", single)
+    if chosen.backend in GPU_BACKENDS:
+        monkeypatch.setattr(GPU_BACKENDS[chosen.backend], "SINGLE_LAUNCH", single)
     return chosen._replace(single=single, ready=ready)

@@ -17,15 +17,13 @@ from torch import Tensor, nn
 
 from sofim_fused import SOFIM, backends, native
 from sofim_fused.backends import cpu, cuda, reference, triton
-from tests.problems import give, mixed_problem, ready_problem, same_bits, snapshot
+from tests.problems import GUARDED, OPTIONS, give, mixed_problem, ready_problem, same_bits, snapshot
 from tests.runs import EMULATED
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
 made = partial(ready_problem, "cuda")
 emulated = pytest.mark.skipif(not EMULATED, reason="runs with SOFIM_EMULATED=1 (make emulated)")
-GUARDED: dict[str, Any] = {"max_grad_norm": 0.5, "skip_nonfinite": True}
-OPTIONS: list[dict[str, Any]] = [{}, {"numerator": "gradient"}, GUARDED, {"numerator": "gradient", **GUARDED}]
 
 
 NONE = torch.empty(0)  # no bits are kept

@@ -12,32 +12,31 @@ import torch
 from torch import nn
 
 from sofim_fused import SOFIM
-from sofim_fused.backends import cuda, triton
-from tests.problems import ready_problem, same_bits, snapshot
-from tests.runs import NO_GPU
+from tests.problems import GUARDED, OPTIONS, ready_problem, same_bits, snapshot
+from tests.runs import GPU_BACKENDS, NO_GPU
 
-BACKENDS: dict[str, Any] = {"cuda": cuda, "triton": triton}
-GUARDED: dict[str, Any] = {"max_grad_norm": 0.5, "skip_nonfinite": True}
-OPTIONS: list[dict[str, Any]] = [{}, {"numerator": "gradient"}, GUARDED, {"numerator": "gradient", **GUARDED}]
 pytestmark = [pytest.mark.gpu, NO_GPU]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=GPU_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend that runs on a GPU."""
     name: str = request.param
-    found = BACKENDS[name].passes_for(torch.device("cuda", torch.cuda.current_device()))
+    found = GPU_BACKENDS[name].passes_for(torch.device("cuda", torch.cuda.current_device()))
     if isinstance(found, str):
         pytest.skip(f"{name}: {found}")
     return name
 
 
-@pytest.mark.parametrize("single", [True, False], ids=["one launch", "two launches"])
+@pytest.fixture(params=[True, False], ids=["one launch", "two launches"])
+def launches(request: pytest.FixtureRequest, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole steps in one launch, and in two."""
+    monkeypatch.setattr(GPU_BACKENDS[backend], "SINGLE_LAUNCH", request.param)
+
+
+@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_step_does_not_wait_for_the_gpu(
-    backend: str, options: dict[str, Any], single: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(BACKENDS[backend], "SINGLE_LAUNCH", single)
+def test_a_step_does_not_wait_for_the_gpu(backend: str, options: dict[str, Any]) -> None:
     optimizer, params = ready_problem(backend, [3, 5000, 1_000_003], "cuda", **options)
     for _ in range(3):
         optimizer.step()
@@ -53,13 +52,10 @@ def test_a_step_does_not_wait_for_the_gpu(
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("single", [True, False], ids=["one launch", "two launches"])
+@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_captured_step_replays(
-    backend: str, options: dict[str, Any], single: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_captured_step_replays(backend: str, options: dict[str, Any]) -> None:
     """100 replays with new gradients and learning rates, and eager steps of another problem between them."""
-    monkeypatch.setattr(BACKENDS[backend], "SINGLE_LAUNCH", single)
     results = []
     for captured in (True, False):
         lr = torch.full((), 0.1, device="cuda")

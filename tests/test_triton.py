@@ -21,15 +21,13 @@ from torch import Tensor, nn
 
 from sofim_fused import SOFIM, backends, native
 from sofim_fused.backends import table, triton
-from tests.problems import give, give_state, mixed_problem, ready_problem, same_bits, snapshot
+from tests.problems import GUARDED, OPTIONS, give, give_state, mixed_problem, ready_problem, same_bits, snapshot
 from tests.runs import INTERPRETED
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")
 DEVICE = "cpu" if INTERPRETED else "cuda"
 runs_kernels = pytest.mark.skipif(not INTERPRETED, reason="runs with TRITON_INTERPRET=1 (make interpreter)")
-GUARDED: dict[str, Any] = {"max_grad_norm": 0.5, "skip_nonfinite": True}
-OPTIONS: list[dict[str, Any]] = [{}, {"numerator": "gradient"}, GUARDED, {"numerator": "gradient", **GUARDED}]
 
 
 made = partial(ready_problem, "triton")

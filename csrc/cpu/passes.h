@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../element.h"
+
 namespace sofim {
 
 // Elements that are summed in one go. A tile never crosses a tensor, and its place in a tensor never changes, so that
@@ -10,6 +12,7 @@ namespace sofim {
 constexpr int64_t kTile = 32768;
 
 enum class Type : uint8_t { float32, float64, bfloat16, float16 };
+constexpr bool is_narrow(Type type) { return type == Type::bfloat16 || type == Type::float16; }
 
 // One tensor of a step. Its w, g, m and kahan lie in memory in one and the same order, without gaps.
 struct Record {
@@ -20,9 +23,7 @@ struct Record {
   int64_t numel;
   Type w_type, g_type, m_type;
   uint32_t key;  // of the random bits that round m (tensor_key)
-  struct {
-    double m, g, w;
-  } decay;  // m' = decay.m·m + decay.g·v + decay.w·w
+  Decay decay;
   struct {
     double w, g, m;
   } update;  // w' = update.w·w + update.g·v + update.m·m'

@@ -55,8 +55,11 @@ void Memory::serve_table(Task& task, const std::vector<Row>& rows, const std::ve
 
 at::Tensor Memory::sums() const { return numbers_.narrow(0, 0, kSums * tensors_).view({kSums, tensors_}); }
 
-void Packed::take(const Roster& roster) {
+void Packed::take(const Roster& roster, size_t group_count) {
   rows.resize(roster.size());
+  groups.resize(group_count);
+  // Between the members too: tables are compared byte by byte.
+  if (group_count > 0) std::memset(static_cast<void*>(groups.data()), 0, group_count * sizeof(Group));
   uint64_t tiles = 0;
   bool float32 = true, narrow = true;
   for (size_t i = 0; i < rows.size(); ++i) {
@@ -77,10 +80,11 @@ void Packed::take(const Roster& roster) {
     row.aligned = (address(r.w) | address(r.g) | address(r.m) | address(r.kahan)) % 16 == 0;
     tiles += tiles_of(r.numel);
     float32 &= r.w_type == Type::float32;
-    narrow &= (r.w_type == Type::bfloat16 || r.w_type == Type::float16) && r.g_type == r.w_type;
+    narrow &= is_narrow(r.w_type) && r.g_type == r.w_type;
   }
   TORCH_CHECK(tiles <= std::numeric_limits<int32_t>::max(), "sofim_fused: more elements than a launch can have");
   task.tensors = static_cast<uint32_t>(rows.size());
+  task.group_count = static_cast<uint32_t>(group_count);
   task.tiles = static_cast<uint32_t>(tiles);
   form.types = float32 ? Types::float32 : narrow ? Types::narrow : Types::any;
 }

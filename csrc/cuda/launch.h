@@ -43,19 +43,9 @@ struct Packed {
   Task task{};
   Form form;
 
-  // Takes over a roster's tensors; `group_of`: the group of each.
-  template <class F>
-  void take(const Roster& roster, F group_of);
-
- private:
-  void take(const Roster& roster);
+  // Takes over a roster's tensors, but for the group of each, and has so many groups, all zero.
+  void take(const Roster& roster, size_t group_count);
 };
-
-template <class F>
-void Packed::take(const Roster& roster, F group_of) {
-  take(roster);
-  for (size_t i = 0; i < rows.size(); ++i) rows[i].group = static_cast<uint32_t>(group_of(i));
-}
 
 // Switches to a device, whose stream then says where launches go.
 class On {

@@ -4,7 +4,6 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <cstring>
 #include <limits>
 #include <optional>
 #include <string>
@@ -48,7 +47,6 @@ class Step {
     Memory& memory = on.captured() ? own : memory_;
     memory.serve(task, roster.device(), on.stream());
     if (!whole().guarded()) task.skip = nullptr;
-    if (!whole().gradient_form) task.by_gradient = nullptr;
     memory.serve_table(task, packed_.rows, packed_.groups, roster.device(), on.stream());
     roster.bump_moments();
     roster.bump_weights();
@@ -76,17 +74,11 @@ class Step {
   void pack() {
     const Roster& roster = reader_.roster();
     const size_t groups = reader_.groups().size();
-    packed_.take(roster, [this](size_t i) { return reader_.group_of(i); });
-    packed_.groups.resize(groups);
-    std::memset(static_cast<void*>(packed_.groups.data()), 0, groups * sizeof(Group));
+    packed_.take(roster, groups);
+    for (size_t i = 0; i < roster.size(); ++i) packed_.rows[i].group = static_cast<uint32_t>(reader_.group_of(i));
     for (size_t i = 0; i < groups; ++i) {
-      Group& group = packed_.groups[i];
-      const Hyper& h = reader_.groups()[i];
-      const double taken = 1.0 - h.momentum;
-      group.hyper = h;
-      group.decay_m = h.momentum;
-      group.decay_g = taken * h.sign;
-      group.decay_w = taken * h.l2;
+      packed_.groups[i].hyper = reader_.groups()[i];
+      packed_.groups[i].decay = decay_of(reader_.groups()[i]);
     }
     for (const Distant& distant : reader_.distant()) {
       Group& group = packed_.groups[distant.group];
@@ -99,12 +91,9 @@ class Step {
       (distant.name == Distant::kLr ? group.lr : group.rho) = value.const_data_ptr();
       (distant.name == Distant::kLr ? group.lr_double : group.rho_double) = wide;
     }
-    bool l2 = false;
-    for (size_t i = 0; i < roster.size(); ++i) l2 |= reader_.hyper(i).l2 != 0.0;
-    packed_.form.l2 = l2;
+    packed_.form.l2 = reader_.l2();
     packed_.form.gradient = whole().gradient_form;
     Task& task = packed_.task;
-    task.group_count = static_cast<uint32_t>(groups);
     task.limit = whole().max_grad_norm.value_or(std::numeric_limits<double>::infinity());
     task.finish = whole().guarded() ? Finish::guarded : Finish::plain;
     task.fisher = whole().fisher == Whole::kModel   ? Fisher::model
@@ -141,9 +130,8 @@ class Step {
   int step_blocks_once() {
     const Form& f = packed_.form;
     const Task& task = packed_.task;
-    const bool small = task.rows != nullptr || fit(kSmall, task.tensors, task.group_count);
     const int device = reader_.roster().device().index();
-    const int kernel = device * 64 + static_cast<int>(f.types) * 16 + f.l2 * 8 + f.gradient * 4 + small * 2 +
+    const int kernel = device * 64 + static_cast<int>(f.types) * 16 + f.l2 * 8 + f.gradient * 4 + is_small(task) * 2 +
                        (task.finish == Finish::guarded);
     if (kernel != kernel_) {
       check(step_blocks(f, task, &blocks_));

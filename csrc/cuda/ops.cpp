@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include <cstring>
 #include <optional>
 
 #include "../lists.h"
@@ -19,21 +18,16 @@ using at::TensorList;
 class Sweep {
  public:
   explicit Sweep(Roster& roster) : roster_(roster) {
-    packed_.take(roster, [](size_t i) { return i; });
-    packed_.groups.resize(roster.size());
-    if (roster.size() > 0) std::memset(static_cast<void*>(packed_.groups.data()), 0, roster.size() * sizeof(Group));
+    packed_.take(roster, roster.size());
     for (size_t i = 0; i < roster.size(); ++i) {
-      const auto& decay = roster.records()[i].decay;
-      packed_.groups[i].decay_m = decay.m;
-      packed_.groups[i].decay_g = decay.g;
-      packed_.groups[i].decay_w = decay.w;
+      packed_.rows[i].group = static_cast<uint32_t>(i);
+      packed_.groups[i].decay = roster.records()[i].decay;
     }
-    packed_.task.group_count = packed_.task.tensors;
   }
 
   Form& form() { return packed_.form; }
 
-  // Coefficients of every tensor, or of all in one number; without one, the value that changes nothing.
+  // Coefficients of every tensor; without one, the value that changes nothing.
   void set_update(const Vector& moment, const Vector& weight, const Vector& gradient) {
     by_moment_ = vector("moment", moment);
     by_weight_ = vector("weight", weight);

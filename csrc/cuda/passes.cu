@@ -97,7 +97,8 @@ struct Elements {
 template <class T>
 using Piece16 = std::conditional_t<std::is_same_v<T, double>, double2, uint4>;
 
-// A vector from memory and to it. Nothing else touches the elements of a tensor; bench/kernels.py finds these by name.
+// A vector from memory and to it. Nothing else touches the elements of a tensor; bench/kernels_cuda.py finds
+// these by name.
 
 // Tensors are in the GPU's memory, which the compiler cannot know of an address that it finds in a table.
 #define SOFIM_IN_MEMORY(pointer) __builtin_assume(__isGlobal(pointer))
@@ -182,9 +183,9 @@ __device__ __forceinline__ Factors<S> factors_of(
   Factors<S> f;
   if constexpr (K::writes_m) {
     const Group& group = groups[row.group];
-    f.decay_m = static_cast<T>(group.decay_m);
-    f.decay_g = static_cast<T>(group.decay_g);
-    if constexpr (K::l2) f.decay_w = static_cast<T>(group.decay_w);
+    f.decay_m = static_cast<T>(group.decay.m);
+    f.decay_g = static_cast<T>(group.decay.g);
+    if constexpr (K::l2) f.decay_w = static_cast<T>(group.decay.w);
     if constexpr (S::kRounds) {
       const int64_t update = *row.step + (K::pass == Pass::accumulate ? 1 : 0);
       f.stretch = stretch_key(tensor_key(row.ordinal, update), begin);
@@ -478,7 +479,7 @@ __device__ void set_update(
     const Task& task, const Row& row, const Hyper& hyper, uint32_t tensor, const PlainBlock& block, bool skip) {
   const Update update = sherman_morrison(hyper, task.corrections[tensor], block, task.gradient_form);
   task.by_weight[tensor] = update.weight;
-  if (task.gradient_form) task.by_gradient[tensor] = update.gradient;
+  task.by_gradient[tensor] = update.gradient;
   task.by_moment[tensor] = update.moment;
   if (!skip) *row.step += 1;
 }
@@ -680,12 +681,11 @@ int with_step(const Form& form, const Task& task, F run) {
     return with(form.l2, [&](auto l2) {
       return with(form.gradient, [&](auto gradient) {
         using Set = std::conditional_t<float32, Float32, Alike>;
-        const bool small = task.rows != nullptr || fit(kSmall, task.tensors, task.group_count);
         const auto sized = [&](auto first, auto second) {
           using First = decltype(first);
           using Second = decltype(second);
           if constexpr (float32 && kMost != kSmall) {
-            if (small) return run(&both<Set, First, Second, kSmall>);
+            if (is_small(task)) return run(&both<Set, First, Second, kSmall>);
           }
           return run(&both<Set, First, Second, kMost>);
         };

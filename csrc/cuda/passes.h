@@ -38,8 +38,8 @@ struct alignas(16) Row {
 // One parameter group.
 struct Group {
   Hyper hyper;
-  double decay_m, decay_g, decay_w;  // m' = decay_m·m + decay_g·v + decay_w·w
-  const void* lr;                    // numbers in the device's memory, or nullptr: `hyper` has them
+  Decay decay;
+  const void* lr;  // numbers in the device's memory, or nullptr: `hyper` has them
   const void* rho;
   bool lr_double, rho_double;  // float64 there, else float32
 };
@@ -79,7 +79,7 @@ enum class Types : uint8_t {
 };
 struct Form {
   Types types = Types::any;
-  bool l2 = false;        // some decay_w is not zero: accumulate, dots and commit take w for it
+  bool l2 = false;        // some decay.w is not zero: accumulate, dots and commit take w for it
   bool gradient = false;  // accumulate: also m·g, and m·w if l2; apply and commit: the term by_gradient·v
   bool step = false;      // accumulate: w takes its step by by_weight and by_gradient
 };
@@ -105,6 +105,11 @@ int largest_arguments();
 // Whether rows and groups fit into arguments of so many bytes.
 constexpr bool fit(int size, size_t rows, size_t groups) {
   return sizeof(Task) + rows * sizeof(Row) + groups * sizeof(Group) <= static_cast<size_t>(size) / 16 * 16;
+}
+
+// Whether a launch with this task takes no more than kSmall bytes.
+constexpr bool is_small(const Task& task) {
+  return task.rows != nullptr || fit(kSmall, task.tensors, task.group_count);
 }
 
 // Launches return 0, or an error for error_text(). `rows` and `groups` are in the host's memory and are taken over at

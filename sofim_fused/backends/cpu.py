@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from sofim_fused import native
-from sofim_fused.backends.operators import OperatorPasses, register_fakes
+from sofim_fused.backends.operators import NAMESPACE, OperatorPasses, register_fakes
 
 
 def passes_for(device: torch.device) -> OperatorPasses | str:
@@ -23,11 +23,5 @@ def _loaded() -> OperatorPasses | str:
     module = native.cpu()
     if isinstance(module, str):
         return module
-    register_operators()
+    register_fakes(NAMESPACE)
     return OperatorPasses("cpu", module.Step)
-
-
-@cache
-def register_operators() -> None:
-    """Make the operators known to tracers, once."""
-    register_fakes()

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from sofim_fused import native
-from sofim_fused.backends.cpu import register_operators
-from sofim_fused.backends.operators import OperatorPasses, register_fakes
+from sofim_fused.backends.operators import NAMESPACE, OperatorPasses, register_fakes
 from sofim_fused.backends.protocol import NativeStep
 
 CAPABILITY = (8, 0)  # the first with bfloat16, which setup.py compiles for
@@ -59,8 +58,6 @@ def _passes(module: Any) -> OperatorPasses:
 
         return take
 
-    if module.emulated:
-        register_fakes("sofim_fused_emulated")
-        return OperatorPasses("cuda", new_step, "sofim_fused_emulated", emulated=True)
-    register_operators()
-    return OperatorPasses("cuda", new_step)
+    namespace = f"{NAMESPACE}_emulated" if module.emulated else NAMESPACE
+    register_fakes(namespace)
+    return OperatorPasses("cuda", new_step, namespace, module.emulated)

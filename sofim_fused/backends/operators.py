@@ -7,6 +7,7 @@ tensor, models that span devices, ``torch.compile``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from sofim_fused.backends.protocol import Coefficients, Decay, GradientStep, NativeStep, Sums, Tiles
 
+NAMESPACE = "sofim_fused"
 # The rows of the operators' sums; the last ones only where they are asked for.
 ACCUMULATED = ("mm", "mg", "mw")
 DOTS = ("mm", "mg", "gg", "mw", "gw", "ww")
@@ -30,7 +32,7 @@ class OperatorPasses:
     """
 
     def __init__(
-        self, name: str, new_step: Callable[[], NativeStep], namespace: str = "sofim_fused", emulated: bool = False
+        self, name: str, new_step: Callable[[], NativeStep], namespace: str = NAMESPACE, emulated: bool = False
     ) -> None:
         self.name = name
         self.emulated = emulated
@@ -89,8 +91,9 @@ def _kahans(tiles: Tiles) -> list[Tensor]:
     return [none if kahan is None else kahan for kahan in tiles.kahans]
 
 
-def register_fakes(namespace: str = "sofim_fused") -> None:
-    """Say what the operators return, for tracing: shapes alone."""
+@cache
+def register_fakes(namespace: str) -> None:
+    """Once, say what the operators return, for tracing: shapes alone."""
 
     def sums(params: Sequence[Tensor], rows: int) -> Tensor:
         return torch.empty(rows, len(params), dtype=torch.float64, device=params[0].device if params else "cpu")
