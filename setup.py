@@ -85,8 +85,7 @@ def instruction_sets() -> list[str]:
         if not set(wanted.split(",")) <= set(possible):
             raise SystemExit(f"SOFIM_INSTRUCTION_SETS={wanted!r}: take some of {','.join(possible)}")
         return [name for name in possible if name in wanted.split(",")]
-    # Scalar code and sanitizers' checks on every element: the default would take the compiler longest by far.
-    return possible[:-1] if os.environ.get("SOFIM_SANITIZE") and len(possible) > 1 else possible
+    return possible
 
 
 def cxx_flags(optimization: str) -> list[str]:
