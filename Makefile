@@ -15,9 +15,10 @@ SANITIZE_TESTS ?= tests/test_native.py tests/test_passes.py
 LESSER_SETS := avx2 default
 # For copies that are built to test something else than instruction sets.
 ONE_SET = SOFIM_INSTRUCTION_SETS=$$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo avx2 || echo default)
-INTERPRETER_TESTS := tests/test_matrix.py tests/test_passes.py tests/test_triton.py
+INTERPRETER_TESTS := tests/test_matrix.py tests/test_passes.py tests/test_triton.py tests/test_amp.py \
+    tests/test_overlap.py
 EMULATED := build/emulated
-EMULATED_TESTS := tests/test_matrix.py tests/test_passes.py tests/test_cuda.py
+EMULATED_TESTS := tests/test_matrix.py tests/test_passes.py tests/test_cuda.py tests/test_amp.py tests/test_overlap.py
 CUDA_SYNTAX := build/cuda-syntax
 GPU_BUDGET ?= 540
 JOBS ?= 2

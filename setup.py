@@ -95,7 +95,7 @@ def cxx_flags(optimization: str) -> list[str]:
     flags = ["-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
     flags += [f"-ffile-prefix-map={ROOT}/=", *(part for path in include_paths() for part in ("-isystem", path))]
     if sanitizers := os.environ.get("SOFIM_SANITIZE"):
-        return [*flags, "-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitizers}"]
+        return [*flags, "-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={sanitizers}"]
     return [*flags, optimization, "-g0"]
 
 

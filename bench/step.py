@@ -9,46 +9,45 @@ compared. Writes bench/results/step_cpu.json and .md.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import datetime
-import gc
-import json
-import math
 import os
-import platform
 import shlex
-import sys
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from multiprocessing import get_context
-from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table as RichTable
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Optimizer
 
+from bench.report import (
+    CPU,
+    RESULTS,
+    Row,
+    Table,
+    fresh_processes,
+    give_back,
+    measure,
+    optional,
+    resident,
+    spread,
+    verdict,
+)
+from bench.report import digits as _digits  # noqa: F401
+from bench.report import target as _target
+from bench.report import targets as targets
 from bench.shapes import MODELS, Shape, elements, grid
 from bench.timing import Timing, compare, copy_bandwidth
 from sofim_fused import SOFIM, backends
 from sofim_fused.backends import Coefficients, Decay
 
-RESULTS = Path(__file__).parent / "results"
-CPU = torch.device("cpu")
 # In both, about the same step, and small enough that weights stay finite over any number of steps.
 OURS: Mapping[str, Any] = {"lr": 1e-2, "momentum": 0.9, "rho": 1.0}
 SGDS: Mapping[str, Any] = {"lr": 1e-3, "momentum": 0.9}
 MAX_GRAD_NORM = 0.1  # below the gradients' norm of every model, so that clipping is at work
 REFERENCE_LIMIT = 30_000_000  # elements; beyond, the reference would take most of the time
 HOST_TENSORS = (10, 161, 1000)  # as many as LeNet-5 and ResNet-50 have, and many
-
-Row = dict[str, Any]
 
 
 class Recipe(NamedTuple):
@@ -333,8 +332,7 @@ class Run:
 
 
 def _verdict(table: str, provider: str, model: str, ratio: float) -> Row:
-    target = TARGETS.get((table, provider), {}).get(model)
-    return {"target": target, "met": None if target is None else ratio <= target}
+    return verdict(TARGETS.get((table, provider), {}).get(model), ratio)
 
 
 def _recreation(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Callable[[], None]:
@@ -348,13 +346,6 @@ def _recreation(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Callable[[
 
 
 # Memory
-
-
-def fresh_processes() -> Pool:
-    """Runs each task in a process of its own, in which nothing was computed before."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["rich.console", "rich.table", "sofim_fused"])  # sofim_fused imports torch
-    return context.Pool(1, maxtasksperchild=1)
 
 
 def memory_use(shapes: Sequence[Shape], provider: str | None, threads: int) -> tuple[int, int]:
@@ -374,74 +365,32 @@ def memory_use(shapes: Sequence[Shape], provider: str | None, threads: int) -> t
 
 def _use_memory(work: Workload, provider: str | None) -> tuple[int, int]:
     params = work.parameters()
-    _give_back()
-    before = _resident("VmRSS")
+    give_back()
+    before = resident("VmRSS")
     if provider is None:
         moments = [torch.zeros_like(param, dtype=torch.float32) for param in params]
-        return sum(moment.nbytes for moment in moments), _resident("VmHWM") - before
+        return sum(moment.nbytes for moment in moments), resident("VmHWM") - before
     recipe = MEMORY[provider]
     optimizer = recipe.optimizer(params, **recipe.options)
     for _ in range(3):
         optimizer.step()
-    growth = _resident("VmHWM") - before
+    growth = resident("VmHWM") - before
     tensors = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     return sum(storages.values()), growth
 
 
-def _give_back() -> None:
-    """Return free memory to the system, or it would be taken again unseen; make the peak what is resident now."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _resident(field: str) -> int:
-    """Bytes: ``VmRSS`` now, ``VmHWM`` at the peak."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
 # Tables
-
-
-class Table(NamedTuple):
-    """How rows are shown: columns by heading; ``baseline`` is the provider that ratios refer to."""
-
-    title: str
-    baseline: str
-    columns: Mapping[str, Callable[[Row], str]]
-    rows: Callable[[Run], Iterator[Row]]
-    note: str = ""
-
-
-def _digits(value: float) -> str:
-    """Three digits that count."""
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
-
-
-def _spread(row: Row, unit: float) -> str:
-    return f"{_digits(row['median'] * unit)} [{_digits(row['low'] * unit)}, {_digits(row['high'] * unit)}]"
-
-
-def _optional(row: Row, name: str, form: str) -> str:
-    return "" if row[name] is None else format(row[name], form)
-
-
-def _target(row: Row) -> str:
-    return "" if row["target"] is None else f"≤ {row['target']:g}: {'met' if row['met'] else 'missed'}"
 
 
 def _timed(title: str, baseline: str, rows: Callable[[Run], Iterator[Row]], note: str = "") -> Table:
     columns: dict[str, Callable[[Row], str]] = {
         "model": lambda row: row["model"],
         "provider": lambda row: row["provider"],
-        "ms [20 %, 80 %]": lambda row: _spread(row, 1e3),
+        "ms [20 %, 80 %]": lambda row: spread(row, 1e3),
         f"/ {baseline}": lambda row: f"{row['ratio']:.3f}",
-        "B/param.": lambda row: _optional(row, "bytes_per_parameter", "d"),
-        "GB/s": lambda row: _optional(row, "gb_per_s", ".1f"),
+        "B/param.": lambda row: optional(row, "bytes_per_parameter", "d"),
+        "GB/s": lambda row: optional(row, "gb_per_s", ".1f"),
         "copy GB/s": lambda row: f"{row['copy_gb_per_s']:.1f}",
         "target": _target,
         "rounds": lambda row: str(row["rounds"]),
@@ -453,7 +402,7 @@ _HOST: dict[str, Callable[[Row], str]] = {
     "tensors": lambda row: str(row["tensors"]),
     "gradients": lambda row: row["gradients"],
     "provider": lambda row: row["provider"],
-    "µs [20 %, 80 %]": lambda row: _spread(row, 1e6),
+    "µs [20 %, 80 %]": lambda row: spread(row, 1e6),
     "/ SGD fused": lambda row: f"{row['ratio']:.3f}",
     "rounds": lambda row: str(row["rounds"]),
 }
@@ -466,7 +415,6 @@ _MEMORY: dict[str, Callable[[Row], str]] = {
     "/ moment's growth": lambda row: f"{row['growth_ratio']:.5f}",
     "target": _target,
 }
-_TEXT = {"model", "tensors", "gradients", "provider"}  # columns that are set flush left
 
 TABLES = {
     "plain": _timed("Plain step, float32", "SGD fused", Run.plain),
@@ -509,68 +457,12 @@ TABLES = {
 }
 
 
-def machine(threads: int) -> Row:
-    """What the figures depend on."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "torch": torch.__version__,
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "backend": backends.choose("auto", CPU).name,
-    }
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def targets(tables: Mapping[str, Sequence[Row]]) -> str:
-    """Which targets were met, and every one that was missed."""
-    judged = [(key, row) for key, rows in tables.items() for row in rows if row.get("target") is not None]
-    missed = [f"{key}: {row['provider']} on {row['model']}" for key, row in judged if not row["met"]]
-    return f"Targets met: {len(judged) - len(missed)} of {len(judged)}." + (
-        f" Missed: {'; '.join(missed)}." if missed else ""
-    )
-
-
-def markdown(record: Row) -> str:
-    """The tables as a document."""
-    where = record["machine"]
-    parts = [
-        f"`{record['command']}`: {where['cpu']}, {where['cores']} cores, {where['threads']} threads,"
-        f" {where['instruction_set']}, torch {where['torch']}, SOFIM's backend {where['backend']}; {record['date']}.",
-        "Times are medians, with the 20th and 80th percentile; ratios are medians of the ratios in each round, in which"
-        " all are timed in turns. Bytes are what the sweeps of a step read and write per parameter, beside the rate of"
-        " `Tensor.copy_` (read and written) over as much memory as weights, gradients and float32 moments take. SOFIM"
-        " is the moment form with a float32 moment unless said otherwise.",
-        targets(record["tables"]),
-    ]
-    blocks = [textwrap.fill(part, 120, break_long_words=False, break_on_hyphens=False) for part in parts]
-    for key, rows in record["tables"].items():
-        table = TABLES[key]
-        blocks.append(f"## {table.title}")
-        if table.note:
-            blocks.append(textwrap.fill(table.note, 120, break_long_words=False, break_on_hyphens=False))
-        lines = ["| " + " | ".join(table.columns) + " |", "|---" * len(table.columns) + "|"]
-        lines += ["| " + " | ".join(show(row) for show in table.columns.values()) + " |" for row in rows]
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks) + "\n"
-
-
-def printed(table: Table, rows: Sequence[Row]) -> RichTable:
-    """A table for the terminal, with a line between models."""
-    shown = RichTable(title=table.title, caption=table.note or None, box=box.SIMPLE_HEAD, title_justify="left")
-    for heading in table.columns:
-        shown.add_column(heading, justify="left" if heading in _TEXT else "right")
-    first = next(iter(table.columns.values()))
-    for row, following in zip(rows, [*rows[1:], None], strict=True):
-        cells = [show(row) for show in table.columns.values()]
-        shown.add_row(*cells, end_section=following is None or first(row) != first(following))
-    return shown
+INTRODUCTION = (
+    "Times are medians, with the 20th and 80th percentile; ratios are medians of the ratios in each round, in which all"
+    " are timed in turns. Bytes are what the sweeps of a step read and write per parameter, beside the rate of"
+    " `Tensor.copy_` (read and written) over as much memory as weights, gradients and float32 moments take. SOFIM is"
+    " the moment form with a float32 moment unless said otherwise."
+)
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -606,22 +498,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"--threads {options.threads}",
         f"--seconds {options.seconds:g}",
     ]
-    record: Row = {
-        "command": " ".join(command),
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(options.threads),
-        "tables": {},
-    }
     run = Run(models, options.seconds, options.threads)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    for key, table in TABLES.items():
-        with console.status(table.title):
-            rows = list(table.rows(run))
-        record["tables"][key] = rows
-        console.print(printed(table, rows))
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        path.with_suffix(".md").write_text(markdown(record))
-    console.print(targets(record["tables"]))
+    measure(run, TABLES, " ".join(command), options.threads, path, INTRODUCTION)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median, quantiles
 from typing import Any, NamedTuple, Protocol
@@ -55,12 +55,81 @@ def compare(
     A sample is a number of calls, the same for all providers, that takes even the fastest ``MIN_SAMPLE``.
     """
     names = list(providers)
-    turns = itertools.cycle(orders(len(names)))
     before = before or {}
+    calls, rounds = _rounds(
+        names, lambda name, calls: (_sample(providers[name], before.get(name), calls, clock),), seconds, clock
+    )
+    timings = {}
+    for name in names:
+        samples = [taken[name][0] for taken in rounds]
+        low, *_, high = quantiles(samples, n=5, method="inclusive")
+        ratio = median(taken[name][0] / taken[baseline][0] for taken in rounds)
+        timings[name] = Timing(median(samples), low, high, ratio, len(rounds), calls)
+    return timings
 
-    def one_round(calls: int) -> dict[str, float]:
-        """Nanoseconds per sample."""
-        return {names[i]: _sample(providers[names[i]], before.get(names[i]), calls, clock) for i in next(turns)}
+
+class Phases(NamedTuple):
+    """What providers took, phase by phase.
+
+    Attributes:
+        rounds: by provider, seconds per call of each phase.
+        calls: per sample.
+    """
+
+    rounds: list[dict[str, tuple[float, ...]]]
+    calls: int
+
+
+def compare_phases(
+    providers: Mapping[str, Sequence[Callable[[], object]]],
+    seconds: float,
+    *,
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> Phases:
+    """Time providers in turns, as :func:`compare` does, each being several calls that are timed one by one.
+
+    Args:
+        providers: what to call, phase after phase.
+        seconds: how long to measure.
+        clock: gives nanoseconds.
+    """
+
+    def sample(name: str, calls: int) -> tuple[float, ...]:
+        phases = providers[name]
+        taken = [0] * len(phases)
+        for _ in range(calls):
+            for i, call in enumerate(phases):
+                started = clock()
+                call()
+                taken[i] += clock() - started
+        return tuple(taken)
+
+    calls, rounds = _rounds(list(providers), sample, seconds, clock)
+    return Phases(rounds, calls)
+
+
+def median_interval(samples: Sequence[float]) -> tuple[float, float]:
+    """An interval that has the median of what the samples are drawn from, at 95 %: two of the samples, by their ranks.
+
+    Nothing is assumed of the distribution, only that samples are independent. Fewer than six cannot give 95 %.
+    """
+    ranked = sorted(samples)
+    n, k = len(ranked), 1
+    ways = sides = 1  # in which none is above the median; in which fewer than k are, all of them 2**n
+    while 40 * (sides + (ways := ways * (n - k + 1) // k)) <= 2**n:
+        sides += ways
+        k += 1
+    return ranked[k - 1], ranked[-k]
+
+
+def _rounds(
+    names: Sequence[str], sample: Callable[[str, int], tuple[float, ...]], seconds: float, clock: Callable[[], int]
+) -> tuple[int, list[dict[str, tuple[float, ...]]]]:
+    """Calls per sample, and seconds per call in each round; ``sample`` gives nanoseconds of so many calls."""
+    turns = itertools.cycle(orders(len(names)))
+
+    def one_round(calls: int) -> dict[str, tuple[float, ...]]:
+        return {names[i]: sample(names[i], calls) for i in next(turns)}
 
     collecting = gc.isenabled()
     gc.collect()
@@ -69,22 +138,17 @@ def compare(
         for _ in range(WARMUP_ROUNDS):
             one_round(1)
         calls = 1
-        while min(one_round(calls).values()) < MIN_SAMPLE:
+        while min(map(sum, one_round(calls).values())) < MIN_SAMPLE:
             calls *= 2
-        rounds: list[dict[str, float]] = []
+        rounds: list[dict[str, tuple[float, ...]]] = []
         started = clock()
         while len(rounds) < MIN_ROUNDS or clock() - started < seconds * 1e9:
-            rounds.append(one_round(calls))
+            taken = one_round(calls)
+            rounds.append({name: tuple(t * 1e-9 / calls for t in phases) for name, phases in taken.items()})
     finally:
         if collecting:
             gc.enable()
-    timings = {}
-    for name in names:
-        samples = [taken[name] * 1e-9 / calls for taken in rounds]
-        low, *_, high = quantiles(samples, n=5, method="inclusive")
-        ratio = median(taken[name] / taken[baseline] for taken in rounds)
-        timings[name] = Timing(median(samples), low, high, ratio, len(rounds), calls)
-    return timings
+    return calls, rounds
 
 
 def _sample(

@@ -9,7 +9,7 @@
 
 #if defined(__CUDACC__)
 #define SOFIM_HD __host__ __device__ __forceinline__
-#elif defined(__GNUC__)
+#elif defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__)  // with checks around each access, code has to stay small
 #define SOFIM_HD inline __attribute__((always_inline))
 #define SOFIM_INLINE __attribute__((always_inline))  // of a lambda
 #else

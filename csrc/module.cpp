@@ -26,21 +26,96 @@ class Step {
  public:
   // One step. Returns None if Python has to take it, nothing being changed; True for a plain step; for a guarded one
   // the pair of the gradients' norm before clipping, a 0-dimensional float64 tensor, and whether the step was skipped.
-  py::object run(const py::handle& groups, const py::handle& state) {
+  // The gradients are `grad_scale` times too large, and if `found_inf` is not 0, not all of them are finite.
+  py::object run(const py::handle& groups, const py::handle& state, const py::handle& grad_scale,
+                 const py::handle& found_inf) {
     if (busy_ || c10::impl::TorchDispatchModeTLS::any_modes_set()) return py::none();
     const Busy busy(*this);
     if (!reader_.read(groups.ptr(), state.ptr())) return py::none();
-    // A step over fewer elements is done before another thread of Python's would have started.
-    if (roster_.tiling().elements() < (int64_t{1} << 21)) {
-      compute();
-    } else {
-      reader_.hold();
-      const py::gil_scoped_release unlocked;
-      compute();
-    }
-    if (!whole().guarded() || roster_.size() == 0) return py::bool_(true);
+    Given scale, found;
+    if (!scale.read(grad_scale.ptr(), false) || !found.read(found_inf.ptr(), false)) return py::none();
+    unscale_ = scale.there ? 1.0 / scale.value : 1.0;
+    found_ = found.value != 0.0;
+    guarded_ = whole().guarded() || scale.there || found_;
+    unlocked(reader_, [this] { compute(); });
+    if (!guarded_ || roster_.size() == 0) return py::bool_(true);
     return py::make_tuple(at::scalar_tensor(norm_, at::kDouble), skipped_);
   }
+
+  // A step whose gradients come one by one (sofim_fused/overlap.py): latch(), take() each of them, finish(). Each answers
+  // false if Python has to do it, nothing being changed.
+
+  // Takes over what holds for all gradients of a step.
+  bool latch(const py::handle& groups) {
+    forget();
+    return !busy_ && taker_.read_settings(groups.ptr()) && !taker_.whole().guarded();
+  }
+
+  // Takes one gradient into its moment, and of the gradient form's step the part that is known. `again`: another one of
+  // this parameter was taken in this step; they add up.
+  bool take(const py::handle& param, const py::handle& state, size_t group, int64_t ordinal, bool again) {
+    if (busy_ || c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
+    const Busy busy(*this);
+    if (!taker_.read_one(param.ptr(), state.ptr(), group, ordinal)) return false;
+    if (taker_.whole().gradient_form && is_narrow(taker_.roster().records()[0].w_type)) return false;
+    const size_t place = static_cast<size_t>(ordinal);
+    if (taken_.size() <= place) {
+      taken_.resize(place + 1);
+      products_.resize(place + 1);
+    }
+    Roster& roster = taker_.roster();
+    Record& record = roster.record(0);
+    if (again) record.decay = {1.0, record.decay.g, 0.0};
+    Mode mode;
+    mode.weights = record.decay.w != 0.0;
+    mode.cross = mode.gradient = taker_.whole().gradient_form;
+    if (mode.gradient) {
+      const Update known = gradient_part(taker_.hyper(0));
+      record.update = {known.weight, known.gradient, 0.0};
+    }
+    unlocked(taker_, [&] {
+      roster.key_random_bits(1);
+      roster.bump_moments();
+      if (mode.gradient) roster.bump_weights();
+      products_[place] = run_pass(Pass::accumulate, roster, mode, scratch_)[0];
+      roster.write_back(mode.gradient, true);
+    });
+    taken_[place] = true;
+    return true;
+  }
+
+  // The sums m·m, m·g and m·w of a parameter that was taken, else None.
+  py::object taken(size_t ordinal) const {
+    if (ordinal >= taken_.size() || !taken_[ordinal]) return py::none();
+    const Products& p = products_[ordinal];
+    return py::make_tuple(p.mm, p.mg, p.mw);
+  }
+
+  // The rest of the step. Also false if a parameter has a gradient that was not taken.
+  bool finish(const py::handle& groups, const py::handle& state) {
+    if (busy_ || c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
+    const Busy busy(*this);
+    if (!reader_.read(groups.ptr(), state.ptr(), &taken_)) return false;
+    unlocked(reader_, [this] {
+      correct();
+      std::vector<Products> products;
+      for (size_t i = 0; i < roster_.size(); ++i) products.push_back(products_[roster_.ordinal(i)]);
+      set_updates(blocks<PlainBlock>(products));
+      for (size_t i = 0; i < roster_.size() && whole().gradient_form; ++i) {
+        roster_.record(i).update = {1.0, 0.0, roster_.record(i).update.m};
+      }
+      mode_ = Mode();
+      roster_.bump_weights();
+      run_pass(Pass::apply, roster_, mode_, scratch_);
+      roster_.write_back(true, false);
+      roster_.advance();
+    });
+    forget();
+    return true;
+  }
+
+  // No gradient was taken.
+  void forget() { taken_.assign(taken_.size(), false); }
 
  private:
   // While a step runs without Python's lock, another thread may ask for one.
@@ -48,14 +123,30 @@ class Step {
     explicit Busy(Step& step) : step(step) { step.busy_ = true; }
     ~Busy() {
       step.reader_.clear();
+      step.taker_.clear_tensors();
       step.busy_ = false;
     }
     Step& step;
   };
 
+  // Without Python's lock, unless there is so little to do that no other thread of Python's would have started.
+  template <class Work>
+  static void unlocked(Reader& reader, Work work) {
+    if (reader.roster().tiling().elements() < (int64_t{1} << 21)) return work();
+    reader.hold();
+    const py::gil_scoped_release released;
+    work();
+  }
+
   void compute() {
     mode_ = Mode();
     mode_.weights = reader_.l2();
+    correct();
+    if (roster_.size() == 0) return;
+    guarded_ ? guarded() : plain_step();
+  }
+
+  void correct() {
     corrections_.resize(roster_.size());
     double momentum = -1.0;
     int64_t update = 0;
@@ -65,8 +156,6 @@ class Step {
       update = roster_.updates(i) + 1;
       corrections_[i] = same ? corrections_[i - 1] : bias_correction(momentum, update);
     }
-    if (roster_.size() == 0) return;
-    whole().guarded() ? guarded() : plain_step();
   }
 
   // accumulate, then apply: sofim_fused/schedule.py, plain().
@@ -88,11 +177,11 @@ class Step {
     const auto products = run_pass(Pass::dots, roster_, mode_, scratch_);
     double square = 0.0;
     for (const Products& p : products) square += p.gg;
-    norm_ = std::sqrt(square);
-    skipped_ = whole().skip_nonfinite && !std::isfinite(square);
+    norm_ = std::sqrt(square) * unscale_;
+    skipped_ = found_ || (whole().skip_nonfinite && !std::isfinite(norm_));
     if (skipped_) return;
     const double limit = whole().max_grad_norm.value_or(kInfinity);
-    const double gain = norm_ > limit ? limit / norm_ : 1.0;
+    const double gain = (norm_ > limit ? limit / norm_ : 1.0) * unscale_;
     std::vector<PlainBlock> known;
     for (const GuardedBlock& block : blocks<GuardedBlock>(products)) known.push_back(block.at_gain(gain));
     set_updates(known);
@@ -133,11 +222,15 @@ class Step {
   // Kept from step to step for their memory alone.
   Reader reader_;
   Roster& roster_ = reader_.roster();
+  Reader taker_;
+  std::vector<char> taken_;  // by ordinal
+  std::vector<Products> products_;
   Mode mode_;
   std::vector<double> corrections_;
   std::vector<double> scratch_;
+  double unscale_ = 1.0;  // what makes the true gradients of those that are there
   double norm_ = 0.0;
-  bool skipped_ = false;
+  bool guarded_ = false, found_ = false, skipped_ = false;
   bool busy_ = false;
 };
 
@@ -155,7 +248,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   pybind11::class_<Step>(m, "Step", "A whole step over tensors on the CPU; keeps memory from one to the next.")
       .def(pybind11::init<>())
       .def("__call__", &Step::run, pybind11::arg("param_groups"), pybind11::arg("state"),
-           "Takes a step: True if plain, (grad_norm, skipped) if guarded, None if it cannot and has changed nothing.");
+           pybind11::arg("grad_scale") = pybind11::none(), pybind11::arg("found_inf") = pybind11::none(),
+           "Takes a step: True if plain, (grad_norm, skipped) if guarded, None if it cannot and has changed nothing.")
+      .def("latch", &Step::latch, pybind11::arg("param_groups"),
+           "Takes over what holds for the gradients that are taken next; False if it cannot.")
+      .def("take", &Step::take, pybind11::arg("param"), pybind11::arg("state"), pybind11::arg("group"),
+           pybind11::arg("ordinal"), pybind11::arg("again"),
+           "Takes a parameter's gradient into its moment; False if it cannot and has changed nothing.")
+      .def("taken", &Step::taken, pybind11::arg("ordinal"),
+           "The sums (mm, mg, mw) of a parameter whose gradient was taken in this step, else None.")
+      .def("finish", &Step::finish, pybind11::arg("param_groups"), pybind11::arg("state"),
+           "Takes the rest of the step; False if it cannot and has changed nothing.")
+      .def("forget", &Step::forget, "Starts anew: no gradient was taken.");
   pybind11::class_<Table>(m, "Table",
                           "The tensors of a step as one table; see its twin, sofim_fused.backends.table.Table.")
       .def(pybind11::init([](int64_t tile) {

@@ -72,6 +72,22 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kSmallestRho = 1e-30;  // checks.SMALLEST_RHO
 
+// A number, or a real tensor of one element; of a tensor on another device than the CPU the value is not looked at.
+bool read_scalar(PyObject* object, bool anywhere, double& value, at::Tensor& distant) {
+  if (read_number(object, value)) return true;
+  if (!is_tensor(object)) return false;
+  const at::Tensor& x = THPVariable_Unpack(object);
+  if (!plain(x) || x.numel() != 1 || x.is_complex() || x.scalar_type() == at::kBool) return false;
+  if (!x.device().is_cpu() || kEmulated) {
+    if (!anywhere || !has_addresses(x)) return false;
+    value = kNaN;
+    distant = x;
+    return true;
+  }
+  value = x.item<double>();
+  return true;
+}
+
 bool same(PyObject* a, PyObject* b) {
   return a == b || (a != nullptr && b != nullptr && PyObject_RichCompareBool(a, b, Py_EQ) == 1);
 }
@@ -114,14 +130,6 @@ bool read_whole(PyObject* groups, Whole& whole) {
 }
 
 }  // namespace
-
-// A group's settings.
-struct Reader::Group {
-  Hyper hyper;
-  std::optional<at::ScalarType> state_dtype;
-  bool kahan = true;
-  PyObject* params = nullptr;
-};
 
 // A parameter's state: nullptr for what it does not have. Nearly always it has nothing else, under these very strings;
 // to walk through it takes less time than to look them up.
@@ -168,11 +176,42 @@ class Reader::States {
   PyObject *key_ = nullptr, *value_ = nullptr;
 };
 
-bool Reader::read(PyObject* groups, PyObject* state) {
+bool Given::read(PyObject* object, bool anywhere) {
+  there = object != Py_None;
+  if (!there || read_scalar(object, anywhere, value, distant)) return true;
+  PyErr_Clear();
+  return false;
+}
+
+bool Reader::read(PyObject* groups, PyObject* state, const std::vector<char>* taken) {
   clear();
-  if (read_everything(groups, state)) return true;
+  if (read_everything(groups, state, taken)) return true;
   PyErr_Clear();  // Python meets the same error in its own checks
   clear();
+  return false;
+}
+
+bool Reader::read_settings(PyObject* groups) {
+  clear();
+  bool good = PyList_Check(groups) && PyList_GET_SIZE(groups) > 0 && read_whole(groups, whole_);
+  for (Py_ssize_t i = 0; good && i < PyList_GET_SIZE(groups); ++i) {
+    settings_.emplace_back();
+    good = read_group(PyList_GET_ITEM(groups, i), settings_.back());
+    groups_.push_back(settings_.back().hyper);
+  }
+  if (good) return true;
+  PyErr_Clear();
+  clear();
+  return false;
+}
+
+bool Reader::read_one(PyObject* param, PyObject* state, size_t group, int64_t ordinal) {
+  clear_tensors();
+  if (group >= settings_.size() || !PyDict_Check(state)) return false;
+  States states(state);
+  if (enrol(param, settings_[group], group, states, ordinal, nullptr) && roster_.size() == 1) return true;
+  PyErr_Clear();
+  clear_tensors();
   return false;
 }
 
@@ -185,10 +224,15 @@ void Reader::hold() {
 }
 
 void Reader::clear() {
-  roster_.clear();
+  clear_tensors();
   whole_ = Whole();
   groups_.clear();
+  settings_.clear();
   distant_.clear();
+}
+
+void Reader::clear_tensors() {
+  roster_.clear();
   group_of_.clear();
   if (held_) {
     for (const Objects& objects : objects_) {
@@ -206,7 +250,7 @@ bool Reader::l2() const {
   return false;
 }
 
-bool Reader::read_everything(PyObject* groups, PyObject* state) {
+bool Reader::read_everything(PyObject* groups, PyObject* state, const std::vector<char>* taken) {
   if (!PyList_Check(groups) || PyList_GET_SIZE(groups) == 0 || !PyDict_Check(state)) return false;
   if (!read_whole(groups, whole_)) return false;
   States states(state);
@@ -215,7 +259,7 @@ bool Reader::read_everything(PyObject* groups, PyObject* state) {
     Group group;
     if (!read_group(PyList_GET_ITEM(groups, i), group)) return false;
     for (Py_ssize_t j = 0; j < PyList_GET_SIZE(group.params); ++j, ++ordinal) {
-      if (!enrol(PyList_GET_ITEM(group.params, j), group, states, ordinal)) return false;
+      if (!enrol(PyList_GET_ITEM(group.params, j), group, groups_.size(), states, ordinal, taken)) return false;
     }
     groups_.push_back(group.hyper);
   }
@@ -251,29 +295,26 @@ bool Reader::read_group(PyObject* dict, Group& group) {
   return group.params != nullptr && PyList_Check(group.params);
 }
 
-// A number, or a real tensor of one element; of a tensor on another device than the CPU the value is not looked at.
 bool Reader::read_scalar(PyObject* object, Distant::Name name, double& value) {
-  if (!read_number(object, value)) {
-    if (!is_tensor(object)) return false;
-    const at::Tensor& x = THPVariable_Unpack(object);
-    if (!plain(x) || x.numel() != 1 || x.is_complex() || x.scalar_type() == at::kBool) return false;
-    if (!x.device().is_cpu() || kEmulated) {
-      if (!anywhere_ || !has_addresses(x)) return false;
-      distant_.push_back({groups_.size(), name, x});
-      value = kNaN;
-      return true;
-    }
-    value = x.item<double>();
+  at::Tensor distant;
+  if (!sofim::read_scalar(object, anywhere_, value, distant)) return false;
+  if (distant.defined()) {
+    distant_.push_back({groups_.size(), name, distant});
+    return true;
   }
   return in_range(value, name == Distant::kRho ? kSmallestRho : 0.0, kInfinity);
 }
 
-bool Reader::enrol(PyObject* param, const Group& group, States& states, int64_t ordinal) {
+bool Reader::enrol(PyObject* param, const Group& group, size_t index, States& states, int64_t ordinal,
+                   const std::vector<char>* taken) {
   if (!is_tensor(param)) return false;
   const at::Tensor& w = THPVariable_Unpack(param);
-  const at::Tensor& g = w.unsafeGetTensorImpl()->grad();
+  const at::Tensor& given = w.unsafeGetTensorImpl()->grad();
   PyObject* known = states.in_turn(param);
-  if (!g.defined()) return plain(w);
+  const bool was_taken = taken != nullptr && static_cast<size_t>(ordinal) < taken->size() && (*taken)[ordinal];
+  if (!given.defined() && !was_taken) return plain(w);
+  if (taken != nullptr && !was_taken) return false;
+  const at::Tensor& g = was_taken ? w : given;
   if (known == nullptr) known = states.find(param);
   if (known == nullptr || !PyDict_Check(known)) return false;
   const bool keeps = group.kahan && (w.scalar_type() == at::kBFloat16 || w.scalar_type() == at::kHalf);
@@ -289,7 +330,7 @@ bool Reader::enrol(PyObject* param, const Group& group, States& states, int64_t 
   if (group.state_dtype && natural != at::kFloat) return false;
   if (roster_.add(w, g, m, kahan, t, ordinal) != nullptr) return false;
   roster_.record(roster_.size() - 1).decay = decay_of(group.hyper);
-  group_of_.push_back(groups_.size());
+  group_of_.push_back(index);
   objects_.push_back({param, entries.exp_avg, entries.kahan, entries.step});
   return true;
 }

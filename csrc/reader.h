@@ -32,6 +32,16 @@ struct Distant {
   at::Tensor value;
 };
 
+// What a step may be given besides: nothing (None), a number, or a tensor of one element.
+struct Given {
+  bool there = false;
+  double value = 0.0;
+  at::Tensor distant;  // defined: the value is in it, on another device than the CPU
+
+  // False if Python has to look at it. `anywhere`: a tensor may lie on any device.
+  bool read(PyObject* object, bool anywhere);
+};
+
 class Reader {
  public:
   // `anywhere`: all tensors may lie on any one device, and lr and rho on others. Else all have to lie on the CPU.
@@ -42,11 +52,19 @@ class Reader {
 
   // False if Python has to look at this step; nothing was changed then. What was read stays valid as long as Python's
   // lock is held and no Python code runs, or see hold(). `groups` and `state` may be of any type.
-  bool read(PyObject* groups, PyObject* state);
+  // `taken`: says of each parameter, by its ordinal, whether its gradient was taken before. Then these are read, with
+  // the parameter in the place of its gradient, and none of the others may have one.
+  bool read(PyObject* groups, PyObject* state, const std::vector<char>* taken = nullptr);
+  // Reads settings alone; they stay until the next clear().
+  bool read_settings(PyObject* groups);
+  // After read_settings(): reads one parameter that has a gradient, in the place of the one before.
+  bool read_one(PyObject* param, PyObject* state, size_t group, int64_t ordinal);
   // Keeps every tensor alive until clear().
   void hold();
-  // Forgets what was read. To be called with Python's lock. What goes may run Python code, which must not come here.
+  // Forgets what was read, or but for the settings. To be called with Python's lock. What goes may run Python code, which
+  // must not come here.
   void clear();
+  void clear_tensors();
 
   Roster& roster() { return roster_; }
   const Roster& roster() const { return roster_; }
@@ -59,23 +77,31 @@ class Reader {
   bool l2() const;
 
  private:
-  struct Group;
+  // A group's settings.
+  struct Group {
+    Hyper hyper;
+    std::optional<at::ScalarType> state_dtype;
+    bool kahan = true;
+    PyObject* params = nullptr;
+  };
   struct Entries;
   class States;
   struct Objects {
     PyObject *w, *m, *kahan, *step;
   };
 
-  bool read_everything(PyObject* groups, PyObject* state);
+  bool read_everything(PyObject* groups, PyObject* state, const std::vector<char>* taken);
   bool read_group(PyObject* dict, Group& group);
   bool read_scalar(PyObject* object, Distant::Name name, double& value);
-  bool enrol(PyObject* param, const Group& group, States& states, int64_t ordinal);
+  bool enrol(PyObject* param, const Group& group, size_t index, States& states, int64_t ordinal,
+             const std::vector<char>* taken);
 
   const bool anywhere_;
   // Kept from step to step for their memory alone.
   Roster roster_;
   Whole whole_;
   std::vector<Hyper> groups_;
+  std::vector<Group> settings_;
   std::vector<Distant> distant_;
   std::vector<size_t> group_of_;
   std::vector<Objects> objects_;

@@ -96,18 +96,17 @@ struct Update {
 // As a float32 a larger coefficient would be infinite, and its product with a zero NaN.
 SOFIM_HD double finite(double x) { return x > FLT_MAX ? FLT_MAX : x < -FLT_MAX ? -FLT_MAX : x; }
 
+// The part of the gradient form's step that is known before any sum is.
+SOFIM_HD Update gradient_part(const Hyper& h) {
+  const double rate = h.lr / h.rho;
+  return {1.0 - h.lr * h.weight_decay - rate * h.l2, finite(-rate * h.sign), 0.0};
+}
+
 // The Sherman-Morrison step of one tensor. `gradient_form`: F⁻¹ is applied to the gradient, else to the moment.
 SOFIM_HD Update sherman_morrison(const Hyper& h, double correction, const PlainBlock& block, bool gradient_form) {
   const double shrink = correction / (h.rho * (1.0 + block.norm));
-  Update update;
-  update.weight = 1.0 - h.lr * h.weight_decay;
-  if (!gradient_form) {
-    update.moment = finite(-h.lr * shrink);
-    return update;
-  }
-  const double rate = h.lr / h.rho;
-  update.weight -= rate * h.l2;
-  update.gradient = finite(-rate * h.sign);
+  if (!gradient_form) return {1.0 - h.lr * h.weight_decay, 0.0, finite(-h.lr * shrink)};
+  Update update = gradient_part(h);
   update.moment = finite(h.lr * shrink * block.cross);
   return update;
 }

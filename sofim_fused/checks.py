@@ -65,21 +65,25 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def unavailable(options: Mapping[str, Any]) -> None:
-    """Refuse options that are part of the signature but that this version does not have.
+def not_differentiable(value: Any) -> None:
+    """Refuse ``differentiable``."""
+    if flag("differentiable", value):
+        raise ValueError(
+            "differentiable=True is impossible: the update is made in place; unroll it in plain PyTorch instead"
+        )
 
-    Args:
-        options: name to value, as passed to the constructor; falsy values are fine.
+
+def scaling(name: str, value: Any) -> None:
+    """Check ``grad_scale`` or ``found_inf``, attributes that ``torch.amp.GradScaler`` gives an optimizer for one step.
+
+    Raises:
+        TypeError, ValueError: it is neither a number nor a real tensor of one element.
     """
-    remedy = {
-        "in_backward": "call step() after backward()",
-        "release_grads": "call zero_grad() after step()",
-        "amp_fused": "leave it out: torch.amp.GradScaler then unscales before the step",
-        "differentiable": "the update is made in place; unroll it in plain PyTorch instead",
-    }
-    for name, value in options.items():
-        if flag(name, value):
-            raise ValueError(f"{name}={value!r} is not available in this version: {remedy[name]}")
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise ValueError(f"{name} is a tensor ({_described(value)}): set a real one with one element, or delete it")
+    elif not (value is None or isinstance(value, Real)):
+        raise TypeError(f"{name}={value!r}: set a number or a one-element tensor, or delete it")
 
 
 def group(values: Mapping[str, Any], index: int | None = None) -> None:
@@ -130,6 +134,36 @@ def some_parameter(groups: Sequence[Mapping[str, Any]]) -> None:
     """Check that there is at least one parameter in all groups together."""
     if not any(group["params"] for group in groups):
         raise ValueError("params is empty: pass model.parameters(), or group dicts with at least one parameter")
+
+
+def in_backward(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Check the options of groups whose gradients are taken in the backward pass."""
+    for name in ("max_grad_norm", "skip_nonfinite"):
+        value = groups[0][name]
+        if value is not None and value is not False:
+            raise ValueError(
+                f"in_backward=True with {name}={value!r} is impossible: the norm of all gradients is known only after "
+                "the first of them have entered their moments. Leave out one of them"
+            )
+
+
+def in_backward_parameter(param: Tensor, where: str, numerator: str) -> None:
+    """Check a parameter whose gradients are taken in the backward pass."""
+    if numerator == "gradient" and param.dtype in NARROW_DTYPES:
+        raise ValueError(
+            f"{where} ({_described(param)}): in_backward=True with numerator='gradient' would round it twice in a "
+            "step, between two large terms: take numerator='moment', leave out in_backward, or keep the weights in "
+            "float32"
+        )
+
+
+def unscaled(optimizer: Any) -> None:
+    """Check that no GradScaler steps an optimizer whose gradients were taken in the backward pass."""
+    if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
+        raise ValueError(
+            "in_backward=True under a GradScaler is impossible: gradients entered their moments with the loss's scale, "
+            "before infinities could be looked for. Leave out one of them (bfloat16 needs no scaling)"
+        )
 
 
 def group_dict(values: Any, index: int) -> Mapping[str, Any]:
@@ -378,8 +412,9 @@ def _number(
     else:
         kinds = "a float or a one-element tensor" if tensor else "a float"
         raise TypeError(f"{where}{name}={value!r}: pass {kinds}")
-    bad = number <= low if open_low else number < low
-    if bad or math.isnan(number) or (math.isinf(number) and not infinite) or (below is not None and number >= below):
+    # Comparisons alone, which torch.compile takes of a number that it does not know; NaN fails the first.
+    good = number > low if open_low else number >= low
+    if not good or (number == math.inf and not infinite) or (below is not None and number >= below):
         bound = f"greater than {low:g}" if open_low else f"at least {low:g}"
         limit = f" and less than {below:g}" if below is not None else "" if infinite else " and finite"
         raise ValueError(f"{where}{name}={number!r}: it must be {bound}{limit}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Mapping
@@ -17,12 +18,16 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from sofim_fused import backends, checks, schedule, tiles
+from sofim_fused import backends, checks, schedule, sgd, tiles
 from sofim_fused.backends import NativeStep, Passes
+from sofim_fused.overlap import Overlap, check_unwatched
 from sofim_fused.scalars import Scalars
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_SOFIM = TypeVar("_SOFIM", bound="SOFIM")
+# What a copy takes along besides groups and state.
+_KEPT = ("_capturable", "_amp_fused", "_in_backward", "_release_grads", "_grad_norm", "_skipped_steps")
 
 
 class SOFIM(Optimizer):
@@ -69,8 +74,19 @@ class SOFIM(Optimizer):
         capturable: a step may be captured in a CUDA graph, after one like it was taken. A replay takes gradients from
             where they were, ``lr`` and ``rho`` from their tensors if these are on the device, and every number as it
             was when the graph was captured. Step counts are on the device in any case.
-        in_backward, release_grads, amp_fused, differentiable: not available in this version; truthy values raise.
-            (``torch.amp.GradScaler`` works without ``amp_fused``: it unscales before the step.)
+        amp_fused: under a ``torch.amp.GradScaler`` the step itself takes the scale off the gradients, in passes that
+            read them anyway, and changes nothing if an infinity or a NaN was found in them, which
+            :attr:`skipped_steps` counts; nothing waits for the device. Gradients of float16 are taken too.
+            ``False``: GradScaler unscales the gradients in memory before the step, and waits to see whether to call it.
+        in_backward: gradients enter their moments in the backward pass, by hooks on the parameters, while they are in
+            cache; :meth:`step` has little left to do. The result is that of a plain step. Settings are read at the
+            first gradient of a step; in the moment form ``lr``, ``rho`` and decoupled decay only in :meth:`step`.
+            Moments, and in the gradient form parameters, change before :meth:`step` does, and a backward pass cannot
+            be undone. Several for one step: :meth:`accumulate_grads`. Not with ``max_grad_norm``, ``skip_nonfinite``,
+            GradScaler or DistributedDataParallel, nor with 16-bit parameters in the gradient form.
+        release_grads: let go of each gradient as soon as it has entered its moment (``in_backward=True``): memory for
+            all of them at once is never needed.
+        differentiable: refused: the update is made in place.
         backend: ``"auto"``, ``"cpu"`` (C++), ``"cuda"`` (CUDA C++), ``"triton"`` or ``"reference"`` (PyTorch). Never
             saved with the state; :attr:`backends` tells what is used.
 
@@ -113,7 +129,7 @@ class SOFIM(Optimizer):
         release_grads: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
-        amp_fused: bool | None = None,
+        amp_fused: bool = True,
         differentiable: bool = False,
         backend: str = "auto",
     ) -> None:
@@ -134,15 +150,17 @@ class SOFIM(Optimizer):
         checks.group(defaults)
         self._backend = backends.requested(backend, foreach, fused)
         self._capturable = checks.flag("capturable", capturable)
-        checks.unavailable(
-            {
-                "in_backward": in_backward,
-                "release_grads": release_grads,
-                "amp_fused": amp_fused,
-                "differentiable": differentiable,
-            }
-        )
-        self._lanes_of: dict[torch.device, tuple[Passes, Scalars]] = {}
+        self._amp_fused = amp_fused is None or checks.flag("amp_fused", amp_fused)
+        checks.not_differentiable(differentiable)
+        self._in_backward = checks.flag("in_backward", in_backward)
+        self._release_grads = checks.flag("release_grads", release_grads)
+        if self._release_grads and not self._in_backward:
+            raise ValueError("release_grads=True without in_backward=True: gradients are needed until step(); set both")
+        if self._in_backward:
+            checks.in_backward([defaults])
+        self._overlap: Overlap | None = None
+        self._passes_of: dict[torch.device, Passes] = {}
+        self._scalars_of: dict[torch.device, Scalars] = {}
         self._step_in_one_call: NativeStep | None = None
         self._may_not_capture = False
         self._grad_norm: Tensor | None = None
@@ -150,6 +168,41 @@ class SOFIM(Optimizer):
         # Nothing at all counts as an empty group: a group may be empty, all of them may not.
         super().__init__(checks.groups(params) or [{"params": []}], defaults)
         checks.some_parameter(self.param_groups)
+        if self._in_backward:
+            self._overlap = Overlap(self, self._release_grads)
+
+    @classmethod
+    def from_sgd(
+        cls: type[_SOFIM],
+        optimizer: torch.optim.SGD,
+        *,
+        rho: float | Tensor = 1.0,
+        steps: int | None = None,
+        **options: Any,
+    ) -> _SOFIM:
+        """Take over a running ``torch.optim.SGD``: its groups, hyperparameters and momentum buffers, as copies.
+
+        Learning rates become η = ρ·lr·(1-dampening)/(1-momentum), so that a step is SGD's where the squared norm of the
+        moment is far below ρ; moments are the buffers times (1-momentum)/(1-dampening). The SGD optimizer is left as it
+        is, and shares only the parameters, and values that the user added to groups. ``docs/from_sgd.md`` has the rest.
+
+        Args:
+            optimizer: the SGD optimizer, without ``nesterov``.
+            rho: as the constructor's; a group of SGD's that has a ``rho`` of its own keeps it.
+            steps: how many updates SGD took, where bias correction goes on; ``None``: so many that there is none left.
+            options: the constructor's other arguments. ``foreach`` and ``fused`` are not taken over from SGD.
+
+        Returns:
+            A new optimizer. What has a momentum buffer has state; other parameters get it with their first gradient.
+
+        Raises:
+            TypeError, ValueError: the SGD optimizer or an argument cannot be taken, or comes from the SGD optimizer
+                (``lr``, ``momentum``, ``weight_decay``, ``maximize``); the message says which and what to do.
+        """
+        taken = sgd.taken(optimizer, steps, options)
+        ours = cls(taken.groups, rho=rho, **taken.defaults, **options)
+        sgd.convert(taken, ours.param_groups, ours.defaults, ours.state)
+        return ours
 
     # One step
 
@@ -175,12 +228,18 @@ class SOFIM(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._overlap is not None:
+            checks.unscaled(self)
+            (self._overlap.finish_untraced if torch.compiler.is_compiling() else self._overlap.finish)()
+            return loss
         outcome = None
         if not torch.compiler.is_compiling():
             native_step = self._native_step()
             if self._may_not_capture and backends.capturing():
                 raise RuntimeError("a step is captured in a CUDA graph: make the optimizer with capturable=True")
-            outcome = native_step(self.param_groups, self.state)
+            outcome = native_step(
+                self.param_groups, self.state, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            )
         if outcome is None:
             self._step_by_passes()
         elif outcome is not True:
@@ -214,20 +273,31 @@ class SOFIM(Optimizer):
         """The step in one call of the first parameter's device; a model on several devices it leaves to the passes."""
         if self._step_in_one_call is None:
             device = next(param.device for group in self.param_groups for param in group["params"])
-            self._step_in_one_call = backends.choose(self._backend, device).native_step()
+            self._step_in_one_call = self._passes_for(device).native_step()
             self._may_not_capture = device.type == "cuda" and not self._capturable
         return self._step_in_one_call
 
     @torch.no_grad()
     def _step_by_passes(self) -> None:
+        grad_scale, found_inf = self._scaling()
         lanes = self._lanes()
         if not lanes:
             return
         whole = self.param_groups[0]
-        if whole["max_grad_norm"] is None and not whole["skip_nonfinite"]:
+        limit, skip = whole["max_grad_norm"], whole["skip_nonfinite"]
+        if limit is None and not skip and grad_scale is None and found_inf is None:
             schedule.plain(lanes, self.param_groups)
         else:
-            self._saw(*schedule.guarded(lanes, self.param_groups, whole["max_grad_norm"], whole["skip_nonfinite"]))
+            self._saw(*schedule.guarded(lanes, self.param_groups, limit, skip, grad_scale, found_inf))
+
+    def _scaling(self) -> tuple[Tensor | float | None, Tensor | float | None]:
+        """What a ``torch.amp.GradScaler`` says of the gradients of this step, as :func:`schedule.guarded` takes it."""
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        checks.scaling("grad_scale", grad_scale)
+        checks.scaling("found_inf", found_inf)
+        # What is on the CPU can be read: if nothing was found, a step may be a plain one.
+        known = not isinstance(found_inf, Tensor) or found_inf.device.type == "cpu"
+        return grad_scale, None if known and not found_inf else found_inf
 
     def _lanes(self) -> list[schedule.Lane]:
         """The tensors of this step by device, everything checked, and state made where a gradient is the first."""
@@ -239,25 +309,24 @@ class SOFIM(Optimizer):
             tiles.check_state(entry, self.param_groups[entry.group], self.state)
         for entry in entries:
             tiles.ensure_state(entry, self.param_groups[entry.group], self.state)
-        lanes = []
-        for device, mine in tiles.by_device(entries):
-            passes, scalars = self._lane(device, mine)
-            lanes.append(schedule.Lane(tiles.laid_out(device, mine, self.param_groups, self.state), passes, scalars))
-        return lanes
+        return [self._lane(device, mine) for device, mine in tiles.by_device(entries)]
 
-    def _lane(self, device: torch.device, entries: list[tiles.Entry]) -> tuple[Passes, Scalars]:
+    def _lane(self, device: torch.device, entries: list[tiles.Entry]) -> schedule.Lane:
         sizes = [0] * len(self.param_groups)
         for entry in entries:
             sizes[entry.group] += 1
         whole = self.param_groups[0]
-        kept = self._lanes_of.get(device)
-        if kept is None or not kept[1].serves(sizes, whole["numerator"], whole["fisher"]):
-            kept = (
-                backends.choose(self._backend, device),
-                Scalars(device, sizes, whole["numerator"], whole["fisher"]),
-            )
-            self._lanes_of[device] = kept
-        return kept
+        scalars = self._scalars_of.get(device)
+        if scalars is None or not scalars.serves(sizes, whole["numerator"], whole["fisher"]):
+            scalars = self._scalars_of[device] = Scalars(device, sizes, whole["numerator"], whole["fisher"])
+        laid = tiles.laid_out(device, entries, self.param_groups, self.state)
+        return schedule.Lane(laid, self._passes_for(device), scalars)
+
+    def _passes_for(self, device: torch.device) -> Passes:
+        found = self._passes_of.get(device)
+        if found is None:
+            found = self._passes_of[device] = backends.choose(self._backend, device)
+        return found
 
     def _saw(self, norm: Tensor, skip: Tensor | bool | None) -> None:
         """Keep what a guarded step saw (:class:`sofim_fused.schedule.Guard`)."""
@@ -274,21 +343,28 @@ class SOFIM(Optimizer):
     def backends(self) -> dict[torch.device, str]:
         """The name of the backend that is used for each device on which a parameter lies."""
         devices = {param.device for group in self.param_groups for param in group["params"]}
-        return {device: backends.choose(self._backend, device).name for device in sorted(devices, key=str)}
+        return {device: self._passes_for(device).name for device in sorted(devices, key=str)}
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What a ``torch.amp.GradScaler`` asks: whether :meth:`step` itself takes the scale off the gradients."""
+        return self._amp_fused or self._in_backward  # the latter to say that it cannot
 
     @property
     def grad_norm(self) -> Tensor | None:
         """The norm of all gradients of the last step before clipping, a 0-dimensional float64 tensor on the device.
 
-        ``None`` before the first step with ``max_grad_norm`` or ``skip_nonfinite``. Reading its value waits for the
-        device.
+        ``None`` before the first step with ``max_grad_norm`` or ``skip_nonfinite``, or on scaled gradients: of these it
+        is the norm without their scale. Reading its value waits for the device.
         """
         return self._grad_norm
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps ``skip_nonfinite`` has skipped since construction, a 0-dimensional int64 tensor on the device.
+        """How many steps were skipped since construction, a 0-dimensional int64 tensor on the device.
 
+        Those that ``skip_nonfinite`` skipped, and those in whose gradients a ``torch.amp.GradScaler`` found an infinity
+        or a NaN (with ``amp_fused=False`` it leaves these steps out itself, and they are not counted).
         It is the counter itself, which later steps raise; clone it to keep a value. Not part of :meth:`state_dict`.
         """
         if self._skipped_steps is None:
@@ -296,6 +372,30 @@ class SOFIM(Optimizer):
             with torch.inference_mode(False):  # or no later step could write to it
                 self._skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         return self._skipped_steps
+
+    # Gradients in the backward pass
+
+    def accumulate_grads(self) -> contextlib.AbstractContextManager[None]:
+        """A context for all backward passes of a step but the last one, whose gradients add up.
+
+        It matters with ``in_backward=True`` alone; gradients of other optimizers add up in any case.
+
+        Raises:
+            ValueError: gradients are released, and the gradient form needs all of them together.
+
+        Example:
+            >>> with optimizer.accumulate_grads():
+            ...     for micro_batch in batches[:-1]:
+            ...         loss_of(micro_batch).backward()
+            >>> loss_of(batches[-1]).backward()
+            >>> optimizer.step()
+        """
+        return contextlib.nullcontext() if self._overlap is None else self._overlap.more_to_come()
+
+    def remove_hooks(self) -> None:
+        """Take the hooks of ``in_backward=True`` off the parameters: from now on :meth:`step` takes all gradients."""
+        if self._overlap is not None:
+            self._overlap.remove()
 
     # Groups and state
 
@@ -312,9 +412,28 @@ class SOFIM(Optimizer):
         checks.agreement([*self.param_groups, group])
         taken = {param: at for at, other in enumerate(self.param_groups) for param in other["params"]}
         params = checks.parameters(group["params"], index, taken, group["state_dtype"])
-        for param in params:
-            backends.choose(self._backend, (param[1] if isinstance(param, tuple) else param).device)
+        for place, entry in enumerate(params):
+            param = entry[1] if isinstance(entry, tuple) else entry
+            self._passes_for(param.device)
+            if self._in_backward:
+                where = f"parameter {place} of group {index}"
+                checks.in_backward_parameter(param, where, group["numerator"])
+                check_unwatched(param, where)
+        if self._overlap is not None:
+            self._overlap.must_not_be_under_way("add_param_group()")
         super().add_param_group({**param_group, "params": params})
+        if self._overlap is not None:
+            self._overlap.watch()
+
+    def state_dict(self) -> StateDict:
+        """As every optimizer's: groups by number of parameter, and the state of each.
+
+        Raises:
+            RuntimeError: with ``in_backward=True``, between a backward pass and the step.
+        """
+        if self._overlap is not None:
+            self._overlap.must_not_be_under_way("state_dict()")
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Take over state and hyperparameters from :meth:`state_dict`; nothing is shared with it afterwards.
@@ -327,6 +446,8 @@ class SOFIM(Optimizer):
 
         def examine(_: Optimizer, given: StateDict) -> None:
             checks.state_dict(given, self.param_groups)
+            if self._in_backward:
+                checks.in_backward(given["param_groups"])
             self._restored = tiles.restored_states(given, self.param_groups)
 
         if not isinstance(state_dict, Mapping):  # the hook would come too late: torch copies the dict before
@@ -343,9 +464,13 @@ class SOFIM(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", "auto")
         self.__dict__.setdefault("_capturable", False)
+        self.__dict__.setdefault("_amp_fused", True)
+        self.__dict__.setdefault("_in_backward", False)
+        self.__dict__.setdefault("_release_grads", False)
         self.__dict__.setdefault("_grad_norm", None)
         self.__dict__.setdefault("_skipped_steps", None)
-        self._lanes_of = {}
+        self._passes_of = {}
+        self._scalars_of = {}
         self._step_in_one_call = None
         if "_restored" in self.__dict__:
             # Optimizer.load_state_dict, which calls this, has cast the moments to the parameters' dtype.
@@ -353,11 +478,17 @@ class SOFIM(Optimizer):
                 others = {name: value for name, value in self.state[param].items() if name not in tiles.STATE}
                 self.state[param] = {**others, **restored}
             self.defaults.update({name: self.param_groups[0][name] for name in checks.WHOLE})
+        overlap: Overlap | None = self.__dict__.get("_overlap")
+        if overlap is not None:
+            overlap.start_anew()
+        else:  # hooks stay behind when parameters are copied
+            self._overlap = Overlap(self, self._release_grads) if self._in_backward else None
 
     def __getstate__(self) -> dict[str, Any]:
         # The backend stays behind: what is unpickled may meet another machine.
-        kept = {name: getattr(self, name) for name in ("_capturable", "_grad_norm", "_skipped_steps")}
-        return {**super().__getstate__(), **kept}
+        if self._overlap is not None:
+            self._overlap.must_not_be_under_way("a copy")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _KEPT}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SOFIM:
         twin = type(self).__new__(type(self))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sofim_fused.backends import Coefficients, Decay, Sums, sum_dtype
+from sofim_fused.backends import Coefficients, Decay, GradientStep, Sums, sum_dtype
 
 Group = Mapping[str, Any]
 
@@ -71,9 +71,10 @@ class Scalars:
             start += size
         present = [(group, size) for group, size in zip(groups, self.sizes, strict=True) if size]
         self._shrinks = any(_decoupled(group) for group, _ in present)
-        key = tuple((float(group["momentum"]), _sign(group), _l2(group)) for group, _ in present)
+        key = tuple(entering(group) for group, _ in present)
         if self._decay is None or key != self._decay_key:
-            self._decay_key, self._decay = key, self._new_decay(key, [size for _, size in present])
+            rows = [row for row, (_, size) in zip(key, present, strict=True) for _ in range(size)]
+            self._decay_key, self._decay = key, decay_of(rows, self.numerator == "gradient")
         return self._decay
 
     def _write(self, name: str, index: int, part: Tensor, value: float | Tensor) -> None:
@@ -85,15 +86,6 @@ class Scalars:
         elif self._written.get((name, index)) != value:
             part.fill_(value)
             self._written[name, index] = value
-
-    def _new_decay(self, key: Sequence[tuple[float, float, float]], sizes: Sequence[int]) -> Decay:
-        rows = [row for row, size in zip(key, sizes, strict=True) for _ in range(size)]
-        return Decay(
-            moment=[beta for beta, _, _ in rows],
-            gradient=[(1 - beta) * sign for beta, sign, _ in rows],
-            weight=[(1 - beta) * l2 for beta, _, l2 in rows] if any(l2 for _, _, l2 in rows) else None,
-            cross=self.numerator == "gradient",
-        )
 
     def correction(self, steps: Sequence[Tensor]) -> Tensor:
         """1/(1 - β^t) per tensor, t being one more than its count in ``steps``; a few ulp off at most, β near 1 too."""
@@ -162,15 +154,23 @@ class Scalars:
         v = self._vectors
         norm, *cross = blocks.unbind()
         shrink = correction / (v["rho"] * (1 + self._spread(norm)))
-        weight = 1 - v["lr"] * v["weight_decay"] if self._shrinks else None
         if self.numerator == "moment":
-            return Coefficients(moment=_finite(-v["lr"] * shrink), weight=weight)
+            return Coefficients(moment=_finite(-v["lr"] * shrink), weight=self._shrunk())
+        moment = v["lr"] * shrink * self._spread(cross[0])
+        return Coefficients(_finite(moment), *self.gradient_step())
+
+    def gradient_step(self) -> GradientStep:
+        """The gradient form's part of the update that is known before any sum is."""
+        v = self._vectors
         rate = v["lr"] / v["rho"]
+        weight = self._shrunk()
         assert self._decay is not None
         if self._decay.weight is not None:
             weight = (1 if weight is None else weight) - rate * v["l2"]
-        moment = v["lr"] * shrink * self._spread(cross[0])
-        return Coefficients(moment=_finite(moment), weight=weight, gradient=_finite(-rate * v["sign"]))
+        return GradientStep(weight=weight, gradient=_finite(-rate * v["sign"]))
+
+    def _shrunk(self) -> Tensor | None:
+        return 1 - self._vectors["lr"] * self._vectors["weight_decay"] if self._shrinks else None
 
     def _fold(self, rows: Tensor) -> Tensor:
         """Add the columns of ``[k, n]`` that share a Fisher block, in a fixed order."""
@@ -183,6 +183,21 @@ class Scalars:
     def _spread(self, blocks: Tensor) -> Tensor:
         """The value of each tensor's block."""
         return blocks.index_select(0, self._block_of) if self.fisher == "group" else blocks
+
+
+def entering(group: Group) -> tuple[float, float, float]:
+    """What of a group's settings says how a gradient enters the moment: β, the sign, and the L2 decay."""
+    return float(group["momentum"]), _sign(group), _l2(group)
+
+
+def decay_of(rows: Sequence[tuple[float, float, float]], cross: bool) -> Decay:
+    """How gradients enter the moments, from :func:`entering` for each; ``cross``: with sums of products with g."""
+    return Decay(
+        moment=[beta for beta, _, _ in rows],
+        gradient=[(1 - beta) * sign for beta, sign, _ in rows],
+        weight=[(1 - beta) * l2 for beta, _, l2 in rows] if any(l2 for _, _, l2 in rows) else None,
+        cross=cross,
+    )
 
 
 def _decayed(l2: Tensor, sums: Tensor) -> Tensor:

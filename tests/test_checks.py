@@ -77,10 +77,13 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"fused=True asks for a native backend, foreach=True for pure PyTorch",
     ),
     ({"backend": "reference", "fused": True}, ValueError, r"fused=True asks for a native backend, backend='reference'"),
-    ({"in_backward": True}, ValueError, r"in_backward=True is not available in this version"),
-    ({"release_grads": True}, ValueError, r"release_grads=True is not available in this version"),
-    ({"amp_fused": True}, ValueError, r"amp_fused=True is not available in this version"),
-    ({"differentiable": True}, ValueError, r"differentiable=True is not available in this version"),
+    ({"in_backward": 1}, TypeError, r"in_backward=1: pass True or False"),
+    ({"release_grads": 1}, TypeError, r"release_grads=1: pass True or False"),
+    ({"release_grads": True}, ValueError, r"release_grads=True without in_backward=True: .* set both"),
+    ({"in_backward": True, "max_grad_norm": 1.0}, ValueError, r"in_backward=True with max_grad_norm=1.0 is impossible"),
+    ({"in_backward": True, "skip_nonfinite": True}, ValueError, r"in_backward=True with skip_nonfinite=True is impos"),
+    ({"amp_fused": 1}, TypeError, r"amp_fused=1: pass True or False"),
+    ({"differentiable": True}, ValueError, r"differentiable=True is impossible"),
 ]
 
 
@@ -339,6 +342,33 @@ def test_gradients(spoil: Callable[[nn.Parameter], None], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         optimizer.step()
     assert same_bits(before, snapshot(optimizer))
+
+
+SCALING: list[tuple[str, Any, type[Exception], str]] = [
+    ("grad_scale", torch.ones(2), ValueError, r"grad_scale is a tensor \(shape \(2,\), float32, cpu\): set a real one"),
+    ("grad_scale", torch.ones((), dtype=torch.complex64), ValueError, r"grad_scale is a tensor .*complex64"),
+    ("grad_scale", "8", TypeError, r"grad_scale='8': set a number or a one-element tensor, or delete it"),
+    ("found_inf", torch.ones(0), ValueError, r"found_inf is a tensor \(shape \(0,\)"),
+    ("found_inf", [0.0], TypeError, r"found_inf=\[0\.0\]"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "text"), SCALING, ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_what_a_grad_scaler_leaves(backend: str, name: str, value: Any, error: type[Exception], text: str) -> None:
+    """Attributes of the optimizer, which anyone can set."""
+    for steps in (0, 1):
+        (p,) = one()
+        p.grad = torch.ones_like(p)
+        optimizer = SOFIM([p], backend=backend)
+        for _ in range(steps):
+            optimizer.step()
+        before = snapshot(optimizer)
+        setattr(optimizer, name, value)
+        with pytest.raises(error, match=text):
+            optimizer.step()
+        assert same_bits(before, snapshot(optimizer))
+        assert len(optimizer.state) == steps
 
 
 def test_a_gradient_on_another_device() -> None:

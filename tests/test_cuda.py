@@ -243,7 +243,7 @@ def test_mixed_models_on_the_passes_and_in_one_call() -> None:
         problem = mixed_problem((torch.float32, torch.bfloat16, torch.float64), "l2")
         optimizer = SOFIM(problem.groups, backend="cuda", **GUARDED)
         if by_passes:
-            optimizer._step_in_one_call = lambda groups, state: None
+            optimizer._step_in_one_call = lambda *_: None
         gradients = problem.gradients()
         for _ in range(6):
             give(problem.params, next(gradients))

@@ -91,6 +91,107 @@ def test_a_captured_step_replays(backend: str, options: dict[str, Any]) -> None:
     assert same_bits(*results)
 
 
+IN_BACKWARD: list[dict[str, Any]] = [
+    {"in_backward": True},
+    {"in_backward": True, "numerator": "gradient", "release_grads": True},
+]
+
+
+def trained(backend: str, steps: int, captured: bool = False, stream: Any = None, **options: Any) -> list[torch.Tensor]:
+    """Parameters and state after some steps over new data, each one eager or a replay of one graph."""
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+        torch.manual_seed(4)
+        model = nn.Sequential(nn.Linear(40, 700), nn.Tanh(), nn.Linear(700, 1500), nn.Tanh(), nn.Linear(1500, 3)).cuda()
+    optimizer = SOFIM(model.parameters(), lr=0.1, backend=backend, capturable=captured, **options)
+    inputs, targets = torch.empty(16, 40, device="cuda"), torch.empty(16, 3, device="cuda")
+
+    def train() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.cuda.stream(stream):
+            loss = (model(inputs) - targets).square().mean()
+        if stream is not None:
+            torch.cuda.current_stream().wait_stream(stream)
+        loss.backward()
+        optimizer.step()
+
+    generator = torch.Generator().manual_seed(6)
+    graph = torch.cuda.CUDAGraph()
+    for count in range(steps):
+        for x in (inputs, targets):
+            x.copy_(torch.randn(x.shape, generator=generator))
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        if captured and count == 3:
+            with torch.cuda.graph(graph):
+                train()
+        graph.replay() if captured and count >= 3 else train()
+    torch.cuda.synchronize()
+    return snapshot(optimizer)
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, *IN_BACKWARD], ids=str)
+def test_a_captured_training_step_replays(backend: str, options: dict[str, Any]) -> None:
+    """Forward, backward and step, 100 times."""
+    if backend == "triton" and "in_backward" in options:
+        with pytest.raises(RuntimeError, match="whole steps alone"):
+            trained(backend, 4, captured=True, **options)
+        return
+    eager = trained(backend, 103, **options)
+    for a, b in zip(eager, trained(backend, 103, captured=True, **options), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", IN_BACKWARD, ids=str)
+def test_gradients_in_the_backward_pass(backend: str, options: dict[str, Any]) -> None:
+    """The plain step's result, also where the forward pass, and so the backward pass, ran on a stream of its own."""
+    plain = trained(backend, 20, **{k: v for k, v in options.items() if k == "numerator"})
+    for stream in (None, torch.cuda.Stream()):
+        for a, b in zip(plain, trained(backend, 20, stream=stream, **options), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", IN_BACKWARD, ids=str)
+def test_a_step_after_its_backward_pass_does_not_wait(backend: str, options: dict[str, Any]) -> None:
+    optimizer, params = ready_problem(backend, [3, 5000, 1_000_003], "cuda", **options)
+
+    def train() -> None:
+        loss = torch.zeros((), device="cuda")
+        for p in params:
+            p.grad = None
+            loss = loss + p.square().sum()
+        loss.backward()
+        optimizer.step()
+
+    for _ in range(3):
+        train()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_released_gradients_make_room(backend: str) -> None:
+    """The peak of a backward pass is lower by all gradients but the largest, and what waits for a pass."""
+    peaks = []
+    for release in (False, True):
+        layers = [nn.Linear(2048, 2048, bias=False, device="cuda") for _ in range(12)]
+        model = nn.Sequential(*layers)
+        optimizer = SOFIM(model.parameters(), lr=0.1, backend=backend, in_backward=release, release_grads=release)
+        for count in range(3):
+            if count == 2:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            model(torch.ones(8, 2048, device="cuda")).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del model, optimizer, layers
+    size = 4 * 2048**2
+    assert peaks[1] <= peaks[0] - 11 * size + size // 2  # the least that an allocation takes, and sums
+
+
 def test_capture_without_capturable_is_refused(backend: str) -> None:
     optimizer, _ = ready_problem(backend, [3], "cuda")
     optimizer.step()

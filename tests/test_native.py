@@ -187,7 +187,7 @@ def test_a_compiled_step() -> None:
     for compiled in (False, True):
         params = [nn.Parameter(torch.linspace(-1, 1, n)) for n in (5, 40)]
         optimizer = SOFIM(params, lr=0.1, backend="cpu")
-        optimizer._step_in_one_call = lambda groups, state: None
+        optimizer._step_in_one_call = lambda *_: None
         step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
         for count in range(3):
             give(params, [torch.sin(torch.arange(p.numel()) + float(count)) for p in params])
@@ -235,8 +235,8 @@ def in_one_call(optimizer: SOFIM) -> list[Any]:
     answers: list[Any] = []
     take = optimizer._native_step()
 
-    def noted(groups: Any, state: Any) -> Any:
-        answers.append(take(groups, state))
+    def noted(*args: Any) -> Any:
+        answers.append(take(*args))
         return answers[-1]
 
     optimizer._step_in_one_call = noted
@@ -261,7 +261,7 @@ def test_one_call_takes_the_step_that_the_passes_take(
         if whole:
             answers = in_one_call(optimizer)
         else:
-            optimizer._step_in_one_call = lambda groups, state: None
+            optimizer._step_in_one_call = lambda *_: None
         for _, grads in zip(range(8), problem.gradients(), strict=False):
             give(problem.params, grads)
             optimizer.step()

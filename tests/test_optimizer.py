@@ -507,7 +507,7 @@ def test_backends_tell_what_runs(arguments: dict[str, Any], expected: str, monke
     assert optimizer.backends == {torch.device("cpu"): expected}
     p.grad = torch.ones(1)
     optimizer.step()
-    ((passes, _),) = optimizer._lanes_of.values()
+    (passes,) = optimizer._passes_of.values()
     assert passes.name == expected
 
 

@@ -190,7 +190,7 @@ def test_dot_of_any_size(size: int) -> None:
     assert dot(large, large).isfinite()
 
 
-class _Transfers(TorchDispatchMode):
+class Transfers(TorchDispatchMode):
     """Collects what moves between devices. Reading a value, or a shape that depends on one, raises by itself."""
 
     def __init__(self) -> None:
@@ -233,7 +233,7 @@ def test_no_step_waits_for_a_gpu(options: dict[str, Any], numerator: str, fisher
             backend="reference",
             **options,
         )
-        with _Transfers() as watch:
+        with Transfers() as watch:
             for step in range(4):
                 for i, p in enumerate(params):
                     p.grad = None if step == i else torch.empty_like(p)

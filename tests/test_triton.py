@@ -99,7 +99,7 @@ def test_one_launch_two_launches_and_the_passes_take_the_same_step(
         monkeypatch.setattr(triton, "SINGLE_LAUNCH", form == "one")
         optimizer = SOFIM(problem.groups, fisher=fisher, backend="triton", **options)
         if form == "passes":
-            monkeypatch.setattr(optimizer, "_native_step", lambda: lambda groups, state: None)
+            monkeypatch.setattr(optimizer, "_native_step", lambda: lambda *_: None)
         if form != "passes":
             give_state(optimizer)
         gradients = problem.gradients()
@@ -252,7 +252,7 @@ def test_nothing_stale_is_used() -> None:
     """Data, gradients and state that a user replaces are found again in the next step."""
     optimizer, params = made([6, 5])
     twin, others = made([6, 5])
-    twin._native_step = lambda: lambda groups, state: None  # type: ignore[method-assign]
+    twin._native_step = lambda: lambda *_: None  # type: ignore[method-assign]
     for o, ps in ((optimizer, params), (twin, others)):
         for _ in range(2):
             o.step()

@@ -23,19 +23,26 @@ class Step {
  public:
   // One step, in one launch (`single`), in two, or as its size asks for. Returns None if Python has to take it, nothing
   // being changed; True for a plain step; for a guarded one the pair of the gradients' norm before clipping and of how
-  // many steps were skipped, 0-dimensional tensors of float64 and int64 on the device.
-  py::object run(const py::handle& groups, const py::handle& state, std::optional<bool> single) {
+  // many steps were skipped, 0-dimensional tensors of float64 and int64 on the device. The gradients are `grad_scale`
+  // times too large, and if `found_inf` is not 0, not all of them are finite.
+  py::object run(const py::handle& groups, const py::handle& state, const py::handle& grad_scale,
+                 const py::handle& found_inf, std::optional<bool> single) {
     if (busy_ || c10::impl::TorchDispatchModeTLS::any_modes_set()) return py::none();
     const Busy busy(*this);
     if (!reader_.read(groups.ptr(), state.ptr())) return py::none();
+    Given scale, found;
+    if (!scale.read(grad_scale.ptr(), true) || !found.read(found_inf.ptr(), true)) return py::none();
+    found.there &= found.distant.defined() || found.value != 0.0;
+    const bool guarded = whole().guarded() || scale.there || found.there;
     Roster& roster = reader_.roster();
     if (roster.size() == 0) return py::bool_(true);
     if (roster.device().type() != kDevice) return py::none();
     const On on(roster.device());
     pack();
+    set_guard(guarded, scale, found);
     Task& task = packed_.task;
     at::Tensor norm, skipped;
-    if (whole().guarded()) {
+    if (guarded) {
       const auto options = at::TensorOptions(at::kDouble).device(roster.device());
       norm = at::empty({}, options);
       skipped = at::empty({}, options.dtype(at::kLong));
@@ -46,14 +53,14 @@ class Step {
     Memory own;
     Memory& memory = on.captured() ? own : memory_;
     memory.serve(task, roster.device(), on.stream());
-    if (!whole().guarded()) task.skip = nullptr;
+    if (!guarded) task.skip = nullptr;
     memory.serve_table(task, packed_.rows, packed_.groups, roster.device(), on.stream());
     roster.bump_moments();
     roster.bump_weights();
     roster.bump_steps();
     launch_all(single.value_or(task.tiles <= kSingleUpTo), on.stream());
     roster.write_back(true, true);
-    if (!whole().guarded()) return py::bool_(true);
+    if (!guarded) return py::bool_(true);
     return py::make_tuple(norm, skipped);
   }
 
@@ -82,25 +89,44 @@ class Step {
     }
     for (const Distant& distant : reader_.distant()) {
       Group& group = packed_.groups[distant.group];
-      at::Tensor value = distant.value;
-      if (value.device() != roster.device() || (value.scalar_type() != at::kFloat && value.scalar_type() != at::kDouble)) {
-        value = value.detach().to(roster.device(), at::kDouble, /*non_blocking=*/true);
-        kept_.push_back(value);
-      }
-      const bool wide = value.scalar_type() == at::kDouble;
-      (distant.name == Distant::kLr ? group.lr : group.rho) = value.const_data_ptr();
-      (distant.name == Distant::kLr ? group.lr_double : group.rho_double) = wide;
+      const bool lr = distant.name == Distant::kLr;
+      (lr ? group.lr : group.rho) = on_device(distant.value, lr ? group.lr_double : group.rho_double);
     }
     packed_.form.l2 = reader_.l2();
     packed_.form.gradient = whole().gradient_form;
     Task& task = packed_.task;
-    task.limit = whole().max_grad_norm.value_or(std::numeric_limits<double>::infinity());
-    task.finish = whole().guarded() ? Finish::guarded : Finish::plain;
     task.fisher = whole().fisher == Whole::kModel   ? Fisher::model
                   : whole().fisher == Whole::kGroup ? Fisher::group
                                                     : Fisher::parameter;
     task.gradient_form = whole().gradient_form;
+  }
+
+  void set_guard(bool guarded, const Given& scale, const Given& found) {
+    Task& task = packed_.task;
+    task.finish = guarded ? Finish::guarded : Finish::plain;
+    task.limit = whole().max_grad_norm.value_or(std::numeric_limits<double>::infinity());
     task.skip_nonfinite = whole().skip_nonfinite;
+    task.grad_scale = given(scale, task.scale_double);
+    task.found_inf = given(found, task.found_double);
+  }
+
+  const void* given(const Given& number, bool& wide) {
+    if (!number.there) return nullptr;
+    if (number.distant.defined()) return on_device(number.distant, wide);
+    const auto options = at::TensorOptions(at::kDouble).device(reader_.roster().device());
+    kept_.push_back(at::full({}, number.value, options));
+    return on_device(kept_.back(), wide);
+  }
+
+  // Where the kernels can read a number, a float32 or (wide) a float64.
+  const void* on_device(at::Tensor value, bool& wide) {
+    const at::Device device = reader_.roster().device();
+    if (value.device() != device || (value.scalar_type() != at::kFloat && value.scalar_type() != at::kDouble)) {
+      value = value.detach().to(device, at::kDouble, /*non_blocking=*/true);
+      kept_.push_back(value);
+    }
+    wide = value.scalar_type() == at::kDouble;
+    return value.const_data_ptr();
   }
 
   void launch_all(bool single, void* stream) {
@@ -172,6 +198,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   pybind11::class_<Step>(m, "Step", "A whole step over tensors on a GPU; keeps memory from one to the next.")
       .def(pybind11::init<>())
       .def("__call__", &Step::run, pybind11::arg("param_groups"), pybind11::arg("state"),
+           pybind11::arg("grad_scale") = pybind11::none(), pybind11::arg("found_inf") = pybind11::none(),
            pybind11::arg("single") = pybind11::none(),
            "Takes a step: True if plain, (grad_norm, skipped) if guarded, None if it cannot and has changed nothing.");
 }

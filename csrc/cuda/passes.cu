@@ -400,11 +400,12 @@ __device__ __forceinline__ bool last_to_come(uint32_t* counter, uint32_t all, Sh
   return shared.last;
 }
 
+__device__ double number(const void* from, bool wide) {
+  return wide ? *static_cast<const double*>(from) : static_cast<double>(*static_cast<const float*>(from));
+}
+
 __device__ Hyper hyper_of(const Group& group) {
   Hyper hyper = group.hyper;
-  const auto number = [](const void* from, bool wide) {
-    return wide ? *static_cast<const double*>(from) : static_cast<double>(*static_cast<const float*>(from));
-  };
   if (group.lr != nullptr) hyper.lr = number(group.lr, group.lr_double);
   if (group.rho != nullptr) hyper.rho = number(group.rho, group.rho_double);
   return hyper;
@@ -437,7 +438,7 @@ __device__ uint32_t first_of_group(const Row* rows, uint32_t tensors, uint32_t g
   return low;
 }
 
-// The gradients' norm, the clip factor that follows, and whether the step is to be skipped.
+// The true gradients' norm, what makes clipped true gradients of those that are there, and whether to skip the step.
 __device__ void guard(const Task& task, Shared& shared) {
   using Square = Kind<Pass::accumulate, false, false>;  // one sum
   Sums<Square> square;
@@ -446,9 +447,11 @@ __device__ void guard(const Task& task, Shared& shared) {
   }
   const double total = block_total(square, shared);
   if (threadIdx.x == 0) {
-    const double norm = sqrt(total);
-    shared.gain = norm > task.limit ? task.limit / norm : 1.0;
-    shared.skip = task.skip_nonfinite && !isfinite(total);
+    const double unscale = task.grad_scale == nullptr ? 1.0 : 1.0 / number(task.grad_scale, task.scale_double);
+    const double norm = sqrt(total) * unscale;
+    shared.gain = (norm > task.limit ? task.limit / norm : 1.0) * unscale;
+    const bool found = task.found_inf != nullptr && number(task.found_inf, task.found_double) != 0.0;
+    shared.skip = found || (task.skip_nonfinite && !isfinite(norm));
     *task.gain = shared.gain;
     *task.skip = shared.skip;
     *task.norm = norm;

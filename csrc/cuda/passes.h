@@ -49,7 +49,7 @@ enum class Finish : uint8_t { none, plain, guarded };
 enum class Fisher : uint8_t { model, group, parameter };
 
 // What is to be done, the same for all tensors. Addresses are in the device's memory.
-struct Task {
+struct alignas(16) Task {
   const Row* rows;  // nullptr: they follow in the arguments, and behind them the groups
   const Group* groups;
   uint32_t* counters;   // [tensors + 1], zero before and after a launch
@@ -61,13 +61,16 @@ struct Task {
   double* by_moment;
   double* gain;  // or nullptr: 1
   bool* skip;    // or nullptr: false
-  double* norm;  // what a guarded step saw: the gradients' norm, and how many steps it skipped
+  double* norm;  // what a guarded step saw: the true gradients' norm, and how many steps it skipped
   int64_t* skipped;
-  double limit;  // of that norm
+  const void* grad_scale;  // what the gradients were multiplied by, or nullptr: 1
+  const void* found_inf;   // not 0: the step is to be skipped; or nullptr
+  double limit;            // of that norm
   uint32_t tensors, group_count, tiles;
   Finish finish;
   Fisher fisher;
   bool gradient_form, skip_nonfinite;
+  bool scale_double, found_double;  // float64 there, else float32
 };
 
 // What a kernel is compiled for.
@@ -91,7 +94,7 @@ struct Arguments {
   alignas(16) unsigned char more[(size - sizeof(Task)) / 16 * 16];
 };
 
-static_assert(sizeof(Task) % 16 == 0 && sizeof(Arguments<kLarge>) <= kLarge, "arguments begin with the task");
+static_assert(sizeof(Arguments<kLarge>) <= kLarge, "arguments begin with the task");
 
 // Host functions
 

@@ -7,7 +7,17 @@ from collections.abc import Callable
 import torch
 
 from sofim_fused.backends import cpu, cuda, triton
-from sofim_fused.backends.protocol import Coefficients, Decay, GradientStep, NativeStep, Passes, Sums, Tiles, sum_dtype
+from sofim_fused.backends.protocol import (
+    Coefficients,
+    Decay,
+    GradientStep,
+    NativeOverlap,
+    NativeStep,
+    Passes,
+    Sums,
+    Tiles,
+    sum_dtype,
+)
 from sofim_fused.backends.reference import ReferencePasses
 from sofim_fused.backends.triton import capturing
 
@@ -15,6 +25,7 @@ __all__ = [
     "Coefficients",
     "Decay",
     "GradientStep",
+    "NativeOverlap",
     "NativeStep",
     "Passes",
     "Sums",

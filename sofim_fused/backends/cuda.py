@@ -53,8 +53,10 @@ def _passes(module: Any) -> OperatorPasses:
     def new_step() -> NativeStep:
         step = module.Step()
 
-        def take(groups: list[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> Any:
-            return step(groups, state, SINGLE_LAUNCH)
+        def take(
+            groups: list[dict[str, Any]], state: MutableMapping[Tensor, Any], grad_scale: Any, found_inf: Any
+        ) -> Any:
+            return step(groups, state, grad_scale, found_inf, SINGLE_LAUNCH)
 
         return take
 

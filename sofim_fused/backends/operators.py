@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sofim_fused.backends.protocol import Coefficients, Decay, GradientStep, NativeStep, Sums, Tiles
+from sofim_fused.backends.protocol import Coefficients, Decay, GradientStep, NativeOverlap, NativeStep, Sums, Tiles
 
 NAMESPACE = "sofim_fused"
 # The rows of the operators' sums; the last ones only where they are asked for.
@@ -29,14 +29,21 @@ class OperatorPasses:
         new_step: makes its whole steps.
         namespace: of its operators.
         emulated: it is no more than tested here.
+        new_overlap: makes what takes steps in parts.
     """
 
     def __init__(
-        self, name: str, new_step: Callable[[], NativeStep], namespace: str = NAMESPACE, emulated: bool = False
+        self,
+        name: str,
+        new_step: Callable[[], NativeStep],
+        namespace: str = NAMESPACE,
+        emulated: bool = False,
+        new_overlap: Callable[[], NativeOverlap | None] = lambda: None,
     ) -> None:
         self.name = name
         self.emulated = emulated
         self._new_step = new_step
+        self._new_overlap = new_overlap
         self._namespace = namespace
 
     @property
@@ -84,6 +91,9 @@ class OperatorPasses:
 
     def native_step(self) -> NativeStep:
         return self._new_step()
+
+    def native_overlap(self) -> NativeOverlap | None:
+        return self._new_overlap()
 
 
 def _kahans(tiles: Tiles) -> list[Tensor]:

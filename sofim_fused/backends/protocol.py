@@ -93,11 +93,37 @@ class Coefficients(NamedTuple):
 
 
 NativeStep = Callable[
-    [list[dict[str, Any]], MutableMapping[Tensor, Any]], "tuple[Tensor, bool | Tensor] | Literal[True] | None"
+    [list[dict[str, Any]], MutableMapping[Tensor, Any], Any, Any], "tuple[Tensor, bool | Tensor] | Literal[True] | None"
 ]
-"""A whole step in one call, from an optimizer's ``param_groups`` and ``state``: ``True`` when a plain step was taken,
-of a guarded one the gradients' norm and whether it was skipped (on the device: 0-dimensional int64, 1 if so). ``None``:
-it cannot take this step, and has changed nothing; the passes can, or a check will say what is wrong."""
+"""A whole step in one call, from an optimizer's ``param_groups`` and ``state``, and from ``grad_scale`` and
+``found_inf`` as :func:`sofim_fused.schedule.guarded` has them, or ``None``: ``True`` when a plain step was taken, of a
+guarded one the gradients' norm and whether it was skipped (on the device: 0-dimensional int64, 1 if so). ``None``: it
+cannot take this step, and has changed nothing; the passes can, or a check will say what is wrong."""
+
+
+class NativeOverlap(Protocol):
+    """A plain step in parts, natively: each gradient as it comes, then the rest (:mod:`sofim_fused.overlap`).
+
+    Where a part answers ``False`` it has changed nothing, and the passes have to take it.
+    """
+
+    def latch(self, param_groups: list[dict[str, Any]]) -> bool:
+        """Take over the settings that hold for the gradients of this step, and forget the last step's."""
+
+    def take(self, param: Tensor, state: MutableMapping[Tensor, Any], group: int, ordinal: int, again: bool) -> bool:
+        """Take a parameter's gradient into its moment; in the gradient form w takes the gradient's part of the step.
+
+        ``again``: it is not the first one of this parameter in this step, and is added to it.
+        """
+
+    def taken(self, ordinal: int) -> tuple[float, float, float] | None:
+        """The sums (mm, mg, mw) of a parameter whose gradient was taken in this step, the last two where needed."""
+
+    def finish(self, param_groups: list[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> bool:
+        """Take the rest of the step over all that were taken; ``False`` too if another parameter has a gradient."""
+
+    def forget(self) -> None:
+        """Nothing was taken."""
 
 
 @runtime_checkable
@@ -137,3 +163,6 @@ class Passes(Protocol):
 
     def native_step(self) -> NativeStep:
         """A new function that takes whole steps on this backend's device, or none at all; it may keep memory."""
+
+    def native_overlap(self) -> NativeOverlap | None:
+        """A new object that takes steps in parts, or ``None`` where only the passes do."""

@@ -8,7 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sofim_fused.backends.protocol import Coefficients, Decay, GradientStep, NativeStep, Sums, Tiles, sum_dtype
+from sofim_fused.backends.protocol import (
+    Coefficients,
+    Decay,
+    GradientStep,
+    NativeOverlap,
+    NativeStep,
+    Sums,
+    Tiles,
+    sum_dtype,
+)
 from sofim_fused.backends.rounding import random_bits, round_stochastic
 
 TILE = 16_384  # elements summed at once; below the size at which torch splits one sum among threads
@@ -83,7 +92,10 @@ class ReferencePasses:
             _store_moments(tiles, batch, moments, early=False, skip=skip)
 
     def native_step(self) -> NativeStep:
-        return lambda groups, state: None
+        return lambda groups, state, grad_scale, found_inf: None
+
+    def native_overlap(self) -> NativeOverlap | None:
+        return None
 
 
 class _Batch(NamedTuple):

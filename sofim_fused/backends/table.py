@@ -364,7 +364,7 @@ class _Group:
     def _scalar(self, column: int, value: Any, low: float) -> float:
         if not isinstance(value, Tensor):
             return _within(_number(value), low, inf)
-        if not _plain(value) or value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
+        if not _is_number(value):
             raise ValueError
         if value.device.type == "cpu":
             return _within(float(value.item()), low, inf)
@@ -537,6 +537,18 @@ def _plain(x: Tensor) -> bool:
     """Memory is all there is to it: no subclass with ways of its own, no traced or functionalized tensor."""
     keys, key = torch._C._dispatch_keys(x), torch._C.DispatchKey
     return not any(map(keys.has, (key.Python, key.Functionalize, key.FuncTorchBatched, key.FuncTorchGradWrapper)))
+
+
+def _is_number(x: Tensor) -> bool:
+    """Whether it is one real number, and nothing else."""
+    return _plain(x) and x.numel() == 1 and not x.is_complex() and x.dtype != torch.bool
+
+
+def readable(value: Any) -> bool:
+    """Whether a kernel can be given it beside the tables: nothing, a number, or a tensor that is one."""
+    if value is None or isinstance(value, (float, int)):
+        return not isinstance(value, bool)
+    return isinstance(value, Tensor) and _is_number(value) and _has_addresses(value)
 
 
 def _has_addresses(x: Tensor) -> bool:

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from types import ModuleType
 from typing import Any, Literal, Protocol
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from sofim_fused import native
 from sofim_fused.backends import table
-from sofim_fused.backends.protocol import Coefficients, Decay, GradientStep, NativeStep, Sums, Tiles
+from sofim_fused.backends.protocol import Coefficients, Decay, GradientStep, NativeOverlap, NativeStep, Sums, Tiles
 
 OLDEST = (3, 6)  # the oldest Triton that the kernels were compiled with
 CAPABILITY = (8, 0)  # of an NVIDIA GPU: the first with bfloat16
@@ -66,6 +67,9 @@ class TritonPasses:
     def native_step(self) -> NativeStep:
         return TritonStep(self._kernels, self.emulated)
 
+    def native_overlap(self) -> NativeOverlap | None:
+        return None
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _sweep_first(self, tiles: Tiles, decay: Decay, gradient_step: GradientStep | None, which: int) -> Sums:
         k = self._kernels
@@ -103,6 +107,11 @@ class TritonPasses:
             laid.finish(True, decay is not None, False)
 
     def _laid(self, tiles: Tiles, decay: Decay | None) -> tuple[table.Laid, Sheet]:
+        if capturing():  # pinned memory cannot be had then
+            raise RuntimeError(
+                "a pass of the Triton backend is captured in a graph, which takes whole steps alone: leave out "
+                "in_backward, take one eager step before, or take backend='cuda'"
+            )
         laid = table.laid_out(
             tiles.params, tiles.grads, tiles.exp_avgs, tiles.kahans, tiles.steps, tiles.ordinals, self._kernels.TILE
         )
@@ -161,10 +170,19 @@ class TritonStep:
         self._captured: list[Sheet] = []  # graphs read their pinned memory at each replay
         self._cooperates = True
         self._changed = 0  # since the tables were filled
+        self._given = (False, False)  # grad_scale, found_inf
 
     def __call__(
-        self, groups: list[dict[str, Any]], state: MutableMapping[Tensor, Any]
+        self,
+        groups: list[dict[str, Any]],
+        state: MutableMapping[Tensor, Any],
+        grad_scale: Any = None,
+        found_inf: Any = None,
     ) -> tuple[Tensor, Tensor] | Literal[True] | None:
+        if not (table.readable(grad_scale) and table.readable(found_inf)):
+            return None
+        if not isinstance(found_inf, Tensor):
+            found_inf = found_inf or None
         gathered = self._table
         changed = gathered.gather(groups, state)
         if changed is None:
@@ -176,11 +194,15 @@ class TritonStep:
         if gathered.device.type != ("cpu" if self._emulated else "cuda"):
             gathered.finish(False, False, False)
             return None
-        guarded = gathered.max_grad_norm is not None or gathered.skip_nonfinite
+        given = (grad_scale is not None, found_inf is not None)
+        if given != self._given:
+            self._given = given
+            self._changed |= table.LAYOUT
+        guarded = gathered.max_grad_norm is not None or gathered.skip_nonfinite or any(given)
         if self._form is None or self._changed & table.LAYOUT:
             self._form = self._new_form(guarded)
         with _on(gathered.device):
-            sheet = self._filled()
+            sheet = self._filled(grad_scale, found_inf)
             if guarded:  # what a step saw stays what it is
                 sheet.outcome = torch.empty(2, dtype=torch.float64, device=sheet.device)
             self._launch(sheet, self._form)
@@ -200,11 +222,11 @@ class TritonStep:
             l2=t.l2,
             cross=t.gradient_form,
             per_tensor=t.fisher == "parameter",
-            clip=t.max_grad_norm is not None,
-            skip=t.skip_nonfinite,
+            clip=t.max_grad_norm is not None or self._given[0],
+            skip=t.skip_nonfinite or self._given[1],
         )
 
-    def _filled(self) -> Sheet:
+    def _filled(self, grad_scale: Tensor | float | None, found_inf: Tensor | float | None) -> Sheet:
         """The tables on the device, as they are to be in this step."""
         t = self._table
         if capturing():
@@ -217,7 +239,7 @@ class TritonStep:
             # A graph has tables of its own: what eager steps write into theirs must not show in a replay.
             sheet = self._sheet.for_capture()
             self._captured.append(sheet)
-            sheet.load(t.rows, t.hyper, t.max_grad_norm)
+            sheet.load(t.rows, t.hyper, t.max_grad_norm, t.skip_nonfinite)
         else:
             if self._sheet is None or self._changed & table.LAYOUT:
                 assert t.device is not None
@@ -228,10 +250,17 @@ class TritonStep:
                 t.rows if self._changed & table.POINTERS else None,
                 t.hyper if self._changed & table.VALUES else None,
                 t.max_grad_norm,
+                t.skip_nonfinite,
             )
             self._changed = 0
         for group, column, value in t.scalars:
             sheet.hyper[1 + group, column].copy_(value.detach().reshape(()))
+        # For the first row there are others only where the layout is another: nothing stale is left in it.
+        for column, number in ((self._kernels.GRAD_SCALE, grad_scale), (self._kernels.FOUND_INF, found_inf)):
+            if isinstance(number, Tensor):
+                sheet.hyper[0, column].copy_(number.detach().reshape(()), non_blocking=True)
+            elif number is not None:
+                sheet.hyper[0, column].fill_(number)
         return sheet
 
     def _launch(self, sheet: Sheet, form: Form) -> None:
@@ -264,7 +293,7 @@ class Form:
         kinds: of the tensors (:mod:`sofim_fused.backends.table`).
         cross: the gradient form of the step, or sums for it.
         per_tensor: each tensor is a Fisher block.
-        clip: the gradients are scaled.
+        clip: the gradients are scaled: clipped, or rid of the scale that they came with.
         skip: the step may be skipped.
     """
 
@@ -324,6 +353,7 @@ class Sheet:
         self.tiles = tiles
         self.blocks = len(bounds) - 1
         self._sum_rows, self._update_rows = kernels.SUMS, kernels.UPDATES
+        self._columns = kernels.LIMIT, kernels.GRAD_SCALE, kernels.SKIP_NONFINITE
         self._numels = rows[:, table.NUMEL].clone()
         ends = torch.cat((rows[1:, table.FIRST], torch.tensor([tiles])))
         tile_of = torch.repeat_interleave(torch.arange(self.tensors, dtype=torch.int32), ends - rows[:, table.FIRST])
@@ -368,13 +398,14 @@ class Sheet:
         same = self.device == device and self.tiles == tiles and len(rows) == self.tensors
         return same and torch.equal(rows[:, table.NUMEL], self._numels)
 
-    def load(self, rows: Tensor | None, hyper: Tensor | None, limit: float | None) -> None:
+    def load(self, rows: Tensor | None, hyper: Tensor | None, limit: float | None, skip: bool = False) -> None:
         """Write what differs from the last time, without waiting for the device.
 
         Args:
             rows: a table on the CPU, or ``None`` for that of the last time.
             hyper: likewise.
             limit: of the gradients' norm.
+            skip: a step is skipped if that is not finite; taken over with a new ``hyper``.
         """
         if self._pinned is None:
             self._pinned = _pinned(self.rows), _pinned(self.hyper)
@@ -384,7 +415,8 @@ class Sheet:
         if hyper is not None or limit != self._limit:
             if hyper is not None:
                 self._hyper[1:] = hyper
-            self._hyper[0, 0] = 0.0 if limit is None else limit
+            for column, value in zip(self._columns, (inf if limit is None else limit, 1.0, float(skip)), strict=True):
+                self._hyper[0, column] = value
             self._limit = limit
             _sent(self._hyper, self.hyper, self._pinned[1] if self._reread else None)
         self._known = True

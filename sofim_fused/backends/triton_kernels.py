@@ -80,6 +80,14 @@ _DECAY_M = tl.constexpr(table.DECAY_M)
 _DECAY_G = tl.constexpr(table.DECAY_G)
 _DECAY_W = tl.constexpr(table.DECAY_W)
 
+# Columns of the first row of hyperparameters, which holds for all groups: the limit of the gradients' norm, what the
+# gradients were multiplied by, whether one of them was found not to be finite, and whether that is to be looked for.
+LIMIT, GRAD_SCALE, FOUND_INF, SKIP_NONFINITE = range(4)
+_LIMIT = tl.constexpr(LIMIT)
+_GRAD_SCALE = tl.constexpr(GRAD_SCALE)
+_FOUND_INF = tl.constexpr(FOUND_INF)
+_SKIP_NONFINITE = tl.constexpr(SKIP_NONFINITE)
+
 _SEED = tl.constexpr(rounding.SEED)
 _WEYL = tl.constexpr(rounding.WEYL)
 _CANCELLED = tl.constexpr(2.0**-46)  # (2 ulp of float32 arithmetic)², as in sofim_fused/scalars.py
@@ -574,20 +582,22 @@ def _set_update(
 def _guard(
     hyper, sums, coefs, outcome, tensors, CLIP: tl.constexpr, SKIP: tl.constexpr
 ):  # fmt: skip
-    """The gradients' norm, the clip factor that follows, and whether the step is to be skipped."""
+    """The gradients' norm without their scale, what they are to be multiplied by, and whether to skip the step."""
     lanes = tl.arange(0, _LANES)
     total = tl.zeros([_LANES], tl.float64)
     for start in range(0, tensors, _LANES):
         total += _seen(sums + _GG * tensors + start + lanes, start + lanes < tensors)
-    square = tl.sum(total, 0)
-    norm = tl.sqrt(square)
+    norm = tl.sqrt(tl.sum(total, 0))
     gain = tl.full([], 1.0, tl.float64)
     if CLIP:
-        limit = tl.load(hyper)
-        gain = tl.where(norm > limit, limit / norm, gain)
+        unscale = 1.0 / tl.load(hyper + _GRAD_SCALE)
+        limit = tl.load(hyper + _LIMIT)
+        norm *= unscale
+        gain = tl.where(norm > limit, limit / norm, gain) * unscale
     skip = tl.full([], 0.0, tl.float64)
     if SKIP:
-        skip = tl.where(tl.abs(square) < float("inf"), skip, 1.0)
+        fine = (tl.load(hyper + _SKIP_NONFINITE) == 0.0) | (tl.abs(norm) < float("inf"))
+        skip = tl.where(fine & (tl.load(hyper + _FOUND_INF) == 0.0), skip, 1.0)
     extras = coefs + _UPDATES * tensors
     tl.store(extras + _GAIN, gain)
     tl.store(extras + _SKIP, skip)
@@ -701,7 +711,7 @@ def _second_sweep(
 
 
 # The kernels. Tables, in the order of the arguments:
-#   rows     int64 [tensors, COLUMNS]      hyper    float64 [1 + groups, HYPERS], first the norm limit
+#   rows     int64 [tensors, COLUMNS]      hyper    float64 [1 + groups, HYPERS], first what is for all
 #   tile_of  int32 [tiles]                 work     float64: sums [SUMS, tensors], coefficients [UPDATES, tensors], the
 #   bounds   int32 [blocks + 1]                     EXTRAS, then a slot for each sum and tile
 #   counters int32 [tensors + 2], zero     outcome  float64 [2]: the norm, and the bits of an int64: steps skipped

@@ -1,0 +1,458 @@
+"""In-backward accumulation: each gradient enters its moment while the backward pass that made it goes on.
+
+A gradient is then still in cache, and nothing is left of a step but scalar algebra and ``apply``. Sums over all
+parameters are put together from what each ``accumulate`` leaves. In the gradient form, Sherman-Morrison splits the
+step into a term in the gradient, which w takes at once, and one in the moment, whose factor is known at the end:
+
+    w - η F⁻¹g = [w - (η/ρ) g] + (η/ρ) m̂ P/(1 + S)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from sofim_fused import backends, checks, schedule, tiles
+from sofim_fused.backends import GradientStep, NativeOverlap, Sums
+from sofim_fused.scalars import Scalars, decay_of, entering
+
+if TYPE_CHECKING:
+    from sofim_fused.optimizer import SOFIM
+
+BATCH = 1 << 20
+"""Elements that wait for a pass over all of them, where a pass has a launch to pay for."""
+
+INDICES = 64
+"""Choices of tensors that are kept on a device."""
+
+_NOTHING, _PART, _WHOLE = range(3)  # of a parameter's gradient was taken in this step
+
+
+class Overlap:
+    """Takes an optimizer's gradients as they come, and then the rest of the step.
+
+    Args:
+        optimizer: whose parameters get hooks; not kept alive.
+        release: let go of each gradient as soon as it was taken.
+    """
+
+    def __init__(self, optimizer: SOFIM, release: bool) -> None:
+        self._of = weakref.ref(optimizer)
+        self.release = release
+        self._depth = 0  # of accumulate_grads()
+        self._met = False  # any gradient
+        self._removed = False  # the hooks
+        self._hooks: list[RemovableHandle] = []
+        weakref.finalize(self, _remove, self._hooks).atexit = False
+        self._group_of: list[int] = []
+        self._position: list[int] = []  # among the parameters of a device
+        self._sizes: dict[torch.device, list[int]] = {}  # parameters of a device, by group
+        self._everything: dict[torch.device, Scalars] = {}
+        self._native: NativeOverlap | None = None
+        self._indices: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
+        # Of this step:
+        self._progress = bytearray()
+        self._latched: list[dict[str, Any]] | None = None
+        self._latched_natively = False
+        self._waiting: dict[torch.device, _Batch] = {}
+        self._sums: dict[int, tuple[Sums, int]] = {}  # by ordinal: those of its batch, and the place among them
+        self._steps: dict[torch.device, GradientStep] = {}
+        self.watch()
+
+    @property
+    def _optimizer(self) -> SOFIM:
+        optimizer = self._of()
+        assert optimizer is not None
+        return optimizer
+
+    # Hooks
+
+    def watch(self) -> None:
+        """Put hooks on all parameters that have none of this optimizer's yet, and start anew."""
+        self._forget()
+        groups = self._optimizer.param_groups
+        unwatched = [group["params"][self._group_of.count(index) :] for index, group in enumerate(groups)]
+        if not self._removed:
+            check_not_replicated(param for params in unwatched for param in params)
+            for index, params in enumerate(unwatched):
+                for place, param in enumerate(params):
+                    check_unwatched(param, f"parameter {place} of group {index}")
+        for index, params in enumerate(unwatched):
+            for param in params:
+                ordinal = len(self._group_of)
+                sizes = self._sizes.setdefault(param.device, [])
+                sizes += [0] * (len(groups) - len(sizes))
+                self._group_of.append(index)
+                self._position.append(sum(sizes))
+                sizes[index] += 1
+                if param.requires_grad and not self._removed:  # of others, step() takes what may come
+                    self._hooks.append(param.register_post_accumulate_grad_hook(_Hook(self, ordinal)))
+        for sizes in self._sizes.values():
+            sizes += [0] * (len(groups) - len(sizes))
+        self._everything.clear()
+        self._progress = bytearray(len(self._group_of))
+        if len(self._sizes) == 1:
+            self._native = self._optimizer._passes_for(next(iter(self._sizes))).native_overlap()
+
+    def remove(self) -> None:
+        """Take the hooks off; from now on ``step()`` takes all gradients."""
+        _remove(self._hooks)
+        self._removed = True
+
+    # What a user does between backward passes
+
+    @contextlib.contextmanager
+    def more_to_come(self) -> Iterator[None]:
+        """See :meth:`sofim_fused.SOFIM.accumulate_grads`."""
+        if self.release and self._optimizer.param_groups[0]["numerator"] == "gradient":
+            raise ValueError(
+                "accumulate_grads() with release_grads=True and numerator='gradient' is impossible: the step takes "
+                "the moment's product with the whole gradient, parts of which were released. Leave out one of them"
+            )
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+
+    def must_not_be_under_way(self, what: str) -> None:
+        """Raise if gradients were taken since the last step.
+
+        Raises:
+            RuntimeError: ``what`` would see moments of one step and step counts of another.
+        """
+        if any(self._progress):
+            raise RuntimeError(
+                f"{what} between backward() and step(): with in_backward=True moments have changed already, and step "
+                "counts have not: call step() before"
+            )
+
+    def start_anew(self) -> None:
+        """Forget what was taken since the last step: moments were replaced."""
+        self._forget()
+
+    # One gradient
+
+    def meet(self, ordinal: int, param: Tensor) -> None:
+        """Take the gradient that a parameter has now: the last one of this step, unless more are to come."""
+        progress = self._progress[ordinal]
+        if progress == _WHOLE:
+            raise RuntimeError(
+                f"a second gradient of parameter {ordinal} before step(): with in_backward=True the first one is in "
+                "its moment already. Call step() after each backward(), or run all but the last one of a step under "
+                "`with optimizer.accumulate_grads():`. (A parameter that two parts of a model share gets two under "
+                "re-entrant checkpointing: pass use_reentrant=False.)"
+            )
+        part = self._depth > 0
+        if part and not self.release:
+            return  # gradients add up where they are, until the last one is there
+        optimizer = self._optimizer
+        if not optimizer._capturable and param.is_cuda and backends.capturing():
+            raise RuntimeError("a backward pass is captured in a CUDA graph: make the optimizer with capturable=True")
+        if self._latched is None:
+            self._latch()
+        group, again = self._group_of[ordinal], progress == _PART
+        if not (self._latched_natively and self._take_natively(param, group, ordinal, again)):
+            self._take_later(self._entry(param, group, ordinal), again)
+        self._progress[ordinal] = _PART if part else _WHOLE
+        if self.release:
+            param.grad = None
+
+    meet_untraced = torch.compiler.disable(meet)
+
+    def _latch(self) -> None:
+        """What holds for all gradients of this step, as it is at the first one."""
+        groups = self._optimizer.param_groups
+        if not self._met and not self._removed:  # the module may have been wrapped after the optimizer was made
+            check_not_replicated(param for group in groups for param in group["params"])
+            self._met = True
+        self._latched_natively = self._native is not None and self._native.latch(groups)
+        if not self._latched_natively:
+            for index, group in enumerate(groups):
+                checks.group(group, index)
+            checks.agreement(groups)
+            checks.in_backward(groups)
+        self._latched = [{**group, "lr": _value(group["lr"]), "rho": _value(group["rho"])} for group in groups]
+
+    def _take_natively(self, param: Tensor, group: int, ordinal: int, again: bool) -> bool:
+        assert self._native is not None
+        state = self._optimizer.state
+        if self._native.take(param, state, group, ordinal, again):
+            return True
+        self._entry(param, group, ordinal)  # its first gradient, or one that cannot be taken
+        return self._native.take(param, state, group, ordinal, again)
+
+    def _entry(self, param: Tensor, group: int, ordinal: int) -> tiles.Entry:
+        """The gradient, checked, and its parameter with state."""
+        optimizer = self._optimizer
+        settings = optimizer.param_groups[group]
+        assert param.grad is not None
+        checks.gradient(param, param.grad, group, ordinal - self._group_of.index(group))
+        checks.in_backward_parameter(param, f"parameter {ordinal}", settings["numerator"])
+        entry = tiles.Entry(group, ordinal, param, param.grad)
+        tiles.check_state(entry, settings, optimizer.state)
+        tiles.ensure_state(entry, settings, optimizer.state)
+        return entry
+
+    # Gradients that wait for a pass over several
+
+    def _take_later(self, entry: tiles.Entry, again: bool) -> None:
+        device = entry.param.device
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        waiting = self._waiting.get(device)
+        if waiting is not None and (waiting.stream != stream or entry.ordinal in waiting.entries):
+            self._take_waiting(device)
+            waiting = None
+        if waiting is None:
+            waiting = self._waiting[device] = _Batch(stream)
+            # Nothing waits beyond the backward pass: gradients are the user's then. Outside of one it is step() that
+            # comes here, and goes on to take what waits.
+            with contextlib.suppress(RuntimeError):
+                torch.autograd.Variable._execution_engine.queue_callback(self._take_all_waiting)
+        waiting.entries[entry.ordinal] = (entry, again)
+        waiting.elements += entry.param.numel()
+        if waiting.elements >= BATCH:
+            self._take_waiting(device)
+
+    def _take_all_waiting(self) -> None:
+        for device in list(self._waiting):
+            self._take_waiting(device)
+
+    @torch.no_grad()
+    def _take_waiting(self, device: torch.device) -> None:
+        batch = self._waiting.pop(device)
+        taken = [batch.entries[ordinal] for ordinal in sorted(batch.entries)]
+        entries = [entry for entry, _ in taken]
+        assert self._latched is not None
+        settings = [entering(group) for group in self._latched]
+        cross = self._latched[0]["numerator"] == "gradient"
+        decay = decay_of([settings[entry.group] for entry in entries], cross)
+        weight = decay.weight
+        if weight is None and any(l2 for _, _, l2 in settings):
+            weight = [0.0] * len(entries)  # all batches leave the same sums
+        if any(again for _, again in taken):
+            decay = decay._replace(
+                moment=[1.0 if again else beta for (_, again), beta in zip(taken, decay.moment, strict=True)]
+            )
+            if weight is not None:
+                weight = [0.0 if again else w for (_, again), w in zip(taken, weight, strict=True)]
+        optimizer = self._optimizer
+        with contextlib.nullcontext() if batch.stream is None else torch.cuda.stream(batch.stream):
+            laid = tiles.laid_out(device, entries, optimizer.param_groups, optimizer.state)
+            known = self._gradient_step(device, [entry.ordinal for entry in entries]) if cross else None
+            sums = self._optimizer._passes_for(device).accumulate(laid, decay._replace(weight=weight), known)
+        for place, entry in enumerate(entries):
+            self._sums[entry.ordinal] = (sums, place)
+
+    def _gradient_step(self, device: torch.device, ordinals: Sequence[int]) -> GradientStep:
+        """The part of the gradient form's step that these parameters take with their gradients."""
+        known = self._steps.get(device)
+        if known is None:
+            scalars = self._everything.get(device)
+            if scalars is None:
+                fisher = self._optimizer.param_groups[0]["fisher"]
+                scalars = self._everything[device] = Scalars(device, self._sizes[device], "gradient", fisher)
+            assert self._latched is not None
+            scalars.refresh(self._latched)
+            known = self._steps[device] = scalars.gradient_step()
+        places = [self._position[ordinal] for ordinal in ordinals]
+        weight = None if known.weight is None else self._chosen(known.weight, places)
+        return GradientStep(weight, self._chosen(known.gradient, places))
+
+    def _chosen(self, x: Tensor, places: Sequence[int]) -> Tensor:
+        """Columns of ``x``, without a transfer where they are neighbours or were chosen before."""
+        if list(places) == list(range(places[0], places[0] + len(places))):
+            return x.narrow(-1, places[0], len(places))
+        key = (x.device, tuple(places))
+        index = self._indices.get(key)
+        if index is None:
+            if len(self._indices) >= INDICES:  # layers left out at random make a new one in nearly every step
+                self._indices.clear()
+            index = self._indices[key] = torch.tensor(places, device=x.device)
+        return x.index_select(-1, index)
+
+    # The rest of the step
+
+    def finish(self) -> None:
+        """The step, from gradients that were taken, and from those that no hook has seen.
+
+        Raises:
+            RuntimeError: more gradients are announced (:meth:`more_to_come`).
+            ValueError: a gradient or a hyperparameter cannot be taken.
+        """
+        if self._depth:
+            raise RuntimeError("step() inside accumulate_grads(): leave the block before the last backward pass")
+        if self._waiting:
+            self._take_all_waiting()
+        if _PART in self._progress or not self._finish_natively():  # the last part may have come without a hook
+            self._take_the_rest()
+            if not self._finish_natively():
+                self._finish_by_passes()
+        self._forget()
+
+    finish_untraced = torch.compiler.disable(finish)
+
+    def _take_the_rest(self) -> None:
+        params = (param for group in self._optimizer.param_groups for param in group["params"])
+        try:
+            for ordinal, param in enumerate(params):
+                if param.grad is not None and self._progress[ordinal] != _WHOLE:
+                    self.meet(ordinal, param)
+        finally:
+            self._take_all_waiting()
+
+    def _finish_natively(self) -> bool:
+        if not self._latched_natively or self._sums:
+            return False
+        assert self._native is not None
+        return self._native.finish(self._settings(), self._optimizer.state)
+
+    def _settings(self) -> list[dict[str, Any]]:
+        """The groups for the rest of the step; the moment form has left lr, rho and decoupled decay open until now."""
+        assert self._latched is not None
+        groups = self._optimizer.param_groups
+        if self._latched[0]["numerator"] == "gradient":
+            return self._latched
+        for now, then in zip(groups, self._latched, strict=True):
+            if now["momentum"] != then["momentum"] or now["numerator"] != "moment":
+                fixed = [{"momentum": group["momentum"], "numerator": "moment"} for group in self._latched]
+                return [{**now, **then} for now, then in zip(groups, fixed, strict=True)]
+        return groups
+
+    @torch.no_grad()
+    def _finish_by_passes(self) -> None:
+        optimizer = self._optimizer
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        # No pass looks at a gradient any more, and it may be gone.
+        present = [
+            tiles.Entry(self._group_of[ordinal], ordinal, param, param)
+            for ordinal, param in enumerate(params)
+            if self._progress[ordinal]
+        ]
+        if not present:
+            return
+        groups = self._settings()
+        for index, group in enumerate(groups):
+            checks.group(group, index)
+        checks.agreement(groups)
+        lanes, sums = [], []
+        for device, mine in tiles.by_device(present):
+            lanes.append(optimizer._lane(device, mine))
+            sums.append(self._sums_of(device, [entry.ordinal for entry in mine]))
+        schedule.after_backward(lanes, groups, sums)
+
+    def _sums_of(self, device: torch.device, ordinals: Sequence[int]) -> Sums:
+        """What the passes left, in the order of parameters."""
+        starts, parts, places = {}, [], []
+        size = 0
+        for ordinal in ordinals:
+            taken = None if self._native is None else self._native.taken(ordinal)
+            if taken is not None:  # natively, before the native part had to leave this step to the passes
+                values = torch.tensor(taken, dtype=torch.float64, device=device).unsqueeze(1)
+                parts.append(Sums(mm=values[0], mg=values[1], mw=values[2]))
+                places.append(size)
+                size += 1
+                continue
+            sums, place = self._sums[ordinal]
+            if id(sums) not in starts:
+                starts[id(sums)] = size
+                parts.append(sums)
+                size += sums.mm.numel()
+            places.append(starts[id(sums)] + place)
+        columns = {
+            name: [getattr(part, name) for part in parts]
+            for name in ("mm", "mg", "mw")
+            if all(getattr(part, name) is not None for part in parts)
+        }
+        return Sums(**{name: self._chosen(torch.cat(column), places) for name, column in columns.items()})
+
+    def _forget(self) -> None:
+        self._latched = None
+        self._latched_natively = False
+        self._waiting.clear()
+        self._sums.clear()
+        self._steps.clear()
+        self._progress[:] = bytes(len(self._progress))
+        if self._native is not None:
+            self._native.forget()
+
+
+class _Batch:
+    """Gradients that wait for a pass, on the stream that made them (``None``: not on a GPU)."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.entries: dict[int, tuple[tiles.Entry, bool]] = {}
+        self.elements = 0
+
+
+class _Hook:
+    """On a parameter: hands each gradient over for as long as the optimizer lives."""
+
+    def __init__(self, overlap: Overlap, ordinal: int) -> None:
+        self.overlap = weakref.ref(overlap)
+        self.ordinal = ordinal
+
+    def __call__(self, param: Tensor) -> None:
+        overlap = self.overlap()
+        if overlap is not None:
+            # A function that was compiled may run the backward pass, and would have each hook compiled too.
+            (overlap.meet_untraced if torch.compiler.is_compiling() else overlap.meet)(self.ordinal, param)
+
+
+def check_unwatched(param: Tensor, where: str) -> None:
+    """Check that no other optimizer takes a parameter's gradients in the backward pass.
+
+    Raises:
+        ValueError: one does; both would change the parameter.
+    """
+    if _watched(param):
+        gc.collect()  # a scheduler keeps its optimizer in a cycle
+        if _watched(param):
+            raise ValueError(
+                f"{where}: another optimizer with in_backward=True takes its gradients: call remove_hooks() of that one"
+            )
+
+
+def _watched(param: Tensor) -> bool:
+    hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
+    return any(isinstance(hook, _Hook) and hook.overlap() is not None for hook in hooks.values())
+
+
+def check_not_replicated(params: Iterable[Tensor]) -> None:
+    """Check that no parameter is in a DistributedDataParallel module that this process has.
+
+    Raises:
+        ValueError: one is; hooks see gradients before they are averaged over the replicas, and replicas would part.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    from torch.nn.parallel import DistributedDataParallel
+
+    mine = {id(param) for param in params}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), DistributedDataParallel) and any(id(param) in mine for param in thing.parameters()):
+            raise ValueError(
+                "in_backward=True under DistributedDataParallel is impossible: gradients would enter their moments "
+                "before they are averaged over the replicas, which would part. Leave out in_backward"
+            )
+
+
+def _remove(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
+    hooks.clear()
+
+
+def _value(number: float | Tensor) -> float | Tensor:
+    """A hyperparameter as it is now."""
+    if not isinstance(number, Tensor):
+        return number
+    return float(number.detach()) if number.device.type == "cpu" else number.detach().clone()
