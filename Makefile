@@ -111,7 +111,7 @@ sanitize: $(READY)
 	        ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 && \
 	    $(abspath $(BIN))/python -m sofim_fused.info && \
 	    $(abspath $(BIN))/python -c 'from sofim_fused import native; native.instruction_set()' && \
-	    $(abspath $(BIN))/python -m pytest -p no:cacheprovider --capture=sys \
+	    $(abspath $(BIN))/python -m pytest -q -n $(JOBS) -p no:cacheprovider --capture=sys \
 	        --deselect tests/test_native.py::test_instruction_sets $(SANITIZE_TESTS) $(ARGS)
 
 lint: $(READY)

@@ -68,13 +68,13 @@ STEP_TARGETS = {"lenet-5": 0.3, "1000x1K": 0.3, "resnet-9": 0.55, "resnet-50": 0
 TRAINING_TARGETS = {PLAIN: 1.01, OVERLAPPED: 1.0}
 
 BATCHES = 4
-TRAINING_SHARE = 3  # times the seconds of a step: few percent of a training step are the optimizer's
+TRAINING_SHARE = 3  # times the seconds of a step: a few percent of a training step are the optimizer's
 MEMORY_STEPS = 5
 ALLOWANCE = 0.01  # of SGD's growth
 # glibc begins with this, and raises it as soon as a larger block is freed; set by the user, it stays.
 THRESHOLD = 128 << 10
 _M_MMAP_THRESHOLD = -3
-_LIBC = " ".join(platform.libc_ver())
+_LIBC = " ".join(platform.libc_ver()) or "malloc"
 ALLOCATORS: dict[str, int | None] = {_LIBC: None, f"{_LIBC}, 128 KiB": THRESHOLD}
 
 

@@ -52,7 +52,7 @@ class Overlap:
         self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, _remove, self._hooks).atexit = False
         self._group_of: list[int] = []
-        self._position: list[int] = []  # among the parameters of a device
+        self._position: list[tuple[torch.device, int]] = []  # the device, and the place among its parameters
         self._sizes: dict[torch.device, list[int]] = {}  # parameters of a device, by group
         self._everything: dict[torch.device, Scalars] = {}
         self._native: NativeOverlap | None = None
@@ -87,19 +87,26 @@ class Overlap:
         for index, params in enumerate(unwatched):
             for param in params:
                 ordinal = len(self._group_of)
-                sizes = self._sizes.setdefault(param.device, [])
-                sizes += [0] * (len(groups) - len(sizes))
                 self._group_of.append(index)
-                self._position.append(sum(sizes))
-                sizes[index] += 1
                 if param.requires_grad and not self._removed:  # of others, step() takes what may come
                     self._hooks.append(param.register_post_accumulate_grad_hook(_Hook(self, ordinal)))
-        for sizes in self._sizes.values():
-            sizes += [0] * (len(groups) - len(sizes))
-        self._everything.clear()
+        self._survey()
         self._progress = bytearray(len(self._group_of))
         if len(self._sizes) == 1:
             self._native = self._optimizer._passes_for(next(iter(self._sizes))).native_overlap()
+
+    def _survey(self) -> None:
+        """Find out where parameters are."""
+        self._position = []
+        self._sizes = {}
+        groups = self._optimizer.param_groups
+        for index, group in enumerate(groups):
+            for param in group["params"]:
+                sizes = self._sizes.setdefault(param.device, [0] * len(groups))
+                self._position.append((param.device, sum(sizes)))
+                sizes[index] += 1
+        self._everything.clear()
+        self._steps.clear()
 
     def remove(self) -> None:
         """Take the hooks off; from now on ``step()`` takes all gradients."""
@@ -253,6 +260,8 @@ class Overlap:
 
     def _gradient_step(self, device: torch.device, ordinals: Sequence[int]) -> GradientStep:
         """The part of the gradient form's step that these parameters take with their gradients."""
+        if any(self._position[ordinal][0] != device for ordinal in ordinals):  # the model was moved
+            self._survey()
         known = self._steps.get(device)
         if known is None:
             scalars = self._everything.get(device)
@@ -262,7 +271,7 @@ class Overlap:
             assert self._latched is not None
             scalars.refresh(self._latched)
             known = self._steps[device] = scalars.gradient_step()
-        places = [self._position[ordinal] for ordinal in ordinals]
+        places = [self._position[ordinal][1] for ordinal in ordinals]
         weight = None if known.weight is None else self._chosen(known.weight, places)
         return GradientStep(weight, self._chosen(known.gradient, places))
 

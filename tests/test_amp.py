@@ -277,6 +277,7 @@ def test_a_nan_that_comes_after_unscaling(options: dict[str, Any], run: Run) -> 
     assert bool(params[0].isfinite().all()) == bool(options)
 
 
+@torch.no_grad()
 def test_nothing_found_does_not_hide_a_nan_from_skip_nonfinite() -> None:
     """Where the verdict is not looked at before the step, as on a GPU."""
     optimizer, params = ready_problem("reference", [5, 40], skip_nonfinite=True)

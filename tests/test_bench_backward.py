@@ -32,6 +32,7 @@ from bench.backward import (
 from bench.networks import ResNet9
 from bench.shapes import MODELS
 from bench.timing import MIN_ROUNDS, WARMUP_ROUNDS, compare_phases, median_interval
+from sofim_fused import backends
 
 MS = 1_000_000
 SHAPES = [(40, 6, 5, 5), (17,), (), (20_011,)]
@@ -179,7 +180,9 @@ def test_memory_is_that_of_moments_gradients_and_the_peak() -> None:
     assert sgd.gradients == released.gradients == 6 << 20
     assert sgd.largest == 1 << 20
     assert 2 * sgd.gradients <= sgd.growth < 3 * sgd.gradients
-    assert released.gradients + released.largest <= released.growth < sgd.growth
+    assert released.growth >= released.gradients + released.largest
+    if backends.choose("auto", report.CPU).name == "cpu":  # others wait for several gradients, and need room themselves
+        assert released.growth < sgd.growth
 
 
 # Verdicts
