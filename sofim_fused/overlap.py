@@ -64,6 +64,7 @@ class Overlap:
         self._waiting: dict[torch.device, _Batch] = {}
         self._sums: dict[int, tuple[Sums, int]] = {}  # by ordinal: those of its batch, and the place among them
         self._steps: dict[torch.device, GradientStep] = {}
+        self._streams: dict[torch.device, Any] = {}
         self.watch()
 
     @property
@@ -251,6 +252,10 @@ class Overlap:
             if weight is not None:
                 weight = [0.0 if again else w for (_, again), w in zip(taken, weight, strict=True)]
         optimizer = self._optimizer
+        if batch.stream is not None:  # what the passes of a step share was written on the first one's stream
+            first = self._streams.setdefault(device, batch.stream)
+            if first != batch.stream:
+                batch.stream.wait_stream(first)
         with contextlib.nullcontext() if batch.stream is None else torch.cuda.stream(batch.stream):
             laid = tiles.laid_out(device, entries, optimizer.param_groups, optimizer.state)
             known = self._gradient_step(device, [entry.ordinal for entry in entries]) if cross else None
@@ -388,6 +393,7 @@ class Overlap:
         self._waiting.clear()
         self._sums.clear()
         self._steps.clear()
+        self._streams.clear()
         self._progress[:] = bytes(len(self._progress))
         if self._native is not None:
             self._native.forget()

@@ -229,6 +229,11 @@ def test_equals_a_plain_optimizer_above_the_size_of_a_tile(numerator: str, relea
     assert both_ways(run, start, work, release=release, numerator=numerator, rho=2.0)
 
 
+class Idle(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
 class Reluctant:
     """The native part of a step, which leaves some of it to the passes."""
 
@@ -279,7 +284,12 @@ def test_what_is_not_taken_natively_is_taken_by_passes(
 @pytest.mark.parametrize("release", [False, True])
 @pytest.mark.parametrize("numerator", NUMERATORS)
 def test_on_a_cpu_all_of_it_is_native(numerator: str, release: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a step that was not."""
     pair = Pair(Run("cpu", "cpu"), release=release, numerator=numerator)
+    idle: Any = Idle
+    with idle():
+        pair.backward([torch.ones_like(p) for p in pair.params])
+        pair.step()
     called: list[str] = []
     for name in ("_take_later", "_finish_by_passes"):
         monkeypatch.setattr(overlap.Overlap, name, lambda *_, name=name: called.append(name))
@@ -288,11 +298,6 @@ def test_on_a_cpu_all_of_it_is_native(numerator: str, release: bool, monkeypatch
         pair.step()
     assert called == []
     assert pair.alike()
-
-
-class Idle(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
 
 
 @on_cpu
@@ -576,7 +581,13 @@ def from_autograd_grad(optimizer: SOFIM, params: list[Tensor], grads: list[Tenso
 def by_hand_first(optimizer: SOFIM, params: list[Tensor], grads: list[Tensor | None]) -> None:
     """What a backward pass finds is added to it."""
     optimizer.zero_grad()
-    give(params, [None if g is None or i % 3 else g.clone() for i, g in enumerate(grads)])
+    give(
+        params,
+        [
+            None if g is None or i % 3 else torch.empty_like(p).copy_(g)
+            for i, (p, g) in enumerate(zip(params, grads, strict=True))
+        ],
+    )
     backward(params, grads)
     optimizer.step()
 
@@ -854,7 +865,7 @@ def test_compiled(numerator: str, what: str, run: Run) -> None:
 
     def work(optimizer: SOFIM, model: Shared) -> None:
         torch._dynamo.reset()
-        step = optimizer.step
+        step: Callable[[], None] = optimizer.step
         if what == "step" and optimizer._overlap:
             step = torch.compile(step, backend="eager")
 
