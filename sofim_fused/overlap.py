@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +60,8 @@ class Overlap:
         # Of this step:
         self._progress = bytearray()
         self._latched: list[dict[str, Any]] | None = None
-        self._latched_natively = False
+        self._take: Callable[[Tensor, Any, int, int, bool], bool] | None = None  # natively
+        self._state: MutableMapping[Tensor, Any] = {}
         self._waiting: dict[torch.device, _Batch] = {}
         self._sums: dict[int, tuple[Sums, int]] = {}  # by ordinal: those of its batch, and the place among them
         self._steps: dict[torch.device, GradientStep] = {}
@@ -158,18 +159,14 @@ class Overlap:
                 "`with optimizer.accumulate_grads():`. (A parameter that two parts of a model share gets two under "
                 "re-entrant checkpointing: pass use_reentrant=False.)"
             )
-        part = self._depth > 0
-        if part and not self.release:
+        if self._depth and not self.release:
             return  # gradients add up where they are, until the last one is there
-        optimizer = self._optimizer
-        if not optimizer._capturable and param.is_cuda and backends.capturing():
-            raise RuntimeError("a backward pass is captured in a CUDA graph: make the optimizer with capturable=True")
         if self._latched is None:
             self._latch()
-        group, again = self._group_of[ordinal], progress == _PART
-        if not (self._latched_natively and self._take_natively(param, group, ordinal, again)):
-            self._take_later(self._entry(param, group, ordinal), again)
-        self._progress[ordinal] = _PART if part else _WHOLE
+        again = progress == _PART
+        if not (self._take is not None and self._take(param, self._state, self._group_of[ordinal], ordinal, again)):
+            self._take_with_checks(param, ordinal, again)
+        self._progress[ordinal] = _PART if self._depth else _WHOLE
         if self.release:
             param.grad = None
 
@@ -181,21 +178,31 @@ class Overlap:
         if not self._met and not self._removed:  # the module may have been wrapped after the optimizer was made
             check_not_replicated(param for group in groups for param in group["params"])
             self._met = True
-        self._latched_natively = self._native is not None and self._native.latch(groups)
-        if not self._latched_natively:
+        self._state = self._optimizer.state
+        if self._native is not None and self._native.latch(groups):
+            self._take = self._native.take
+        else:
             for index, group in enumerate(groups):
                 checks.group(group, index)
             checks.agreement(groups)
             checks.in_backward(groups)
         self._latched = [{**group, "lr": _value(group["lr"]), "rho": _value(group["rho"])} for group in groups]
 
-    def _take_natively(self, param: Tensor, group: int, ordinal: int, again: bool) -> bool:
-        assert self._native is not None
-        state = self._optimizer.state
-        if self._native.take(param, state, group, ordinal, again):
-            return True
-        self._entry(param, group, ordinal)  # its first gradient, or one that cannot be taken
-        return self._native.take(param, state, group, ordinal, again)
+    def _take_with_checks(self, param: Tensor, ordinal: int, again: bool) -> None:
+        """Take a parameter's first gradient, or one that the native part leaves to the passes, or say what is wrong."""
+        group = self._group_of[ordinal]
+        try:
+            if param.is_cuda and not self._optimizer._capturable and backends.capturing():
+                raise RuntimeError(
+                    "a backward pass is captured in a CUDA graph: make the optimizer with capturable=True"
+                )
+            entry = self._entry(param, group, ordinal)
+            if not (self._take is not None and self._take(param, self._state, group, ordinal, again)):
+                self._take_later(entry, again)
+        except BaseException:
+            if not any(self._progress):  # settings may be others by the time of the first one
+                self._forget()
+            raise
 
     def _entry(self, param: Tensor, group: int, ordinal: int) -> tiles.Entry:
         """The gradient, checked, and its parameter with state."""
@@ -323,7 +330,7 @@ class Overlap:
             self._take_all_waiting()
 
     def _finish_natively(self) -> bool:
-        if not self._latched_natively or self._sums:
+        if self._take is None or self._sums:
             return False
         assert self._native is not None
         return self._native.finish(self._settings(), self._optimizer.state)
@@ -389,7 +396,7 @@ class Overlap:
 
     def _forget(self) -> None:
         self._latched = None
-        self._latched_natively = False
+        self._take = None
         self._waiting.clear()
         self._sums.clear()
         self._steps.clear()
