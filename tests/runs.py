@@ -50,11 +50,19 @@ class Run(NamedTuple):
 def _params() -> list[Any]:
     if INTERPRETED or EMULATED:
         return [Run(CPU_BACKENDS[0], "cpu", None, None)]
-    on_gpu = [*(Run(name, "cuda", None, None) for name in GPU_BACKENDS), Run("reference", "cuda")]
+    gpu_runs = [*(Run(name, "cuda", None, None) for name in GPU_BACKENDS), Run("reference", "cuda")]
     return [
         *(Run(name, "cpu") for name in CPU_BACKENDS),
-        *(pytest.param(run, marks=[pytest.mark.gpu, NO_GPU]) for run in on_gpu),
+        *(pytest.param(run, marks=[pytest.mark.gpu, NO_GPU]) for run in gpu_runs),
     ]
+
+
+def on_gpu(name: str) -> str:
+    """A backend by name; skips the test where it cannot run on this machine's GPU."""
+    found = GPU_BACKENDS[name].passes_for(torch.device("cuda", torch.cuda.current_device()))
+    if isinstance(found, str):
+        pytest.skip(f"{name}: {found}")
+    return name
 
 
 def name_of(run: object) -> str:

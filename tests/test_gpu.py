@@ -13,7 +13,7 @@ from torch import nn
 
 from sofim_fused import SOFIM
 from tests.problems import GUARDED, OPTIONS, ready_problem, same_bits, snapshot
-from tests.runs import GPU_BACKENDS, NO_GPU
+from tests.runs import GPU_BACKENDS, NO_GPU, on_gpu
 
 pytestmark = [pytest.mark.gpu, NO_GPU]
 
@@ -21,11 +21,7 @@ pytestmark = [pytest.mark.gpu, NO_GPU]
 @pytest.fixture(params=GPU_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend that runs on a GPU."""
-    name: str = request.param
-    found = GPU_BACKENDS[name].passes_for(torch.device("cuda", torch.cuda.current_device()))
-    if isinstance(found, str):
-        pytest.skip(f"{name}: {found}")
-    return name
+    return on_gpu(request.param)
 
 
 @pytest.fixture(params=[True, False], ids=["one launch", "two launches"])

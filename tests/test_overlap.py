@@ -1167,8 +1167,8 @@ def test_nothing_is_saved_or_added_under_way(release: bool, run: Run) -> None:
 
 
 @on_cpu
-def test_unreleased_micro_batches_change_nothing_yet(run: Run) -> None:
-    """So that state may be saved between them."""
+def test_micro_batches_that_are_not_released_change_nothing_yet(run: Run) -> None:
+    """So that state may be saved between them. Of those that are released, moments have taken a part."""
     pair = Pair(run)
     first, second, _ = three_batches(pair)
     with pair.optimizer.accumulate_grads():
@@ -1180,6 +1180,12 @@ def test_unreleased_micro_batches_change_nothing_yet(run: Run) -> None:
         backward(pair.plain_params, grads)
     pair.step()
     assert pair.alike()
+
+    pair = Pair(run, release=True)
+    with pair.optimizer.accumulate_grads():
+        backward(pair.params, first)
+    with pytest.raises(RuntimeError, match=r"state_dict\(\) between backward\(\) and step\(\)"):
+        pair.optimizer.state_dict()
 
 
 @on_cpu
