@@ -229,8 +229,15 @@ def test_equals_a_plain_optimizer_above_the_size_of_a_tile(numerator: str, relea
     assert both_ways(run, start, work, release=release, numerator=numerator, rho=2.0)
 
 
-class Idle(TorchDispatchMode):
+class Watching(TorchDispatchMode):
+    """Sees each operation, and lets it pass."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: set[str] = set()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -286,8 +293,7 @@ def test_what_is_not_taken_natively_is_taken_by_passes(
 def test_on_a_cpu_all_of_it_is_native(numerator: str, release: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also after a step that was not."""
     pair = Pair(Run("cpu", "cpu"), release=release, numerator=numerator)
-    idle: Any = Idle
-    with idle():
+    with Watching():
         pair.backward([torch.ones_like(p) for p in pair.params])
         pair.step()
     called: list[str] = []
@@ -301,39 +307,43 @@ def test_on_a_cpu_all_of_it_is_native(numerator: str, release: bool, monkeypatch
 
 
 @on_cpu
-def test_in_another_dispatch_mode(run: Run) -> None:
-    """Native parts leave a step to the passes there, in which the mode sees what is done."""
-
+def test_in_a_dispatch_mode(run: Run) -> None:
+    """Native parts leave a step to the passes there, and the mode sees what is done."""
     pair = Pair(run, decay="l2", numerator="gradient")
-    idle: Any = Idle
+    ours = run.backend == "cpu"
     for count, grads in enumerate(pair.gradients(4)):
         if count % 2:
-            with idle():
+            with Watching() as mode:
                 pair.backward(grads)
+            assert any(("sofim_fused.accumulate_step" if ours else "_foreach_") in name for name in mode.seen)
             pair.step()
         else:
             pair.backward(grads)
-            with idle():
+            with Watching() as mode:
                 pair.step()
+            assert any(("sofim_fused.apply" if ours else "_foreach_") in name for name in mode.seen)
     assert pair.alike()
 
 
 @on_cpu
-def test_tensors_of_a_step_may_be_replaced_before_the_next(run: Run) -> None:
-    """No pointer is kept: users replace ``param.data``, moments and counts."""
-    pair = Pair(run, numerator="gradient")
-    for grads in pair.gradients(4):
+@pytest.mark.parametrize("numerator", NUMERATORS)
+def test_tensors_may_be_replaced_at_any_time(numerator: str, run: Run) -> None:
+    """No pointer is kept: users replace ``param.data`` and state, also by what has gaps in memory."""
+    pair = Pair(run, decay="l2", numerator=numerator)
+
+    def replace() -> None:
         for optimizer, params in pair.both:
-            for p in params:
+            for i, p in enumerate(params):
                 p.data = p.data.clone()
                 known = optimizer.state.get(p, {})
                 known.update({name: x.clone() for name, x in known.items()})
+                if known and i % 2 and p.dim():
+                    known["exp_avg"] = known["exp_avg"].repeat_interleave(2, -1)[..., ::2]
+
+    for grads in pair.gradients(5):
+        replace()
         pair.backward(grads)
-        for optimizer, params in pair.both:
-            for p in params:
-                p.data = p.data.clone()
-                known = optimizer.state.get(p, {})
-                known.update({name: x.clone() for name, x in known.items()})
+        replace()
         pair.step()
     assert pair.alike()
 
@@ -722,12 +732,13 @@ def test_gradients_are_taken_before_anything_is_done_to_them(run: Run) -> None:
 
 
 class Shared(nn.Module):
-    """Two blocks, each of which may be checkpointed, and a layer that both have."""
+    """Two blocks, each of which may be checkpointed, a layer that both have, and one behind them."""
 
     def __init__(self, reentrant: bool | None = None, tied: bool = True) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.head = nn.Linear(6, 6)
         self.order = [(0, 1), (0, 2)] if tied else [(0,), (1, 2)]
         self.reentrant = reentrant
 
@@ -742,7 +753,8 @@ class Shared(nn.Module):
                 x = self.block(x, index)
             else:
                 x = checkpoint(self.block, x, index, use_reentrant=self.reentrant)
-        return x
+        out: Tensor = self.head(x)
+        return out
 
 
 def loss_of(model: nn.Module, step: int) -> Tensor:
@@ -1368,14 +1380,21 @@ def test_the_gradient_form_with_narrow_parameters(dtype: torch.dtype, run: Run) 
 
 
 @on_cpu
-def test_the_gradient_form_loaded_for_narrow_parameters(run: Run) -> None:
-    """It is refused where it would act, in the backward pass."""
-    p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    optimizer = made([p], run)
-    optimizer.load_state_dict(SOFIM([nn.Parameter(torch.ones(3))], numerator="gradient").state_dict())
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_gradient_form_loaded_for_narrow_parameters(begun: bool, run: Run) -> None:
+    """It is refused where it would act, in the backward pass, whether there is state or not."""
+    p, wide = nn.Parameter(torch.ones(3, dtype=torch.bfloat16)), nn.Parameter(torch.ones(3))
+    optimizer, other = made([p], run), plain([wide], run, numerator="gradient", kahan=False)
+    if begun:
+        give([wide], [torch.ones(3)])
+        other.step()
+    else:
+        other.state.clear()
+    optimizer.load_state_dict(other.state_dict())
+    before = snapshot(optimizer)
     with pytest.raises(ValueError, match="numerator='gradient' would round it twice"):
         backward([p], [torch.ones(3, dtype=torch.bfloat16)])
-    assert p.tolist() == [1.0] * 3
+    assert same_bits(before, snapshot(optimizer))
 
 
 @on_cpu
@@ -1475,14 +1494,66 @@ def test_a_bad_gradient_by_hand(run: Run) -> None:
     for grads in pair.gradients(3):
         pair.zero_grad()
         backward(pair.params, [g if i % 2 else None for i, g in enumerate(grads)])
-        pair.params[0].grad_dtype = None
-        pair.params[0].grad = torch.zeros(7, 5, dtype=torch.float64)
-        with pytest.raises(ValueError, match=r"gradient of parameter 0 of group 0 .* is float64"):
+        pair.params[4].grad_dtype = None
+        pair.params[4].grad = torch.zeros_like(pair.params[4], dtype=torch.float64)
+        with pytest.raises(ValueError, match=r"gradient of parameter 1 of group 1 .* is float64"):
             pair.optimizer.step()
         for i, (p, g) in enumerate(zip(pair.params, grads, strict=True)):
             if not i % 2:
                 p.grad = g
         give(pair.plain_params, grads)
+        pair.step()
+    assert pair.alike()
+
+
+@on_cpu
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_settings_after_a_refusal(by_hand: bool, run: Run) -> None:
+    """Those of the first gradient that was taken hold, not those of the one that was refused."""
+    table, other = (nn.Parameter(torch.ones(4, 2)) for _ in range(2))
+    optimizer, twin = made([table], run, numerator="gradient"), plain([other], run, numerator="gradient")
+    table.grad = torch.ones(4, 2).to_sparse() if by_hand else None
+    loss = nn.functional.embedding(torch.tensor([1]), table, sparse=True).sum()
+    with pytest.raises(ValueError, match=r"has the layout torch\.sparse_coo"):
+        (optimizer.step if by_hand else loss.backward)()
+    for ours in (optimizer, twin):
+        ours.param_groups[0].update(lr=0.01, momentum=0.5)
+        ours.zero_grad()
+    backward([table, other], [torch.full((4, 2), 0.3)] * 2)
+    optimizer.step()
+    twin.step()
+    assert alike(optimizer, twin)
+
+
+@on_cpu
+@pytest.mark.parametrize("release", [False, True])
+@pytest.mark.parametrize("what", ["none", "half"])
+def test_a_backward_pass_that_fails(what: str, release: bool, run: Run) -> None:
+    """What has come until then can still be stepped with."""
+    pair = Pair(run, decay="l2", release=release, numerator="gradient")
+    mine = overlap_of(pair.optimizer)
+    if mine._native is not None:
+        mine._native = Reluctant(mine._native, what)
+        pair.plain._step_in_one_call = (lambda *_: None) if what == "half" else None
+    come: list[Tensor] = []
+    for p in pair.params:
+        p.register_post_accumulate_grad_hook(come.append)
+
+    def fail(_: Tensor) -> None:
+        raise KeyError("lost")
+
+    for grads in three_batches(pair):
+        come.clear()
+        pair.zero_grad()
+        handle = pair.params[3].register_hook(fail)
+        with pytest.raises(KeyError, match="lost"):
+            backward(pair.params, grads)
+        handle.remove()
+        assert 2 < len(come) < 7
+        give(
+            pair.plain_params,
+            [g if any(p is x for x in come) else None for p, g in zip(pair.params, grads, strict=True)],
+        )
         pair.step()
     assert pair.alike()
 
@@ -1607,9 +1678,10 @@ def test_large_gradients_do_not_wait(numerator: str, run: Run, monkeypatch: pyte
     sizes = [30, 200, 5, 60, 60, 1, 100, 3]
     sweeps: list[list[int]] = []
 
-    def start() -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    def start() -> tuple[list[dict[str, Any]], list[nn.Parameter]]:
         params = [nn.Parameter(torch.linspace(-1, 1, n)) for n in sizes]
-        return params, params
+        decayed = {"params": params[:3], "weight_decay": 0.1, "decoupled_weight_decay": False}  # of some sums alone
+        return [decayed, {"params": params[3:]}], params
 
     def work(optimizer: SOFIM, params: list[nn.Parameter]) -> None:
         with monkeypatch.context() as patch:
