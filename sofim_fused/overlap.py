@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable imports the compiler: seconds
 from torch.utils.hooks import RemovableHandle
 
 from sofim_fused import backends, checks, schedule, tiles
@@ -170,7 +171,7 @@ class Overlap:
         if self.release:
             param.grad = None
 
-    meet_untraced = torch.compiler.disable(meet)
+    meet_untraced = untraced(meet)
 
     def _latch(self) -> None:
         """What holds for all gradients of this step, as it is at the first one."""
@@ -318,7 +319,7 @@ class Overlap:
                 self._finish_by_passes()
         self._forget()
 
-    finish_untraced = torch.compiler.disable(finish)
+    finish_untraced = untraced(finish)
 
     def _take_the_rest(self) -> None:
         params = (param for group in self._optimizer.param_groups for param in group["params"])

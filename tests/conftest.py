@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import zlib
+from collections import defaultdict
 from typing import Any
 
 import pytest
 import torch
 
-from tests.runs import ALL_ON_GPU, GPU_BACKENDS, INTERPRETED, RUNS, Run, name_of
+from tests.covering import chosen
+from tests.runs import ALL_ON_GPU, EMULATED, GPU_BACKENDS, INTERPRETED, RUNS, Run, as_named, chance, name_of
 
 # On tensors this small a second thread only waits, and on a busy machine it waits long.
 torch.set_num_threads(1)
@@ -33,15 +34,69 @@ if INTERPRETED:
     interpreter.GridExecutor.__call__ = _launch_prepared
 
 
+LEFT_OUT = pytest.StashKey[int]()  # how many cases
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-cases", action="store_true", help="also the cases that covering(strength) leaves out")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[LEFT_OUT] = 0
+    config.addinivalue_line(
+        "markers", "covering(strength): where kernels run on the CPU, cases in which so many values meet as in all"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # of the cases that -k leaves
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Choose cases of tests that are marked ``covering``, unless ``--all-cases`` is given."""
+    if config.getoption("all_cases") or not (INTERPRETED or EMULATED):
+        return
+    tests: defaultdict[Any, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("covering"):
+            tests[item.function].append(item)  # type: ignore[attr-defined]
+    left_out: set[pytest.Item] = set()
+    for cases in tests.values():
+        marker: Any = cases[0].get_closest_marker("covering")
+        kept = chosen([values_of(item) for item in cases], marker.args[0])
+        left_out |= {*cases} - {cases[place] for place in kept}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    config.stash[LEFT_OUT] = len(left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def values_of(item: Any) -> list[str]:
+    """What a case is called with, and which launches that takes."""
+    values = dict(item.callspec.params)
+    run = as_named(values.pop("run"), item.name)
+    return [*map(str, values.values()), str(run.single), str(run.ready)]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash[LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """All of pytest-xdist's workers leave out the same, and none of them says so."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash[LEFT_OUT]:
+        terminalreporter.write_line(f"{config.stash[LEFT_OUT]} cases left out of a covering: --all-cases runs them")
+
+
 @pytest.fixture(params=RUNS, ids=name_of)
 def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Each backend on each device (:mod:`tests.runs`)."""
-    chosen: Run = request.param
-    chance = zlib.crc32(request.node.name.encode())
-    if chosen.device == "cuda" and chance >> 2 & 7 and not ALL_ON_GPU:
+    name = request.node.name
+    run = as_named(request.param, name)
+    if run.device == "cuda" and chance(name) >> 2 & 7 and not ALL_ON_GPU:
         pytest.skip("one case in eight runs on a GPU, unless SOFIM_ALL_GPU_TESTS=1")
-    single = bool(chance & 1) if chosen.single is None else chosen.single
-    ready = bool(chance & 2) if chosen.ready is None else chosen.ready
-    if chosen.backend in GPU_BACKENDS:
-        monkeypatch.setattr(GPU_BACKENDS[chosen.backend], "SINGLE_LAUNCH", single)
-    return chosen._replace(single=single, ready=ready)
+    if run.backend in GPU_BACKENDS:
+        monkeypatch.setattr(GPU_BACKENDS[run.backend], "SINGLE_LAUNCH", run.single)
+    return run

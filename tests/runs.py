@@ -8,6 +8,7 @@ Triton's interpreter are here, with ``SOFIM_EMULATED=1`` only those of the CUDA 
 from __future__ import annotations
 
 import os
+import zlib
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,6 +22,7 @@ EMULATED = os.environ.get("SOFIM_EMULATED") == "1"
 CPU_BACKENDS = ["triton"] if INTERPRETED else ["cuda"] if EMULATED else ["cpu", "reference"]
 GPU_BACKENDS: dict[str, Any] = {"cuda": cuda, "triton": triton}  # by name, their modules
 ALL_ON_GPU = os.environ.get("SOFIM_ALL_GPU_TESTS") == "1"  # else one case in eight: most have a kernel to compile
+once = pytest.mark.skipif(INTERPRETED or EMULATED, reason="nothing stands in for a GPU in it")
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU")
 
 
@@ -55,6 +57,20 @@ def _params() -> list[Any]:
         *(Run(name, "cpu") for name in CPU_BACKENDS),
         *(pytest.param(run, marks=[pytest.mark.gpu, NO_GPU]) for run in gpu_runs),
     ]
+
+
+def chance(name: str) -> int:
+    """A number that a test's name happens to have."""
+    return zlib.crc32(name.encode())
+
+
+def as_named(run: Run, name: str) -> Run:
+    """A run in a test of this name."""
+    bits = chance(name)
+    return run._replace(
+        single=bool(bits & 1) if run.single is None else run.single,
+        ready=bool(bits & 2) if run.ready is None else run.ready,
+    )
 
 
 def on_gpu(name: str) -> str:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sofim_fused import SOFIM, schedule, tiles
 from tests.problems import GUARDED, Problem, give, give_state, mixed_problem, ready_problem, same_bits, snapshot
-from tests.runs import GPU_BACKENDS, NO_GPU, Run, on_gpu
+from tests.runs import GPU_BACKENDS, NO_GPU, Run, on_gpu, once
 from tests.test_passes import Transfers
 
 CPU = torch.device("cpu")
@@ -323,6 +323,7 @@ def test_over_several_devices(fisher: str, monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
+@once
 @pytest.mark.parametrize("found", [None, 0.0, 1.0])
 @pytest.mark.parametrize("scale", [None, 8.0])
 @pytest.mark.parametrize("options", [{}, GUARDED, {"fisher": "group", "numerator": "gradient"}], ids=str)

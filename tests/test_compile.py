@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -117,3 +119,12 @@ def test_a_learning_rate_in_a_tensor_is_read_anew() -> None:
             step()
         results.append(snapshot(optimizer))
     assert same_bits(*results)
+
+
+def test_importing_the_package_imports_no_compiler() -> None:
+    """PyTorch's takes as long to import as PyTorch itself, Triton's comes when it is asked for."""
+    script = (
+        "import sys, torch, sofim_fused; print([name for name in ('torch._dynamo', 'triton') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert done.stdout == "[]\n"

@@ -102,6 +102,29 @@ def test_bytes_of_the_table() -> None:
     assert report.table_bytes(early, triton_kernels) == (12, 8)
 
 
+@pytest.mark.parametrize("targets", [report.TARGETS, ("gfx942", "sm_80"), ("sm_100",)], ids=str)
+def test_a_covering_has_all_kinds_and_passes_for_each_target(targets: tuple[str, ...]) -> None:
+    plan = report.covering(triton_kernels, targets)
+    assert len(plan) == len(CASES)
+    main = "sm_90" if "sm_90" in targets else targets[0]
+    assert all(some[0] == main and len(some) == min(len(targets), 2) for some in plan)
+    for target in targets:
+        met = [place for place, some in zip(CASES, plan, strict=True) if target in some]
+        assert {label for label, _ in met} == set(report.KINDS)
+        assert {name for _, name in met} >= {name for _, name in CASES if name.endswith("(moment)")}
+        assert any("L2" in name for _, name in met)
+        assert any("gradient" in name for _, name in met)
+
+
+def test_machine_code_is_read_for_spills_where_there_is_a_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = "Function one:\n REG:72 STACK:{} SHARED:400 LOCAL:0"
+    texts = {"nvdisasm": " STL [R1], R2 ;\n LDL R2, [R1] ;\n LDG.E R2 ;"}
+    monkeypatch.setattr(report, "_output", lambda tool, *_: texts[tool.name])
+    for stack, spills in ((0, 0), (16, 2)):
+        texts["cuobjdump"] = usage.format(stack)
+        assert report._of_cubin(b"") == (72, spills, 400)
+
+
 PTX = """
 $L__BB0_1:
 	.loc	1 178 12, function_name $L__info_string0, inlined_at 1 195 13 // kernels.py:178:12
@@ -158,25 +181,29 @@ def examined_cuda(kind: str, name: str, *replacements: tuple[str, str]) -> repor
 
 
 @needs_nvcc
-@pytest.mark.parametrize(
-    ("kind", "name", "moved"),
-    [
-        ("fp32", "accumulate (moment)", (8, 4)),
-        ("fp32", "one launch, guarded (L2)", (24, 8)),
-        ("16-bit, bf16 moment, Kahan", "commit (moment)", (8, 6)),
-        ("fp64", "dots (moment)", (16, 0)),
-    ],
-)
-def test_a_kernel_in_cuda_is_as_it_should_be(kind: str, name: str, moved: tuple[int, int]) -> None:
-    row = examined_cuda(kind, name)
-    assert row.wrong == []
-    assert (row.by, row.kind, row.case, row.target) == (report.CUDA, kind, name, "sm_90")
-    assert (row.read, row.written) == moved
-    assert set(row.widths) == {128}
-    assert row.registers > 16
-    assert row.programs >= 2
-    assert row.instructions is not None
-    assert row.instructions > 2
+def test_kernels_in_cuda_are_as_they_should_be() -> None:
+    """Compiled together: most of the time goes into reading headers."""
+    moved = {
+        ("fp32", "accumulate (moment)"): (8, 4),
+        ("fp32", "one launch, guarded (L2)"): (24, 8),
+        ("16-bit, bf16 moment, Kahan", "commit (moment)"): (8, 6),
+        ("fp64", "dots (moment)"): (16, 0),
+    }
+    kinds, names = ({pair[i] for pair in moved} for i in range(2))
+    assert NVCC is not None
+    rows = report.examined_cuda(NVCC, ["sm_90"], kinds, triton_kernels, SOURCE, names)
+    found = {(row.kind, row.case): row for row in rows}
+    assert len(found) == len(rows)
+    for pair, expected in moved.items():
+        row = found[pair]
+        assert row.wrong == []
+        assert (row.by, row.target) == (report.CUDA, "sm_90")
+        assert (row.read, row.written) == expected
+        assert set(row.widths) == {128}
+        assert row.registers > 16
+        assert row.programs >= 2
+        assert row.instructions is not None
+        assert row.instructions > 2
 
 
 HALVES = [("uint4", "uint2"), ("sizeof x / 16", "sizeof x / 8")]
@@ -246,7 +273,7 @@ def test_a_target_that_nvcc_does_not_know_is_left_out(
     monkeypatch.setattr(cuda, "find_nvcc", lambda: "nvcc")
     monkeypatch.setattr(cuda, "known_targets", lambda _: ["sm_90"])
     asked: list[list[str]] = []
-    monkeypatch.setattr(report, "examined_cuda", lambda nvcc, targets, *_: asked.append(targets) or [])
+    monkeypatch.setattr(report, "examined_cuda", lambda nvcc, targets, *_, **__: asked.append(targets) or [])
     assert report.main(["--kinds", *cuda.SHIPPED.values()]) == 0
     assert asked == [["sm_90"]]
     assert "\nnvcc does not know sm_80, sm_100: " in capsys.readouterr().out

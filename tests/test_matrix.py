@@ -1,4 +1,8 @@
-"""Every backend, schedule, numerator, Fisher block, dtype, decay and layout against the oracle."""
+"""Every backend, schedule, numerator, Fisher block, dtype, decay and layout against the oracle.
+
+All combinations on a CPU; in the interpreter and in the emulator, unless ``--all-cases`` is given, as many as it takes
+for any three of their values to meet (tests/covering.py).
+"""
 
 from __future__ import annotations
 
@@ -42,6 +46,7 @@ def distance(params: list[Tensor], oracle: Oracle) -> float:
     return max(((p - w).norm() / w.norm()).item() for p, w in pairs)
 
 
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("decay", ["none", "decoupled", "l2"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("fisher", ["model", "group", "parameter"])
@@ -103,6 +108,7 @@ NARROW = (torch.bfloat16, torch.float32, torch.float16)
 ANY = (*NARROW, torch.float64, torch.complex64)
 
 
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("decay", ["none", "decoupled", "l2"])
 @pytest.mark.parametrize("kahan", [True, False])
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from sofim_fused import SOFIM, overlap
 from tests.oracle import real64
 from tests.problems import Problem, give, give_state, mixed_problem, same_bits, snapshot
-from tests.runs import EMULATED, INTERPRETED, Run
+from tests.runs import EMULATED, INTERPRETED, Run, once
 from tests.test_cuda import launches
 from tests.test_optimizer import saved_and_loaded, small_model, train
 
@@ -34,7 +34,6 @@ NUMERATORS = ["moment", "gradient"]
 FISHERS = ["model", "group", "parameter"]
 EXACT = ("cpu", "reference")  # backends that take a step in parts to the bit
 
-once = pytest.mark.skipif(INTERPRETED or EMULATED, reason="nothing stands in for a GPU in it")
 on_cpu = pytest.mark.parametrize("run", [pytest.param(Run(name, "cpu"), id=name, marks=once) for name in EXACT])
 """For tests that have no more to find on other backends."""
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sofim_fused import SOFIM, backends, native
 from sofim_fused.backends import table, triton
 from tests.problems import GUARDED, OPTIONS, give, give_state, mixed_problem, ready_problem, same_bits, snapshot
-from tests.runs import INTERPRETED
+from tests.runs import INTERPRETED, RUNS, once
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")
@@ -95,7 +95,7 @@ def test_one_launch_two_launches_and_the_passes_take_the_same_step(
     """Weights and moments bit for bit between one and two launches, to the last digits by way of PyTorch's scalars."""
     results = []
     for form in ("one", "two", "passes"):
-        problem = mixed_problem((torch.float32, torch.bfloat16, torch.float64), "l2")
+        problem = mixed_problem((torch.float32, torch.bfloat16, torch.float64), "l2", layouts=RUNS[0].layouts)
         monkeypatch.setattr(triton, "SINGLE_LAUNCH", form == "one")
         optimizer = SOFIM(problem.groups, fisher=fisher, backend="triton", **options)
         if form == "passes":
@@ -286,6 +286,7 @@ def test_the_interpreter_is_taken_by_name_alone() -> None:
             SOFIM([p], backend="triton")
 
 
+@once  # in processes that have environments of their own
 def test_the_environment_chooses_for_a_whole_process() -> None:
     """Kernels are interpreted where the variable was set before Python started, and nowhere else."""
     code = (

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable imports the compiler: seconds
 
 from sofim_fused import native
 from sofim_fused.backends import table
@@ -70,7 +71,7 @@ class TritonPasses:
     def native_overlap(self) -> NativeOverlap | None:
         return None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def _sweep_first(self, tiles: Tiles, decay: Decay, gradient_step: GradientStep | None, which: int) -> Sums:
         k = self._kernels
         dots, l2 = which == k.DOTS, decay.weight is not None
@@ -90,7 +91,7 @@ class TritonPasses:
             return Sums(mm, mg, gg, mw, gw, ww) if l2 else Sums(mm, mg, gg)
         return Sums(mm, mg if decay.cross else None, mw=mw if decay.cross and l2 else None)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def _sweep_second(self, tiles: Tiles, decay: Decay | None, update: Coefficients, which: int) -> None:
         with _on(tiles.device):
             laid, sheet = self._laid(tiles, decay)
@@ -555,7 +556,7 @@ def _sent(values: Tensor, to: Tensor, pinned: Tensor | None = None) -> Tensor:
 
 def passes_for(device: torch.device) -> TritonPasses | str:
     """The passes for ``device``, or the reason why it has none."""
-    found = torch.compiler.disable(_kernels_for)(device)
+    found = untraced(_kernels_for)(device)
     return found if isinstance(found, str) else TritonPasses(*found)
 
 
