@@ -22,14 +22,17 @@ EMULATED_TESTS := tests/test_matrix.py tests/test_passes.py tests/test_cuda.py t
 CUDA_SYNTAX := build/cuda-syntax
 GPU_BUDGET ?= 540
 JOBS ?= 2
+# Slow tests stand together; who has none left takes over some.
+SPREAD = -n $(JOBS) --dist worksteal
 
-.PHONY: help demo test coverage native instruction-sets interpreter emulated cuda-syntax kernels gpu sanitize lint \
-    format types clean FORCE
+.PHONY: help demo test coverage convergence native instruction-sets interpreter emulated cuda-syntax kernels gpu \
+    sanitize lint format types clean FORCE
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train LeNet-5 on real images with SOFIM and with SGD-momentum"
 	@echo "make test      run the tests"
+	@echo "make convergence  compare optimizers: in miniature, or ARGS='compare --task digits-lenet5' and so on"
 	@echo "make coverage  run the tests and report the lines that none of them reaches"
 	@echo "make native    compile what has changed in csrc, and show all that the compiler says"
 	@echo "make sanitize  run tests of the C++ with AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -46,13 +49,18 @@ help:
 # The demo runs without the native part where that cannot be built; tests do so only where there is no compiler.
 demo: BUILD_CPU := auto
 demo: $(READY) $(NATIVE)
+	@$(FASHION_MNIST)
 	$(BIN)/python -m examples.train $(ARGS)
 
 test: $(READY) $(NATIVE)
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
 coverage: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest --cov=sofim_fused --cov-report=term-missing $(ARGS)
+
+convergence: $(READY) $(NATIVE)
+	@$(FASHION_MNIST)
+	$(BIN)/python -m bench.convergence $(or $(ARGS),--quick)
 
 native: $(READY)
 	$(BUILD)
@@ -62,21 +70,21 @@ instruction-sets: $(READY) $(NATIVE)
 	for set in $(LESSER_SETS); do \
 	    export ATEN_CPU_CAPABILITY=$$set && \
 	    $(BIN)/python -c 'from sofim_fused import native; print(native.instruction_set())' && \
-	    $(BIN)/python -m pytest -q -n $(JOBS) -k "cpu and not reference" tests/test_matrix.py tests/test_passes.py $(ARGS) || exit 1; \
+	    $(BIN)/python -m pytest -q $(SPREAD) -k "cpu and not reference" tests/test_matrix.py tests/test_passes.py $(ARGS) || exit 1; \
 	done
 
-# The interpreter is chosen for a whole process.
+# The interpreter is chosen for a whole process. It is slow: of the matrix it runs a covering, unless ARGS=--all-cases.
 interpreter: $(READY) $(NATIVE)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(JOBS) $(INTERPRETER_TESTS) $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(SPREAD) $(INTERPRETER_TESTS) $(ARGS)
 
-# A copy of its own.
+# A copy of its own. Of the matrix it runs a covering, unless ARGS=--all-cases.
 emulated: $(READY)
 	rm -rf $(EMULATED)/lib/tests
 	SOFIM_BUILD_CPU=1 SOFIM_BUILD_CUDA=emulated $(ONE_SET) \
 	    $(BIN)/python setup.py -q build --build-base $(EMULATED) --build-lib $(EMULATED)/lib
 	cp -r tests pyproject.toml $(EMULATED)/lib
 	cd $(EMULATED)/lib && \
-	    SOFIM_EMULATED=1 $(abspath $(BIN))/python -m pytest -q -n $(JOBS) -p no:cacheprovider $(EMULATED_TESTS) $(ARGS)
+	    SOFIM_EMULATED=1 $(abspath $(BIN))/python -m pytest -q $(SPREAD) -p no:cacheprovider $(EMULATED_TESTS) $(ARGS)
 
 # PyTorch's headers for CUDA are there without CUDA, but for one that its build writes; nvcc knows where its own are.
 cuda-syntax: $(READY)
@@ -93,6 +101,7 @@ cuda-syntax: $(READY)
 INCLUDES = -c 'from sysconfig import get_path; from torch.utils.cpp_extension import include_paths; \
     print(*(f"-isystem {path}" for path in (*include_paths(), get_path("include"))))'
 
+# All of them for all targets; ARGS=--covering leaves out a part of those for other targets than sm_90.
 kernels: $(READY)
 	$(BIN)/python -m bench.kernels $(ARGS)
 
@@ -111,7 +120,7 @@ sanitize: $(READY)
 	        ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 && \
 	    $(abspath $(BIN))/python -m sofim_fused.info && \
 	    $(abspath $(BIN))/python -c 'from sofim_fused import native; native.instruction_set()' && \
-	    $(abspath $(BIN))/python -m pytest -q -n $(JOBS) -p no:cacheprovider --capture=sys \
+	    $(abspath $(BIN))/python -m pytest -q $(SPREAD) -p no:cacheprovider --capture=sys \
 	        --deselect tests/test_native.py::test_instruction_sets $(SANITIZE_TESTS) $(ARGS)
 
 lint: $(READY)
@@ -136,6 +145,14 @@ $(NATIVE): $(READY) $(SOURCES) $(if $(SOFIM_BUILD_CPU),FORCE)
 	@echo "Building the native part"; \
 	$(BUILD) > $(VENV)/native.log 2>&1 || { cat $(VENV)/native.log; exit 1; }; \
 	grep -E 'warning: |^sofim_fused: ' $(VENV)/native.log; $(STAMP)
+
+# For what takes these data: Debian has them. Where they cannot be had so, the program says what is missing.
+FASHION_MNIST = case "$(ARGS)" in *--root*) ;; *fashion-mnist*|*sensitivity*|*cost*) \
+    if [ ! -d /usr/share/datasets/fashion-mnist ] && command -v apt-get > /dev/null; then \
+        echo "Installing Debian's dataset-fashion-mnist"; \
+        { apt-get update -qq && apt-get install -y -qq --no-install-recommends dataset-fashion-mnist; } \
+          || echo "That takes root: run  sudo apt-get install dataset-fashion-mnist" >&2; \
+    fi;; esac
 
 # torch goes first and alone: a range in a dependency could pull a build of several gigabytes.
 $(READY): pyproject.toml setup.py Makefile

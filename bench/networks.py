@@ -1,23 +1,24 @@
-"""Networks whose training is timed: ResNet-9, a small transformer, and linear layers with more weights than work."""
+"""Networks that the benchmarks train."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
 class ResNet9(nn.Module):
-    """ResNet-9 for 32x32 colour images and ten classes, as in DAWNBench; its parameters are ``bench.shapes.resnet9``.
+    """ResNet-9 for 32x32 images, as in DAWNBench; with the defaults its parameters are ``bench.shapes.resnet9``.
 
-    Maps images (N, 3, 32, 32) to logits (N, 10).
+    Maps images (N, channels, 32, 32) to logits (N, classes).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 3, classes: int = 10) -> None:
         super().__init__()
-        self.stem = nn.Sequential(_convolution(3, 64), _convolution(64, 128), nn.MaxPool2d(2))
+        self.stem = nn.Sequential(_convolution(channels, 64), _convolution(64, 128), nn.MaxPool2d(2))
         self.first = nn.Sequential(_convolution(128, 128), _convolution(128, 128))
         self.middle = nn.Sequential(_convolution(128, 256), nn.MaxPool2d(2), _convolution(256, 512), nn.MaxPool2d(2))
         self.second = nn.Sequential(_convolution(512, 512), _convolution(512, 512))
-        self.head = nn.Sequential(nn.MaxPool2d(4), nn.Flatten(), nn.Linear(512, 10))
+        self.head = nn.Sequential(nn.MaxPool2d(4), nn.Flatten(), nn.Linear(512, classes))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits."""
@@ -54,3 +55,56 @@ def linear_layers(count: int, width: int) -> nn.Sequential:
     for _ in range(count):
         layers += [nn.Linear(width, width, bias=False), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+class CharacterTransformer(nn.Module):
+    """A causal transformer with learned positions; each layer normalises before its attention and its perceptron.
+
+    Attention is written out: PyTorch's fused one has no second derivative, which Hessian-vector products take.
+
+    Maps tokens (N, length) to logits (N, length, vocabulary), length being ``context`` at most.
+    """
+
+    def __init__(self, vocabulary: int, context: int = 64, width: int = 32, heads: int = 4, depth: int = 2) -> None:
+        super().__init__()
+        self.token = nn.Embedding(vocabulary, width)
+        self.position = nn.Embedding(context, width)
+        self.layers = nn.ModuleList(_TransformerLayer(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits."""
+        length = tokens.shape[-1]
+        x = self.token(tokens) + self.position(torch.arange(length, device=tokens.device))
+        later = torch.full((length, length), float("-inf"), device=tokens.device).triu(1)
+        for layer in self.layers:
+            x = layer(x, later)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+class _TransformerLayer(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.queries_keys_values = nn.Linear(width, 3 * width)
+        self.mixed = nn.Linear(width, width)
+        self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, later: Tensor) -> Tensor:
+        n, length, width = x.shape
+        parts = self.queries_keys_values(self.attention_norm(x)).view(n, length, 3, self.heads, width // self.heads)
+        queries, keys, values = parts.permute(2, 0, 3, 1, 4)
+        weights = (queries @ keys.mT * (width // self.heads) ** -0.5 + later).softmax(-1)
+        x = x + self.mixed((weights @ values).transpose(1, 2).reshape(n, length, width))
+        out: Tensor = x + self.perceptron(self.norm(x))
+        return out
+
+
+def perceptron(entering: int, hidden: int, classes: int) -> nn.Sequential:
+    """Two hidden layers with tanh: (N, entering) to logits (N, classes)."""
+    return nn.Sequential(
+        nn.Linear(entering, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, classes)
+    )

@@ -1,0 +1,276 @@
+"""The command line: one command per figure, and one for all of it in miniature."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from bench import report
+from bench.convergence import compare, convex, cost, sensitivity
+from bench.convergence.contenders import CONTENDERS
+from bench.convergence.store import Store
+from bench.convergence.tasks import TASKS, Size
+from examples.train import UserError, usable_device
+
+RESULTS = report.RESULTS / "convergence"
+SEEDS = 5
+SENSITIVE = "fashion-mnist-lenet5"
+SENSITIVE_SIZE = Size(4, 5_000)
+COMMAND = "python -m bench.convergence"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0: done, 2: the user must put something right, 130: interrupted."""
+    options = _parser().parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    try:
+        if options.quick:
+            quick(options, console)
+        elif options.command is None:
+            raise UserError("name a figure (compare, convex, sensitivity, cost), report, or --quick")
+        else:
+            usable_device(options.device)
+            options.out.mkdir(parents=True, exist_ok=True)
+            COMMANDS[options.command](options, console)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, ValueError) as error:  # of readers of data and of results; their messages are for users
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=COMMAND,
+        description="Convergence of SOFIM beside other optimizers. Results are added to JSON lines as they come: a"
+        " command that was interrupted goes on where it stopped. Tables and figures are written beside them.",
+    )
+    parser.add_argument("--quick", action="store_true", help="everything in miniature, in a temporary folder")
+    _common(parser)
+    commands = parser.add_subparsers(dest="command", title="commands")
+    one = commands.add_parser("compare", help="tune all optimizers on a task alike, then compare them")
+    one.add_argument("--task", choices=list(TASKS), required=True)
+    one.add_argument("--seeds", type=int, default=SEEDS, help=f"runs of each after tuning (default: {SEEDS})")
+    two = commands.add_parser("convex", help="distance to the minimiser of a convex loss")
+    three = commands.add_parser("sensitivity", help="losses over learning rates, ρ, momentum and batch sizes")
+    four = commands.add_parser("cost", help="time of training steps, on the CPU; takes a quiet machine")
+    four.add_argument("--seconds", type=float, default=60.0, help="per task (default: 60)")
+    four.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
+    five = commands.add_parser("report", help="tables and figures anew, from the results that there are")
+    for command in (one, two, three, four, five):
+        _common(command, suppress=True)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser, suppress: bool = False) -> None:
+    """Options of all commands; after a command they keep what was said before it."""
+
+    def add(name: str, default: Any, **settings: Any) -> None:
+        parser.add_argument(name, default=argparse.SUPPRESS if suppress else default, **settings)
+
+    add("--device", "cpu", help="cpu or cuda (default: cpu)")
+    add("--full", False, action="store_true", help="all data and more epochs: for GPUs")
+    add("--root", None, type=Path, metavar="DIR", help="folder of the task's files (default: where they usually lie)")
+    add("--jobs", None, type=int, metavar="N", help="processes (default: one per core, on a GPU one)")
+    add("--out", RESULTS, type=Path, metavar="DIR", help="folder of the results (default: bench/results/convergence)")
+
+
+def _workers(options: argparse.Namespace) -> int:
+    jobs: int | None = options.jobs
+    return jobs or (1 if options.device != "cpu" else os.cpu_count() or 1)
+
+
+def _stem(name: str, options: argparse.Namespace) -> str:
+    return name + ("-full" if options.full else "") + ("" if options.device == "cpu" else "-" + options.device)
+
+
+def _write(out: Path, name: str, text: str, drawing: Figure | None) -> None:
+    picture = f"\n\n![{name}]({name}.png)" if drawing is not None else ""
+    (out / f"{name}.md").write_text(text + picture + "\n")
+    if drawing is not None:
+        drawing.savefig(out / f"{name}.png", dpi=80, metadata={"Software": None})
+
+
+def _machine(store: Store) -> str:
+    """Where results were made: on one machine as a rule."""
+    described = {
+        f"{m['cpu']}, {m['cores']} cores, torch {m['torch']}, Python {m['python']}, SOFIM's backend {m['backend']}"
+        for m in store.machines
+    }
+    return "; ".join(sorted(described))
+
+
+# The figures
+
+
+def _compare(options: argparse.Namespace, console: Console) -> None:
+    (plan,) = compare.plans([options.task], options.full, options.seeds, options.device)
+    store = Store(options.out / f"{_stem(options.task, options)}.jsonl")
+    result = compare.run(plan, store, _workers(options), options.root, console)
+    _write_comparison(result, store, options)
+    console.print(compare.ends(result), compare.speeds(result), sep="\n\n", highlight=False, markup=False)
+
+
+def _write_comparison(result: compare.Comparison, store: Store, options: argparse.Namespace) -> None:
+    name = result.plan.task.name
+    command = f"{COMMAND} compare --task {name}{_flags(options)}"
+    text = compare.markdown(result, _machine(store), command)
+    _write(options.out, _stem(name, options), text, compare.figure(result))
+
+
+def _flags(options: argparse.Namespace) -> str:
+    return (" --full" if options.full else "") + ("" if options.device == "cpu" else f" --device {options.device}")
+
+
+def _convex(options: argparse.Namespace, console: Console, plan: convex.Plan | None = None) -> None:
+    plan = plan or convex.Plan()
+    store = Store(options.out / "convex.jsonl")
+    _write_convex(plan, convex.run(plan, store, _workers(options), console), store, options)
+
+
+def _write_convex(plan: convex.Plan, found: convex.Result, store: Store, options: argparse.Namespace) -> None:
+    text = convex.markdown(plan, found, _machine(store), f"{COMMAND} convex")
+    _write(options.out, "convex", text, convex.figure(plan, found))
+
+
+def _sensitivity(options: argparse.Namespace, console: Console, plan: sensitivity.Plan | None = None) -> None:
+    plan = plan or _sensitivity_plan(options)
+    store = Store(options.out / f"{_stem('sensitivity', options)}.jsonl")
+    _write_sensitivity(plan, sensitivity.run(plan, store, _workers(options), options.root, console), store, options)
+
+
+def _sensitivity_plan(options: argparse.Namespace) -> sensitivity.Plan:
+    return sensitivity.Plan(SENSITIVE, SENSITIVE_SIZE, options.device)
+
+
+def _write_sensitivity(
+    plan: sensitivity.Plan, found: dict[str, sensitivity.Grid], store: Store, options: argparse.Namespace
+) -> None:
+    text = sensitivity.markdown(plan, found, _machine(store), f"{COMMAND} sensitivity{_flags(options)}")
+    _write(options.out, _stem("sensitivity", options), text, sensitivity.figure(plan, found))
+
+
+def _cost(options: argparse.Namespace, console: Console, tasks: Sequence[str] = cost.TIMED) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        found = {}
+        for name in tasks:
+            with console.status(f"cost: {name}"):
+                found[name] = cost.measure(name, options.seconds, options.root)
+        where = report.machine(options.threads)
+    finally:
+        torch.set_num_threads(threads)
+    record = {"machine": where, "seconds": options.seconds, "tables": found}
+    (options.out / "cost.json").write_text(json.dumps(record, indent=1) + "\n")
+    _write_cost(options)
+
+
+def _write_cost(options: argparse.Namespace) -> None:
+    record = json.loads((options.out / "cost.json").read_text())
+    m = record["machine"]
+    machine = f"{m['cpu']}, {m['cores']} cores, {m['threads']} thread(s), torch {m['torch']}"
+    _write(options.out, "cost", cost.markdown(record["tables"], machine, f"{COMMAND} cost"), None)
+
+
+def _report(options: argparse.Namespace, console: Console) -> None:
+    for plan in compare.plans(list(TASKS), options.full, SEEDS, options.device):
+        store = Store(options.out / f"{_stem(plan.task.name, options)}.jsonl")
+        _redraw(
+            plan.task.name,
+            store,
+            lambda plan=plan, store=store: _write_comparison(compare.comparison(plan, store), store, options),  # type: ignore[misc]
+            console,
+        )
+    store = Store(options.out / "convex.jsonl")
+    _redraw(
+        "convex",
+        store,
+        lambda: _write_convex(convex.Plan(), convex.result(convex.Plan(), store), store, options),
+        console,
+    )
+    grids = Store(options.out / f"{_stem('sensitivity', options)}.jsonl")
+    settings = _sensitivity_plan(options)
+    _redraw(
+        "sensitivity",
+        grids,
+        lambda: _write_sensitivity(settings, sensitivity.losses(settings, grids), grids, options),
+        console,
+    )
+    if (options.out / "cost.json").exists():
+        _write_cost(options)
+        console.print("cost: written")
+
+
+def _redraw(name: str, store: Store, write: Callable[[], None], console: Console) -> None:
+    if not len(store):
+        return
+    try:
+        write()
+    except KeyError:
+        console.print(f"{name}: results are missing, nothing written; its command goes on where it stopped")
+    else:
+        console.print(f"{name}: written")
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, Console], None]] = {
+    "compare": _compare,
+    "convex": _convex,
+    "sensitivity": _sensitivity,
+    "cost": _cost,
+    "report": _report,
+}
+
+
+# In miniature
+
+
+def quick(options: argparse.Namespace, console: Console) -> None:
+    """All figures at sizes that say nothing of optimizers, but take the same way through the code.
+
+    Raises:
+        UserError: an optimizer's best run did not lower its training loss, or results were computed twice.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options.out, options.full, options.device, options.seconds, options.threads = Path(folder), False, "cpu", 0.0, 1
+        for name in ("digits-lenet5", "tabular-mlp", "text-transformer"):
+            task = TASKS[name]
+            plan = compare.Plan(task, Size(2, 160), 2, "cpu", configurations=2)
+            store = Store(options.out / f"{name}.jsonl")
+            result = compare.run(plan, store, _workers(options), None, console)
+            count = len(store)
+            for entry in result.entries:
+                first, last = (entry.outcomes[0].points[i].train_loss for i in (0, -1))
+                if not last < first:
+                    raise UserError(f"{entry.contender.label} on {name}: training loss went from {first} to {last}")
+            compare.run(plan, store, 1, None, console)
+            if len(store) != count:
+                raise UserError(f"{name}: results were there and were computed again")
+            _write_comparison(result, store, options)
+        _convex(options, console, convex.Plan(steps=10, epochs=1, seeds=1))
+        plan_ = sensitivity.Plan(
+            "digits-lenet5", Size(1, 64), "cpu", (0.1, 1.0), (0.1, 1.0), (0.01, 0.1), (0.0, 0.9), (32, 64)
+        )
+        _sensitivity(options, console, plan_)
+        _cost(options, console, ["tabular-mlp"])
+        written = sorted(path.name for path in options.out.iterdir())
+        console.print(f"{len(CONTENDERS)} optimizers; written: {', '.join(written)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,364 @@
+"""The comparison on one task: each optimizer tuned on validation examples, then trained from several seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from scipy import stats
+
+from bench.convergence.contenders import CONFIGURATIONS, CONTENDERS, Contender, Settings
+from bench.convergence.pool import run_missing
+from bench.convergence.store import Store
+from bench.convergence.tasks import TASKS, Size, Targets, Task
+from bench.convergence.training import Job, Outcome, Point, train
+
+__all__ = ["Comparison", "Plan", "figure", "markdown", "run"]
+
+FIRST_TUNING_SEED = 1000  # no seed is used for tuning and for comparing
+BASELINE = "sgd"
+STYLES = {
+    "sofim": ("tab:blue", "-", 2.2),
+    "sofim-group": ("tab:blue", "--", 1.2),
+    "sofim-parameter": ("tab:blue", ":", 1.2),
+    "sofim-gradient": ("tab:cyan", "-", 1.2),
+    "sofim-gradient-group": ("tab:cyan", "--", 1.2),
+    "sofim-gradient-parameter": ("tab:cyan", ":", 1.2),
+    "sgd": ("tab:red", "-", 2.2),
+    "adamw": ("tab:orange", "-", 1.5),
+    "lbfgs": ("tab:green", "-", 1.5),
+    "adahessian": ("tab:purple", "-", 1.5),
+    "nystrom": ("tab:brown", "-", 1.5),
+}
+
+
+class Plan(NamedTuple):
+    """What is compared.
+
+    Attributes:
+        task: what is trained.
+        size: how much of it.
+        seeds: runs of each optimizer with the settings that were chosen.
+        device: where.
+        configurations: of each optimizer, the first of its grid.
+    """
+
+    task: Task
+    size: Size
+    seeds: int
+    device: str
+    configurations: int = CONFIGURATIONS
+
+    @property
+    def contenders(self) -> list[Contender]:
+        """Who takes part."""
+        return [replace(contender, grid=contender.grid[: self.configurations]) for contender in CONTENDERS.values()]
+
+    def job(self, contender: Contender, settings: Settings, seed: int) -> Job:
+        """A run to compare by."""
+        return Job(
+            self.task.name,
+            contender.name,
+            settings,
+            seed,
+            "test",
+            self.size.epochs,
+            self.size.examples,
+            self.task.batch_size,
+            self.device,
+        )
+
+    def tuning(self, contender: Contender, settings: Settings) -> list[Job]:
+        """The runs that settings are chosen by."""
+        seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + self.task.tuning_seeds)
+        return [replace(self.job(contender, settings, seed), held_out="validation") for seed in seeds]
+
+
+class Entry(NamedTuple):
+    """An optimizer with the settings chosen for it.
+
+    Attributes:
+        contender: the optimizer.
+        settings: with the lowest validation loss.
+        validation: that loss; infinite where every run diverged.
+        outcomes: by seed.
+    """
+
+    contender: Contender
+    settings: Settings
+    validation: float
+    outcomes: list[Outcome]
+
+
+class Comparison(NamedTuple):
+    """A plan and what came of it."""
+
+    plan: Plan
+    entries: list[Entry]
+
+
+def run(plan: Plan, store: Store, workers: int, root: Path | None, console: Console) -> Comparison:
+    """Do what of a plan is not in the store."""
+    plan.task.data(root, plan.size.examples)  # what is wrong with the data is better known before anything is begun
+    work = partial(_train, root=root)
+    tuning = [
+        job for contender in plan.contenders for settings in contender.grid for job in plan.tuning(contender, settings)
+    ]
+    run_missing({job.key: job for job in tuning}, work, store, workers, f"{plan.task.name}: tuning", console)
+    final = [
+        plan.job(contender, choice(plan, contender, store)[0], seed)
+        for contender in plan.contenders
+        for seed in range(plan.seeds)
+    ]
+    run_missing({job.key: job for job in final}, work, store, workers, f"{plan.task.name}: comparing", console)
+    return comparison(plan, store)
+
+
+def _train(job: Job, root: Path | None) -> dict[str, Any]:
+    return train(job, root)._asdict()
+
+
+def comparison(plan: Plan, store: Store) -> Comparison:
+    """From a store that has all of it.
+
+    Raises:
+        KeyError: it has not.
+    """
+    entries = []
+    for contender in plan.contenders:
+        settings, loss = choice(plan, contender, store)
+        outcomes = [Outcome.of(store[plan.job(contender, settings, seed).key]) for seed in range(plan.seeds)]
+        entries.append(Entry(contender, settings, loss, outcomes))
+    return Comparison(plan, entries)
+
+
+def choice(plan: Plan, contender: Contender, store: Store) -> tuple[Settings, float]:
+    """The settings of the lowest validation loss that any epoch ended with, in the mean over the tuning seeds."""
+
+    def loss(settings: Settings) -> float:
+        outcomes = [Outcome.of(store[job.key]) for job in plan.tuning(contender, settings)]
+        return mean(math.inf if outcome.diverged else lowest_loss(outcome) for outcome in outcomes)
+
+    best = min(contender.grid, key=loss)
+    return best, loss(best)
+
+
+def lowest_loss(outcome: Outcome) -> float:
+    """Of the examples held out, after any epoch."""
+    return min((point.loss for point in outcome.points), default=math.inf)
+
+
+def best_accuracy(outcome: Outcome) -> float:
+    """Of the examples held out, after any epoch."""
+    return max((point.accuracy for point in outcome.points), default=0.0)
+
+
+class Reached(NamedTuple):
+    """When a target was reached: after so many epochs, gradient evaluations, seconds."""
+
+    epochs: int
+    cost: float
+    seconds: float
+
+
+def reached(outcome: Outcome, met: Callable[[Point], bool]) -> Reached | None:
+    """After the first epoch at whose end the target was met; ``None`` if it never was."""
+    for epoch, point in enumerate(outcome.points, 1):
+        if met(point):
+            return Reached(epoch, point.cost, point.seconds)
+    return None
+
+
+def milestones(targets: Targets) -> dict[str, Callable[[Point], bool]]:
+    """The targets, by their headings."""
+    return {
+        f"training loss ≤ {targets.train_loss:g}": lambda point: point.train_loss <= targets.train_loss,
+        f"test loss ≤ {targets.test_loss:g}": lambda point: point.loss <= targets.test_loss,
+        f"test accuracy ≥ {100 * targets.test_accuracy:g} %": lambda point: point.accuracy >= targets.test_accuracy,
+    }
+
+
+# Tables
+
+
+def markdown(result: Comparison, machine: str, command: str) -> str:
+    """The comparison as a document."""
+    plan = result.plan
+    examples = "all" if plan.size.examples is None else f"{plan.size.examples:,}"
+    introduction = (
+        f"{plan.task.title}: {examples} training examples, {plan.size.epochs} epochs, batch size"
+        f" {plan.task.batch_size}. `{command}`: {machine}.\n\n"
+        f"For each optimizer the best of {plan.configurations} configurations by the lowest validation loss of any"
+        f" epoch ({plan.task.tuning_seeds} seed{'s' * (plan.task.tuning_seeds > 1)} each), then {plan.seeds} other"
+        " seeds. Mean ± standard deviation over these. \\*: at an edge of its grid."
+    )
+    return "\n\n".join(
+        [introduction, "### Where they end", ends(result), "### What it takes to get there", speeds(result)]
+    )
+
+
+def ends(result: Comparison) -> str:
+    """Settings, final figures, and differences from SGD."""
+    baseline = next((entry for entry in result.entries if entry.contender.name == BASELINE), None)
+    rows = []
+    for entry in result.entries:
+        done = [outcome for outcome in entry.outcomes if not outcome.diverged]
+        cells = [entry.contender.label, settings_of(entry), _number(entry.validation)]
+        if len(done) < len(entry.outcomes):
+            cells += [f"diverged: {len(entry.outcomes) - len(done)} of {len(entry.outcomes)}"] + [""] * 4
+        else:
+            cells += [
+                _spread([outcome.points[-1].train_loss for outcome in done], ".3f"),
+                _spread([lowest_loss(outcome) for outcome in done], ".3f"),
+                "" if baseline in (None, entry) else _difference(entry, baseline),
+                _spread([100 * best_accuracy(outcome) for outcome in done], ".2f"),
+                _spread([100 * outcome.points[-1].accuracy for outcome in done], ".2f"),
+            ]
+        rows.append(cells)
+    heading = [
+        "",
+        "chosen",
+        "validation loss",
+        "training loss, last epoch",
+        "lowest test loss",
+        "minus SGD's [95 %]",
+        "best test accuracy, %",
+        "last, %",
+    ]
+    return table(heading, rows)
+
+
+def _difference(entry: Entry, baseline: Entry | None) -> str:
+    assert baseline is not None
+    if any(outcome.diverged for outcome in baseline.outcomes):
+        return ""
+    pairs = zip(entry.outcomes, baseline.outcomes, strict=True)  # the same initial weights and batches
+    differences = [lowest_loss(ours) - lowest_loss(theirs) for ours, theirs in pairs]
+    if len(differences) < 2:
+        return f"{mean(differences):+.3f}"
+    half = stats.t.ppf(0.975, len(differences) - 1) * stdev(differences) / math.sqrt(len(differences))
+    return f"{mean(differences):+.3f} [{mean(differences) - half:+.3f}, {mean(differences) + half:+.3f}]"
+
+
+def speeds(result: Comparison) -> str:
+    """Cost, and when each target was reached."""
+    targets = milestones(result.plan.task.targets)
+    rows = []
+    for entry in result.entries:
+        outcomes = entry.outcomes
+        begun = [outcome for outcome in outcomes if outcome.points]
+        if not begun:
+            rows.append([entry.contender.label] + [""] * (3 + len(targets)))
+            continue
+        rows.append(
+            [
+                entry.contender.label,
+                f"{mean(outcome.memory / outcome.parameters / 4 for outcome in begun):.2f}",
+                f"{mean(outcome.cost / outcome.steps for outcome in begun):.2f}",
+                f"{mean(outcome.points[-1].seconds / len(outcome.points) for outcome in begun):.2f}",
+                *(_reached(outcomes, met) for met in targets.values()),
+            ]
+        )
+    heading = ["", "state, floats per parameter", "gradient evaluations per step", "seconds per epoch", *targets]
+    price = max(outcome.hessian_cost for entry in result.entries for outcome in entry.outcomes)
+    return table(heading, rows) + (
+        "\n\nTargets: epochs / gradient evaluations / seconds, means over the seeds that reached them; how many, where"
+        f" not all did. A Hessian-vector product counts as {price:.2f} gradient evaluations (the ratio of operations in"
+        " matrix products and convolutions). On a CPU seconds are the process's, which runs one thread."
+    )
+
+
+def _reached(outcomes: Sequence[Outcome], met: Callable[[Point], bool]) -> str:
+    times = [found for outcome in outcomes if (found := reached(outcome, met)) is not None]
+    if not times:
+        return "–"
+    epochs, cost, seconds = (mean(values) for values in zip(*times, strict=True))
+    some = "" if len(times) == len(outcomes) else f" ({len(times)} of {len(outcomes)})"
+    return f"{epochs:.1f} / {cost:,.0f} / {seconds:.1f}{some}"
+
+
+def settings_of(entry: Entry) -> str:
+    """The settings that were chosen, those at an edge of the grid marked."""
+    edges = entry.contender.edges(entry.settings)
+    return ", ".join(
+        f"{name} {_setting(entry.settings[name])}" + ("\\*" if name in edges else "") for name in entry.contender.varied
+    )
+
+
+def _setting(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "none finite"
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    return format(mean(values), form) + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
+
+
+def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown."""
+    lines = ["| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows])
+
+
+# Figure
+
+
+def figure(result: Comparison) -> Figure:
+    """Losses and accuracy by epoch, training loss by gradient evaluations; of SOFIM and SGD with the seeds' range."""
+    drawing = Figure(figsize=(13, 9), layout="constrained")
+    panels = drawing.subplots(2, 2)
+    curves: dict[str, tuple[Axes, Callable[[Point], float], bool]] = {
+        "training loss, nats": (panels[0][0], lambda point: point.train_loss, False),
+        "test loss, nats": (panels[0][1], lambda point: point.loss, False),
+        "test accuracy, %": (panels[1][0], lambda point: 100 * point.accuracy, False),
+        "training loss, nats\n": (panels[1][1], lambda point: point.train_loss, True),
+    }
+    for name, (axes, value, by_cost) in curves.items():
+        shown: list[float] = []
+        for entry in result.entries:
+            whole = [outcome.points for outcome in entry.outcomes if not outcome.diverged]
+            if not whole:
+                continue
+            colour, line, width = STYLES[entry.contender.name]
+            values = np.array([[value(point) for point in points] for points in whole])
+            costs = np.array([[point.cost for point in points] for points in whole])
+            x = costs.mean(0) if by_cost else np.arange(1, values.shape[1] + 1)
+            axes.plot(x, values.mean(0), line, color=colour, linewidth=width, label=entry.contender.label)
+            if width > 2:
+                axes.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+            shown.extend(values.mean(0)[1:])
+        axes.set(xlabel="gradient evaluations" if by_cost else "epoch", ylabel=name.strip())
+        if by_cost:
+            axes.set_xscale("log")
+        if "loss" in name:
+            axes.set_yscale("log")
+        if shown:  # first epochs and those that stay behind would press the others together
+            low, high = np.percentile(shown, (0, 95)) if "loss" in name else np.percentile(shown, (8, 100))
+            margin = 1.05 if "loss" in name else 1.003
+            axes.set_ylim(low / margin, high * margin)
+        axes.grid(alpha=0.3, which="both")
+    panels[0][0].legend(fontsize="small")
+    size = result.plan.size
+    examples = "all" if size.examples is None else f"{size.examples:,}"
+    drawing.suptitle(
+        f"{result.plan.task.title}: {examples} training examples, batch size {result.plan.task.batch_size},"
+        f" best of {result.plan.configurations} configurations each, mean of {result.plan.seeds} seeds"
+    )
+    return drawing
+
+
+def plans(names: Sequence[str], full: bool, seeds: int, device: str) -> list[Plan]:
+    """Of several tasks."""
+    return [Plan(TASKS[name], TASKS[name].full if full else TASKS[name].small, seeds, device) for name in names]

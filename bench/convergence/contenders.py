@@ -1,0 +1,205 @@
+"""The optimizers that are compared, and the configurations among which each is tuned: twelve for every one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from pytorch_optimizer import AdaHessian
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD, AdamW, Optimizer
+
+from bench.convergence.nystrom import NystromSGD
+from sofim_fused import SOFIM
+
+__all__ = ["CONFIGURATIONS", "CONTENDERS", "Contender", "Settings", "layers", "memory"]
+
+CONFIGURATIONS = 12
+MOMENTUM = 0.9
+COLUMNS, PERIOD = 10, 20  # of Nyström-SGD
+HISTORY = 10  # of L-BFGS
+
+Settings = Mapping[str, Any]
+Numerator = Literal["moment", "gradient"]
+Fisher = Literal["model", "group", "parameter"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer as it takes part.
+
+    Attributes:
+        name: as the command line and the records have it.
+        label: as tables and figures have it.
+        build: the optimizer of a model, by its settings.
+        grid: settings to choose from.
+        gradients: how a step gets them: ``"plain"``; with the ``"graph"`` that Hessian-vector products need; or by a
+            ``"closure"`` that the step may call several times.
+    """
+
+    name: str
+    label: str
+    build: Callable[[nn.Module, Settings], Optimizer]
+    grid: Sequence[Settings]
+    gradients: Literal["plain", "graph", "closure"] = "plain"
+
+    @property
+    def varied(self) -> list[str]:
+        """The settings that the grid varies."""
+        return [name for name in self.grid[0] if len({entry[name] for entry in self.grid}) > 1]
+
+    def edges(self, settings: Settings) -> list[str]:
+        """Which numbers are the lowest or the highest of the grid, so that better ones may lie outside.
+
+        In a setting with two values both would be at an edge, which says nothing: those are left out.
+        """
+        found = []
+        for name in self.varied:
+            values = {entry[name] for entry in self.grid}
+            if len(values) > 2 and settings[name] in (min(values), max(values)):
+                found.append(name)
+        return found
+
+    def hessian_products(self, optimizer: Optimizer) -> int:
+        """Hessian-vector products that the next step takes."""
+        if isinstance(optimizer, NystromSGD):
+            return optimizer.columns if optimizer.needs_graph else 0
+        return 1 if self.gradients == "graph" else 0
+
+
+def layers(model: nn.Module) -> list[dict[str, Any]]:
+    """A parameter group for each layer: what ``fisher="group"`` has a matrix for."""
+    return [
+        {"params": params}
+        for module in model.modules()
+        if (params := [p for _, p in module.named_parameters("", False)])
+    ]
+
+
+def _grid(**values: Sequence[Any]) -> list[Settings]:
+    grid: list[Settings] = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+    assert len(grid) == CONFIGURATIONS
+    return grid
+
+
+def _sofim(numerator: Numerator, fisher: Fisher, model: nn.Module, settings: Settings) -> Optimizer:
+    rho = settings["rho"]
+    lr = settings["lr/rho"] * rho
+    momentum = settings.get("momentum", MOMENTUM)
+    return SOFIM(layers(model), lr=lr, momentum=momentum, rho=rho, numerator=numerator, fisher=fisher)
+
+
+def _sgd(model: nn.Module, settings: Settings) -> Optimizer:
+    return SGD(model.parameters(), lr=settings["lr"], momentum=settings["momentum"], fused=True)
+
+
+def _adamw(model: nn.Module, settings: Settings) -> Optimizer:
+    return AdamW(model.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"], fused=True)
+
+
+def _lbfgs(model: nn.Module, settings: Settings) -> Optimizer:
+    return LBFGS(
+        model.parameters(),
+        lr=settings["lr"],
+        max_iter=settings["max_iter"],
+        history_size=HISTORY,
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
+        line_search_fn=settings["line_search"],
+    )
+
+
+def _adahessian(model: nn.Module, settings: Settings) -> Optimizer:
+    return AdaHessian(model.parameters(), lr=settings["lr"], hessian_power=settings["hessian_power"])
+
+
+def _nystrom(model: nn.Module, settings: Settings) -> Optimizer:
+    rho = settings["rho"]
+    return NystromSGD(model.parameters(), lr=settings["lr/rho"] * rho, rho=rho, columns=COLUMNS, period=PERIOD)
+
+
+# Far below the trust region lr/rho is to SOFIM what lr/(1 - momentum) is to SGD, and lr to a method without momentum.
+_SOFIM_GRID = {
+    "model": _grid(**{"lr/rho": (0.1, 0.25, 0.6, 1.5), "rho": (0.1, 1.0, 10.0)}),
+    "group": _grid(**{"lr/rho": (0.1, 0.25, 0.6, 1.5), "rho": (0.03, 0.3, 3.0)}),
+    "parameter": _grid(**{"lr/rho": (0.1, 0.25, 0.6, 1.5), "rho": (0.03, 0.3, 3.0)}),
+}
+# Its noise is that of single gradients: shorter steps, more damping.
+_GRADIENT_GRID = {
+    "model": _grid(**{"lr/rho": (0.03, 0.1, 0.3, 1.0), "rho": (0.3, 1.0, 10.0)}),
+    "group": _grid(**{"lr/rho": (0.03, 0.1, 0.3, 1.0), "rho": (0.1, 0.3, 3.0)}),
+    "parameter": _grid(**{"lr/rho": (0.03, 0.1, 0.3, 1.0), "rho": (0.1, 0.3, 3.0)}),
+}
+
+
+def _all() -> Iterator[Contender]:
+    marks: dict[Fisher, str] = {"model": "", "group": ", per layer", "parameter": ", per tensor"}
+    for fisher, mark in marks.items():
+        name = "sofim" + (f"-{fisher}" if mark else "")
+        yield Contender(name, f"SOFIM{mark}", partial(_sofim, "moment", fisher), _SOFIM_GRID[fisher])
+    for fisher, mark in marks.items():
+        name = "sofim-gradient" + (f"-{fisher}" if mark else "")
+        yield Contender(name, f"SOFIM gradient{mark}", partial(_sofim, "gradient", fisher), _GRADIENT_GRID[fisher])
+    yield Contender("sgd", "SGD-momentum", _sgd, _grid(lr=(0.005, 0.01, 0.02, 0.04, 0.08, 0.16), momentum=(0.9, 0.95)))
+    yield Contender(
+        "adamw", "AdamW", _adamw, _grid(lr=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), weight_decay=(0.0, 0.01))
+    )
+    yield Contender(
+        "lbfgs",
+        "L-BFGS",
+        _lbfgs,
+        _grid(lr=(0.1, 0.3, 1.0), max_iter=(1, 3), line_search=(None, "strong_wolfe")),
+        gradients="closure",
+    )
+    yield Contender(
+        "adahessian",
+        "AdaHessian",
+        _adahessian,
+        _grid(lr=(0.003, 0.01, 0.03, 0.1, 0.2, 0.4), hessian_power=(0.5, 1.0)),
+        gradients="graph",
+    )
+    yield Contender(
+        "nystrom",
+        "Nyström-SGD",
+        _nystrom,
+        _grid(**{"lr/rho": (0.03, 0.1, 0.3, 1.0), "rho": (0.1, 1.0, 10.0)}),
+        gradients="graph",
+    )
+
+
+CONTENDERS = {contender.name: contender for contender in _all()}
+
+
+def memory(optimizer: Optimizer) -> int:
+    """Bytes of the tensors that an optimizer keeps from one step to the next."""
+    seen: dict[int, int] = {}
+
+    def visit(value: object) -> None:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, Mapping):
+            for part in value.values():
+                visit(part)
+        elif isinstance(value, list | tuple):
+            for part in value:
+                visit(part)
+
+    visit(list(optimizer.state.values()))
+    if isinstance(optimizer, NystromSGD):
+        visit(optimizer.factor)
+    return sum(seen.values())
+
+
+def gradients_by(contender: Contender, optimizer: Optimizer, loss: Tensor, params: list[nn.Parameter]) -> None:
+    """Put gradients into ``.grad``, with a graph where the next step needs it."""
+    if contender.hessian_products(optimizer):
+        # backward(create_graph=True) would warn of the cycle that zero_grad() breaks.
+        for p, g in zip(params, torch.autograd.grad(loss, params, create_graph=True), strict=True):
+            p.grad = g
+    else:
+        loss.backward()
