@@ -20,14 +20,15 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from bench.convergence import __main__ as command
-from bench.convergence import compare, convex, sensitivity
+from bench.convergence import compare, convex, documents, regime, sensitivity
 from bench.convergence import store as store_module
 from bench.convergence.contenders import CONFIGURATIONS, CONTENDERS, PERIOD, gradients_by, layers, memory
 from bench.convergence.nystrom import NystromSGD
 from bench.convergence.store import Store
 from bench.convergence.tasks import CONTEXT, TASKS, Size, Split, Targets, docstrings
-from bench.convergence.training import Job, Outcome, Point, hessian_cost, loss_of, train
+from bench.convergence.training import Job, Outcome, Point, hessian_cost, loss_of, prepare, train
 from bench.networks import CharacterTransformer
+from examples.train import batch_order
 from tests.test_data import write_cifar10, write_cifar100, write_svhn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -594,6 +595,42 @@ def test_tables_of_a_comparison() -> None:
     assert speeds[3].endswith("| 1.0 / 10 / 1.0 | 1.0 / 10 / 1.0 | – |")
 
 
+def test_the_summary_is_beside_sgd() -> None:
+    sgd = [outcome_of([0.5, 0.4]), outcome_of([0.5, 0.6])]
+    others = {
+        "sofim": [outcome_of([0.3, 0.4]), outcome_of([0.3, 0.2])],  # -0.1, -0.3
+        "adamw": [outcome_of([0.501]), outcome_of([0.601])],  # 0.101, 0.101
+        "lbfgs": [outcome_of([], diverged=True), outcome_of([0.5])],
+    }
+    entries = [
+        compare.Entry(contender, contender.grid[0], 0.0, others.get(name, sgd))
+        for name, contender in CONTENDERS.items()
+    ]
+    lines = compare.summary([compare.Comparison(plan_of(seeds=2), entries)]).splitlines()
+    losses = [line for line in lines if line.startswith("| ")][1:11]
+    assert losses[0] == "| SOFIM | -0.200 [-1.471, +1.071] |"
+    assert losses[6].startswith("| AdamW | **+0.101 [+0.10")
+    assert losses[7] == "| L-BFGS | diverged |"
+    costs = [line for line in lines if line.startswith("| ")][12:]
+    # Training losses are one higher; targets 1.5, 0.5 and 90 %: after the first epoch, or not at all.
+    assert costs[0] == "| SOFIM | 1.00 / 1.00 / – |"
+    assert costs[6] == "| AdamW | – / – / – |"
+
+
+def test_the_ratio_that_is_followed() -> None:
+    """After the first step the corrected moment is the gradient; afterwards the mean of gradients, weighted."""
+    run = job(settings={"lr/rho": 0.0, "rho": 0.25}, examples=64, epochs=1)
+    ratios = regime.follow(run, None)
+    training, data = prepare(run)
+    gradients = []
+    for indices in batch_order(run.seed, 1, 64).split(32):
+        training.optimizer.zero_grad()
+        loss_of(training.model, data.train.at(indices)).backward()
+        gradients.append(flat([p.grad for p in training.params]).double())
+    moment = (0.9 * gradients[0] + gradients[1]) / 1.9
+    assert ratios == pytest.approx([float(g.square().sum()) / 0.25 for g in (gradients[0], moment)], rel=1e-3)
+
+
 # The convex problem
 
 
@@ -693,3 +730,18 @@ def test_documents_come_from_the_results_that_are_committed(tmp_path: Path) -> N
     assert written
     for name in written:
         assert (tmp_path / name).read_text() == (RESULTS / name).read_text(), name
+    document = (REPOSITORY / "docs" / "convergence.md").read_text()
+    assert documents.BLOCK.search(document)
+    assert documents.filled(document, tmp_path) == document
+
+
+def test_marks_in_a_document(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("Intro.\n\n### One\n\n| 1 |\n\n### Two\n\n| 2 |\n\n![a](a.png)\n")
+    document = "x\n<!-- a.md, Two -->\nold\nolder\n<!-- end -->\ny\n<!-- a.md -->\n<!-- end -->\n"
+    filled = "x\n<!-- a.md, Two -->\n\n| 2 |\n\n<!-- end -->\ny\n<!-- a.md -->\n\nIntro.\n\n<!-- end -->\n"
+    assert documents.filled(document, tmp_path) == filled
+    assert documents.filled(filled, tmp_path) == filled
+    with pytest.raises(ValueError, match=r"a\.md has no section 'Three'"):
+        documents.filled("<!-- a.md, Three -->\n<!-- end -->", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"b\.md"):
+        documents.filled("<!-- b.md -->\n<!-- end -->", tmp_path)

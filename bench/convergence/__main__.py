@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from bench import report
-from bench.convergence import compare, convex, cost, sensitivity
+from bench.convergence import compare, convex, cost, documents, regime, sensitivity
 from bench.convergence.contenders import CONTENDERS
 from bench.convergence.store import Store
 from bench.convergence.tasks import TASKS, Size
 from examples.train import UserError, usable_device
 
 RESULTS = report.RESULTS / "convergence"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "convergence.md"
 SEEDS = 5
 SENSITIVE = "fashion-mnist-lenet5"
 SENSITIVE_SIZE = Size(4, 5_000)
@@ -37,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.quick:
             quick(options, console)
         elif options.command is None:
-            raise UserError("name a figure (compare, convex, sensitivity, cost), report, or --quick")
+            raise UserError("name a figure (compare, convex, regime, sensitivity, cost), report, or --quick")
         else:
             usable_device(options.device)
             options.out.mkdir(parents=True, exist_ok=True)
@@ -71,8 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     four = commands.add_parser("cost", help="time of training steps, on the CPU; takes a quiet machine")
     four.add_argument("--seconds", type=float, default=60.0, help="per task (default: 60)")
     four.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
+    six = commands.add_parser("regime", help="when SOFIM is more than SGD with momentum, on the tasks compared so far")
     five = commands.add_parser("report", help="tables and figures anew, from the results that there are")
-    for command in (one, two, three, four, five):
+    for command in (one, two, three, four, five, six):
         _common(command, suppress=True)
     return parser
 
@@ -109,7 +113,7 @@ def _write(out: Path, name: str, text: str, drawing: Figure | None) -> None:
 def _machine(store: Store) -> str:
     """Where results were made: on one machine as a rule."""
     described = {
-        f"{m['cpu']}, {m['cores']} cores, torch {m['torch']}, Python {m['python']}, SOFIM's backend {m['backend']}"
+        f"{m.get('gpu') or m['cpu']}, {m['cores']} cores, torch {m['torch']}, Python {m['python']}"
         for m in store.machines
     }
     return "; ".join(sorted(described))
@@ -120,7 +124,7 @@ def _machine(store: Store) -> str:
 
 def _compare(options: argparse.Namespace, console: Console) -> None:
     (plan,) = compare.plans([options.task], options.full, options.seeds, options.device)
-    store = Store(options.out / f"{_stem(options.task, options)}.jsonl")
+    store = _results(plan, options)
     result = compare.run(plan, store, _workers(options), options.root, console)
     _write_comparison(result, store, options)
     console.print(compare.ends(result), compare.speeds(result), sep="\n\n", highlight=False, markup=False)
@@ -146,6 +150,38 @@ def _convex(options: argparse.Namespace, console: Console, plan: convex.Plan | N
 def _write_convex(plan: convex.Plan, found: convex.Result, store: Store, options: argparse.Namespace) -> None:
     text = convex.markdown(plan, found, _machine(store), f"{COMMAND} convex")
     _write(options.out, "convex", text, convex.figure(plan, found))
+
+
+def _regime(options: argparse.Namespace, console: Console, plans: Sequence[compare.Plan] | None = None) -> None:
+    tasks = _compared(options) if plans is None else plans
+    store = Store(options.out / f"{_stem('regime', options)}.jsonl")
+    stores = [_results(plan, options) for plan in tasks]
+    _write_regime(regime.run(tasks, stores, store, _workers(options), options.root, console), store, options)
+
+
+def _results(plan: compare.Plan, options: argparse.Namespace) -> Store:
+    return Store(options.out / f"{_stem(plan.task.name, options)}.jsonl")
+
+
+def _compared(options: argparse.Namespace) -> list[compare.Plan]:
+    """Tasks that have all results.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = []
+    for plan in compare.plans(list(TASKS), options.full, SEEDS, options.device):
+        with contextlib.suppress(KeyError):
+            compare.comparison(plan, _results(plan, options))
+            found.append(plan)
+    if not found:
+        raise UserError("no task was compared yet: python -m bench.convergence compare --task ...")
+    return found
+
+
+def _write_regime(found: list[regime.Course], store: Store, options: argparse.Namespace) -> None:
+    text = regime.markdown(found, _machine(store), f"{COMMAND} regime{_flags(options)}")
+    _write(options.out, _stem("regime", options), text, regime.figure(found))
 
 
 def _sensitivity(options: argparse.Namespace, console: Console, plan: sensitivity.Plan | None = None) -> None:
@@ -189,12 +225,26 @@ def _write_cost(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace, console: Console) -> None:
+    done: list[compare.Comparison] = []
+
+    def write(plan: compare.Plan, store: Store) -> None:
+        result = compare.comparison(plan, store)
+        _write_comparison(result, store, options)
+        done.append(result)
+
     for plan in compare.plans(list(TASKS), options.full, SEEDS, options.device):
-        store = Store(options.out / f"{_stem(plan.task.name, options)}.jsonl")
+        store = _results(plan, options)
+        _redraw(plan.task.name, store, partial(write, plan, store), console)
+    if done:
+        _write(options.out, _stem("summary", options), compare.summary(done), None)
+    if done:
+        plans = [result.plan for result in done]
+        ratios = Store(options.out / f"{_stem('regime', options)}.jsonl")
+        stores = [_results(plan, options) for plan in plans]
         _redraw(
-            plan.task.name,
-            store,
-            lambda plan=plan, store=store: _write_comparison(compare.comparison(plan, store), store, options),  # type: ignore[misc]
+            "regime",
+            ratios,
+            lambda: _write_regime(regime.courses(plans, stores, ratios), ratios, options),
             console,
         )
     store = Store(options.out / "convex.jsonl")
@@ -215,6 +265,9 @@ def _report(options: argparse.Namespace, console: Console) -> None:
     if (options.out / "cost.json").exists():
         _write_cost(options)
         console.print("cost: written")
+    if options.out == RESULTS:
+        DOCUMENT.write_text(documents.filled(DOCUMENT.read_text(), RESULTS))
+        console.print(f"{DOCUMENT.name}: tables written")
 
 
 def _redraw(name: str, store: Store, write: Callable[[], None], console: Console) -> None:
@@ -231,6 +284,7 @@ def _redraw(name: str, store: Store, write: Callable[[], None], console: Console
 COMMANDS: dict[str, Callable[[argparse.Namespace, Console], None]] = {
     "compare": _compare,
     "convex": _convex,
+    "regime": _regime,
     "sensitivity": _sensitivity,
     "cost": _cost,
     "report": _report,
@@ -248,6 +302,7 @@ def quick(options: argparse.Namespace, console: Console) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         options.out, options.full, options.device, options.seconds, options.threads = Path(folder), False, "cpu", 0.0, 1
+        plans = []
         for name in ("digits-lenet5", "tabular-mlp", "text-transformer"):
             task = TASKS[name]
             plan = compare.Plan(task, Size(2, 160), 2, "cpu", configurations=2)
@@ -262,6 +317,8 @@ def quick(options: argparse.Namespace, console: Console) -> None:
             if len(store) != count:
                 raise UserError(f"{name}: results were there and were computed again")
             _write_comparison(result, store, options)
+            plans.append(plan)
+        _regime(options, console, plans)
         _convex(options, console, convex.Plan(steps=10, epochs=1, seeds=1))
         plan_ = sensitivity.Plan(
             "digits-lenet5", Size(1, 64), "cpu", (0.1, 1.0), (0.1, 1.0), (0.01, 0.1), (0.0, 0.9), (32, 64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from bench.convergence.store import Store
 from bench.convergence.tasks import TASKS, Size, Targets, Task
 from bench.convergence.training import Job, Outcome, Point, train
 
-__all__ = ["Comparison", "Plan", "figure", "markdown", "run"]
+__all__ = ["Comparison", "Plan", "figure", "markdown", "run", "summary"]
 
 FIRST_TUNING_SEED = 1000  # no seed is used for tuning and for comparing
 BASELINE = "sgd"
@@ -288,9 +289,14 @@ def _reached(outcomes: Sequence[Outcome], met: Callable[[Point], bool]) -> str:
 
 def settings_of(entry: Entry) -> str:
     """The settings that were chosen, those at an edge of the grid marked."""
-    edges = entry.contender.edges(entry.settings)
+    return settings_of_grid(entry.contender, entry.settings)
+
+
+def settings_of_grid(contender: Contender, settings: Settings) -> str:
+    """Settings of a grid, those at an edge of it marked."""
+    edges = contender.edges(settings)
     return ", ".join(
-        f"{name} {_setting(entry.settings[name])}" + ("\\*" if name in edges else "") for name in entry.contender.varied
+        f"{name} {_setting(settings[name])}" + ("\\*" if name in edges else "") for name in contender.varied
     )
 
 
@@ -310,6 +316,56 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """In Markdown."""
     lines = ["| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
     return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows])
+
+
+def summary(results: Sequence[Comparison]) -> str:
+    """All tasks side by side: every optimizer beside SGD."""
+    names = [name for name in CONTENDERS if name != BASELINE]
+    tasks = [result.plan.task.title for result in results]
+    entries = [{entry.contender.name: entry for entry in result.entries} for result in results]
+    losses = [
+        [CONTENDERS[name].label, *(_relative_loss(of_task[name], of_task[BASELINE]) for of_task in entries)]
+        for name in names
+    ]
+    costs = []
+    for name in names:
+        cells = [CONTENDERS[name].label]
+        for result, of_task in zip(results, entries, strict=True):
+            met = list(milestones(result.plan.task.targets).values())
+            cells.append(" / ".join(_relative_cost(of_task[name], of_task[BASELINE], target) for target in met))
+        costs.append(cells)
+    seeds = {result.plan.seeds for result in results}
+    return "\n\n".join(
+        [
+            f"All optimizers beside SGD-momentum, from the results of each task ({', '.join(map(str, seeds))} seeds).",
+            "### Test loss",
+            "Lowest mean cross-entropy on test examples, minus SGD's from the same start: mean over the seeds, with its"
+            " 95 % interval (Student's t); **bold** where that leaves out zero.",
+            table(["", *tasks], losses),
+            "### Cost to the targets",
+            "Gradient evaluations until the target for training loss / test loss / test accuracy is met, in ratio to"
+            " SGD's; means over the seeds. –: not by all seeds.",
+            table(["", *tasks], costs),
+        ]
+    )
+
+
+def _relative_loss(entry: Entry, baseline: Entry) -> str:
+    if any(outcome.diverged for outcome in entry.outcomes):
+        return "diverged"
+    text = _difference(entry, baseline)
+    signs = re.findall(r"[+-](?=\d)", text)
+    return f"**{text}**" if len(signs) == 3 and signs[1] == signs[2] else text
+
+
+def _relative_cost(entry: Entry, baseline: Entry, met: Callable[[Point], bool]) -> str:
+    costs = []
+    for one in (entry, baseline):
+        found = [reached(outcome, met) for outcome in one.outcomes]
+        if None in found:
+            return "–"
+        costs.append(mean(time.cost for time in found if time is not None))
+    return f"{costs[0] / costs[1]:.2f}"
 
 
 # Figure

@@ -26,7 +26,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench.convergence.compare import STYLES, table
+from bench.convergence.compare import STYLES, settings_of_grid, table
 from bench.convergence.contenders import CONFIGURATIONS, CONTENDERS, MOMENTUM, Contender, Settings, gradients_by
 from bench.convergence.pool import run_missing
 from bench.convergence.store import Store
@@ -311,7 +311,7 @@ def markdown(plan: Plan, found: Result, machine: str, command: str) -> str:
     full = [
         [
             entry.contender.label,
-            _settings(entry),
+            settings_of_grid(entry.contender, entry.settings),
             f"{entry.evaluations:.1f}",
             _distance(entry.runs),
             _steps_to(entry.runs, 1e-3),
@@ -322,7 +322,12 @@ def markdown(plan: Plan, found: Result, machine: str, command: str) -> str:
         for entry in found["full"]
     ]
     batches = [
-        [entry.contender.label, _settings(entry), _distance(entry.runs), _steps_to(entry.runs, 0.1)]
+        [
+            entry.contender.label,
+            settings_of_grid(entry.contender, entry.settings),
+            _distance(entry.runs),
+            _steps_to(entry.runs, 0.1),
+        ]
         for entry in found["batches"]
     ]
     relative = "‖w - w\\*‖/‖w\\*‖"
@@ -346,15 +351,6 @@ def markdown(plan: Plan, found: Result, machine: str, command: str) -> str:
             f"### Mini-batches of {plan.batch_size}, {plan.epochs} epochs, {plan.seeds} seeds",
             table(["", "chosen", f"{relative}, mean of the last tenth", "steps to 0.1"], batches),
         ]
-    )
-
-
-def _settings(entry: Entry) -> str:
-    edges = entry.contender.edges(entry.settings)
-    shown = ((name, entry.settings[name]) for name in entry.contender.varied)
-    return ", ".join(
-        f"{name} {value:g}" + ("\\*" if name in edges else "") if isinstance(value, float) else f"{name} {value}"
-        for name, value in shown
     )
 
 

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 from bench import report
 
 __all__ = ["Store"]
@@ -106,6 +108,7 @@ class Store:
 def _machine() -> dict[str, Any]:
     return {
         **report.machine(threads=1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "pytorch-optimizer": version("pytorch-optimizer"),
         "date": datetime.date.today().isoformat(),

@@ -21,7 +21,7 @@ from bench.convergence.contenders import CONTENDERS, Contender, Settings, gradie
 from bench.convergence.tasks import TASKS, Data, Split
 from examples.train import batch_order, synchronize
 
-__all__ = ["Job", "Outcome", "Point", "Training", "hessian_cost", "train"]
+__all__ = ["Job", "Outcome", "Point", "Training", "hessian_cost", "prepare", "train"]
 
 EVALUATION_BATCH = 500
 
@@ -151,7 +151,13 @@ def _hessian_cost(task: str, batch_size: int, root: Path | None, examples: int |
 
 
 def train(job: Job, root: Path | None = None) -> Outcome:
-    """Train once.
+    """Train once; see :func:`prepare`."""
+    training, data = prepare(job, root)
+    return training.outcome(data)
+
+
+def prepare(job: Job, root: Path | None = None) -> tuple[Training, Data]:
+    """A job's network and optimizer before the first step, and its data, on its device.
 
     Args:
         job: what to train, and how.
@@ -168,7 +174,7 @@ def train(job: Job, root: Path | None = None) -> Outcome:
     price = _hessian_cost(job.task, job.batch_size, root, job.examples) if contender.gradients == "graph" else 0.0
     torch.manual_seed(job.seed)
     model.to(device)
-    return Training(job, contender, model, contender.build(model, job.settings), price).outcome(data.to(device))
+    return Training(job, contender, model, contender.build(model, job.settings), price), data.to(device)
 
 
 class Training:
@@ -181,6 +187,11 @@ class Training:
 
     def outcome(self, data: Data) -> Outcome:
         """Train for the job's epochs."""
+        # The fastest convolutions on CUDA add up in an order that changes from run to run.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            return self._outcome(data)
+
+    def _outcome(self, data: Data) -> Outcome:
         held = data.validation if self.job.held_out == "validation" else data.test
         device = torch.device(self.job.device)
         points: list[Point] = []
