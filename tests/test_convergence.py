@@ -694,12 +694,12 @@ def test_sensitivity_covers_what_it_says() -> None:
         "sofim-rho": (8, 2),
         "sgd-momentum": (1, 1),
         "sofim-momentum": (1, 2),
-        "sofim-batch": (7, 2),
-        "sgd-batch": (7, 1),
+        "sofim-batch": (4, 2),
+        "sgd-batch": (4, 1),
     }
     one = jobs["sofim-rho"][1][0]
     assert one.settings == {"lr/rho": 3.33333, "rho": 0.03, "momentum": 0.9}
-    assert [row[0].batch_size for row in jobs["sgd-batch"]] == [32, 64, 128, 256, 512, 1024, 2048]
+    assert [row[0].batch_size for row in jobs["sgd-batch"]] == [32, 128, 512, 2048]
 
 
 @pytest.mark.parametrize(

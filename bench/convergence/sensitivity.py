@@ -49,7 +49,7 @@ class Plan(NamedTuple):
     rhos: Sequence[float] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
     sgd_rates: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     momenta: Sequence[float] = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98)
-    batch_sizes: Sequence[int] = (32, 64, 128, 256, 512, 1024, 2048)
+    batch_sizes: Sequence[int] = (32, 128, 512, 2048)
 
     def sofim(self, lr: float, rho: float, momentum: float = MOMENTUM, batch_size: int | None = None) -> Job:
         """A run of SOFIM."""
