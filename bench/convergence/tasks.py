@@ -220,7 +220,7 @@ def _all() -> dict[str, Task]:
             _text,
             _transformer,
             batch_size=16,
-            small=Size(5, 2000),
+            small=Size(4, 2000),
             full=Size(20, None),
             targets=Targets(2.4, 2.4, 0.33),
         ),
