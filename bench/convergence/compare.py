@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -242,12 +241,17 @@ def _difference(entry: Entry, baseline: Entry | None) -> str:
     assert baseline is not None
     if any(outcome.diverged for outcome in baseline.outcomes):
         return ""
-    pairs = zip(entry.outcomes, baseline.outcomes, strict=True)  # the same initial weights and batches
+    middle, half = _paired(entry, baseline)
+    return f"{middle:+.3f}" + (f" [{middle - half:+.3f}, {middle + half:+.3f}]" if math.isfinite(half) else "")
+
+
+def _paired(entry: Entry, baseline: Entry) -> tuple[float, float]:
+    """The mean difference of lowest losses from the same start and batches, and half of its 95 % interval."""
+    pairs = zip(entry.outcomes, baseline.outcomes, strict=True)
     differences = [lowest_loss(ours) - lowest_loss(theirs) for ours, theirs in pairs]
-    if len(differences) < 2:
-        return f"{mean(differences):+.3f}"
-    half = stats.t.ppf(0.975, len(differences) - 1) * stdev(differences) / math.sqrt(len(differences))
-    return f"{mean(differences):+.3f} [{mean(differences) - half:+.3f}, {mean(differences) + half:+.3f}]"
+    n = len(differences)
+    half = stats.t.ppf(0.975, n - 1) * stdev(differences) / math.sqrt(n) if n > 1 else math.inf
+    return mean(differences), float(half)
 
 
 def speeds(result: Comparison) -> str:
@@ -354,8 +358,8 @@ def _relative_loss(entry: Entry, baseline: Entry) -> str:
     if any(outcome.diverged for outcome in entry.outcomes):
         return "diverged"
     text = _difference(entry, baseline)
-    signs = re.findall(r"[+-](?=\d)", text)
-    return f"**{text}**" if len(signs) == 3 and signs[1] == signs[2] else text
+    middle, half = _paired(entry, baseline)
+    return f"**{text}**" if abs(middle) > half else text
 
 
 def _relative_cost(entry: Entry, baseline: Entry, met: Callable[[Point], bool]) -> str:
