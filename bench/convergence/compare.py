@@ -355,7 +355,7 @@ def summary(results: Sequence[Comparison]) -> str:
 
 
 def _relative_loss(entry: Entry, baseline: Entry) -> str:
-    if any(outcome.diverged for outcome in entry.outcomes):
+    if any(outcome.diverged for outcome in (*entry.outcomes, *baseline.outcomes)):
         return "diverged"
     text = _difference(entry, baseline)
     middle, half = _paired(entry, baseline)

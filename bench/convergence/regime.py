@@ -7,7 +7,6 @@ rank-one part of F shortens it. The settings are those that the comparison of ea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -35,11 +34,11 @@ class Course(NamedTuple):
 
 def jobs(plans: Sequence[Plan], stores: Sequence[Store]) -> list[Job]:
     """SOFIM on each task, with the settings that were chosen, from the first seed."""
-    sofim = CONTENDERS["sofim"]
-    return [
-        plan.job(replace(sofim, grid=sofim.grid[: plan.configurations]), choice(plan, sofim, store)[0], 0)
-        for plan, store in zip(plans, stores, strict=True)
-    ]
+    found = []
+    for plan, store in zip(plans, stores, strict=True):
+        (sofim,) = (contender for contender in plan.contenders if contender.name == "sofim")
+        found.append(plan.job(sofim, choice(plan, sofim, store)[0], 0))
+    return found
 
 
 def follow(job: Job, root: Path | None) -> list[float]:
