@@ -28,7 +28,7 @@ RESULTS = report.RESULTS / "convergence"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "convergence.md"
 SEEDS = 5
 SENSITIVE = "fashion-mnist-lenet5"
-SENSITIVE_SIZE = Size(4, 5_000)
+SENSITIVE_SIZE = Size(4, 4_000)
 COMMAND = "python -m bench.convergence"
 
 
