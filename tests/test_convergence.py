@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bench.convergence import __main__ as command
 from bench.convergence import compare, convex, documents, regime, sensitivity
 from bench.convergence import store as store_module
-from bench.convergence.contenders import CONFIGURATIONS, CONTENDERS, PERIOD, gradients_by, layers, memory
+from bench.convergence.contenders import CONFIGURATIONS, CONTENDERS, PERIOD, gradients_by, layers, memory, scaled
 from bench.convergence.nystrom import NystromSGD
 from bench.convergence.store import Store
 from bench.convergence.tasks import CONTEXT, TASKS, Size, Split, Targets, docstrings
@@ -677,7 +677,7 @@ def test_steps_that_grow_are_predicted_too() -> None:
 def test_factors_apply_to_rates_alone() -> None:
     for kind in ("full", "batches"):
         for contender in CONTENDERS.values():
-            made = convex.grid(contender, kind)  # type: ignore[arg-type]
+            made = scaled(contender, convex.FACTORS[kind]).grid  # type: ignore[index]
             assert len(made) == CONFIGURATIONS
             for ours, theirs in zip(made, contender.grid, strict=True):
                 changed = {name for name in ours if ours[name] != theirs[name]}

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
 
-from bench.convergence.contenders import CONFIGURATIONS, CONTENDERS, Contender, Settings
+from bench.convergence.contenders import CONFIGURATIONS, CONTENDERS, Contender, Settings, scaled
 from bench.convergence.pool import run_missing
 from bench.convergence.store import Store
 from bench.convergence.tasks import TASKS, Size, Targets, Task
@@ -61,7 +61,8 @@ class Plan(NamedTuple):
     @property
     def contenders(self) -> list[Contender]:
         """Who takes part."""
-        return [replace(contender, grid=contender.grid[: self.configurations]) for contender in CONTENDERS.values()]
+        scaled_ = (scaled(contender, self.task.factors) for contender in CONTENDERS.values())
+        return [replace(contender, grid=contender.grid[: self.configurations]) for contender in scaled_]
 
     def job(self, contender: Contender, settings: Settings, seed: int) -> Job:
         """A run to compare by."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from torch.optim import LBFGS, SGD, AdamW, Optimizer
 from bench.convergence.nystrom import NystromSGD
 from sofim_fused import SOFIM
 
-__all__ = ["CONFIGURATIONS", "CONTENDERS", "Contender", "Settings", "layers", "memory"]
+__all__ = ["CONFIGURATIONS", "CONTENDERS", "Contender", "Settings", "layers", "memory", "scaled"]
 
 CONFIGURATIONS = 12
 MOMENTUM = 0.9
@@ -169,6 +169,19 @@ def _all() -> Iterator[Contender]:
         _grid(**{"lr/rho": (0.03, 0.1, 0.3, 1.0), "rho": (0.1, 1.0, 10.0)}),
         gradients="graph",
     )
+
+
+def scaled(contender: Contender, factors: Mapping[str, float]) -> Contender:
+    """With the rates of its grid multiplied, so that the best of them lie inside.
+
+    Args:
+        contender: an optimizer.
+        factors: by name, the variants of SOFIM under that of the first; 1 where there is none.
+    """
+    factor = factors.get(contender.name.removesuffix("-group").removesuffix("-parameter"), 1.0)
+    rate = "lr/rho" if "lr/rho" in contender.grid[0] else "lr"
+    grid = [{**settings, rate: float(f"{settings[rate] * factor:.6g}")} for settings in contender.grid]
+    return replace(contender, grid=grid)
 
 
 CONTENDERS = {contender.name: contender for contender in _all()}

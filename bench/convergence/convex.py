@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from statistics import mean
 from typing import Any, Literal, NamedTuple
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.convergence.compare import STYLES, settings_of_grid, table
-from bench.convergence.contenders import CONFIGURATIONS, CONTENDERS, MOMENTUM, Contender, Settings, gradients_by
+from bench.convergence.contenders import CONFIGURATIONS, CONTENDERS, MOMENTUM, Contender, Settings, gradients_by, scaled
 from bench.convergence.pool import run_missing
 from bench.convergence.store import Store
 from examples.train import batch_order
@@ -195,15 +194,11 @@ def run(plan: Plan, store: Store, workers: int, console: Console) -> Result:
 def _jobs(plan: Plan, contender: Contender) -> list[Job]:
     kinds: tuple[Kind, ...] = ("full", "batches")
     return [
-        job for kind in kinds for settings in grid(contender, kind) for job in _runs(plan, contender, settings, kind)
+        job
+        for kind in kinds
+        for settings in scaled(contender, FACTORS[kind]).grid
+        for job in _runs(plan, contender, settings, kind)
     ]
-
-
-def grid(contender: Contender, kind: Kind) -> list[Settings]:
-    """The contender's settings, rates multiplied by the factor that it has for this problem."""
-    name = contender.name.removesuffix("-group").removesuffix("-parameter")
-    rate = "lr/rho" if "lr/rho" in contender.grid[0] else "lr"
-    return [{**settings, rate: float(f"{settings[rate] * FACTORS[kind][name]:.6g}")} for settings in contender.grid]
 
 
 def _runs(plan: Plan, contender: Contender, settings: Settings, kind: Kind) -> list[Job]:
@@ -223,6 +218,8 @@ def result(plan: Plan, store: Store) -> Result:
     """
 
     def entry(contender: Contender, kind: Kind) -> Entry:
+        contender = scaled(contender, FACTORS[kind])
+
         def outcomes(settings: Settings) -> list[dict[str, Any]]:
             return [store[job.key] for job in _runs(plan, contender, settings, kind)]
 
@@ -235,11 +232,11 @@ def result(plan: Plan, store: Store) -> Result:
             arrival = mean(_arrival(distances) for distances in runs) / full
             return mean(math.log(max(_level(distances), FLOOR)) for distances in runs) + 1e-3 * arrival
 
-        best = min(grid(contender, kind), key=score)
+        best = min(contender.grid, key=score)
         chosen = outcomes(best)
         evaluations = mean(outcome["evaluations"] / (len(outcome["distances"]) - 1 or 1) for outcome in chosen)
         return Entry(
-            replace(contender, grid=grid(contender, kind)),
+            contender,
             best,
             [outcome["distances"] for outcome in chosen],
             evaluations,

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from bench.convergence.compare import Plan, choice, settings_of_grid, table
-from bench.convergence.contenders import CONTENDERS
+from bench.convergence.contenders import Contender
 from bench.convergence.pool import run_missing
 from bench.convergence.store import Store
 from bench.convergence.training import Job, prepare
@@ -32,11 +32,17 @@ class Course(NamedTuple):
     ratios: list[float]
 
 
+def sofim_of(plan: Plan) -> Contender:
+    """SOFIM as it takes part in a plan."""
+    (sofim,) = (contender for contender in plan.contenders if contender.name == "sofim")
+    return sofim
+
+
 def jobs(plans: Sequence[Plan], stores: Sequence[Store]) -> list[Job]:
     """SOFIM on each task, with the settings that were chosen, from the first seed."""
     found = []
     for plan, store in zip(plans, stores, strict=True):
-        (sofim,) = (contender for contender in plan.contenders if contender.name == "sofim")
+        sofim = sofim_of(plan)
         found.append(plan.job(sofim, choice(plan, sofim, store)[0], 0))
     return found
 
@@ -78,6 +84,11 @@ def courses(plans: Sequence[Plan], stores: Sequence[Store], store: Store) -> lis
     return [Course(plan, job, store[job.key]) for plan, job in zip(plans, jobs(plans, stores), strict=True)]
 
 
+def chosen(course: Course) -> str:
+    """The settings of a run."""
+    return settings_of_grid(sofim_of(course.plan), course.job.settings)
+
+
 def markdown(found: Sequence[Course], machine: str, command: str) -> str:
     """How large the ratio was, as a document."""
     rows = []
@@ -86,7 +97,7 @@ def markdown(found: Sequence[Course], machine: str, command: str) -> str:
         rows.append(
             [
                 course.plan.task.title,
-                settings_of_grid(CONTENDERS["sofim"], course.job.settings),
+                chosen(course),
                 f"{median(course.ratios[:half]):.2g}",
                 f"{median(course.ratios[half:]):.2g}",
                 f"{max(course.ratios):.2g}",
@@ -102,7 +113,7 @@ def figure(found: Sequence[Course]) -> Figure:
     drawing = Figure(figsize=(9, 5), layout="constrained")
     axes = drawing.subplots()
     for course in found:
-        label = f"{course.plan.task.title}, {settings_of_grid(CONTENDERS['sofim'], course.job.settings)}"
+        label = f"{course.plan.task.title}, {chosen(course)}"
         axes.plot(range(1, len(course.ratios) + 1), course.ratios, linewidth=0.8, label=label.replace("\\*", ""))
     axes.axhline(1, color="black", linewidth=1)
     axes.set(

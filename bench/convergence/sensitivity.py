@@ -24,7 +24,7 @@ from bench.convergence.training import Job, Outcome, train
 
 __all__ = ["Plan", "figure", "markdown", "run"]
 
-CLOSE = 1.1  # a setting is good where the loss is at most so many times the lowest
+CLOSE = 1.25  # a setting is good where the loss is at most so many times the lowest
 Grid = NDArray[np.float64]
 
 
@@ -181,6 +181,15 @@ def _heat(axes: Axes, grid: Grid, norm: LogNorm) -> Any:
         value = grid[row, column]
         if np.isfinite(value):
             weight = "bold" if value <= CLOSE * best else "normal"
-            colour = "white" if value < 0.8 else "black"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, weight=weight, color=colour)
+            colour = "black" if value < 0.8 else "white"
+            axes.text(
+                column,
+                row,
+                f"{value:.2f}" if value < 10 else "≥ 10",
+                ha="center",
+                va="center",
+                fontsize=7,
+                weight=weight,
+                color=colour,
+            )
     return image

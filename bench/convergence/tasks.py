@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import sysconfig
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -82,6 +82,7 @@ class Task:
         full: what a GPU does.
         targets: at the small size.
         tuning_seeds: runs per configuration.
+        factors: of the grids' rates: :func:`bench.convergence.contenders.scaled`.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Task:
     full: Size
     targets: Targets
     tuning_seeds: int = 1
+    factors: Mapping[str, float] = field(default_factory=dict)
 
     def data(self, root: Path | None, examples: int | None) -> Data:
         """The data, cut to the first ``examples`` training examples."""
@@ -220,9 +222,10 @@ def _all() -> dict[str, Task]:
             _text,
             _transformer,
             batch_size=16,
-            small=Size(4, 2000),
+            small=Size(6, 2500),
             full=Size(20, None),
             targets=Targets(2.4, 2.4, 0.33),
+            factors={"sofim": 8, "sofim-gradient": 8, "sgd": 8, "adamw": 2, "adahessian": 2.5, "nystrom": 8},
         ),
     ]
     # Sizes, and targets for colour images and ResNet-9, are for GPUs.
