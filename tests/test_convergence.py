@@ -457,7 +457,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "    task = tasks.TASKS['tabular-mlp']\n"
         "    for name in set(contenders.CONTENDERS) - {'sofim', 'sgd'}:\n"
         "        del contenders.CONTENDERS[name]\n"
-        "    tasks.TASKS['tabular-mlp'] = replace(task, small=tasks.Size(1, 100), tuning_seeds=1)\n"
+        "    tasks.TASKS['tabular-mlp'] = replace(task, small=tasks.Size(20, 200), tuning_seeds=1)\n"
         "    sys.exit(command.main(sys.argv[1:]))\n"
     )
     program = tmp_path / "program.py"
@@ -471,7 +471,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     path = tmp_path / "a" / "tabular-mlp.jsonl"
     deadline = time.monotonic() + 120
-    while not (path.exists() and len(path.read_bytes().splitlines()) > 5):
+    while not (path.exists() and len(path.read_bytes().splitlines()) > 3):
         assert killed.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -489,7 +489,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     # The same here, without the time that processes take to start.
     monkeypatch.setattr(compare, "CONTENDERS", {name: CONTENDERS[name] for name in ("sofim", "sgd")})
-    monkeypatch.setitem(TASKS, "tabular-mlp", replace(TASKS["tabular-mlp"], small=Size(1, 100), tuning_seeds=1))
+    monkeypatch.setitem(TASKS, "tabular-mlp", replace(TASKS["tabular-mlp"], small=Size(20, 200), tuning_seeds=1))
     for out in ("a", "b"):
         assert command.main([*arguments, "--jobs", "1", "--out", str(tmp_path / out)]) == 0
     resumed, whole = Store(path), Store(tmp_path / "b" / "tabular-mlp.jsonl")
