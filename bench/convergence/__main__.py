@@ -237,7 +237,6 @@ def _report(options: argparse.Namespace, console: Console) -> None:
         _redraw(plan.task.name, store, partial(write, plan, store), console)
     if done:
         _write(options.out, _stem("summary", options), compare.summary(done), None)
-    if done:
         plans = [result.plan for result in done]
         ratios = Store(options.out / f"{_stem('regime', options)}.jsonl")
         stores = [_results(plan, options) for plan in plans]

@@ -20,7 +20,7 @@ from bench.convergence.contenders import CONFIGURATIONS, CONTENDERS, Contender, 
 from bench.convergence.pool import run_missing
 from bench.convergence.store import Store
 from bench.convergence.tasks import TASKS, Size, Targets, Task
-from bench.convergence.training import Job, Outcome, Point, train
+from bench.convergence.training import Job, Outcome, Point, record
 
 __all__ = ["Comparison", "Plan", "figure", "markdown", "run", "summary"]
 
@@ -110,7 +110,7 @@ class Comparison(NamedTuple):
 def run(plan: Plan, store: Store, workers: int, root: Path | None, console: Console) -> Comparison:
     """Do what of a plan is not in the store."""
     plan.task.data(root, plan.size.examples)  # what is wrong with the data is better known before anything is begun
-    work = partial(_train, root=root)
+    work = partial(record, root=root)
     tuning = [
         job for contender in plan.contenders for settings in contender.grid for job in plan.tuning(contender, settings)
     ]
@@ -122,10 +122,6 @@ def run(plan: Plan, store: Store, workers: int, root: Path | None, console: Cons
     ]
     run_missing({job.key: job for job in final}, work, store, workers, f"{plan.task.name}: comparing", console)
     return comparison(plan, store)
-
-
-def _train(job: Job, root: Path | None) -> dict[str, Any]:
-    return train(job, root)._asdict()
 
 
 def comparison(plan: Plan, store: Store) -> Comparison:
@@ -380,13 +376,13 @@ def figure(result: Comparison) -> Figure:
     """Losses and accuracy by epoch, training loss by gradient evaluations; of SOFIM and SGD with the seeds' range."""
     drawing = Figure(figsize=(13, 9), layout="constrained")
     panels = drawing.subplots(2, 2)
-    curves: dict[str, tuple[Axes, Callable[[Point], float], bool]] = {
-        "training loss, nats": (panels[0][0], lambda point: point.train_loss, False),
-        "test loss, nats": (panels[0][1], lambda point: point.loss, False),
-        "test accuracy, %": (panels[1][0], lambda point: 100 * point.accuracy, False),
-        "training loss, nats\n": (panels[1][1], lambda point: point.train_loss, True),
-    }
-    for name, (axes, value, by_cost) in curves.items():
+    curves: list[tuple[Axes, str, Callable[[Point], float], bool]] = [
+        (panels[0][0], "training loss, nats", lambda point: point.train_loss, False),
+        (panels[0][1], "test loss, nats", lambda point: point.loss, False),
+        (panels[1][0], "test accuracy, %", lambda point: 100 * point.accuracy, False),
+        (panels[1][1], "training loss, nats", lambda point: point.train_loss, True),
+    ]
+    for axes, name, value, by_cost in curves:
         shown: list[float] = []
         for entry in result.entries:
             whole = [outcome.points for outcome in entry.outcomes if not outcome.diverged]
@@ -400,7 +396,7 @@ def figure(result: Comparison) -> Figure:
             if width > 2:
                 axes.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
             shown.extend(values.mean(0)[1:])
-        axes.set(xlabel="gradient evaluations" if by_cost else "epoch", ylabel=name.strip())
+        axes.set(xlabel="gradient evaluations" if by_cost else "epoch", ylabel=name)
         if by_cost:
             axes.set_xscale("log")
         if "loss" in name:

@@ -13,7 +13,7 @@ import torch
 from bench.convergence.compare import BASELINE, table
 from bench.convergence.contenders import CONTENDERS, PERIOD, memory
 from bench.convergence.tasks import TASKS
-from bench.convergence.training import Job, Training, hessian_cost
+from bench.convergence.training import Job, Training, prepare
 from bench.timing import compare_phases, median_interval
 
 __all__ = ["TIMED", "markdown", "measure"]
@@ -31,12 +31,8 @@ def measure(name: str, seconds: float, root: Path | None) -> list[dict[str, Any]
     batch = data.train.at(torch.arange(task.batch_size))
     trainings: dict[str, Training] = {}
     for contender in CONTENDERS.values():
-        settings = {**contender.grid[0]}
-        job = Job(name, contender.name, settings, 0, "validation", 1, task.small.examples, task.batch_size)
-        torch.manual_seed(0)
-        model = task.model(data)
-        price = hessian_cost(model, batch) if contender.gradients == "graph" else 0.0
-        trainings[contender.name] = Training(job, contender, model, contender.build(model, settings), price)
+        job = Job(name, contender.name, contender.grid[0], 0, "validation", 1, task.small.examples, task.batch_size)
+        trainings[contender.name], _ = prepare(job, root)
 
     def steps(training: Training) -> None:
         for _ in range(PERIOD):

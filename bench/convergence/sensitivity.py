@@ -20,7 +20,7 @@ from bench.convergence.contenders import MOMENTUM
 from bench.convergence.pool import run_missing
 from bench.convergence.store import Store
 from bench.convergence.tasks import TASKS, Size
-from bench.convergence.training import Job, Outcome, train
+from bench.convergence.training import Job, Outcome, record
 
 __all__ = ["Plan", "figure", "markdown", "run"]
 
@@ -77,12 +77,8 @@ class Plan(NamedTuple):
 def run(plan: Plan, store: Store, workers: int, root: Path | None, console: Console) -> dict[str, Grid]:
     """Do what of a plan is not in the store; by panel, the last epoch's training losses."""
     jobs = {job.key: job for rows in plan.jobs().values() for row in rows for job in row}
-    run_missing(jobs, partial(_train, root=root), store, workers, "sensitivity", console)
+    run_missing(jobs, partial(record, root=root), store, workers, "sensitivity", console)
     return losses(plan, store)
-
-
-def _train(job: Job, root: Path | None) -> dict[str, Any]:
-    return train(job, root)._asdict()
 
 
 def losses(plan: Plan, store: Store) -> dict[str, Grid]:

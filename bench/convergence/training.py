@@ -21,7 +21,7 @@ from bench.convergence.contenders import CONTENDERS, Contender, Settings, gradie
 from bench.convergence.tasks import TASKS, Data, Split
 from examples.train import batch_order, synchronize
 
-__all__ = ["Job", "Outcome", "Point", "Training", "hessian_cost", "prepare", "train"]
+__all__ = ["Job", "Outcome", "Point", "Training", "hessian_cost", "prepare", "record", "train"]
 
 EVALUATION_BATCH = 500
 
@@ -154,6 +154,11 @@ def train(job: Job, root: Path | None = None) -> Outcome:
     """Train once; see :func:`prepare`."""
     training, data = prepare(job, root)
     return training.outcome(data)
+
+
+def record(job: Job, root: Path | None) -> dict[str, Any]:
+    """:func:`train`, in types that JSON has."""
+    return train(job, root)._asdict()
 
 
 def prepare(job: Job, root: Path | None = None) -> tuple[Training, Data]:
