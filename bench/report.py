@@ -64,8 +64,10 @@ def verdict(target: float | None, ratio: float) -> Row:
 
 
 def targets(tables: Mapping[str, Sequence[Row]]) -> str:
-    """Which targets were met, and every one that was missed."""
+    """Which targets were met, and every one that was missed; nothing where nothing was aimed at."""
     judged = [(key, row) for key, rows in tables.items() for row in rows if row.get("target") is not None]
+    if not judged:
+        return ""
     missed = [f"{key}: {row['provider']} on {_subject(row)}" for key, row in judged if not row["met"]]
     return f"Targets met: {len(judged) - len(missed)} of {len(judged)}." + (
         f" Missed: {'; '.join(missed)}." if missed else ""
@@ -143,7 +145,7 @@ def markdown(record: Row, tables: Mapping[str, Table], introduction: str) -> str
         introduction,
         targets(record["tables"]),
     ]
-    blocks = [_filled(part) for part in parts]
+    blocks = [_filled(part) for part in parts if part]
     for key, rows in record["tables"].items():
         table = tables[key]
         blocks.append(f"## {table.title}")

@@ -12,9 +12,12 @@ writes checkpoint.pt (after every epoch), history.json and history.png, and prin
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
 import json
 import math
 import os
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,6 +48,7 @@ from sofim_fused import SOFIM
 SGD_MOMENTUM = 0.9
 LABELS = {"sofim": "SOFIM", "sgd": "SGD-momentum"}
 EVALUATION_BATCH = 1000
+DIGEST = 64  # characters
 LOG_WIDTH = 110
 """Columns where stdout is no terminal: wide enough that no row of the table is wrapped."""
 
@@ -497,9 +501,7 @@ def describe(row: Row | None) -> str:
 
 def write_checkpoint(path: Path, settings: Settings, runs: Sequence[Run]) -> None:
     """Replace the checkpoint by one of the present state."""
-    content = {"settings": asdict(settings), "runs": {run.name: run.state() for run in runs}}
-    with replacing(path) as file:
-        torch.save(content, file)
+    write_sealed(path, {"settings": asdict(settings), "runs": {run.name: run.state() for run in runs}})
 
 
 def read_checkpoint(path: Path, settings: Settings) -> dict[str, Any]:
@@ -511,7 +513,8 @@ def read_checkpoint(path: Path, settings: Settings) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"--resume: no checkpoint {path}")
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        archive = io.BytesIO(sealed(path))
+        content: dict[str, Any] = torch.load(archive, map_location="cpu", weights_only=True)
         saved: dict[str, Any] = content["settings"]
         done = max(run["epochs_done"] for run in content["runs"].values())
     # A damaged archive fails in as many ways as it has layers.
@@ -528,6 +531,30 @@ def read_checkpoint(path: Path, settings: Settings) -> dict[str, Any]:
         raise UserError(f"--resume: {path} has other settings: {'; '.join(differences)}")
     if done > settings.epochs:
         raise UserError(f"--resume: {path} is {done} epochs old already, not {settings.epochs}")
+    return content
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Replace a file by what `torch.load` reads, with the SHA-256 of everything else at its end.
+
+    The archive has checksums of its own, at which `torch.load` does not look. The digest is the archive's comment.
+    """
+    archive = io.BytesIO()
+    torch.save(content, archive)
+    body = archive.getvalue()[:-2] + struct.pack("<H", DIGEST)  # the length of the comment, which was 0
+    with replacing(path) as file:
+        file.write(body + hashlib.sha256(body).hexdigest().encode())
+
+
+def sealed(path: Path) -> bytes:
+    """What `write_sealed` wrote.
+
+    Raises:
+        ValueError: it is something else by now.
+    """
+    content = path.read_bytes()
+    if hashlib.sha256(content[:-DIGEST]).hexdigest().encode() != content[-DIGEST:]:
+        raise ValueError("its digest is wrong: it was cut off or altered")
     return content
 
 

@@ -6,6 +6,7 @@ what to do instead.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from sofim_fused.distributed import is_sharded, local, on_one_mesh
 
 NUMERATORS = ("moment", "gradient")
 FISHERS = ("model", "group", "parameter")
@@ -28,6 +31,7 @@ DTYPES = (
 )
 
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
+MOST_STEPS = 2**63 - 2**32  # an int64 still counts those that follow
 SMALLEST_RHO = 1e-30  # keeps ‖m̂‖²/ρ far from what overflows a float64
 
 # What a parameter group may set for itself, and what holds for the optimizer as a whole.
@@ -157,12 +161,42 @@ def in_backward_parameter(param: Tensor, where: str, numerator: str) -> None:
         )
 
 
+def shard_group(group: Any, in_backward: bool) -> None:
+    """Check the constructor's ``shard_group``.
+
+    Raises:
+        TypeError: it is no process group.
+        ValueError: gradients are to be taken in the backward pass.
+    """
+    if group is None:
+        return
+    if not (torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)):
+        raise TypeError(
+            f"shard_group={group!r}: pass a process group, torch.distributed.group.WORLD or what new_group() returned"
+        )
+    if in_backward:
+        raise ValueError(
+            "in_backward=True with a shard_group is impossible: where whole parameters lie on different ranks, a "
+            "gradient is averaged over the ranks only after its hook has run. Leave out in_backward, or shard the "
+            "parameters with fully_shard(), whose hooks see averaged gradients"
+        )
+
+
 def unscaled(optimizer: Any) -> None:
     """Check that no GradScaler steps an optimizer whose gradients were taken in the backward pass."""
     if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
         raise ValueError(
             "in_backward=True under a GradScaler is impossible: gradients entered their moments with the loss's scale, "
             "before infinities could be looked for. Leave out one of them (bfloat16 needs no scaling)"
+        )
+
+
+def one_device(params: Sequence[Tensor]) -> None:
+    """Check that parameters which are spread over ranks are on one device of each."""
+    devices = sorted({str(param.device) for param in params})
+    if len(devices) > 1:
+        raise ValueError(
+            f"parameters that are spread over ranks lie on {', '.join(devices)}: put those of a rank on one device"
         )
 
 
@@ -230,10 +264,12 @@ def _parameter(param: Tensor, where: str, state_dtype: Any) -> None:
         raise ValueError(f"{where} is a nested tensor: pass its parts")
     if is_lazy(param):
         raise ValueError(f"{where} is not initialised yet: run one forward pass before making the optimizer")
-    if is_traceable_wrapper_subclass(param):
+    if is_sharded(param):
+        _placements(param, where)
+    elif is_traceable_wrapper_subclass(param):
         raise ValueError(
-            f"{where} is of type {type(param).__name__}, which holds other tensors (sharded or quantized): "
-            "this version takes plain tensors"
+            f"{where} is of type {type(param).__name__}, which holds other tensors (quantized, say): "
+            "SOFIM takes plain tensors and DTensors"
         )
     if param.layout != torch.strided:
         raise ValueError(f"{where} has the layout {param.layout}: pass a dense tensor (to_dense())")
@@ -243,12 +279,26 @@ def _parameter(param: Tensor, where: str, state_dtype: Any) -> None:
         raise ValueError(f"{where} is the result of an operation, not a leaf: pass the tensor it was computed from")
     if param.is_conj() or param.is_neg():
         raise ValueError(f"{where} is a lazily conjugated or negated view: pass resolve_conj().resolve_neg() of it")
-    if _may_overlap(param):
+    if _may_overlap(local(param.detach())):
         raise ValueError(
             f"{where} has strides {tuple(param.stride())}, with which elements may share memory (as after expand()): "
             "pass a contiguous copy (.clone())"
         )
     state_dtype_suits(param, where, state_dtype)
+
+
+def _placements(param: Any, where: str) -> None:
+    """Check how a ``DTensor`` lies on its mesh."""
+    if param.device_mesh.get_coordinate() is None:
+        raise ValueError(
+            f"{where} lies on {param.device_mesh}, which this rank is not part of: leave it out here; with"
+            " shard_group, sums are taken over ranks that hold other parameters"
+        )
+    if any(place.is_partial() for place in param.placements):
+        raise ValueError(
+            f"{where} has the placements {param.placements}: of a sum that was not taken yet each rank holds a part; "
+            "redistribute() it to Shard or Replicate"
+        )
 
 
 def state_dtype_suits(param: Tensor, where: str, state_dtype: torch.dtype | None) -> None:
@@ -263,7 +313,8 @@ def state_dtype_suits(param: Tensor, where: str, state_dtype: torch.dtype | None
 def gradient(param: Tensor, grad: Tensor, index: int, place: int) -> None:
     """Check the gradient of parameter ``place`` of group ``index`` before a step."""
     fits = grad.dtype == param.dtype or (grad.dtype == torch.float32 and param.dtype in NARROW_DTYPES)
-    if fits and grad.shape == param.shape and grad.device == param.device and grad.layout == torch.strided:
+    fits = fits and grad.shape == param.shape and grad.device == param.device and grad.layout == torch.strided
+    if fits and on_one_mesh(param, grad):
         return
     where = f"gradient of parameter {place} of group {index} ({_described(param)})"
     if grad.layout != torch.strided:
@@ -275,6 +326,8 @@ def gradient(param: Tensor, grad: Tensor, index: int, place: int) -> None:
         raise ValueError(f"{where} has the shape {tuple(grad.shape)}: call zero_grad() and backward() again")
     if grad.device != param.device:
         raise ValueError(f"{where} is on {grad.device}: move it there, or call zero_grad() and backward() again")
+    if fits:
+        raise _other_mesh(param, grad, where, "redistribute the one that is wrong, or call zero_grad() and backward()")
     raise ValueError(
         f"{where} is {_short(grad.dtype)}: it must be {_short(param.dtype)}"
         + (" or float32" if param.dtype in NARROW_DTYPES else "")
@@ -282,18 +335,68 @@ def gradient(param: Tensor, grad: Tensor, index: int, place: int) -> None:
     )
 
 
+def _other_mesh(param: Any, value: Any, where: str, advice: str) -> ValueError:
+    found, expected = (f"a DTensor on {x.device_mesh}" if is_sharded(x) else "a plain tensor" for x in (value, param))
+    return ValueError(f"{where} is {found}, the parameter {expected}: {advice}")
+
+
+def _placed_alike(param: Any, value: Any, ordinal: int, name: str) -> None:
+    """Check that a parameter's state lies on ranks as the parameter does."""
+    if not on_one_mesh(param, value):
+        raise _other_mesh(param, value, f"{_state(param, ordinal)}: {name}", "give it what the parameter has")
+    if is_sharded(param) and param.placements != value.placements:
+        raise ValueError(
+            f"{_state(param, ordinal)}: {name} has the placements {value.placements}, the parameter "
+            f"{param.placements}: redistribute() it"
+        )
+
+
 def state_of_parameter(param: Tensor, known: Mapping[str, Tensor], dtype: torch.dtype, ordinal: int) -> None:
-    """Check that a parameter's state still fits it: the parameter may have been moved, cast or resized since."""
+    """Check that a parameter's state still fits it: either may have been replaced, moved, cast or resized since."""
     for name, expected in (("exp_avg", dtype), ("kahan", param.dtype)):
-        value = known.get(name)
-        if value is None or (value.dtype == expected and value.shape == param.shape and value.device == param.device):
+        if name not in known:
+            continue
+        value = known[name]
+        _state_tensor(param, ordinal, name, value)
+        if value.dtype == expected and value.shape == param.shape and value.device == param.device:
+            _placed_alike(param, value, ordinal, name)
             continue
         raise ValueError(
-            f"state of parameter {ordinal} ({_described(param)}): {name} is {_described(value)}, expected "
+            f"{_state(param, ordinal)}: {name} is {_described(value)}, expected "
             f"shape {tuple(param.shape)}, {_short(expected)}, {param.device}: after its first step the parameter was "
             "moved, cast or resized, or its group's state_dtype changed; do that before making the optimizer, or save "
             "state_dict() before and load it after"
         )
+    count = known["step"]
+    _state_tensor(param, ordinal, "step", count)
+    if count.dtype != torch.int64 or count.dim() or count.device != param.device:
+        raise ValueError(
+            f"{_state(param, ordinal)}: step is {_described(count)}, expected a 0-dimensional int64 tensor on "
+            f"{param.device}: {_REPLACE}"
+        )
+
+
+_REPLACE = "put a tensor like it in its place, or delete the parameter's state to start it anew"
+
+
+def state_entries(param: Tensor, known: Any, ordinal: int) -> None:
+    """Check that what the optimizer's state has for a parameter is a dict."""
+    if not isinstance(known, Mapping):
+        raise TypeError(
+            f"{_state(param, ordinal)} is of type {type(known).__name__}, not a dict: delete it to start the "
+            "parameter anew"
+        )
+
+
+def _state(param: Tensor, ordinal: int) -> str:
+    return f"state of parameter {ordinal} ({_described(param)})"
+
+
+def _state_tensor(param: Tensor, ordinal: int, name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{_state(param, ordinal)}: {name} is of type {type(value).__name__}, not a tensor: {_REPLACE}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{_state(param, ordinal)}: {name} has the layout {value.layout}: {_REPLACE}")
 
 
 def state_dict(saved: Any, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -321,6 +424,8 @@ def state_dict(saved: Any, groups: Sequence[Mapping[str, Any]]) -> None:
     for index, (theirs, ours) in enumerate(zip(saved["param_groups"], groups, strict=True)):
         _saved_group(theirs, ours, index)
         for key, param in zip(theirs["params"], ours["params"], strict=True):
+            if isinstance(key, Tensor):
+                raise TypeError(f"state_dict: 'params' of group {index} has a tensor: pass what state_dict() returned")
             if key in ordinals:
                 raise ValueError(f"state_dict: parameter {key!r} stands twice in its groups: the state dict is damaged")
             ordinals[key] = param
@@ -328,14 +433,16 @@ def state_dict(saved: Any, groups: Sequence[Mapping[str, Any]]) -> None:
     for key, known in saved["state"].items():
         if key in ordinals:
             _saved_state(known, ordinals[key], key)
-        elif isinstance(key, int):  # other keys are a user's own
+        elif isinstance(key, Tensor):
+            raise ValueError("state_dict has a tensor for a key of its state: pass what state_dict() returned")
+        elif isinstance(key, Real):  # other keys are a user's own
             raise ValueError(
                 f"state_dict has a state for parameter {key!r}, which is in none of its groups: it is damaged"
             )
 
 
 def _saved_group(theirs: Any, ours: Mapping[str, Any], index: int) -> None:
-    if not isinstance(theirs, Mapping) or not isinstance(theirs.get("params"), Sequence):
+    if not isinstance(theirs, dict) or not isinstance(theirs.get("params"), Sequence):
         raise TypeError(f"state_dict: parameter group {index} is not a dict with a list 'params': it is damaged")
     missing = lacking(theirs)
     if missing:
@@ -347,7 +454,18 @@ def _saved_group(theirs: Any, ours: Mapping[str, Any], index: int) -> None:
             f"state_dict: parameter group {index} has {len(theirs['params'])} parameters, the optimizer's "
             f"{len(ours['params'])}: make the optimizer with the parameters that it was saved with"
         )
+    for name in ("lr", "rho"):
+        for param in ours["params"][:1]:
+            if isinstance(theirs[name], Tensor):
+                _readable(theirs[name], param, f"state_dict: parameter group {index}: {name}")
     group(theirs, index)
+    for name in ("capturable", "fused"):  # torch asks a saved group for these
+        if name in theirs:
+            flag(f"state_dict: parameter group {index}: {name}", theirs[name])
+    try:
+        copy.deepcopy(theirs)  # as torch does
+    except Exception as error:
+        raise TypeError(f"state_dict: parameter group {index} cannot be copied: {error}") from error
     if theirs["state_dtype"] is not None:
         for place, param in enumerate(ours["params"]):
             _parameter(param, f"parameter {place} of group {index} ({_described(param)})", theirs["state_dtype"])
@@ -355,7 +473,7 @@ def _saved_group(theirs: Any, ours: Mapping[str, Any], index: int) -> None:
 
 def _saved_state(known: Any, param: Tensor, key: Any) -> None:
     where = f"state_dict: state of parameter {key!r} ({_described(param)})"
-    if not isinstance(known, Mapping):
+    if not isinstance(known, dict):  # torch takes any other mapping for a list of its keys
         raise TypeError(f"{where} is of type {type(known).__name__}, not a dict: the state dict is damaged")
     for name in ("exp_avg", "step"):
         if name not in known:
@@ -369,6 +487,7 @@ def _saved_state(known: Any, param: Tensor, key: Any) -> None:
         value = known[name]
         if not isinstance(value, Tensor):
             raise TypeError(f"{where}: {name} is of type {type(value).__name__}, not a tensor: it is damaged")
+        _readable(value, param, f"{where}: {name}")
         shape = () if name == "step" else tuple(param.shape)
         if tuple(value.shape) != shape:
             raise ValueError(
@@ -378,12 +497,34 @@ def _saved_state(known: Any, param: Tensor, key: Any) -> None:
             raise ValueError(f"{where}: {name} is {_short(value.dtype)}, {value.layout}: the state dict is damaged")
         if name != "step" and value.is_complex() != param.is_complex():
             raise ValueError(f"{where}: {name} is {_short(value.dtype)}: it was saved for another model")
-        if value.is_meta and not param.is_meta:
-            raise ValueError(f"{where}: {name} is on the meta device and has no values: load it with its values")
+        if name != "step" and not on_one_mesh(param, value):
+            way = "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict(), which spreads it"
+            raise _other_mesh(param, value, f"{where}: {name}", way)
+    for name, value in known.items():
+        if name not in ("exp_avg", "kahan", "step"):
+            _own_entry(value, param, f"{where}: {name!r}")
     if not known["step"].is_meta:
         count = known["step"].item()
-        if not isinstance(count, (int, float)) or not 0 <= count < 2**63 or count != int(count):
+        if not isinstance(count, (int, float)) or not 0 <= count < MOST_STEPS or count != int(count):
             raise ValueError(f"{where}: step is {count!r}, expected a count of updates: the state dict is damaged")
+
+
+def _own_entry(value: Any, param: Tensor, where: str) -> None:
+    """Check the tensors in what a user added to a parameter's state: torch copies them to its dtype and device."""
+    if isinstance(value, Tensor):
+        _readable(value, param, where)
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            _own_entry(part, param, where)
+
+
+def _readable(value: Tensor, param: Tensor, where: str) -> None:
+    """Check that a saved tensor has values that can be copied to its parameter's device."""
+    if value.is_nested or is_lazy(value) or value.is_quantized:
+        kind = "nested" if value.is_nested else "quantized" if value.is_quantized else "not initialised"
+        raise ValueError(f"{where} is {kind}: save a plain tensor in its place")
+    if value.is_meta and not param.is_meta:
+        raise ValueError(f"{where} is on the meta device and has no values: load it with its values")
 
 
 def _number(
@@ -408,7 +549,7 @@ def _number(
         try:
             number = float(value)
         except OverflowError:
-            number = math.inf
+            number, infinite = math.inf, False
     else:
         kinds = "a float or a one-element tensor" if tensor else "a float"
         raise TypeError(f"{where}{name}={value!r}: pass {kinds}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import json
 import platform
+import struct
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -90,8 +92,8 @@ def _find() -> tuple[ModuleType, str] | str:
         built = ", ".join(record["instruction_sets"])
         return f"it was built for {built}, which this CPU does not run: reinstall sofim_fused"
     try:
-        module = importlib.import_module("sofim_fused._C")
-        module.use_kernels(importlib.import_module(f"sofim_fused._cpu_{name}").kernels)
+        module = _load("_C")
+        module.use_kernels(_load(f"_cpu_{name}").kernels)
     except Exception as error:  # a module that does not fit may raise anything
         return _unfit(error)
     return module, name
@@ -106,9 +108,35 @@ def _find_cuda() -> ModuleType | str:
     if isinstance(found, str):
         return f"it needs the native CPU part: {found}"
     try:
-        return importlib.import_module("sofim_fused._cuda")
+        return _load("_cuda")
     except Exception as error:
         return _unfit(error)
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.find_spec(f"sofim_fused.{name}")
+    if spec is not None and spec.origin is not None and _cut_off(Path(spec.origin)):
+        raise ImportError(f"{Path(spec.origin).name} is cut off")
+    return importlib.import_module(f"sofim_fused.{name}")
+
+
+def _cut_off(file: Path) -> bool:
+    """Whether a library ends before what it says is in it: the loader does not look, and the process ends (SIGBUS).
+
+    Only of ELF files, 64-bit and little-endian; for others the loader has to see for itself.
+    """
+    with file.open("rb") as opened:
+        content = opened.read(4096)
+    if content[:6] != b"\x7fELF\x02\x01":
+        return False
+    try:
+        start, sections = struct.unpack_from("<QQ", content, 32)
+        size, count, section_size, section_count = struct.unpack_from("<HHHH", content, 54)
+        segments = [struct.unpack_from("<IIQQQQ", content, start + at * size) for at in range(count)]
+    except struct.error:
+        return len(content) < 4096
+    loaded = [offset + length for kind, _, offset, _, _, length in segments if kind == 1]
+    return bool(max([*loaded, sections + section_size * section_count]) > file.stat().st_size)
 
 
 def _unfit(error: Exception) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -20,14 +20,22 @@ from torch.optim.optimizer import (
 
 from sofim_fused import backends, checks, schedule, sgd, tiles
 from sofim_fused.backends import NativeStep, Passes
+from sofim_fused.distributed import Shards, device_of, groups_of, written
 from sofim_fused.overlap import Overlap, check_unwatched
 from sofim_fused.scalars import Scalars
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _SOFIM = TypeVar("_SOFIM", bound="SOFIM")
 # What a copy takes along besides groups and state.
 _KEPT = ("_capturable", "_amp_fused", "_in_backward", "_release_grads", "_grad_norm", "_skipped_steps")
+
+
+def _no_native_step(*_: Any) -> None:
+    """What stands for :data:`NativeStep` where ranks exchange sums between the passes."""
 
 
 class SOFIM(Optimizer):
@@ -87,6 +95,9 @@ class SOFIM(Optimizer):
         release_grads: let go of each gradient as soon as it has entered its moment (``in_backward=True``): memory for
             all of them at once is never needed.
         differentiable: refused: the update is made in place.
+        shard_group: the ranks that hold other parameters of the same model, as under ZeroRedundancyOptimizer or with
+            pipeline stages: sums are taken over all of them, and a rank may have no parameter at all. ``None``: this
+            rank has all parameters, or its shards of them (``DTensor``, which knows its ranks itself).
         backend: ``"auto"``, ``"cpu"`` (C++), ``"cuda"`` (CUDA C++), ``"triton"`` or ``"reference"`` (PyTorch). Never
             saved with the state; :attr:`backends` tells what is used.
 
@@ -132,6 +143,7 @@ class SOFIM(Optimizer):
         amp_fused: bool = True,
         differentiable: bool = False,
         backend: str = "auto",
+        shard_group: ProcessGroup | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -158,6 +170,9 @@ class SOFIM(Optimizer):
             raise ValueError("release_grads=True without in_backward=True: gradients are needed until step(); set both")
         if self._in_backward:
             checks.in_backward([defaults])
+        checks.shard_group(shard_group, self._in_backward)
+        self._shard_group = shard_group
+        self._spread: Shards | Literal[False] | None = None
         self._overlap: Overlap | None = None
         self._passes_of: dict[torch.device, Passes] = {}
         self._scalars_of: dict[torch.device, Scalars] = {}
@@ -167,7 +182,8 @@ class SOFIM(Optimizer):
         self._skipped_steps: Tensor | None = None
         # Nothing at all counts as an empty group: a group may be empty, all of them may not.
         super().__init__(checks.groups(params) or [{"params": []}], defaults)
-        checks.some_parameter(self.param_groups)
+        if shard_group is None:  # else a rank may have none
+            checks.some_parameter(self.param_groups)
         if self._in_backward:
             self._overlap = Overlap(self, self._release_grads)
 
@@ -272,34 +288,37 @@ class SOFIM(Optimizer):
     def _native_step(self) -> NativeStep:
         """The step in one call of the first parameter's device; a model on several devices it leaves to the passes."""
         if self._step_in_one_call is None:
-            device = next(param.device for group in self.param_groups for param in group["params"])
-            self._step_in_one_call = self._passes_for(device).native_step()
+            device = self._first_device()
+            self._step_in_one_call = _no_native_step if self._shards() else self._passes_for(device).native_step()
             self._may_not_capture = device.type == "cuda" and not self._capturable
         return self._step_in_one_call
 
     @torch.no_grad()
     def _step_by_passes(self) -> None:
         grad_scale, found_inf = self._scaling()
-        lanes = self._lanes()
-        if not lanes:
-            return
         whole = self.param_groups[0]
         limit, skip = whole["max_grad_norm"], whole["skip_nonfinite"]
-        if limit is None and not skip and grad_scale is None and found_inf is None:
+        guarded = limit is not None or skip or grad_scale is not None or found_inf is not None
+        lanes = self._lanes(guarded)
+        if not lanes:
+            return
+        if not guarded:
             schedule.plain(lanes, self.param_groups)
-        else:
-            self._saw(*schedule.guarded(lanes, self.param_groups, limit, skip, grad_scale, found_inf))
+            return
+        if skip or found_inf is not None:
+            _ = self.skipped_steps  # once the step is taken there may be no memory for it
+        self._saw(*schedule.guarded(lanes, self.param_groups, limit, skip, grad_scale, found_inf))
 
     def _scaling(self) -> tuple[Tensor | float | None, Tensor | float | None]:
         """What a ``torch.amp.GradScaler`` says of the gradients of this step, as :func:`schedule.guarded` takes it."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         checks.scaling("grad_scale", grad_scale)
         checks.scaling("found_inf", found_inf)
-        # What is on the CPU can be read: if nothing was found, a step may be a plain one.
-        known = not isinstance(found_inf, Tensor) or found_inf.device.type == "cpu"
+        # What is on the CPU can be read: if nothing was found, a step may be a plain one, unless another rank found it.
+        known = not self._shards() and (not isinstance(found_inf, Tensor) or found_inf.device.type == "cpu")
         return grad_scale, None if known and not found_inf else found_inf
 
-    def _lanes(self) -> list[schedule.Lane]:
+    def _lanes(self, guarded: bool = False) -> list[schedule.Lane]:
         """The tensors of this step by device, everything checked, and state made where a gradient is the first."""
         for index, group in enumerate(self.param_groups):
             checks.group(group, index)
@@ -307,8 +326,15 @@ class SOFIM(Optimizer):
         entries = tiles.with_gradients(self.param_groups)
         for entry in entries:
             tiles.check_state(entry, self.param_groups[entry.group], self.state)
+        self._compare_ranks(guarded)
         for entry in entries:
             tiles.ensure_state(entry, self.param_groups[entry.group], self.state)
+        written(entry.param for entry in entries)
+        return self._lanes_of(entries)
+
+    def _lanes_of(self, entries: list[tiles.Entry]) -> list[schedule.Lane]:
+        if self._shards():
+            return [self._lane(self._first_device(), entries)]  # also without any: other ranks wait for this one
         return [self._lane(device, mine) for device, mine in tiles.by_device(entries)]
 
     def _lane(self, device: torch.device, entries: list[tiles.Entry]) -> schedule.Lane:
@@ -320,7 +346,34 @@ class SOFIM(Optimizer):
         if scalars is None or not scalars.serves(sizes, whole["numerator"], whole["fisher"]):
             scalars = self._scalars_of[device] = Scalars(device, sizes, whole["numerator"], whole["fisher"])
         laid = tiles.laid_out(device, entries, self.param_groups, self.state)
-        return schedule.Lane(laid, self._passes_for(device), scalars)
+        return schedule.Lane(laid, self._passes_for(device), scalars, self._shards() or None)
+
+    def _shards(self) -> Shards | Literal[False]:
+        """How the parameters are spread over ranks; ``False``: this one has all of them."""
+        if self._spread is None:
+            params = [param for group in self.param_groups for param in group["params"]]
+            spread = [groups_of(param) for param in params]
+            if any(spread) or self._shard_group is not None:
+                checks.one_device(params)
+                self._spread = Shards(spread, self._first_device(), self._shard_group)
+            else:
+                self._spread = False
+        return self._spread
+
+    def _compare_ranks(self, guarded: bool) -> None:
+        """Check that all ranks are about to take the same kind of step."""
+        shards = self._shards()
+        if shards:
+            whole = self.param_groups[0]
+            shards.compare(whole["numerator"], whole["fisher"], len(self.param_groups), guarded)
+
+    def _first_device(self) -> torch.device:
+        devices = (param.device for group in self.param_groups for param in group["params"])
+        first = next(devices, None)
+        if first is None:  # other ranks have all parameters
+            assert self._shard_group is not None
+            first = device_of(self._shard_group)
+        return first
 
     def _passes_for(self, device: torch.device) -> Passes:
         found = self._passes_of.get(device)
@@ -368,7 +421,7 @@ class SOFIM(Optimizer):
         It is the counter itself, which later steps raise; clone it to keep a value. Not part of :meth:`state_dict`.
         """
         if self._skipped_steps is None:
-            device = next(param.device for group in self.param_groups for param in group["params"])
+            device = self._first_device()
             with torch.inference_mode(False):  # or no later step could write to it
                 self._skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         return self._skipped_steps
@@ -422,6 +475,7 @@ class SOFIM(Optimizer):
         if self._overlap is not None:
             self._overlap.must_not_be_under_way("add_param_group()")
         super().add_param_group({**param_group, "params": params})
+        self._spread = self._step_in_one_call = None
         if self._overlap is not None:
             self._overlap.watch()
 
@@ -448,6 +502,10 @@ class SOFIM(Optimizer):
             checks.state_dict(given, self.param_groups)
             if self._in_backward:
                 checks.in_backward(given["param_groups"])
+                for index, group in enumerate(self.param_groups):
+                    for place, param in enumerate(group["params"]):
+                        where = f"state_dict: parameter {place} of group {index}"
+                        checks.in_backward_parameter(param, where, given["param_groups"][index]["numerator"])
             self._restored = tiles.restored_states(given, self.param_groups)
 
         if not isinstance(state_dict, Mapping):  # the hook would come too late: torch copies the dict before
@@ -455,7 +513,7 @@ class SOFIM(Optimizer):
         # Registered last, so that it sees what the user's own hooks make of the dict.
         handle = self.register_load_state_dict_pre_hook(examine)
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(dict(state_dict))  # not every mapping has the copy() that torch calls
         finally:
             handle.remove()
             self.__dict__.pop("_restored", None)
@@ -469,9 +527,10 @@ class SOFIM(Optimizer):
         self.__dict__.setdefault("_release_grads", False)
         self.__dict__.setdefault("_grad_norm", None)
         self.__dict__.setdefault("_skipped_steps", None)
+        self.__dict__.setdefault("_shard_group", None)
         self._passes_of = {}
         self._scalars_of = {}
-        self._step_in_one_call = None
+        self._step_in_one_call = self._spread = None
         if "_restored" in self.__dict__:
             # Optimizer.load_state_dict, which calls this, has cast the moments to the parameters' dtype.
             for param, restored in self._restored.items():
@@ -490,8 +549,16 @@ class SOFIM(Optimizer):
             self._overlap.must_not_be_under_way("a copy")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _KEPT}}
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self._shard_group is not None:
+            raise TypeError(
+                "an optimizer with a shard_group cannot be pickled, as the group is this process's: save state_dict()"
+            )
+        return super().__reduce_ex__(protocol)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> SOFIM:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__({**copy.deepcopy(self.__getstate__(), memo), "_backend": self._backend})
+        twin._shard_group = self._shard_group
         return twin

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sofim_fused import backends, checks, schedule, tiles
 from sofim_fused.backends import GradientStep, NativeOverlap, Sums
+from sofim_fused.distributed import is_sharded, placed_as, written
 from sofim_fused.scalars import Scalars, decay_of, entering
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Overlap:
         self._waiting: dict[torch.device, _Batch] = {}
         self._sums: dict[int, tuple[Sums, int]] = {}  # by ordinal: those of its batch, and the place among them
         self._steps: dict[torch.device, GradientStep] = {}
-        self._streams: dict[torch.device, Any] = {}
+        self._streams: dict[torch.device, list[Any]] = {}  # on which passes ran
         self.watch()
 
     @property
@@ -95,7 +96,7 @@ class Overlap:
                     self._hooks.append(param.register_post_accumulate_grad_hook(_Hook(self, ordinal)))
         self._survey()
         self._progress = bytearray(len(self._group_of))
-        if len(self._sizes) == 1:
+        if len(self._sizes) == 1 and not self._optimizer._shards():
             self._native = self._optimizer._passes_for(next(iter(self._sizes))).native_overlap()
 
     def _survey(self) -> None:
@@ -205,6 +206,7 @@ class Overlap:
                 self._forget()
             raise
 
+    @torch.no_grad()
     def _entry(self, param: Tensor, group: int, ordinal: int) -> tiles.Entry:
         """The gradient, checked, and its parameter with state."""
         optimizer = self._optimizer
@@ -212,7 +214,8 @@ class Overlap:
         assert param.grad is not None
         checks.gradient(param, param.grad, group, ordinal - self._group_of.index(group))
         checks.in_backward_parameter(param, f"parameter {ordinal}", settings["numerator"])
-        entry = tiles.Entry(group, ordinal, param, param.grad)
+        (grad,) = placed_as([param], [param.grad])
+        entry = tiles.Entry(group, ordinal, param, grad)
         tiles.check_state(entry, settings, optimizer.state)
         tiles.ensure_state(entry, settings, optimizer.state)
         return entry
@@ -233,9 +236,15 @@ class Overlap:
             with contextlib.suppress(RuntimeError):
                 torch.autograd.Variable._execution_engine.queue_callback(self._take_all_waiting)
         waiting.entries[entry.ordinal] = (entry, again)
-        waiting.elements += entry.param.numel()
+        waiting.elements += entry.grad.numel()
         if waiting.elements >= BATCH:
-            self._take_waiting(device)
+            try:
+                self._take_waiting(device)
+            except BaseException:
+                del waiting.entries[entry.ordinal]  # it was not taken, and step() will find it where it is
+                if not waiting.entries:
+                    self._waiting.pop(device, None)
+                raise
 
     def _take_all_waiting(self) -> None:
         for device in list(self._waiting):
@@ -243,7 +252,7 @@ class Overlap:
 
     @torch.no_grad()
     def _take_waiting(self, device: torch.device) -> None:
-        batch = self._waiting.pop(device)
+        batch = self._waiting[device]
         taken = [batch.entries[ordinal] for ordinal in sorted(batch.entries)]
         entries = [entry for entry, _ in taken]
         assert self._latched is not None
@@ -260,13 +269,19 @@ class Overlap:
             if weight is not None:
                 weight = [0.0 if again else w for (_, again), w in zip(taken, weight, strict=True)]
         optimizer = self._optimizer
-        if batch.stream is not None:  # what the passes of a step share was written on the first one's stream
-            first = self._streams.setdefault(device, batch.stream)
-            if first != batch.stream:
-                batch.stream.wait_stream(first)
+        if batch.stream is not None:
+            streams = self._streams.setdefault(device, [])
+            if batch.stream not in streams:
+                streams.append(batch.stream)
+            if streams[0] != batch.stream:  # what the passes of a step share was written there
+                batch.stream.wait_stream(streams[0])
+            for entry in entries if self.release else ():
+                if is_sharded(entry.param):  # its gradient's memory may be another stream's
+                    entry.grad.record_stream(batch.stream)
         with contextlib.nullcontext() if batch.stream is None else torch.cuda.stream(batch.stream):
             laid = tiles.laid_out(device, entries, optimizer.param_groups, optimizer.state)
             known = self._gradient_step(device, [entry.ordinal for entry in entries]) if cross else None
+            del self._waiting[device]  # whatever failed until here can be tried again
             sums = self._optimizer._passes_for(device).accumulate(laid, decay._replace(weight=weight), known)
         for place, entry in enumerate(entries):
             self._sums[entry.ordinal] = (sums, place)
@@ -358,20 +373,27 @@ class Overlap:
             for ordinal, param in enumerate(params)
             if self._progress[ordinal]
         ]
-        if not present:
+        if not present and not optimizer._shards():
             return
+        if self._latched is None:  # other ranks have gradients
+            self._latch()
         groups = self._settings()
         for index, group in enumerate(groups):
             checks.group(group, index)
         checks.agreement(groups)
-        lanes, sums = [], []
-        for device, mine in tiles.by_device(present):
-            lanes.append(optimizer._lane(device, mine))
-            sums.append(self._sums_of(device, [entry.ordinal for entry in mine]))
+        for device, streams in self._streams.items():
+            for stream in streams:  # a pass may have been put there after the backward pass had brought them together
+                torch.cuda.current_stream(device).wait_stream(stream)
+        optimizer._compare_ranks(guarded=False)
+        lanes = optimizer._lanes_of(present)
+        sums = [self._sums_of(lane.tiles.device, lane.tiles.ordinals) for lane in lanes]
         schedule.after_backward(lanes, groups, sums)
+        written(entry.param for entry in present)
 
     def _sums_of(self, device: torch.device, ordinals: Sequence[int]) -> Sums:
         """What the passes left, in the order of parameters."""
+        if not ordinals:
+            return schedule.no_sums(device)
         starts, parts, places = {}, [], []
         size = 0
         for ordinal in ordinals:

@@ -89,13 +89,15 @@ class Scalars:
 
     def correction(self, steps: Sequence[Tensor]) -> Tensor:
         """1/(1 - β^t) per tensor, t being one more than its count in ``steps``; a few ulp off at most, β near 1 too."""
+        if not steps:
+            return self._vectors["momentum"].clone()
         counts = torch.stack(list(steps)).to(sum_dtype(self.device)) + 1
         return torch.expm1(counts * self._vectors["momentum"].log()).neg_().reciprocal_()
 
     # Plain step: m is already updated, and its sums are known.
 
-    def plain_blocks(self, sums: Sums, correction: Tensor) -> Tensor:
-        """S (and P, for the gradient form) per Fisher block, ``[1 or 2, blocks]``, from ``accumulate``'s sums."""
+    def plain_rows(self, sums: Sums, correction: Tensor) -> Tensor:
+        """Each tensor's part of S (and of P, for the gradient form), ``[1 or 2, n]``, from ``accumulate``'s sums."""
         v = self._vectors
         weight = correction / v["rho"]
         rows = [weight * correction * sums.mm]
@@ -103,13 +105,13 @@ class Scalars:
             assert sums.mg is not None
             mv = v["sign"] * sums.mg
             rows.append(weight * (mv if sums.mw is None else mv + _decayed(v["l2"], sums.mw)))
-        return self._fold(torch.stack(rows))
+        return torch.stack(rows)
 
     # Guarded step: nothing is written yet, and the clip factor κ is not known. The sums of the moment that is to come
     # are polynomials in κ; their coefficients are added up over the block, so that one reduction serves everything.
 
-    def guarded_blocks(self, sums: Sums, correction: Tensor) -> Tensor:
-        """Polynomials in κ per Fisher block from ``dots``' sums, ``[2 or 3, 3, blocks]``: coefficients of 1, κ and κ².
+    def guarded_rows(self, sums: Sums, correction: Tensor) -> Tensor:
+        """Each tensor's part of polynomials in κ, from ``dots``' sums, ``[6 or 9, n]``: coefficients of 1, κ and κ².
 
         The first is S, the last (gradient form) P. The second is what S would be if nothing cancelled in
         β m + (1-β) v: the scale of S's rounding error.
@@ -136,13 +138,12 @@ class Scalars:
         rows += [square * still.square(), square * 2 * still * moving, square * moving.square()]
         if self.numerator == "gradient":
             rows += [weight * (beta * a + taken * b) for a, b in zip(mv, vv, strict=True)]
-        folded = self._fold(torch.stack(rows))
-        return folded.view(-1, 3, folded.shape[-1])
+        return torch.stack(rows)
 
     @staticmethod
     def at_gain(blocks: Tensor, gain: Tensor) -> Tensor:
-        """:meth:`guarded_blocks`' polynomials at the clip factor κ = ``gain``: S (and P), ``[1 or 2, blocks]``."""
-        constant, linear, square = blocks.unbind(1)
+        """:meth:`guarded_rows`' polynomials, added up, at κ = ``gain``: S (and P) per block, ``[1 or 2, blocks]``."""
+        constant, linear, square = blocks.view(-1, 3, blocks.shape[-1]).unbind(1)
         # A norm that overflows makes κ zero and the other coefficients infinite.
         norm, scale, *cross = torch.where(gain == 0, constant, constant + gain * (linear + gain * square)).unbind()
         # Where the terms of the moment cancel, S is their rounding error: as large as the moment's own, or the step,
@@ -172,13 +173,13 @@ class Scalars:
     def _shrunk(self) -> Tensor | None:
         return 1 - self._vectors["lr"] * self._vectors["weight_decay"] if self._shrinks else None
 
-    def _fold(self, rows: Tensor) -> Tensor:
-        """Add the columns of ``[k, n]`` that share a Fisher block, in a fixed order."""
+    def fold(self, rows: Tensor) -> Tensor:
+        """Add the columns of ``[..., n]`` that share a Fisher block, in a fixed order: ``[..., blocks]``."""
         if self.fisher == "parameter":
             return rows
         if self.fisher == "model":
-            return rows.sum(1, keepdim=True)
-        return torch.stack([part.sum(1) for part in rows.split(self.sizes, dim=1)], dim=1)
+            return rows.sum(-1, keepdim=True)
+        return torch.stack([part.sum(-1) for part in rows.split(self.sizes, dim=-1)], dim=-1)
 
     def _spread(self, blocks: Tensor) -> Tensor:
         """The value of each tensor's block."""

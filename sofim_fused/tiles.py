@@ -10,12 +10,16 @@ from torch import Tensor
 
 from sofim_fused import checks
 from sofim_fused.backends import Tiles
+from sofim_fused.distributed import local, placed_as
 
 STATE = ("exp_avg", "step", "kahan")  # what SOFIM keeps for a parameter; other entries are a user's own
 
 
 class Entry(NamedTuple):
-    """A parameter that has a gradient, and its place: the group's index and the ordinal over all groups."""
+    """A parameter that has a gradient, and its place: the group's index and the ordinal over all groups.
+
+    The gradient of a ``DTensor`` may be what this rank holds of it.
+    """
 
     group: int
     ordinal: int
@@ -37,16 +41,18 @@ def with_gradients(groups: Sequence[Mapping[str, Any]]) -> list[Entry]:
                 checks.gradient(param, param.grad, index, place)
                 entries.append(Entry(index, ordinal, param, param.grad))
             ordinal += 1
-    return entries
+    grads = placed_as([entry.param for entry in entries], [entry.grad for entry in entries])
+    return [entry._replace(grad=grad) for entry, grad in zip(entries, grads, strict=True)]
 
 
 def check_state(entry: Entry, group: Mapping[str, Any], state: Mapping[Tensor, Any]) -> None:
     """Check that a parameter's state fits it, or that the group's settings allow to make one.
 
     Raises:
-        ValueError: they do not; the message names the parameter.
+        TypeError, ValueError: they do not; the message names the parameter.
     """
     known = state.get(entry.param, {})
+    checks.state_entries(entry.param, known, entry.ordinal)
     if "exp_avg" in known and "step" in known:
         checks.state_of_parameter(entry.param, known, moment_dtype(entry.param, group["state_dtype"]), entry.ordinal)
     else:
@@ -88,7 +94,7 @@ def _restored(param: Tensor, saved: Mapping[str, Tensor], group: Mapping[str, An
     Bits kept for a 16-bit parameter mean nothing to a wider one and are dropped there.
     """
     state = {
-        "step": saved["step"].detach().to(device=param.device, dtype=torch.int64, copy=True),
+        "step": _filled(torch.empty((), dtype=torch.int64, device=param.device), local(saved["step"])),
         "exp_avg": _like(param, saved["exp_avg"], moment_dtype(param, group["state_dtype"])),
     }
     if "kahan" in saved and keeps_lost_bits(param, group["kahan"]):
@@ -97,7 +103,12 @@ def _restored(param: Tensor, saved: Mapping[str, Tensor], group: Mapping[str, An
 
 
 def _like(param: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format).copy_(value.detach())
+    return _filled(torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format), value)
+
+
+def _filled(made: Tensor, value: Tensor) -> Tensor:
+    made.copy_(value.detach())  # what that returns may be of the saved tensor's own class
+    return made
 
 
 def moment_dtype(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
@@ -123,18 +134,18 @@ def by_device(entries: Sequence[Entry]) -> Iterator[tuple[torch.device, list[Ent
 def laid_out(
     device: torch.device, entries: Sequence[Entry], groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any]
 ) -> Tiles:
-    """The records of one device as the passes take them: complex tensors as their real views.
+    """The records of one device as the passes take them: complex tensors as their real views, of shards the local ones.
 
     Nothing is copied but gradients whose conjugation or negation was put off.
     """
     states = [state[entry.param] for entry in entries]
     return Tiles(
         device=device,
-        params=[_real(entry.param) for entry in entries],
-        grads=[_real(entry.grad.resolve_conj().resolve_neg()) for entry in entries],
-        exp_avgs=[_real(known["exp_avg"]) for known in states],
+        params=[_real(local(entry.param)) for entry in entries],
+        grads=[_real(local(entry.grad).resolve_conj().resolve_neg()) for entry in entries],
+        exp_avgs=[_real(local(known["exp_avg"])) for known in states],
         kahans=[
-            known["kahan"] if keeps_lost_bits(entry.param, groups[entry.group]["kahan"]) else None
+            local(known["kahan"]) if keeps_lost_bits(entry.param, groups[entry.group]["kahan"]) else None
             for entry, known in zip(entries, states, strict=True)
         ],
         steps=[known["step"] for known in states],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import pytest
@@ -33,6 +33,19 @@ if INTERPRETED:
     interpreter._patch_lang = _prepare_once
     interpreter.GridExecutor.__call__ = _launch_prepared
 
+
+# On how many examples properties are tried: few, always the same; with --hypothesis-profile=deep many, always others.
+try:
+    from hypothesis import HealthCheck, settings
+
+    from tests.strategies import CHECKED
+except ImportError:  # on a machine that only runs tests of kernels
+    CHECKED: Counter[str] = Counter()  # type: ignore[no-redef]
+else:
+    common: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+    settings.register_profile("ci", max_examples=20, derandomize=True, **common)
+    settings.register_profile("deep", max_examples=1_200, derandomize=False, print_blob=True, **common)
+    settings.load_profile("ci")
 
 LEFT_OUT = pytest.StashKey[int]()  # how many cases
 
@@ -77,17 +90,24 @@ def values_of(item: Any) -> list[str]:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["left_out"] = session.config.stash[LEFT_OUT]
+        session.config.workeroutput["checked"] = dict(CHECKED)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """All of pytest-xdist's workers leave out the same, and none of them says so."""
-    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+    output = getattr(node, "workeroutput", {})
+    node.config.stash[LEFT_OUT] = output.get("left_out", 0)
+    CHECKED.update(output.get("checked", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if config.stash[LEFT_OUT]:
         terminalreporter.write_line(f"{config.stash[LEFT_OUT]} cases left out of a covering: --all-cases runs them")
+    if CHECKED:
+        terminalreporter.write_line(
+            ", ".join(f"{count:,} {what}" for what, count in sorted(CHECKED.items())) + " checked"
+        )
 
 
 @pytest.fixture(params=RUNS, ids=name_of)

@@ -19,8 +19,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from bench import documents
 from bench.convergence import __main__ as command
-from bench.convergence import compare, convex, documents, regime, sensitivity
+from bench.convergence import compare, convex, regime, sensitivity
 from bench.convergence import store as store_module
 from bench.convergence.contenders import CONFIGURATIONS, CONTENDERS, PERIOD, gradients_by, layers, memory, scaled
 from bench.convergence.nystrom import NystromSGD

@@ -398,7 +398,7 @@ def test_resuming_with_other_settings(
     # Only the settings are looked at before the error, so that a bare checkpoint will do.
     settings, _, _ = train.parse([*QUICK, "--epochs", "2", "--device", "cpu"])
     content = {"settings": vars(settings), "runs": {"sofim": {"epochs_done": 2}}}
-    torch.save(content, tmp_path / "checkpoint.pt")
+    train.write_sealed(tmp_path / "checkpoint.pt", content)
     arguments = ["--epochs", "2", "--device", "cpu", *options, "--resume"]
     expected = problem.lstrip("; ").format(**vars(settings))
     assert run(tmp_path, *arguments) == 2
@@ -414,7 +414,7 @@ def test_resuming_from_a_damaged_checkpoint(
 ) -> None:
     path = tmp_path / "checkpoint.pt"
     if content is None:
-        torch.save({"something": "else"}, path)
+        train.write_sealed(path, {"something": "else"})
     else:
         path.write_bytes(content)
     assert run(tmp_path, "--resume") == 2

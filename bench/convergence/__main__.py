@@ -17,8 +17,8 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from bench import report
-from bench.convergence import compare, convex, cost, documents, regime, sensitivity
+from bench import documents, report
+from bench.convergence import compare, convex, cost, regime, sensitivity
 from bench.convergence.contenders import CONTENDERS
 from bench.convergence.store import Store
 from bench.convergence.tasks import TASKS, Size

@@ -460,7 +460,9 @@ class Sheet:
 
 def launch_first(kernels: ModuleType, sheet: Sheet, form: Form, with_step: bool = False) -> None:
     """Launch ``accumulate`` (``with_step``: w takes the known part of its step) or ``dots``."""
-    kernels.first[(sheet.tiles,)](
+    _run(
+        kernels.first,
+        sheet.tiles,
         *sheet.arguments(),
         PASS=form.first,
         FINISH=form.finish,
@@ -473,7 +475,9 @@ def launch_first(kernels: ModuleType, sheet: Sheet, form: Form, with_step: bool 
 
 def launch_second(kernels: ModuleType, sheet: Sheet, form: Form) -> None:
     """Launch ``apply`` or ``commit``."""
-    kernels.second[(sheet.tiles,)](
+    _run(
+        kernels.second,
+        sheet.tiles,
         sheet.rows,
         sheet.tile_of,
         sheet.hyper,
@@ -488,7 +492,9 @@ def launch_second(kernels: ModuleType, sheet: Sheet, form: Form) -> None:
 
 def launch_single(kernels: ModuleType, sheet: Sheet, form: Form, programs: int) -> None:
     """Launch both passes of a step as one kernel of at most ``programs`` programs, all of which can run at once."""
-    kernels.single[(min(sheet.tiles, programs),)](
+    _run(
+        kernels.single,
+        min(sheet.tiles, programs),
         *sheet.arguments(),
         FIRST=form.first,
         SECOND=form.second,
@@ -499,6 +505,17 @@ def launch_single(kernels: ModuleType, sheet: Sheet, form: Form, programs: int) 
         launch_cooperative_grid=True,
         **form.common(kernels, waits=True),
     )
+
+
+def _run(kernel: Any, programs: int, *arguments: Tensor | int, **constants: Any) -> None:
+    """Launch a kernel, which is compiled first where Triton's cache does not have it."""
+    try:
+        kernel[(programs,)](*arguments, **constants)
+    except (OSError, ValueError) as error:  # of the cache's files
+        raise RuntimeError(
+            f"Triton could not compile or load a kernel ({_first_line(error)}): TRITON_CACHE_DIR has to be a folder "
+            "that can be written to; empty it if it is damaged, or take backend='cuda' or 'reference'"
+        ) from error
 
 
 def programs_per_multiprocessor(form: Form, hip: bool) -> int:

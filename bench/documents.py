@@ -26,7 +26,7 @@ def filled(document: str, results: Path) -> str:
 
 
 def _section(text: str, heading: str | None, file: str) -> str:
-    parts = re.split(r"^### (.+)\n", text, flags=re.MULTILINE)
+    parts = re.split(r"^#{2,3} (.+)\n", text, flags=re.MULTILINE)
     sections = {None: parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
     if heading not in sections:
         raise ValueError(f"{file} has no section {heading!r}")

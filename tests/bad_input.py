@@ -1,0 +1,1048 @@
+"""Bad input as one table: what is wrong, how it comes about, and the error that says so."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sofim_fused import SOFIM
+
+NAN, INF = float("nan"), float("inf")
+BOTH = ("cpu", "reference")
+
+
+class Case(NamedTuple):
+    """A row brought about.
+
+    Attributes:
+        attempt: what is refused.
+        params: of whom nothing may change, besides those of the optimizer.
+        optimizer: likewise; ``None``: none is there yet.
+    """
+
+    attempt: Callable[[], object]
+    params: Sequence[Any] = ()
+    optimizer: SOFIM | None = None
+
+
+class Row(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        what: is wrong, in Markdown.
+        make: brings it about, for a backend.
+        error: its type.
+        text: of its message, which names what is wrong and says what to do; "…" stands for what is left out.
+        backends: for which it is tried.
+    """
+
+    what: str
+    make: Callable[[str], Case]
+    error: type[Exception]
+    text: str
+    backends: tuple[str, ...] = ("auto",)
+
+    @property
+    def pattern(self) -> str:
+        """``text`` as a regular expression."""
+        return "(?s)" + ".*".join(re.escape(part.strip()) for part in self.text.split("…"))
+
+
+def one() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(2, 3))]
+
+
+def two() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(2, 3))]
+
+
+def give_ones(params: Sequence[Tensor]) -> None:
+    for p in params:
+        p.grad = torch.ones_like(p)
+
+
+# Arguments of the constructor
+
+
+class Argument(NamedTuple):
+    """Arguments that the constructor refuses: in a group too, where a group can have them."""
+
+    values: dict[str, Any]
+    error: type[Exception]
+    text: str
+    what: str = ""
+
+    def row(self) -> Row:
+        return Row(self.what or f"`{_written(self.values)}`", self._case, self.error, self.text)
+
+    def _case(self, _: str) -> Case:
+        params = one()
+        return Case(lambda: SOFIM(params, **self.values), params)
+
+
+def _written(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
+
+
+NOT_NEGATIVE = "it must be at least 0 and finite"
+A_NUMBER = "pass a float or a one-element tensor"
+ONE_ELEMENT = "pass a real one with one element"
+A_MOMENTUM = "it must be at least 0 and less than 1"
+A_RHO = "it must be at least 1e-30 and finite"
+A_FLAG = "pass True or False"
+MOMENT_TYPES = "pass torch.float32, torch.bfloat16 or None (by parameter)"
+FISHERS = "take one of 'model', 'group', 'parameter'"
+NO_NORM = "is impossible: the norm of all gradients is known only after … Leave out one of them"
+
+ARGUMENTS = [
+    Argument({"lr": -0.1}, ValueError, f"lr=-0.1: {NOT_NEGATIVE}"),
+    Argument({"lr": NAN}, ValueError, f"lr=nan: {NOT_NEGATIVE}"),
+    Argument({"lr": INF}, ValueError, f"lr=inf: {NOT_NEGATIVE}"),
+    Argument({"lr": "0.1"}, TypeError, f"lr='0.1': {A_NUMBER}"),
+    Argument({"lr": True}, TypeError, f"lr=True: {A_NUMBER}"),
+    Argument({"lr": 10**400}, ValueError, f"lr=inf: {NOT_NEGATIVE}", "`lr=10**400`, which no float holds"),
+    Argument({"lr": None}, TypeError, f"lr=None: {A_NUMBER}"),
+    Argument({"lr": torch.ones(2)}, ValueError, f"lr is a tensor (shape (2,), float32, cpu): {ONE_ELEMENT}"),
+    Argument({"lr": torch.tensor(-1.0)}, ValueError, f"lr=-1.0: {NOT_NEGATIVE}"),
+    Argument({"lr": torch.tensor(1j)}, ValueError, f"lr is a tensor (shape (), complex64, cpu): {ONE_ELEMENT}"),
+    Argument({"lr": torch.tensor(True)}, ValueError, f"lr is a tensor (shape (), bool, cpu): {ONE_ELEMENT}"),
+    Argument({"momentum": 1.0}, ValueError, f"momentum=1.0: {A_MOMENTUM}"),
+    Argument({"momentum": -0.1}, ValueError, f"momentum=-0.1: {A_MOMENTUM}"),
+    Argument({"momentum": NAN}, ValueError, f"momentum=nan: {A_MOMENTUM}"),
+    Argument({"momentum": torch.tensor(0.9)}, TypeError, "momentum=tensor(0.9 … : pass a float"),
+    Argument({"rho": 0.0}, ValueError, f"rho=0.0: {A_RHO}"),
+    Argument({"rho": 1e-40}, ValueError, f"rho=1e-40: {A_RHO}"),
+    Argument({"rho": -1}, ValueError, f"rho=-1.0: {A_RHO}"),
+    Argument({"rho": NAN}, ValueError, f"rho=nan: {A_RHO}"),
+    Argument({"rho": INF}, ValueError, f"rho=inf: {A_RHO}"),
+    Argument({"rho": torch.tensor(0.0)}, ValueError, f"rho=0.0: {A_RHO}"),
+    Argument({"rho": torch.zeros(0)}, ValueError, f"rho is a tensor (shape (0,), float32, cpu): {ONE_ELEMENT}"),
+    Argument(
+        {"rho": torch.empty(3, device="meta")},
+        ValueError,
+        f"rho is a tensor (shape (3,), float32, meta): {ONE_ELEMENT}",
+        "`rho` is three numbers on a device whose memory is not looked at",
+    ),
+    Argument({"weight_decay": -1e-4}, ValueError, f"weight_decay=-0.0001: {NOT_NEGATIVE}"),
+    Argument({"weight_decay": NAN}, ValueError, f"weight_decay=nan: {NOT_NEGATIVE}"),
+    Argument({"weight_decay": "no"}, TypeError, "weight_decay='no': pass a float"),
+    Argument({"decoupled_weight_decay": 1}, TypeError, f"decoupled_weight_decay=1: {A_FLAG}"),
+    Argument({"maximize": "yes"}, TypeError, f"maximize='yes': {A_FLAG}"),
+    Argument({"skip_nonfinite": None}, TypeError, f"skip_nonfinite=None: {A_FLAG}"),
+    Argument({"numerator": "momentum"}, ValueError, "numerator='momentum': take one of 'moment', 'gradient'"),
+    Argument({"fisher": "layer"}, ValueError, f"fisher='layer': {FISHERS}"),
+    Argument({"fisher": None}, ValueError, f"fisher=None: {FISHERS}"),
+    Argument({"fisher": np.array(["model", "group"])}, ValueError, f"fisher=array … {FISHERS}", "`fisher` is an array"),
+    Argument({"state_dtype": torch.float16}, ValueError, f"state_dtype=torch.float16: {MOMENT_TYPES}"),
+    Argument({"state_dtype": "bfloat16"}, ValueError, f"state_dtype='bfloat16': {MOMENT_TYPES}"),
+    Argument(
+        {"state_dtype": np.array([1, 2])},
+        ValueError,
+        f"state_dtype=array([1, 2]): {MOMENT_TYPES}",
+        "`state_dtype` is an array",
+    ),
+    Argument({"kahan": "on"}, TypeError, "kahan='on': pass True, False or None (on for 16-bit parameters)"),
+    Argument({"kahan": 0}, TypeError, "kahan=0: pass True, False or None (on for 16-bit parameters)"),
+    Argument({"max_grad_norm": 0.0}, ValueError, "max_grad_norm=0.0: it must be greater than 0"),
+    Argument({"max_grad_norm": -1.0}, ValueError, "max_grad_norm=-1.0: it must be greater than 0"),
+    Argument({"max_grad_norm": NAN}, ValueError, "max_grad_norm=nan: it must be greater than 0"),
+    Argument({"max_grad_norm": "1"}, TypeError, "max_grad_norm='1': pass a float"),
+    Argument({"capturable": torch.ones(2)}, TypeError, f"capturable=tensor … {A_FLAG}"),
+    Argument({"amp_fused": 1}, TypeError, f"amp_fused=1: {A_FLAG}"),
+    Argument(
+        {"backend": "cublas"},
+        ValueError,
+        "backend='cublas' is unknown: take one of 'auto', 'cpu', 'cuda', 'triton', 'reference'",
+    ),
+    Argument({"backend": None}, ValueError, "backend=None is unknown: take one of 'auto', 'cpu'"),
+    Argument({"backend": "triton"}, RuntimeError, "backend='triton' cannot run on cpu … take backend='auto'"),
+    Argument({"foreach": 1}, TypeError, "foreach=1: pass True, False or None"),
+    Argument(
+        {"foreach": True, "fused": True},
+        ValueError,
+        "fused=True asks for a native backend, foreach=True for pure PyTorch: leave one of them out",
+    ),
+    Argument(
+        {"backend": "reference", "fused": True},
+        ValueError,
+        "fused=True asks for a native backend, backend='reference' for pure PyTorch: leave one of them out",
+    ),
+    Argument({"in_backward": 1}, TypeError, f"in_backward=1: {A_FLAG}"),
+    Argument({"release_grads": 1}, TypeError, f"release_grads=1: {A_FLAG}"),
+    Argument(
+        {"release_grads": True},
+        ValueError,
+        "release_grads=True without in_backward=True: gradients are needed until step(); set both",
+    ),
+    Argument(
+        {"in_backward": True, "max_grad_norm": 1.0}, ValueError, f"in_backward=True with max_grad_norm=1.0 {NO_NORM}"
+    ),
+    Argument(
+        {"in_backward": True, "skip_nonfinite": True},
+        ValueError,
+        f"in_backward=True with skip_nonfinite=True {NO_NORM}",
+    ),
+    Argument(
+        {"differentiable": True},
+        ValueError,
+        "differentiable=True is impossible: the update is made in place; unroll it in plain PyTorch instead",
+    ),
+]
+
+
+# Parameters
+
+
+def _given(
+    what: str, make: Callable[[], Any], error: type[Exception], text: str, params: Callable[[Any], Any] = list
+) -> Row:
+    """What the constructor is given in the place of parameters; ``params``: those that are in it."""
+
+    def case(_: str) -> Case:
+        given = make()
+        return Case(lambda: SOFIM(given), params(given) if isinstance(given, list) else ())
+
+    return Row(what, case, error, text)
+
+
+def _of_groups(groups: list[Any]) -> list[Any]:
+    return [p for group in groups for p in (group["params"] if isinstance(group, dict) else group)]
+
+
+def _nothing(_: Any) -> list[Any]:
+    return []
+
+
+def _expanded() -> Tensor:
+    return torch.ones(3, 1).expand(3, 4).requires_grad_()
+
+
+def _windows() -> Tensor:
+    return torch.ones(6).as_strided((3, 2), (1, 1)).requires_grad_()
+
+
+def _twice() -> list[Tensor]:
+    p = nn.Parameter(torch.ones(2))
+    return [p, nn.Parameter(torch.ones(3)), p]
+
+
+def _across_groups() -> list[dict[str, Any]]:
+    p = nn.Parameter(torch.ones(2))
+    return [{"params": [p]}, {"params": [nn.Parameter(torch.ones(3)), p]}]
+
+
+class _Wrapper(Tensor):
+    """A tensor that holds another one, as sharded and quantized tensors do."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> _Wrapper:
+        made: _Wrapper = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    inner: Tensor
+
+    def __repr__(self, **_: Any) -> str:
+        return "_Wrapper()"
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> _Wrapper:
+        return _Wrapper(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return NotImplemented
+
+
+A_MODEL = "pass model.parameters(), or a list of group dicts"
+EMPTY = "params is empty: pass model.parameters(), or group dicts with at least one parameter"
+TYPES = "only float32, float64, bfloat16, float16, complex64, complex128 can be optimized: leave it out"
+SHARED = "with which elements may share memory (as after expand()): pass a contiguous copy (.clone())"
+WIDE = "is for float32 and 16-bit parameters: put this one into a group with state_dtype=None"
+
+PARAMETERS = [
+    _given("a number for parameters", lambda: 3, TypeError, f"params is of type int: {A_MODEL}"),
+    _given("nothing at all: `None`", lambda: None, TypeError, f"params is of type NoneType: {A_MODEL}"),
+    _given("a model", lambda: nn.Linear(2, 2), TypeError, f"params is of type Linear: {A_MODEL}"),
+    _given("a dict", lambda: {"params": one()}, TypeError, f"params is of type dict: {A_MODEL}"),
+    _given("a string", lambda: "weights", TypeError, f"params is of type str: {A_MODEL}"),
+    _given(
+        "one tensor",
+        lambda: one()[0],
+        TypeError,
+        "params is a tensor (shape (2, 3), float32, cpu): pass an iterable of tensors, [tensor]",
+    ),
+    _given("an empty list", list, ValueError, EMPTY),
+    _given("a generator that is used up", lambda: iter([]), ValueError, EMPTY),
+    _given("empty groups", lambda: [{"params": []}, {"params": []}], ValueError, EMPTY, _of_groups),
+    _given("a group of an iterator that is used up", lambda: [{"params": iter([])}], ValueError, EMPTY, _nothing),
+    _given(
+        "a group without parameters",
+        lambda: [{"lr": 0.1}],
+        ValueError,
+        "parameter group 0 has no 'params': add the list of its parameters",
+        _nothing,
+    ),
+    _given(
+        "a list of parameters for a group",
+        lambda: [{"params": one()}, one()],
+        TypeError,
+        "parameter group 1 is of type list: pass a dict with 'params'",
+        _of_groups,
+    ),
+    _given(
+        "a set",
+        lambda: [{"params": set(one())}],
+        TypeError,
+        "parameter group 0: params is a set, which has no fixed order: pass a list",
+        _of_groups,
+    ),
+    _given(
+        "a number in a group",
+        lambda: [{"params": 3}],
+        TypeError,
+        "parameter group 0: params is of type int: pass an iterable of tensors",
+        _nothing,
+    ),
+    _given(
+        "a name in a group",
+        lambda: [{"params": "w"}],
+        TypeError,
+        "parameter group 0: params is of type str: pass a list of tensors",
+        _nothing,
+    ),
+    _given(
+        "a number among parameters",
+        lambda: [*one(), 1.0],
+        TypeError,
+        "parameter 1 of group 0 is of type float: pass tensors, or (name, tensor) pairs",
+    ),
+    _given(
+        "`None` among parameters",
+        lambda: [*one(), None],
+        TypeError,
+        "parameter 1 of group 0 is of type NoneType: pass tensors, or (name, tensor) pairs",
+    ),
+    _given(
+        "a parameter twice",
+        _twice,
+        ValueError,
+        "parameter 2 of group 0 (shape (2,), float32, cpu) is parameter 0 again: pass each parameter once",
+    ),
+    _given(
+        "a parameter in two groups",
+        _across_groups,
+        ValueError,
+        "parameter 1 of group 1 (shape (2,), float32, cpu) is already in group 0: pass each parameter once",
+        _of_groups,
+    ),
+    _given(
+        "a parameter of integers",
+        lambda: [torch.ones(2, dtype=torch.int64)],
+        ValueError,
+        f"parameter 0 of group 0 (shape (2,), int64, cpu): {TYPES}",
+    ),
+    _given(
+        "a parameter of booleans",
+        lambda: [torch.ones(2, dtype=torch.bool)],
+        ValueError,
+        f"parameter 0 of group 0 (shape (2,), bool, cpu): {TYPES}",
+    ),
+    _given(
+        "a parameter of float8",
+        lambda: [torch.ones(2).to(torch.float8_e4m3fn)],
+        ValueError,
+        f"parameter 0 of group 0 (shape (2,), float8_e4m3fn, cpu): {TYPES}",
+    ),
+    _given(
+        "a sparse parameter",
+        lambda: [torch.ones(2).to_sparse().requires_grad_()],
+        ValueError,
+        "parameter 0 of group 0 … has the layout torch.sparse_coo: pass a dense tensor (to_dense())",
+    ),
+    _given(
+        "a parameter that is the result of an operation",
+        lambda: [one()[0] * 2],
+        ValueError,
+        "parameter 0 of group 0 … is the result of an operation, not a leaf: pass the tensor it was computed from",
+    ),
+    _given(
+        "an expanded parameter",
+        lambda: [_expanded()],
+        ValueError,
+        f"parameter 0 of group 0 … has strides (1, 0), {SHARED}",
+    ),
+    _given(
+        "a parameter of windows that overlap",
+        lambda: [_windows()],
+        ValueError,
+        f"parameter 0 of group 0 … has strides (1, 1), {SHARED}",
+    ),
+    _given(
+        "a nested parameter",
+        lambda: [torch.nested.nested_tensor([torch.ones(2)])],
+        ValueError,
+        "parameter 0 of group 0 (nested) is a nested tensor: pass its parts",
+        _nothing,
+    ),
+    _given(
+        "a parameter whose conjugation was put off",
+        lambda: [torch.ones(2, dtype=torch.complex64).conj()],
+        ValueError,
+        "parameter 0 of group 0 … is a lazily conjugated or negated view: pass resolve_conj().resolve_neg() of it",
+    ),
+    _given(
+        "a parameter that waits for its shape",
+        lambda: list(nn.LazyLinear(3).parameters()),
+        ValueError,
+        "parameter 0 of group 0 (uninitialised) is not initialised yet: run one forward pass before making",
+        _nothing,
+    ),
+    _given(
+        "a parameter that holds other tensors",
+        lambda: [_Wrapper(torch.ones(2)).requires_grad_()],
+        ValueError,
+        "parameter 0 of group 0 … is of type _Wrapper, which holds other tensors (quantized, say): "
+        "SOFIM takes plain tensors and DTensors",
+        _nothing,
+    ),
+    _given(
+        "names for some parameters",
+        lambda: [("a", one()[0]), one()[0]],
+        ValueError,
+        "all optimizer params should be with/without names. Some param names are missing",
+        _nothing,
+    ),
+    _given(
+        "a group with a `backend`",
+        lambda: [{"params": one(), "backend": "reference"}],
+        ValueError,
+        "parameter group 0 sets backend: pass it to the constructor",
+        _of_groups,
+    ),
+    _given(
+        "a group with `fused`",
+        lambda: [{"params": one(), "fused": True}],
+        ValueError,
+        "parameter group 0 sets fused: pass it to the constructor",
+        _of_groups,
+    ),
+    _given(
+        "a group with a `numerator` of its own",
+        lambda: [{"params": one()}, {"params": one(), "numerator": "gradient"}],
+        ValueError,
+        "parameter group 1: numerator='gradient', but group 0 has 'moment': numerator holds for the whole optimizer; "
+        "set it in the constructor",
+        _of_groups,
+    ),
+    _given(
+        "a bfloat16 moment for a float64 parameter",
+        lambda: [{"params": [torch.ones(2, dtype=torch.float64)], "state_dtype": torch.bfloat16}],
+        ValueError,
+        f"parameter 0 of group 0 (shape (2,), float64, cpu): state_dtype=torch.bfloat16 {WIDE}",
+        _of_groups,
+    ),
+    _given(
+        "a real moment for a complex parameter",
+        lambda: [{"params": [torch.ones(2, dtype=torch.complex64)], "state_dtype": torch.float32}],
+        ValueError,
+        f"parameter 0 of group 0 (shape (2,), complex64, cpu): state_dtype=torch.float32 {WIDE}",
+        _of_groups,
+    ),
+]
+
+
+# A group that is added
+
+
+def _added(what: str, make: Callable[[SOFIM], Any], error: type[Exception], text: str, **options: Any) -> Row:
+    def case(_: str) -> Case:
+        optimizer = SOFIM(two(), **options)
+        group = make(optimizer)
+        params = group["params"] if isinstance(group, dict) else group
+        return Case(lambda: optimizer.add_param_group(group), params, optimizer)
+
+    return Row(f"`add_param_group()` {what}", case, error, text)
+
+
+ADDED = [
+    _added(
+        "of a parameter that is there",
+        lambda optimizer: {"params": [*one(), optimizer.param_groups[0]["params"][1]]},
+        ValueError,
+        "parameter 1 of group 1 (shape (2, 3), float32, cpu) is already in group 0: pass each parameter once",
+    ),
+    _added("of a list", lambda _: one(), TypeError, "parameter group 1 is of type list: pass a dict with 'params'"),
+    _added(
+        "with a `max_grad_norm` of its own",
+        lambda _: {"params": one(), "max_grad_norm": 1.0},
+        ValueError,
+        "parameter group 1: max_grad_norm=1.0, but group 0 has None: max_grad_norm holds for the whole optimizer; "
+        "set it in the constructor",
+    ),
+    _added(
+        "of a parameter on a device that the backend does not serve",
+        lambda _: {"params": [torch.empty(2, device="meta")]},
+        RuntimeError,
+        "backend='cpu' cannot run on meta (cpu: it runs on the CPU, not on meta): take backend='auto'",
+        backend="cpu",
+    ),
+    _added(
+        "of 16-bit parameters, with `in_backward=True` and the gradient form",
+        lambda _: {"params": [torch.ones(2, dtype=torch.bfloat16).requires_grad_()]},
+        ValueError,
+        "parameter 0 of group 1 (shape (2,), bfloat16, cpu): in_backward=True with numerator='gradient' would round "
+        "it twice … take numerator='moment', leave out in_backward, or keep the weights in float32",
+        in_backward=True,
+        numerator="gradient",
+    ),
+]
+
+
+# What a step meets: gradients, and what has become of parameters, state and groups since they were checked
+
+
+def _met(
+    what: str,
+    spoil: Callable[[SOFIM, list[nn.Parameter]], object],
+    error: type[Exception],
+    text: str,
+    *,
+    steps: int = 1,
+    make: Callable[[], list[Any]] = two,
+    **options: Any,
+) -> Row:
+    """Something spoiled after so many steps, before the next."""
+
+    def case(backend: str) -> Case:
+        params = make()
+        optimizer = SOFIM(params, backend=backend, **options)
+        flat = [p for group in optimizer.param_groups for p in group["params"]]
+        give_ones(flat)
+        for _ in range(steps):
+            optimizer.step()
+        spoil(optimizer, flat)
+        return Case(optimizer.step, optimizer=optimizer)
+
+    return Row(what, case, error, text, BOTH)
+
+
+def _data(*shape: int, dtype: torch.dtype = torch.float32) -> Callable[[SOFIM, list[nn.Parameter]], None]:
+    """Another memory for the second parameter, of a shape and dtype; its gradient stays."""
+
+    def spoil(_: SOFIM, params: list[nn.Parameter]) -> None:
+        params[1].data = torch.ones(*shape, dtype=dtype)
+
+    return spoil
+
+
+def _data_and_gradient(*shape: int, dtype: torch.dtype = torch.float32) -> Callable[[SOFIM, list[nn.Parameter]], None]:
+    def spoil(_: SOFIM, params: list[nn.Parameter]) -> None:
+        params[1].grad = None
+        params[1].data = torch.ones(*shape, dtype=dtype)
+        params[1].grad = torch.ones(*shape, dtype=dtype)
+
+    return spoil
+
+
+def _gradient(make: Callable[[], Tensor]) -> Callable[[SOFIM, list[nn.Parameter]], None]:
+    def spoil(_: SOFIM, params: list[nn.Parameter]) -> None:
+        grad = make()
+        if grad.dtype != params[1].dtype:
+            params[1].grad_dtype = None
+        params[1].grad = grad
+
+    return spoil
+
+
+def _entry(name: str, value: Any) -> Callable[[SOFIM, list[nn.Parameter]], None]:
+    """Another value for an entry of the second parameter's state."""
+    return lambda optimizer, params: optimizer.state[params[1]].__setitem__(name, value)
+
+
+def _set(**values: Any) -> Callable[[SOFIM, list[nn.Parameter]], None]:
+    """Values written into the last group, as schedulers and users write them."""
+    return lambda optimizer, _: optimizer.param_groups[-1].update(values)
+
+
+def _scaling(name: str, value: Any) -> Callable[[SOFIM, list[nn.Parameter]], None]:
+    return lambda optimizer, _: setattr(optimizer, name, value)
+
+
+def _without_rho(optimizer: SOFIM, _: list[nn.Parameter]) -> None:
+    del optimizer.param_groups[0]["rho"]
+
+
+def _a_late_first(optimizer: SOFIM, params: list[nn.Parameter]) -> None:
+    """The first parameter has no state yet, and would get one before the second one's is looked at."""
+    del optimizer.state[params[0]]
+    optimizer.param_groups[0]["state_dtype"] = torch.bfloat16
+
+
+def _groups_of_two() -> list[Any]:
+    return [{"params": one()}, {"params": one()}]
+
+
+def _narrow() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(4, dtype=torch.bfloat16)), nn.Parameter(torch.ones(3, dtype=torch.bfloat16))]
+
+
+def _double() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(2, dtype=torch.float64))]
+
+
+GRADIENT = "gradient of parameter 1 of group 0"
+ANEW = "call zero_grad() and backward() again"
+STATE = "state of parameter 1"
+MOVED = "after its first step the parameter was moved, cast or resized … save state_dict() before and load it after"
+DENSE = "SOFIM takes dense gradients (nn.Embedding(sparse=False), to_dense())"
+REPLACED = "put a tensor like it in its place, or delete the parameter's state to start it anew"
+SET_IT = "set a number or a one-element tensor, or delete it"
+SET_ONE = "set a real one with one element, or delete it"
+
+MET = [
+    _met(
+        "a gradient of another shape: the parameter was resized",
+        _data(5),
+        ValueError,
+        f"{GRADIENT} (shape (5,), float32, cpu) has the shape (2, 3): {ANEW}",
+    ),
+    _met(
+        "a gradient of another dtype: the parameter was cast",
+        _data(2, 3, dtype=torch.float64),
+        ValueError,
+        f"{GRADIENT} (shape (2, 3), float64, cpu) is float32: it must be float64; {ANEW}",
+    ),
+    _met(
+        "a sparse gradient",
+        _gradient(lambda: torch.ones(2, 3).to_sparse()),
+        ValueError,
+        f"{GRADIENT} … has the layout torch.sparse_coo: {DENSE}",
+    ),
+    _met(
+        "a sparse gradient in the first step",
+        _gradient(lambda: torch.ones(2, 3).to_sparse()),
+        ValueError,
+        f"{GRADIENT} … has the layout torch.sparse_coo: {DENSE}",
+        steps=0,
+    ),
+    _met(
+        "a gradient of integers",
+        _gradient(lambda: torch.ones(2, 3, dtype=torch.int64)),
+        ValueError,
+        f"{GRADIENT} … is int64: it must be float32; {ANEW}",
+    ),
+    _met(
+        "a parameter that was resized with its gradient",
+        _data_and_gradient(5),
+        ValueError,
+        f"{STATE} (shape (5,), float32, cpu): exp_avg is shape (2, 3), float32, cpu, expected shape (5,), float32, "
+        f"cpu: {MOVED}",
+    ),
+    _met(
+        "a parameter that was cast with its gradient",
+        _data_and_gradient(2, 3, dtype=torch.float64),
+        ValueError,
+        f"{STATE} (shape (2, 3), float64, cpu): exp_avg is shape (2, 3), float32, cpu, expected shape (2, 3), "
+        f"float64, cpu: {MOVED}",
+    ),
+    _met(
+        "a moment of another shape",
+        _entry("exp_avg", torch.ones(6)),
+        ValueError,
+        f"{STATE} … exp_avg is shape (6,), float32, cpu, expected shape (2, 3), float32, cpu: {MOVED}",
+    ),
+    _met(
+        "a moment on another device",
+        _entry("exp_avg", torch.ones(2, 3, device="meta")),
+        ValueError,
+        f"{STATE} … exp_avg is shape (2, 3), float32, meta, expected shape (2, 3), float32, cpu: {MOVED}",
+    ),
+    _met(
+        "a moment that is a list",
+        _entry("exp_avg", [[0.0] * 3] * 2),
+        TypeError,
+        f"{STATE} … exp_avg is of type list, not a tensor: {REPLACED}",
+    ),
+    _met(
+        "a moment that is gone: `None`",
+        _entry("exp_avg", None),
+        TypeError,
+        f"{STATE} … exp_avg is of type NoneType, not a tensor: {REPLACED}",
+    ),
+    _met(
+        "a sparse moment",
+        _entry("exp_avg", torch.ones(2, 3).to_sparse()),
+        ValueError,
+        f"{STATE} … exp_avg has the layout torch.sparse_coo: {REPLACED}",
+    ),
+    _met(
+        "a count that is a number of Python's",
+        _entry("step", 3),
+        TypeError,
+        f"{STATE} … step is of type int, not a tensor: {REPLACED}",
+    ),
+    _met(
+        "a count in float32",
+        _entry("step", torch.tensor(1.0)),
+        ValueError,
+        f"{STATE} … step is shape (), float32, cpu, expected a 0-dimensional int64 tensor on cpu: {REPLACED}",
+    ),
+    _met(
+        "two counts for one parameter",
+        _entry("step", torch.ones(2, dtype=torch.int64)),
+        ValueError,
+        f"{STATE} … step is shape (2,), int64, cpu, expected a 0-dimensional int64 tensor on cpu: {REPLACED}",
+    ),
+    _met(
+        "a parameter's state that is no dict",
+        lambda optimizer, params: optimizer.state.__setitem__(params[1], [1]),
+        TypeError,
+        f"{STATE} … is of type list, not a dict: delete it to start the parameter anew",
+    ),
+    _met(
+        "lost bits in float32",
+        _entry("kahan", torch.ones(3)),
+        ValueError,
+        f"{STATE} … kahan is shape (3,), float32, cpu, expected shape (3,), bfloat16, cpu: {MOVED}",
+        make=_narrow,
+    ),
+    _met(
+        "lost bits of another shape",
+        _entry("kahan", torch.ones(2).bfloat16()),
+        ValueError,
+        f"{STATE} … kahan is shape (2,), bfloat16, cpu, expected shape (3,), bfloat16, cpu: {MOVED}",
+        make=_narrow,
+    ),
+    _met(
+        "a group whose `state_dtype` changed after a first step",
+        _a_late_first,
+        ValueError,
+        f"{STATE} … float32, cpu, expected shape (2, 3), bfloat16, cpu: … or its group's state_dtype changed",
+    ),
+    _met(
+        "a `state_dtype` written into a group that it does not suit",
+        _set(state_dtype=torch.bfloat16),
+        ValueError,
+        f"parameter 0: state_dtype=torch.bfloat16 {WIDE}",
+        steps=0,
+        make=_double,
+    ),
+    _met(
+        "a learning rate that a schedule made NaN",
+        _set(lr=NAN),
+        ValueError,
+        f"parameter group 1: lr=nan: {NOT_NEGATIVE}",
+        make=_groups_of_two,
+    ),
+    _met(
+        "an unknown numerator, written into a group",
+        _set(numerator="momentum"),
+        ValueError,
+        "parameter group 0: numerator='momentum': take one of 'moment', 'gradient'",
+    ),
+    _met(
+        "`skip_nonfinite`, written into one of two groups",
+        _set(skip_nonfinite=True),
+        ValueError,
+        "parameter group 1: skip_nonfinite=True, but group 0 has False: skip_nonfinite holds for the whole optimizer; "
+        "set it in the constructor",
+        steps=0,
+        make=_groups_of_two,
+    ),
+    _met(
+        "a hyperparameter that was deleted",
+        _without_rho,
+        ValueError,
+        "parameter group 0: rho is missing: set it, or make the optimizer anew",
+    ),
+    *(
+        _met(f"{what}{when}", _scaling(name, value), error, f"{name}{text}", steps=steps)
+        for when, steps in (("", 1), (", in the first step", 0))
+        for what, name, value, error, text in (
+            (
+                "`grad_scale` is two numbers",
+                "grad_scale",
+                torch.ones(2),
+                ValueError,
+                f" is a tensor (shape (2,), float32, cpu): {SET_ONE}",
+            ),
+            (
+                "`grad_scale` is complex",
+                "grad_scale",
+                torch.ones((), dtype=torch.complex64),
+                ValueError,
+                f" is a tensor (shape (), complex64, cpu): {SET_ONE}",
+            ),
+            ("`grad_scale` is a string", "grad_scale", "8", TypeError, f"='8': {SET_IT}"),
+            (
+                "`found_inf` is empty",
+                "found_inf",
+                torch.ones(0),
+                ValueError,
+                f" is a tensor (shape (0,), float32, cpu): {SET_ONE}",
+            ),
+            ("`found_inf` is a list", "found_inf", [0.0], TypeError, f"=[0.0]: {SET_IT}"),
+        )
+    ),
+]
+
+
+# State dicts: how a good one is spoiled
+
+Spoil = Callable[[dict[str, Any]], Any]
+
+
+def _loaded(what: str, spoil: Spoil, error: type[Exception], text: str) -> Row:
+    def case(_: str) -> Case:
+        params = two()
+        optimizer = SOFIM([{"params": params[0]}, {"params": params[1], "lr": 0.1}])
+        give_ones(params)
+        optimizer.step()
+        spoiled = copy.deepcopy(optimizer.state_dict())
+        spoiled = spoil(spoiled) or spoiled
+        return Case(lambda: optimizer.load_state_dict(spoiled), optimizer=optimizer)
+
+    return Row(f"`load_state_dict()` {what}", case, error, text)
+
+
+def _another(optimizer: type[torch.optim.Optimizer], **arguments: Any) -> Spoil:
+    def other(_: dict[str, Any]) -> Any:
+        params = two()
+        made = optimizer([{"params": params[0]}, {"params": params[1]}], **arguments)
+        give_ones(params)
+        made.step()
+        return made.state_dict()
+
+    return other
+
+
+def _without(*path: Any) -> Spoil:
+    def spoil(state_dict: dict[str, Any]) -> None:
+        inner: Any = state_dict
+        for key in path[:-1]:
+            inner = inner[key]
+        del inner[path[-1]]
+
+    return spoil
+
+
+def _with(*path_and_value: Any) -> Spoil:
+    *path, key, value = path_and_value
+
+    def spoil(state_dict: dict[str, Any]) -> None:
+        inner: Any = state_dict
+        for step in path:
+            inner = inner[step]
+        inner[key] = value
+
+    return spoil
+
+
+def _one_group(state_dict: dict[str, Any]) -> None:
+    state_dict["param_groups"].pop()
+
+
+def _for_float64(_: str) -> Case:
+    """The loaded group's state_dtype must suit this optimizer's parameters."""
+    narrow = SOFIM([nn.Parameter(torch.ones(2))], state_dtype=torch.bfloat16)
+    wide = SOFIM(_double())
+    return Case(lambda: wide.load_state_dict(narrow.state_dict()), optimizer=wide)
+
+
+OURS = "pass what SOFIM.state_dict() returned"
+ANOTHERS = "it is another optimizer's, or damaged"
+OTHER_MODEL = "it was saved for another model"
+DAMAGED = "the state dict is damaged"
+STATE_0 = "state_dict: state of parameter 0 (shape (4,), float32, cpu)"
+STATE_1 = "state_dict: state of parameter 1 (shape (2, 3), float32, cpu)"
+A_COUNT = f"expected a count of updates: {DAMAGED}"
+
+STATE_DICTS = [
+    _loaded(
+        "of SGD's",
+        _another(torch.optim.SGD, momentum=0.9),
+        ValueError,
+        f"state_dict: parameter group 0 lacks rho, … {ANOTHERS}",
+    ),
+    _loaded(
+        "of Adam's",
+        _another(torch.optim.Adam),
+        ValueError,
+        f"state_dict: parameter group 0 lacks momentum, rho, … {ANOTHERS}",
+    ),
+    _loaded("of a list", lambda _: [1], TypeError, f"state_dict is of type list: {OURS}"),
+    _loaded("of a number", lambda _: 5, TypeError, f"state_dict is of type int: {OURS}"),
+    _loaded("without state", _without("state"), ValueError, f"state_dict has no 'state': {OURS}"),
+    _loaded("without groups", _without("param_groups"), ValueError, f"state_dict has no 'param_groups': {OURS}"),
+    _loaded(
+        "with a list of states",
+        _with("state", [1]),
+        TypeError,
+        "state_dict['state'] is of type list: pass what state_dict() returned",
+    ),
+    _loaded(
+        "with fewer groups",
+        _one_group,
+        ValueError,
+        "state_dict has 1 parameter groups, the optimizer 2: make the optimizer with the groups that it was saved with",
+    ),
+    _loaded(
+        "with a group that is a number",
+        _with("param_groups", 0, 5),
+        TypeError,
+        "state_dict: parameter group 0 is not a dict with a list 'params': it is damaged",
+    ),
+    _loaded(
+        "with a group that lacks `rho`",
+        _without("param_groups", 1, "rho"),
+        ValueError,
+        f"state_dict: parameter group 1 lacks rho: {ANOTHERS}",
+    ),
+    _loaded(
+        "with a negative `rho`",
+        _with("param_groups", 1, "rho", -1.0),
+        ValueError,
+        f"parameter group 1: rho=-1.0: {A_RHO}",
+    ),
+    _loaded(
+        "with `lr=10**400`",
+        _with("param_groups", 0, "lr", 10**400),
+        ValueError,
+        f"parameter group 0: lr=inf: {NOT_NEGATIVE}",
+    ),
+    _loaded(
+        "with a moment in float16",
+        _with("param_groups", 0, "state_dtype", torch.float16),
+        ValueError,
+        f"parameter group 0: state_dtype=torch.float16: {MOMENT_TYPES}",
+    ),
+    _loaded(
+        "with more parameters",
+        _with("param_groups", 0, "params", [0, 2]),
+        ValueError,
+        "state_dict: parameter group 0 has 2 parameters, the optimizer's 1: make the optimizer with the parameters "
+        "that it was saved with",
+    ),
+    _loaded(
+        "with a parameter twice",
+        _with("param_groups", 1, "params", [0]),
+        ValueError,
+        f"state_dict: parameter 0 stands twice in its groups: {DAMAGED}",
+    ),
+    _loaded(
+        "with groups that disagree",
+        _with("param_groups", 1, "fisher", "group"),
+        ValueError,
+        "parameter group 1: fisher='group', but group 0 has 'model': fisher holds for the whole optimizer",
+    ),
+    _loaded(
+        "with a state of no parameter",
+        _with("state", 7, {}),
+        ValueError,
+        "state_dict has a state for parameter 7, which is in none of its groups: it is damaged",
+    ),
+    _loaded(
+        "with a state that is a number",
+        _with("state", 0, 3),
+        TypeError,
+        f"{STATE_0} is of type int, not a dict: {DAMAGED}",
+    ),
+    _loaded(
+        "without a moment",
+        _without("state", 0, "exp_avg"),
+        ValueError,
+        f"{STATE_0} has the entries ['step'] and lacks exp_avg: {ANOTHERS}",
+    ),
+    _loaded(
+        "without a count",
+        _without("state", 1, "step"),
+        ValueError,
+        f"{STATE_1} has the entries ['exp_avg'] and lacks step: {ANOTHERS}",
+    ),
+    _loaded(
+        "with a moment that is a list",
+        _with("state", 0, "exp_avg", [0.0] * 4),
+        TypeError,
+        f"{STATE_0}: exp_avg is of type list, not a tensor: it is damaged",
+    ),
+    _loaded(
+        "with a moment of another shape",
+        _with("state", 1, "exp_avg", torch.ones(3, 2)),
+        ValueError,
+        f"{STATE_1}: exp_avg has the shape (3, 2), expected (2, 3): {OTHER_MODEL}",
+    ),
+    _loaded(
+        "with a moment of integers",
+        _with("state", 0, "exp_avg", torch.ones(4).int()),
+        ValueError,
+        f"{STATE_0}: exp_avg is int32, torch.strided: {DAMAGED}",
+    ),
+    _loaded(
+        "with a moment of complex numbers",
+        _with("state", 0, "exp_avg", torch.ones(4) * 1j),
+        ValueError,
+        f"{STATE_0}: exp_avg is complex64: {OTHER_MODEL}",
+    ),
+    _loaded(
+        "with a moment without values",
+        _with("state", 0, "exp_avg", torch.ones(4, device="meta")),
+        ValueError,
+        f"{STATE_0}: exp_avg is on the meta device and has no values: load it with its values",
+    ),
+    _loaded(
+        "with two counts for a parameter",
+        _with("state", 0, "step", torch.ones(2)),
+        ValueError,
+        f"{STATE_0}: step has the shape (2,), expected (): {OTHER_MODEL}",
+    ),
+    _loaded(
+        "with a negative count",
+        _with("state", 0, "step", torch.tensor(-1)),
+        ValueError,
+        f"{STATE_0}: step is -1, {A_COUNT}",
+    ),
+    _loaded(
+        "with a count that is NaN",
+        _with("state", 0, "step", torch.tensor(NAN)),
+        ValueError,
+        f"{STATE_0}: step is nan, {A_COUNT}",
+    ),
+    _loaded(
+        "with a count that is infinite",
+        _with("state", 0, "step", torch.tensor(INF)),
+        ValueError,
+        f"{STATE_0}: step is inf, {A_COUNT}",
+    ),
+    _loaded(
+        "with lost bits of another shape",
+        _with("state", 0, "kahan", torch.ones(3)),
+        ValueError,
+        f"{STATE_0}: kahan has the shape (3,), expected (4,): {OTHER_MODEL}",
+    ),
+    Row(
+        "`load_state_dict()` with bfloat16 moments, for float64 parameters",
+        _for_float64,
+        ValueError,
+        f"parameter 0 of group 0 (shape (2,), float64, cpu): state_dtype=torch.bfloat16 {WIDE}",
+    ),
+]
+
+ROWS: list[Row] = [*(argument.row() for argument in ARGUMENTS), *PARAMETERS, *ADDED, *MET, *STATE_DICTS]
+
+
+def markdown() -> str:
+    """The table as documents have it."""
+    lines = ["| what | error |", "|---|---|"]
+    for row in ROWS:
+        lines.append(f"| {row.what} | {row.error.__name__}: `{row.text}` |")
+    return "\n".join(lines)
