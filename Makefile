@@ -20,22 +20,28 @@ INTERPRETER_TESTS := tests/test_matrix.py tests/test_passes.py tests/test_triton
 EMULATED := build/emulated
 EMULATED_TESTS := tests/test_matrix.py tests/test_passes.py tests/test_cuda.py tests/test_amp.py tests/test_overlap.py
 CUDA_SYNTAX := build/cuda-syntax
+THREADS := build/threads
 GPU_BUDGET ?= 540
+DEEP_TESTS := tests/test_properties.py tests/test_state_fuzz.py tests/test_faults.py
+COVERED := 95
 JOBS ?= 2
 # Slow tests stand together; who has none left takes over some.
 SPREAD = -n $(JOBS) --dist worksteal
 
-.PHONY: help demo test coverage convergence native instruction-sets interpreter emulated cuda-syntax kernels gpu \
-    sanitize lint format types clean FORCE
+.PHONY: help demo test deep coverage convergence native instruction-sets interpreter emulated cuda-syntax kernels gpu \
+    sanitize threads tidy lint format types clean FORCE
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train LeNet-5 on real images with SOFIM and with SGD-momentum"
 	@echo "make test      run the tests"
+	@echo "make deep      for minutes: random steps, states and faults by the thousand, then 10^5 steps beside the oracle"
 	@echo "make convergence  compare optimizers: in miniature, or ARGS='compare --task digits-lenet5' and so on"
-	@echo "make coverage  run the tests and report the lines that none of them reaches"
+	@echo "make coverage  run the tests, also as interpreter and emulated do, and report the lines that none of them reaches"
 	@echo "make native    compile what has changed in csrc, and show all that the compiler says"
 	@echo "make sanitize  run tests of the C++ with AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make threads   run the C++ in threads with ThreadSanitizer"
+	@echo "make tidy      check the C++ with clang-tidy, where it is there"
 	@echo "make instruction-sets  run tests of the C++ as compiled for older CPUs than this one"
 	@echo "make interpreter  run the tests of the Triton kernels on the CPU, in Triton's interpreter"
 	@echo "make emulated  run the tests of the CUDA kernels on the CPU, in the emulator"
@@ -55,8 +61,19 @@ demo: $(READY) $(NATIVE)
 test: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
+deep: $(READY) $(NATIVE)
+	$(BIN)/python -m pytest $(SPREAD) --hypothesis-profile=deep $(DEEP_TESTS) $(ARGS)
+	$(BIN)/python -m bench.long_run
+
+# What runs on the CPU only in the interpreter or in the emulator counts too.
+coverage: export COVERAGE_FILE = $(abspath .coverage)
 coverage: $(READY) $(NATIVE)
-	$(BIN)/python -m pytest --cov=sofim_fused --cov-report=term-missing $(ARGS)
+	rm -f .coverage .coverage.*
+	$(BIN)/python -m pytest $(SPREAD) --cov --cov-report= $(ARGS)
+	$(MAKE) interpreter ARGS="--cov --cov-append --cov-report= $(ARGS)"
+	$(MAKE) emulated COVERAGE_FILE=$(abspath .coverage.emulated) ARGS="--cov --cov-report= $(ARGS)"
+	$(BIN)/python -m coverage combine --append
+	$(BIN)/python -m coverage report --show-missing --skip-covered --fail-under=$(COVERED)
 
 convergence: $(READY) $(NATIVE)
 	@$(FASHION_MNIST)
@@ -122,6 +139,36 @@ sanitize: $(READY)
 	    $(abspath $(BIN))/python -c 'from sofim_fused import native; native.instruction_set()' && \
 	    $(abspath $(BIN))/python -m pytest -q $(SPREAD) -p no:cacheprovider --capture=sys \
 	        --deselect tests/test_native.py::test_instruction_sets $(SANITIZE_TESTS) $(ARGS)
+
+# PyTorch's parallel_for runs on libgomp, of whose barriers ThreadSanitizer knows nothing: here it is one of std::threads.
+# The sanitizer's map of memory has no place for what newer kernels make of random addresses.
+threads: $(THREADS)/threads
+	$(FIXED_ADDRESSES) $(THREADS)/threads
+	TSAN_OPTIONS=exitcode=0:symbolize=0 $(FIXED_ADDRESSES) $(THREADS)/threads --races 2> $(THREADS)/races.log
+FIXED_ADDRESSES = $$(setarch $$(uname -m) -R true 2> /dev/null && echo setarch $$(uname -m) -R)
+
+$(THREADS)/threads: $(READY) $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp tests/threads/*.cpp tests/threads/*/*.h)
+	@mkdir -p $(THREADS)
+	$${CXX:-c++} -std=c++17 -O1 -g1 -fsanitize=thread -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror -Wno-psabi \
+	    $(ONE_SET_FLAGS) -Itests/threads -Icsrc $$($(BIN)/python $(INCLUDES)) -o $@ \
+	    tests/threads/threads.cpp csrc/cpu/sweep.cpp csrc/cpu/passes.cpp -pthread
+ONE_SET_FLAGS = $$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo -mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 \
+    -DCPU_CAPABILITY_AVX2 || echo -DCPU_CAPABILITY=DEFAULT -DCPU_CAPABILITY_DEFAULT)
+
+# The checks are in .clang-tidy. It takes minutes; the analyzer would take many of them for all that the templates of the
+# passes make. Without OpenMP: clang's header for it need not be there.
+tidy: $(READY)
+	@if ! command -v clang-tidy > /dev/null; then echo "clang-tidy is not there: csrc is not checked"; exit 0; fi; \
+	torch=$$($(BIN)/python $(INCLUDES)) && \
+	for source in csrc/*.cpp csrc/cpu/*.cpp csrc/cuda/*.cpp csrc/cuda/*.cu; do \
+	    case $$source in */passes.*) checks=--checks=-clang-analyzer-*;; *) checks=;; esac; \
+	    case $$source in \
+	        csrc/cpu/*) own="-DTORCH_EXTENSION_NAME=_cpu $(ONE_SET_FLAGS)";; \
+	        csrc/cuda/*) own="-DTORCH_EXTENSION_NAME=_cuda -DSOFIM_EMULATED -Wno-unknown-pragmas -Itests/emulator";; \
+	        *) own=-DTORCH_EXTENSION_NAME=_C;; \
+	    esac; \
+	    echo "$$checks $$source -- -x c++ -std=c++17 -Icsrc $$own $$torch"; \
+	done | xargs -P $(JOBS) -L 1 clang-tidy --quiet
 
 lint: $(READY)
 	$(BIN)/ruff check .

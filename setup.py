@@ -7,6 +7,7 @@ What does not depend on the machine stands in pyproject.toml. Read from the envi
         the CPU, for the tests (tests/emulator); fails where it cannot be built
     SOFIM_INSTRUCTION_SETS=avx512,avx2,default  the CPU part for these alone
     SOFIM_SANITIZE=address,undefined  build with these sanitizers, for the tests
+    SOFIM_WERROR=1  the C++ compiler's warnings are errors, as .ci/run has it
     TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX, CFLAGS, MAX_JOBS  as PyTorch's extensions take them; of GPUs from 8.0 on
 
 What was built, or why nothing was, is recorded in ``sofim_fused/_build.json`` (see ``sofim_fused/native.py``).
@@ -94,6 +95,8 @@ def cxx_flags(optimization: str) -> list[str]:
 
     flags = ["-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
     flags += [f"-ffile-prefix-map={ROOT}/=", *(part for path in include_paths() for part in ("-isystem", path))]
+    if os.environ.get("SOFIM_WERROR") == "1":
+        flags.append("-Werror")
     if sanitizers := os.environ.get("SOFIM_SANITIZE"):
         return [*flags, "-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={sanitizers}"]
     return [*flags, optimization, "-g0"]
