@@ -183,9 +183,10 @@ class Shards:
         blocks = blocks_of[fisher]
         kind = [int(numerator == "gradient"), list(blocks_of).index(fisher), int(guarded)]
         for group, members in self._routes:
-            self._compare(group, [len(members), blocks, *kind])
+            spread = sum(number in members for number in self._class_of)
+            self._compare(group, [len(members), spread, blocks, *kind])
         if self._holders is not None:
-            self._compare(self._holders, [1, 0 if fisher == "parameter" else blocks, *kind])
+            self._compare(self._holders, [1, 0, 0 if fisher == "parameter" else blocks, *kind])
         self._compared.add((numerator, fisher, groups, guarded))
 
     def _compare(self, group: ProcessGroup, numbers: list[int]) -> None:
@@ -196,7 +197,7 @@ class Shards:
         distributed.all_gather(all_of_them, mine, group=group)
         found = torch.stack(all_of_them).tolist()
         if any(theirs != found[0] for theirs in found):
-            names = ("ways to be sharded", "Fisher blocks", "numerator", "fisher", "max_grad_norm or skip_nonfinite")
+            names = ("ways to be sharded", "sharded parameters", "Fisher blocks", "numerator", "fisher", "guarded")
             differ = [
                 f"{name}: {', '.join(map(str, values))}"
                 for name, values in zip(names, zip(*found, strict=True), strict=True)

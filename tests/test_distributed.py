@@ -778,6 +778,24 @@ def test_ranks_with_different_groups_raise(two: Ranks) -> None:
         assert "the ranks of a process group have different sums to add up (Fisher blocks: 3, 4)" in text
 
 
+def different_shards(rank: int) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = mesh_of((2,), ("shard",))
+    params = [nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)])) for _ in range(2)]
+    optimizer = SOFIM(params[: 1 + rank])
+    for p in params:
+        p.grad = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+    optimizer.step()
+
+
+def test_ranks_with_different_parameters_raise(two: Ranks) -> None:
+    """The sums would be of parts of them."""
+    for good, text in two.outcomes(different_shards):
+        assert not good
+        assert "different sums to add up (sharded parameters: 1, 2)" in text
+
+
 # A rank that is lost
 
 
