@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sofim_fused import backends, checks, schedule, tiles
 from sofim_fused.backends import GradientStep, NativeOverlap, Sums
-from sofim_fused.distributed import is_sharded, placed_as, written
+from sofim_fused.distributed import is_sharded, local, placed_as, written
 from sofim_fused.scalars import Scalars, decay_of, entering
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ class Overlap:
                 batch.stream.wait_stream(streams[0])
             for entry in entries if self.release else ():
                 if is_sharded(entry.param):  # its gradient's memory may be another stream's
-                    entry.grad.record_stream(batch.stream)
+                    local(entry.grad).record_stream(batch.stream)
         with contextlib.nullcontext() if batch.stream is None else torch.cuda.stream(batch.stream):
             laid = tiles.laid_out(device, entries, optimizer.param_groups, optimizer.state)
             known = self._gradient_step(device, [entry.ordinal for entry in entries]) if cross else None
