@@ -87,7 +87,7 @@ def _no_rank_one_term(patch: pytest.MonkeyPatch) -> None:
 
 
 def _blocks_not_added(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Scalars, "_fold", lambda self, rows: rows)
+    patch.setattr(Scalars, "fold", lambda self, rows: rows)
 
 
 def _steps_not_counted(patch: pytest.MonkeyPatch) -> None:

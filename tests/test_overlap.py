@@ -1381,7 +1381,7 @@ def test_the_gradient_form_with_narrow_parameters(dtype: torch.dtype, run: Run) 
 @on_cpu
 @pytest.mark.parametrize("begun", [False, True])
 def test_the_gradient_form_loaded_for_narrow_parameters(begun: bool, run: Run) -> None:
-    """It is refused where it would act, in the backward pass, whether there is state or not."""
+    """It is refused whether there is state or not; and where it would act, if it was set in a group."""
     p, wide = nn.Parameter(torch.ones(3, dtype=torch.bfloat16)), nn.Parameter(torch.ones(3))
     optimizer, other = made([p], run), plain([wide], run, numerator="gradient", kahan=False)
     if begun:
@@ -1389,8 +1389,11 @@ def test_the_gradient_form_loaded_for_narrow_parameters(begun: bool, run: Run) -
         other.step()
     else:
         other.state.clear()
-    optimizer.load_state_dict(other.state_dict())
     before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0 .* numerator='gradient' would round it twice"):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.param_groups[0]["numerator"] == "moment"
+    optimizer.param_groups[0]["numerator"] = "gradient"
     with pytest.raises(ValueError, match="numerator='gradient' would round it twice"):
         backward([p], [torch.ones(3, dtype=torch.bfloat16)])
     assert same_bits(before, snapshot(optimizer))
