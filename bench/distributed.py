@@ -22,7 +22,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import SGD
 
 from bench import documents, report, shapes
-from bench.ranks import Ranks
+from bench.ranks import Ranks, all_reduced
 from bench.report import Row, Table, digits, spread
 from bench.shapes import Shape, elements
 from sofim_fused import SOFIM
@@ -46,7 +46,8 @@ class Run(NamedTuple):
 # Measured
 
 
-def _median_us(samples: Sequence[float]) -> Row:
+def _summary(samples: Sequence[float]) -> Row:
+    """The median, and the 20th and 80th percentile."""
     low, *_, high = quantiles(samples, n=5, method="inclusive")
     return {"median": median(samples), "low": low, "high": high}
 
@@ -94,7 +95,7 @@ def all_reduce_rows(run: Run) -> Iterator[Row]:
         alpha = medians[small] - beta * small
         for size in MESSAGES:
             line = alpha + beta * size
-            yield {"ranks": world, "bytes": size, **_median_us(measured[str(size)]), "line": line}
+            yield {"ranks": world, "bytes": size, **_summary(measured[str(size)]), "line": line}
 
 
 def _sharded(rank: int, sizes: Sequence[Shape], rounds: int) -> dict[str, Any]:
@@ -135,24 +136,10 @@ def _sharded(rank: int, sizes: Sequence[Shape], rounds: int) -> dict[str, Any]:
             assert param.grad is not None
             mine.grad = local(param.grad)
         providers["SGD, fused, plain tensors"] = SGD(held, lr=1e-6, momentum=0.9, fused=True).step
-    return {"samples": _in_turns(providers, rounds), "sent": {name: _sent(call) for name, call in providers.items()}}
-
-
-def _sent(step: Callable[[], Any]) -> list[int]:
-    """The bytes of each all-reduce that a call of the optimizer's makes."""
-    found: list[int] = []
-    original = distributed.all_reduce
-
-    def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found.append(tensor.nbytes)
-        return original(tensor, *args, **kwargs)
-
-    distributed.all_reduce = counting
-    try:
-        step()
-    finally:
-        distributed.all_reduce = original
-    return found
+    return {
+        "samples": _in_turns(providers, rounds),
+        "sent": {name: all_reduced(call) for name, call in providers.items()},
+    }
 
 
 def step_rows(run: Run) -> Iterator[Row]:
@@ -170,7 +157,7 @@ def step_rows(run: Run) -> Iterator[Row]:
                     "elements": elements(sizes),
                     "ranks": world,
                     "provider": name,
-                    **_median_us(samples),
+                    **_summary(samples),
                     "ratio": ratio,
                     "sent": found["sent"][name] if name.startswith("SOFIM") else None,
                 }
@@ -216,7 +203,6 @@ def model_rows(_: Run) -> Iterator[Row]:
                 "shards": shards if fits else None,
                 "hybrid_passes": BYTES_PER_PARAMETER * parameters / shards / MEMORY_BANDWIDTH,
                 "hybrid_message": all_reduce_time(shards, 8),
-                "traffic": 6 * parameters,
             }
 
 

@@ -80,6 +80,24 @@ class Ranks:
         self._folder.cleanup()
 
 
+def all_reduced(work: Callable[[], Any]) -> list[int]:
+    """The bytes of each all-reduce of float64, which sums are and gradients are not."""
+    sent: list[int] = []
+    original = torch.distributed.all_reduce
+
+    def all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if tensor.dtype == torch.float64:
+            sent.append(tensor.nbytes)
+        return original(tensor, *args, **kwargs)
+
+    torch.distributed.all_reduce = all_reduce
+    try:
+        work()
+    finally:
+        torch.distributed.all_reduce = original
+    return sent
+
+
 def _serve(connection: Connection, rank: int, world: int, store: str, timeout: float) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from bench.ranks import Ranks
+from bench.ranks import Ranks, all_reduced
 from sofim_fused import SOFIM
 from tests.runs import EMULATED, INTERPRETED
 
@@ -150,31 +150,13 @@ def against_one_process(rank: int, layout: str, options: dict[str, Any], steps: 
     settings = {"lr": 0.1, "rho": 1.0, **options}
     first, second = SOFIM(grouped(alone), **settings), SOFIM(grouped(spread), **settings)
     train(alone, first, range(steps))
-    sent = counted(lambda: train(spread, second, range(steps), rank, world))
+    sent = all_reduced(lambda: train(spread, second, range(steps), rank, world))
     if "max_grad_norm" in options:
         assert first.grad_norm is not None
         assert second.grad_norm is not None
         torch.testing.assert_close(second.grad_norm, first.grad_norm, rtol=1e-4, atol=0)
         assert same_on_all_ranks(second.grad_norm)
     return farthest(spread, alone), sent
-
-
-def counted(work: Callable[[], Any]) -> list[int]:
-    """The bytes of each all-reduce of sums."""
-    sent: list[int] = []
-    original = distributed.all_reduce
-
-    def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if tensor.dtype == torch.float64:  # gradients are float32
-            sent.append(tensor.nbytes)
-        return original(tensor, *args, **kwargs)
-
-    distributed.all_reduce = all_reduce
-    try:
-        work()
-    finally:
-        distributed.all_reduce = original
-    return sent
 
 
 FORMS = [(numerator, fisher) for numerator in ("moment", "gradient") for fisher in ("model", "group", "parameter")]
@@ -223,7 +205,7 @@ def on_two_axes(rank: int, options: dict[str, Any]) -> tuple[float, int]:
     twins = [p for name, p in alone.named_parameters() if name != "scale"]
     first, second = SOFIM(twins, **settings), SOFIM(params, **settings)
     train(alone, first, range(50))
-    sent = counted(lambda: train(spread, second, range(50), mesh.get_local_rank("data"), 2))
+    sent = all_reduced(lambda: train(spread, second, range(50), mesh.get_local_rank("data"), 2))
     pairs = zip(map(whole, params), map(whole, twins), strict=True)
     return max(float((a - b).norm() / b.norm()) for a, b in pairs), len(sent)
 
@@ -382,7 +364,7 @@ def pipeline(rank: int, options: dict[str, Any]) -> tuple[float, list[int]]:
             optimizer.step()
 
     steps(alone, range(4), first)
-    sent = counted(lambda: steps(spread, mine, second))
+    sent = all_reduced(lambda: steps(spread, mine, second))
     pairs = zip(spread, (alone[i] for i in mine), strict=True)
     if "max_grad_norm" in options:
         assert second.grad_norm is not None
