@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import re
@@ -139,7 +140,7 @@ class Acceptance:
             Step("smoke", 35, self.smoke),
             Step("copy bandwidth", 2, self.copy),
             *sections(FIRST, 10),
-            Step("tests", 80, self.tests),
+            Step("tests", 110, self.tests),
             Step("sanitizer memcheck", 20, lambda seconds: self.sanitize("memcheck", seconds)),
             *sections(SECOND, 5),
             Step("sanitizer racecheck", 14, lambda seconds: self.sanitize("racecheck", seconds)),
@@ -391,6 +392,7 @@ class Acceptance:
             return
         # -v in the place of -q: what was done before the time ran out can be counted.
         command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-m", "gpu", "-p", "no:cacheprovider"]
+        command += plugins(os.cpu_count() or 1, seconds)
         counted: dict[str, int] = {}
 
         def see(line: str) -> None:
@@ -480,6 +482,16 @@ def find_sanitizer(path: str) -> str | None:
     toolkits = sorted(Path("/usr/local").glob("cuda*"), reverse=True)
     places = [path, *(str(toolkit / folder) for toolkit in toolkits for folder in ("bin", "compute-sanitizer"))]
     return next((found for place in places if (found := shutil.which("compute-sanitizer", path=place))), None)
+
+
+def plugins(cores: int, seconds: float) -> list[str]:
+    """Arguments of pytest for plugins that are here: most of a test's time is one core compiling its kernels."""
+    found = []
+    if (workers := min(12, cores * 3 // 4)) > 1 and importlib.util.find_spec("xdist"):
+        found += ["-n", str(workers), "--dist", "worksteal"]
+        if importlib.util.find_spec("pytest_timeout"):  # a kernel that never ends is one failure, of one worker
+            found += ["--timeout", str(max(10, int(seconds / 2))), "--timeout-method", "thread"]
+    return found
 
 
 def find_tests(folder: Path, seconds: float, environment: dict[str, str]) -> tuple[list[Path], list[str]]:

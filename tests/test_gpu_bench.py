@@ -813,6 +813,16 @@ def test_marks_may_come_from_a_fixture(tmp_path: Path, monkeypatch: pytest.Monke
     assert data["notes"] == ["tests that cannot be imported here, and do not name the mark: test_other.py"]
 
 
+def test_tests_run_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "-n" not in gpu.plugins(2, 60)  # two cores: a second process would only be in the way
+    assert gpu.plugins(16, 60)[:4] == ["-n", "12", "--dist", "worksteal"]
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    body = f"{MARK}def test_a(): pass\n{MARK}def test_b(): assert False\n{MARK}def test_c(): import os; os._exit(3)"
+    made = acceptance(tmp_path, "--tests", str(a_test_folder(tmp_path, body)))
+    assert only(made, monkeypatch, "tests") == 1
+    assert saved(tmp_path)["tests"]["counts"] == {"passed": 1, "failed": 2}
+
+
 def test_tests_that_do_not_end_are_a_failure(tmp_path: Path) -> None:
     body = f"import time\n{MARK}def test_a(): pass\n{MARK}def test_b(): time.sleep(60)"
     made = acceptance(tmp_path, "--tests", str(a_test_folder(tmp_path, body)))
