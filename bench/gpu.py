@@ -42,12 +42,11 @@ CPU_SWITCH, CUDA_SWITCH, ARCHITECTURES = "SOFIM_BUILD_CPU", "SOFIM_BUILD_CUDA", 
 FOR_GPUS = ("cuda", "triton")  # the backends that the run is about
 
 # In order of what they tell for their time.
-FIRST = [Section("lenet-5"), Section("resnet-50"), Section("gpt2-small")]
+FIRST = [Section("lenet-5", cached=True), Section("resnet-50"), Section("gpt2-small")]
 SECOND = [
-    Section("lm-1b"),
-    Section("1000x1K"),
     Section("resnet-9"),
-    Section("lenet-5", cached=True),
+    Section("1000x1K"),
+    Section("lm-1b"),
     Section("gpt2-small", "bfloat16"),
     Section("lm-1b", "bfloat16"),
 ]
@@ -55,7 +54,7 @@ THIRD = [
     Section("resnet-50", "bfloat16"),
     Section("vit-b"),
     Section("1000x1K", cached=True),
-    Section("lenet-5", "bfloat16"),
+    Section("lenet-5", "bfloat16", cached=True),
     Section("1000x1K", "bfloat16"),
     Section("resnet-9", "bfloat16"),
     Section("vit-b", "bfloat16"),
@@ -66,6 +65,8 @@ COMPILED = [
     Section("resnet-50", compiled=True),
     Section("gpt2-small", compiled=True),
 ]
+TRAINED = ("resnet-9, batch 512", "resnet-9, batch 512, bfloat16 autocast", "transformer, batch 64 x 128")
+PARTS = ("smoke", "tests", "timing", "training", "sanitizers")
 
 
 class Budget:
@@ -133,20 +134,27 @@ class Acceptance:
         def sections(entries: Sequence[Section], weight: float) -> list[Step]:
             return [self._section(weight, entry) for entry in entries if entry.model in self.options.models]
 
+        def sanitizer(tool: str, weight: float) -> Step:
+            return Step(f"sanitizer {tool}", weight, lambda seconds: self.sanitize(tool, seconds))
+
+        def training(name: str) -> Step:
+            return Step(f"training: {name}", 6, lambda seconds: self.train(name, seconds))
+
+        def parts(name: str, *steps: Step) -> Sequence[Step]:
+            return steps if name in self.options.parts else ()
+
         return [
             *([] if self.options.no_install else [Step("install", 150, self.install)]),
             Step("info", 4, self.info),
             Step("backends", 4, self.find_backends),
-            Step("smoke", 35, self.smoke),
-            Step("copy bandwidth", 2, self.copy),
-            *sections(FIRST, 10),
-            Step("tests", 110, self.tests),
-            Step("sanitizer memcheck", 20, lambda seconds: self.sanitize("memcheck", seconds)),
-            *sections(SECOND, 5),
-            Step("sanitizer racecheck", 14, lambda seconds: self.sanitize("racecheck", seconds)),
-            Step("sanitizer synccheck", 14, lambda seconds: self.sanitize("synccheck", seconds)),
-            *sections(THIRD, 5),
-            *sections(COMPILED, 5),
+            *parts("smoke", Step("smoke", 35, self.smoke)),
+            *parts("timing", Step("copy bandwidth", 2, self.copy), *sections(FIRST, 10)),
+            *parts("tests", Step("tests", 110, self.tests)),
+            *parts("training", *map(training, TRAINED)),
+            *parts("sanitizers", sanitizer("memcheck", 30)),
+            *parts("timing", *sections(SECOND, 5)),
+            *parts("sanitizers", sanitizer("racecheck", 20), sanitizer("synccheck", 20)),
+            *parts("timing", *sections(THIRD, 5), *sections(COMPILED, 5)),
         ]
 
     def run(self) -> int:
@@ -296,6 +304,13 @@ class Acceptance:
         if backend not in self.backends or not case:
             return None
         return {"backend": backend, "case": case, "status": "failed", "reason": hang.reason}
+
+    def train(self, name: str, seconds: float) -> None:
+        """Time whole training steps."""
+        job = {"kind": "training", "model": name, "backends": self.backends, "seconds": 4.0 if self.gpu else 0.5}
+        for row in self._job(job, f"training: {name}", seconds):
+            self.record.add("training", row, "model", "provider")
+            say(f"  {row['provider']}: {row['median'] * 1e3:.3f} ms, {row['ratio']:.3f} of SGD fused")
 
     def _section(self, weight: float, section: Section) -> Step:
         def measure(seconds: float) -> None:
@@ -593,6 +608,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--models", nargs="+", choices=list(GPU_MODELS), default=list(GPU_MODELS), metavar="MODEL",
         help=f"to time, of {', '.join(GPU_MODELS)} (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+        help=f"to do, of {', '.join(PARTS)} (default: all)",
     )  # fmt: skip
     parser.add_argument("--scale", type=int, default=16, help="with --device cpu: how large a model is at most")
     parser.add_argument("--output", type=Path, help="the JSON file; the Markdown goes beside it")

@@ -29,6 +29,7 @@ GUARD: Mapping[str, Any] = {"max_grad_norm": MAX_GRAD_NORM, "skip_nonfinite": Tr
 SMALL = 2_000_000  # elements; beyond, the reference would take most of the time
 SINGLE = 10_000_000  # elements; one launch for a whole step is meant for models that fit into a cache
 COMPILING = 60  # seconds
+WARMUP = 2  # calls for each set of tensors: the first makes the state, the second what later steps keep
 BF16 = torch.bfloat16
 
 
@@ -282,7 +283,8 @@ def ready(provider: Provider, work: Workload, alive: Callable[[], object] = lamb
                 calls.append(_compiled(optimizer))
             else:
                 calls.append(_clipped(optimizer, params) if provider.clip else optimizer.step)
-            calls[-1]()
+            for _ in range(WARMUP):
+                calls[-1]()
             alive()
     if len(calls) == 1:
         return Ready(calls[0], during, optimizers)

@@ -34,6 +34,7 @@ from bench.gpu_providers import (
     rotation,
 )
 from bench.gpu_report import PENDING, Row, Section
+from bench.gpu_training import MINIATURE, TASKS, begun, trainings
 from bench.shapes import GPU_MODELS, Shape, elements, miniature
 from bench.timing import DEVICE_SAMPLE, MIN_ROUNDS, DeviceTiming, Event, HostEvent, Stopwatch, compare_on_device
 from sofim_fused import SOFIM, backends
@@ -73,7 +74,13 @@ class Worker:
 
     def do(self, job: Row) -> None:
         """Do one job."""
-        kinds = {"backends": self.backends, "copy": self.copy, "smoke": self.smoke, "timing": self.timing}
+        kinds = {
+            "backends": self.backends,
+            "copy": self.copy,
+            "smoke": self.smoke,
+            "timing": self.timing,
+            "training": self.training,
+        }
         kinds[job["kind"]](job)
 
     def synchronize(self) -> None:
@@ -153,6 +160,27 @@ class Worker:
             for row in rows:
                 if index == 0 or row["provider"] != BASELINE:
                     self.answer(row)
+
+    def training(self, job: Row) -> None:
+        """Whole training steps of one network."""
+        name = job["model"]
+        native = [backend for backend in job["backends"] if backend != "reference"]
+        self.doing(f"training: {name}", 2 * PATIENCE)
+        made = trainings(TASKS[name] if self.gpu else MINIATURE, self.device, native)
+        losses = begun(made)
+        self.synchronize()
+        left = max(0.0, job["deadline"] - time.time())
+        taken = compare_on_device(
+            {provider: training.step for provider, training in made.items()},
+            BASELINE,
+            min(job["seconds"], 0.5 * left),
+            self._stopwatch(),
+            min_sample=DEVICE_SAMPLE if self.gpu else DEVICE_SAMPLE // 10,
+            min_rounds=MIN_ROUNDS if self.gpu else 3,
+        )
+        for provider, timing in taken.items():
+            row = {"model": name, "provider": provider, **timing.step._asdict(), "device": timing.device}
+            self.answer({**row, "host": timing.host, "loss": losses[provider]})
 
     # Smoke
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.covering import chosen
-from tests.runs import ALL_ON_GPU, EMULATED, GPU_BACKENDS, INTERPRETED, RUNS, Run, as_named, chance, name_of
+from tests.runs import ALL_ON_GPU, EMULATED, GPU_BACKENDS, INTERPRETED, RUNS, Run, as_named, chance, name_of, on_gpu
 
 # On tensors this small a second thread only waits, and on a busy machine it waits long.
 torch.set_num_threads(1)
@@ -117,6 +117,8 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
     run = as_named(request.param, name)
     if run.device == "cuda" and chance(name) >> 2 & 7 and not ALL_ON_GPU:
         pytest.skip("one case in eight runs on a GPU, unless SOFIM_ALL_GPU_TESTS=1")
+    if run.device == "cuda" and run.backend in GPU_BACKENDS:
+        on_gpu(run.backend)
     if run.backend in GPU_BACKENDS:
         monkeypatch.setattr(GPU_BACKENDS[run.backend], "SINGLE_LAUNCH", run.single)
     return run

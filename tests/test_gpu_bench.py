@@ -372,7 +372,7 @@ def test_the_steps_for_the_sanitizer_are_taken(capsys: pytest.CaptureFixture[str
 
 
 def timed(kind: str, model: str = "gpt2-small", size: int = 124_439_808, **values: Any) -> Row:
-    section = Section(model, cached=values.pop("cached", False))
+    section = Section(model, cached=values.pop("cached", model in gpu_report.IN_CACHE))
     return {
         **section.columns(),
         "tensors": 148,
@@ -635,15 +635,19 @@ def test_steps_come_in_the_order_of_what_they_tell(tmp_path: Path) -> None:
     names = [step.name for step in acceptance(tmp_path).steps()]
     assert len(set(names)) == len(names)
     ordered = [
-        "install", "info", "backends", "smoke", "copy bandwidth", "lenet-5, float32, from memory",
-        "resnet-50, float32, from memory", "gpt2-small, float32, from memory", "tests", "sanitizer memcheck",
+        "install", "info", "backends", "smoke", "copy bandwidth", "lenet-5, float32, in cache",
+        "resnet-50, float32, from memory", "gpt2-small, float32, from memory", "tests",
+        *(f"training: {name}" for name in gpu.TRAINED), "sanitizer memcheck",
     ]  # fmt: skip
     assert names[: len(ordered)] == ordered
     for model in GPU_MODELS:
-        assert {f"{model}, {dtype}, from memory" for dtype in ("float32", "bfloat16")} <= set(names)
+        where = "in cache" if model in gpu_report.IN_CACHE else "from memory"
+        assert {f"{model}, {dtype}, {where}" for dtype in ("float32", "bfloat16")} <= set(names)
     assert "install" not in [step.name for step in acceptance(tmp_path, "--no-install").steps()]
     some = [step.name for step in acceptance(tmp_path, "--models", "vit-b").steps()]
-    assert {name.partition(",")[0] for name in some if "," in name} == {"vit-b"}
+    assert {name.partition(",")[0] for name in some if "," in name and ":" not in name} == {"vit-b"}
+    parts = [step.name for step in acceptance(tmp_path, "--no-install", "--parts", "smoke", "sanitizers").steps()]
+    assert parts == ["info", "backends", "smoke", *(f"sanitizer {tool}check" for tool in ("mem", "race", "sync"))]
 
 
 def answering(made: Acceptance, monkeypatch: pytest.MonkeyPatch, *runs: Sequence[Row | Hang]) -> list[Row]:
@@ -705,7 +709,7 @@ def test_without_a_native_backend_a_gpu_run_fails(tmp_path: Path, monkeypatch: p
         assert ("the backend triton is not in this run: it is not installed" in data["notes"]) == (device == "cuda")
 
 
-LENET = "lenet-5, float32, from memory"
+LENET = "lenet-5, float32, in cache"
 
 
 def test_a_provider_that_hangs_or_raises_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -723,7 +727,7 @@ def test_a_provider_that_hangs_or_raises_is_left_out(tmp_path: Path, monkeypatch
         assert found == {"SOFIM triton, CUDA graph": "failed", doing: "failed", "SOFIM triton, plain": "measured"}
         assert len(data["failures"]) == failures
         assert len(data["notes"]) == 2 - failures
-        assert json.loads(json.dumps(jobs[0]["section"])) == Section("lenet-5")._asdict()
+        assert json.loads(json.dumps(jobs[0]["section"])) == Section("lenet-5", cached=True)._asdict()
 
 
 def test_a_worker_that_dies_of_a_known_failure_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
