@@ -23,6 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,8 @@ SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
 NO_TESTS = 5  # pytest's exit code
 CPU_SWITCH, CUDA_SWITCH, ARCHITECTURES = "SOFIM_BUILD_CPU", "SOFIM_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST"
 
+TOOLS = ("memcheck", "racecheck", "synccheck")  # compute-sanitizer's
+MANY_CORES = 8
 FOR_GPUS = ("cuda", "triton")  # the backends that the run is about
 
 # In order of what they tell for their time.
@@ -126,6 +129,7 @@ class Acceptance:
         self.gpu = options.device == "cuda"
         self.workers = Workers(options.device, options.scale, environment)
         self.backends: list[str] = []
+        self._watching: dict[tuple[str, str], Future[Output]] = {}  # sanitizers at work, by tool and backend
         self._outcome = DONE  # of the step that is being done
 
     def steps(self) -> list[Step]:
@@ -149,11 +153,10 @@ class Acceptance:
             Step("backends", 4, self.find_backends),
             *parts("smoke", Step("smoke", 35, self.smoke)),
             *parts("timing", Step("copy bandwidth", 2, self.copy), *sections(FIRST, 10)),
-            *parts("tests", Step("tests", 110, self.tests)),
+            *parts("tests", Step("tests", 150, self.tests)),
+            *parts("sanitizers", *(sanitizer(tool, 20) for tool in TOOLS)),
             *parts("training", *map(training, TRAINED)),
-            *parts("sanitizers", sanitizer("memcheck", 30)),
             *parts("timing", *sections(SECOND, 5)),
-            *parts("sanitizers", sanitizer("racecheck", 20), sanitizer("synccheck", 20)),
             *parts("timing", *sections(THIRD, 5), *sections(COMPILED, 5)),
         ]
 
@@ -402,6 +405,7 @@ class Acceptance:
         if unknown:
             self.note(f"tests that cannot be imported here, and do not name the mark: {', '.join(unknown)}")
         seconds -= time.monotonic() - started
+        self.watch_meanwhile(seconds)
         if not files:
             self._tested("no test is marked gpu", {}, wrong=self.gpu)
             return
@@ -447,17 +451,12 @@ class Acceptance:
             self._sanitized(tool, "", "not there")
             self.note("compute-sanitizer is NOT THERE: nobody has watched the memory accesses")
             return
-        command = [sanitizer, "--tool", tool]
-        if tool == "memcheck":
-            command += ["--report-api-errors", "no"]  # PyTorch asks for what drivers may lack
-        target = [sys.executable, "-m", "bench.gpu", "--sanitizer-target", "--device", self.options.device]
-        # Each tensor in an allocation of its own: within PyTorch's blocks nothing would be out of bounds.
-        environment = {**self.environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         end = time.monotonic() + seconds
-        watched = self._native() or self.backends
+        watched = self._watched()
         for index, backend in enumerate(watched):
             share = (end - time.monotonic()) / (len(watched) - index)
-            done = run([*command, *target, "--backend", backend], share, environment)
+            begun = self._watching.pop((tool, backend), None)
+            done = self._watch(sanitizer, tool, backend, share) if begun is None else begun.result()
             verdict, wrong = sanitizer_verdict(done)
             self._sanitized(tool, backend, verdict)
             if wrong:
@@ -466,6 +465,28 @@ class Acceptance:
             elif verdict != CLEAN:
                 say(tail(done.text))
                 self.note(f"compute-sanitizer {tool}: {backend}: {verdict}")
+
+    def watch_meanwhile(self, seconds: float) -> None:
+        """Begin with what :meth:`sanitize` asks for: it keeps one core of many busy while the tests run."""
+        sanitizer = find_sanitizer(self.environment.get("PATH", ""))
+        if sanitizer is not None and "sanitizers" in self.options.parts and (os.cpu_count() or 1) >= MANY_CORES:
+            wanted = [(tool, backend) for tool in TOOLS for backend in self._watched()]
+            pool = ThreadPoolExecutor(max(1, len(wanted)))
+            for each in wanted:
+                self._watching[each] = pool.submit(self._watch, sanitizer, *each, seconds)
+            pool.shutdown(wait=False)
+
+    def _watched(self) -> list[str]:
+        return self._native() or self.backends
+
+    def _watch(self, sanitizer: str, tool: str, backend: str, seconds: float) -> Output:
+        command = [sanitizer, "--tool", tool]
+        if tool == "memcheck":
+            command += ["--report-api-errors", "no"]  # PyTorch asks for what drivers may lack
+        target = [sys.executable, "-m", "bench.gpu", "--sanitizer-target", "--device", self.options.device]
+        # Each tensor in an allocation of its own: within PyTorch's blocks nothing would be out of bounds.
+        environment = {**self.environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return run([*command, *target, "--backend", backend], seconds, environment)
 
     def _sanitized(self, tool: str, backend: str, verdict: str) -> None:
         name = f"{tool}, {backend}" if backend else tool
@@ -502,7 +523,7 @@ def find_sanitizer(path: str) -> str | None:
 def plugins(cores: int, seconds: float) -> list[str]:
     """Arguments of pytest for plugins that are here: most of a test's time is one core compiling its kernels."""
     found = []
-    if (workers := min(12, cores * 3 // 4)) > 1 and importlib.util.find_spec("xdist"):
+    if (workers := min(10, cores * 3 // 4)) > 1 and importlib.util.find_spec("xdist"):
         found += ["-n", str(workers), "--dist", "worksteal"]
         if importlib.util.find_spec("pytest_timeout"):  # a kernel that never ends is one failure, of one worker
             found += ["--timeout", str(max(10, int(seconds / 2))), "--timeout-method", "thread"]

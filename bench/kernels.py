@@ -87,17 +87,17 @@ KINDS = {
     "fp64": FLOAT64,
     "fp32, unaligned": FLOAT32 | table.UNALIGNED,
 }
-# In CUDA C++, bfloat16 and float16 are told apart at run time, and so is whether bits are kept: 16-bit kinds that keep
-# none have the code of those that do.
+# In CUDA C++, whether bits are kept is found out at run time: kinds that keep none have the code of those that do.
 CUDA_KINDS = {
-    "fp32": ("fp32", ("float", "float", "float")),
-    "fp32, bf16 moment": ("fp32, bf16 moment", ("float", "float", "Narrow")),
-    "16-bit, Kahan": ("bf16, Kahan", ("Narrow", "Narrow", "float")),
-    "16-bit, bf16 moment, Kahan": ("bf16, bf16 moment, Kahan", ("Narrow", "Narrow", "Narrow")),
-    "16-bit, fp32 gradient, Kahan": ("bf16, fp32 gradient, Kahan", ("Narrow", "float", "float")),
-    "fp64": ("fp64", ("double", "double", "double")),
+    "fp32": ("float", "float", "float"),
+    "fp32, bf16 moment": ("float", "float", "Brain"),
+    "bf16, Kahan": ("Brain", "Brain", "float"),
+    "bf16, bf16 moment, Kahan": ("Brain", "Brain", "Brain"),
+    "bf16, fp32 gradient, Kahan": ("Brain", "float", "float"),
+    "fp16, Kahan": ("Half", "Half", "float"),
+    "fp64": ("double", "double", "double"),
 }
-TWO_LAUNCHES = ("16-bit, fp32 gradient, Kahan", "fp64")  # in any case
+TWO_LAUNCHES = ("bf16, fp32 gradient, Kahan", "fp64")  # in any case
 ALL_KINDS = list(dict.fromkeys([*KINDS, *CUDA_KINDS, *SHIPPED.values()]))
 
 
@@ -129,9 +129,9 @@ def cases(kernels: ModuleType) -> Iterator[tuple[str, Case]]:
 def cuda_cases(kernels: ModuleType) -> Iterator[tuple[str, Case, Instance]]:
     """The same cases in CUDA C++, those left out that are another one's kernel."""
     seen: set[Instance] = set()
-    for label, (kind, storage) in CUDA_KINDS.items():
+    for label, storage in CUDA_KINDS.items():
         for other, case in cases(kernels):
-            if other != kind or case.form.per_tensor or (case.launch == "single" and label in TWO_LAUNCHES):
+            if other != label or case.form.per_tensor or (case.launch == "single" and label in TWO_LAUNCHES):
                 continue
             form = case.form
             passes = {

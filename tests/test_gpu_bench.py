@@ -637,7 +637,7 @@ def test_steps_come_in_the_order_of_what_they_tell(tmp_path: Path) -> None:
     ordered = [
         "install", "info", "backends", "smoke", "copy bandwidth", "lenet-5, float32, in cache",
         "resnet-50, float32, from memory", "gpt2-small, float32, from memory", "tests",
-        *(f"training: {name}" for name in gpu.TRAINED), "sanitizer memcheck",
+        *(f"sanitizer {tool}" for tool in gpu.TOOLS), *(f"training: {name}" for name in gpu.TRAINED),
     ]  # fmt: skip
     assert names[: len(ordered)] == ordered
     for model in GPU_MODELS:
@@ -647,7 +647,7 @@ def test_steps_come_in_the_order_of_what_they_tell(tmp_path: Path) -> None:
     some = [step.name for step in acceptance(tmp_path, "--models", "vit-b").steps()]
     assert {name.partition(",")[0] for name in some if "," in name and ":" not in name} == {"vit-b"}
     parts = [step.name for step in acceptance(tmp_path, "--no-install", "--parts", "smoke", "sanitizers").steps()]
-    assert parts == ["info", "backends", "smoke", *(f"sanitizer {tool}check" for tool in ("mem", "race", "sync"))]
+    assert parts == ["info", "backends", "smoke", *(f"sanitizer {tool}" for tool in gpu.TOOLS)]
 
 
 def answering(made: Acceptance, monkeypatch: pytest.MonkeyPatch, *runs: Sequence[Row | Hang]) -> list[Row]:
@@ -819,7 +819,7 @@ def test_marks_may_come_from_a_fixture(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_tests_run_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "-n" not in gpu.plugins(2, 60)  # two cores: a second process would only be in the way
-    assert gpu.plugins(16, 60)[:4] == ["-n", "12", "--dist", "worksteal"]
+    assert gpu.plugins(16, 60)[:4] == ["-n", "10", "--dist", "worksteal"]
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     body = f"{MARK}def test_a(): pass\n{MARK}def test_b(): assert False\n{MARK}def test_c(): import os; os._exit(3)"
     made = acceptance(tmp_path, "--tests", str(a_test_folder(tmp_path, body)))
@@ -879,6 +879,32 @@ def test_a_sanitizer_on_the_path_watches_the_steps(
     assert only(made, monkeypatch, "sanitizer memcheck") == code
     assert saved(tmp_path)["sanitizer"] == {"memcheck, reference": "no errors" if code == 0 else "2 errors"}
     assert (tmp_path / "arguments").read_text().startswith("--tool memcheck --report-api-errors no")
+
+
+def test_where_cores_are_many_the_steps_are_watched_while_the_tests_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = acceptance(tmp_path)
+    made.backends = ["cuda", "triton", "reference"]
+    monkeypatch.setattr(gpu, "find_sanitizer", lambda _: "sanitizer")
+    begun: list[tuple[str, str]] = []
+
+    def watch(sanitizer: str, tool: str, backend: str, seconds: float) -> Output:
+        begun.append((tool, backend))
+        return Output(0, FOUND if (tool, backend) == ("racecheck", "triton") else CLEAN)
+
+    monkeypatch.setattr(made, "_watch", watch)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    made.watch_meanwhile(30)
+    assert not begun
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    made.watch_meanwhile(30)
+    for tool in gpu.TOOLS:
+        made.sanitize(tool, 30)
+    assert sorted(begun) == sorted((tool, backend) for tool in gpu.TOOLS for backend in ("cuda", "triton"))
+    assert made.record.data["failures"] == ["compute-sanitizer racecheck: triton: 3 errors"]
+    made.sanitize("memcheck", 30)  # what was begun is over: it runs anew
+    assert len(begun) == 8
 
 
 def test_each_native_backend_is_watched_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

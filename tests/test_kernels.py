@@ -186,7 +186,7 @@ def test_kernels_in_cuda_are_as_they_should_be() -> None:
     moved = {
         ("fp32", "accumulate (moment)"): (8, 4),
         ("fp32", "one launch, guarded (L2)"): (24, 8),
-        ("16-bit, bf16 moment, Kahan", "commit (moment)"): (8, 6),
+        ("bf16, bf16 moment, Kahan", "commit (moment)"): (8, 6),
         ("fp64", "dots (moment)"): (16, 0),
     }
     kinds, names = ({pair[i] for pair in moved} for i in range(2))
@@ -211,7 +211,7 @@ READ_MORE = [
     ("reads_w = writes_w || (l2 && sums);", "reads_w = true;"),
     ("sums.add(kMM, kept, kept);", "sums.add(kMM, kept, weight);"),
 ]
-CROWDED = [("__launch_bounds__(kThreads, kBlocks)", "__launch_bounds__(kThreads, 8)")]
+CROWDED = [("__launch_bounds__(kThreads, blocks_of<K>())", "__launch_bounds__(kThreads, 8)")]
 ELEMENT_BY_ELEMENT = [("return row.aligned && ", "return false && ")]
 
 

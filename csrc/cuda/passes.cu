@@ -32,9 +32,12 @@ constexpr int kMost = kSmall;
 // Storage types, and how they are computed with. A type that says less than sofim::Type is told the rest.
 
 // bfloat16 or float16.
+template <Type type>
 struct Narrow {
   uint16_t bits;
 };
+using Brain = Narrow<Type::bfloat16>;
+using Half = Narrow<Type::float16>;
 // Any but float64: the value or, in the lower half, that of a narrow type.
 struct Loose {
   uint32_t bits;
@@ -42,33 +45,35 @@ struct Loose {
 
 __device__ __forceinline__ float widened(float x, Type) { return x; }
 __device__ __forceinline__ double widened(double x, Type) { return x; }
-__device__ __forceinline__ float widened(Narrow x, Type type) {
-  return type == Type::bfloat16 ? from_bits(static_cast<uint32_t>(x.bits) << 16) : __half2float(__ushort_as_half(x.bits));
-}
+__device__ __forceinline__ float widened(Brain x, Type) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
+__device__ __forceinline__ float widened(Half x, Type) { return __half2float(__ushort_as_half(x.bits)); }
 __device__ __forceinline__ float widened(Loose x, Type type) {
-  return type == Type::float32 ? from_bits(x.bits) : widened(Narrow{static_cast<uint16_t>(x.bits)}, type);
+  if (type == Type::float32) return from_bits(x.bits);
+  const auto bits = static_cast<uint16_t>(x.bits);
+  return type == Type::bfloat16 ? widened(Brain{bits}, type) : widened(Half{bits}, type);
 }
 
 // To nearest.
 __device__ __forceinline__ void narrow(float x, float& to, Type) { to = x; }
 __device__ __forceinline__ void narrow(double x, double& to, Type) { to = x; }
-__device__ __forceinline__ void narrow(float x, Narrow& to, Type type) {
-  to.bits = type == Type::bfloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x)) : __half_as_ushort(__float2half_rn(x));
+__device__ __forceinline__ void narrow(float x, Brain& to, Type) {
+  to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+__device__ __forceinline__ void narrow(float x, Half& to, Type) { to.bits = __half_as_ushort(__float2half_rn(x)); }
+template <class To>
+__device__ __forceinline__ uint32_t narrowed(float x) {
+  To to;
+  narrow(x, to, Type());
+  return to.bits;
 }
 __device__ __forceinline__ void narrow(float x, Loose& to, Type type) {
-  if (type == Type::float32) {
-    to.bits = bits_of(x);
-  } else {
-    Narrow rounded;
-    narrow(x, rounded, type);
-    to.bits = rounded.bits;
-  }
+  to.bits = type == Type::float32 ? bits_of(x) : type == Type::bfloat16 ? narrowed<Brain>(x) : narrowed<Half>(x);
 }
 
 // A float32 whose lower half is zero, as a bfloat16.
 template <class To>
 __device__ __forceinline__ void keep_upper(uint32_t bits, To& to) {
-  if constexpr (std::is_same_v<To, Narrow> || std::is_same_v<To, Loose>) to.bits = static_cast<uint16_t>(bits >> 16);
+  if constexpr (std::is_same_v<To, Brain> || std::is_same_v<To, Loose>) to.bits = static_cast<uint16_t>(bits >> 16);
 }
 
 constexpr int least(int a, int b) { return a < b ? a : b; }
@@ -222,7 +227,8 @@ __device__ __forceinline__ void sweep(const Row& row, const Factors<S>& f, int64
   const bool keeps = S::kNarrow && row.kahan != nullptr;
   const bool rounds = S::kLoose ? row.m_type == Type::bfloat16 : S::kRounds;
   const bool decays = K::l2 && f.decay_w != 0;  // a zero factor adds no term: zero times an infinite weight is NaN
-  const float half_eps = row.w_type == Type::float16 ? 1.0f / 2048 : 1.0f / 256;
+  const bool half = S::kLoose ? row.w_type == Type::float16 : std::is_same_v<typename S::W, Half>;
+  const float half_eps = half ? 1.0f / 2048 : 1.0f / 256;
 
 #pragma unroll 1
   for (int start = 0; start < (kFull ? static_cast<int>(kTile) : left); start += kThreads * size * kBatch) {
@@ -327,7 +333,7 @@ struct Float32 {
   template <class K>
   static __device__ __forceinline__ void sweep(const Tile& tile, Sums<K>& sums) {
     if (tile.row.m_type == Type::float32) return swept<Storage<float, float, float>>(tile, sums);
-    return swept<Storage<float, float, Narrow>>(tile, sums);
+    return swept<Storage<float, float, Brain>>(tile, sums);
   }
 
   template <class S, class K>
@@ -340,12 +346,18 @@ struct Alike {
   template <class K>
   static __device__ __forceinline__ void sweep(const Tile& tile, Sums<K>& sums) {
     if (!tile.full()) return tile.swept<Storage<Loose, Loose, Loose>, K, 1>(sums);
-    if (tile.row.m_type == Type::float32) return full<Storage<Narrow, Narrow, float>>(tile, sums);
-    return full<Storage<Narrow, Narrow, Narrow>>(tile, sums);
+    if (tile.row.w_type == Type::bfloat16) return full<Brain, Brain>(tile, sums);
+    return full<Half, Half>(tile, sums);
+  }
+
+  template <class W, class G, class K>
+  static __device__ __forceinline__ void full(const Tile& tile, Sums<K>& sums) {
+    if (tile.row.m_type == Type::float32) return in_vectors<Storage<W, G, float>>(tile, sums);
+    return in_vectors<Storage<W, G, Brain>>(tile, sums);
   }
 
   template <class S, class K>
-  static __device__ __forceinline__ void full(const Tile& tile, Sums<K>& sums) {
+  static __device__ __forceinline__ void in_vectors(const Tile& tile, Sums<K>& sums) {
     return tile.swept<S, K, S::kVector>(sums);
   }
 };
@@ -358,8 +370,8 @@ struct Any {
     if (!tile.full()) return tile.swept<Storage<Loose, Loose, Loose>, K, 1>(sums);
     if (row.w_type == Type::float32) return Float32::sweep(tile, sums);
     if (row.g_type != Type::float32) return Alike::sweep(tile, sums);
-    if (row.m_type == Type::float32) return Alike::full<Storage<Narrow, float, float>>(tile, sums);
-    return Alike::full<Storage<Narrow, float, Narrow>>(tile, sums);
+    if (row.w_type == Type::bfloat16) return Alike::full<Brain, float>(tile, sums);
+    return Alike::full<Half, float>(tile, sums);
   }
 };
 
@@ -388,14 +400,25 @@ __device__ __forceinline__ double block_total(const Sums<K>& sums, Shared& share
   return total;
 }
 
+// atomicInc() for one thread of a block: others see what the block wrote before, and it what they wrote before theirs.
+// The fences around would each order all memory accesses of the GPU; an atomic operation that does both takes one.
+__device__ __forceinline__ uint32_t counted(uint32_t* counter, uint32_t most) {
+#ifdef SOFIM_EMULATED
+  __threadfence();
+  const uint32_t before = atomicInc(counter, most);
+  __threadfence();
+#else
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(most) : "memory");
+#endif
+  return before;
+}
+
 // Whether all but this block have come here; what they wrote before can then be read.
 __device__ __forceinline__ bool last_to_come(uint32_t* counter, uint32_t all, Shared& shared) {
   __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    shared.last = atomicInc(counter, all - 1) == all - 1;  // and starts from zero for the next launch
-    __threadfence();
-  }
+  // And starts from zero for the next launch.
+  if (threadIdx.x == 0) shared.last = counted(counter, all - 1) == all - 1;
   __syncthreads();
   return shared.last;
 }
@@ -603,15 +626,24 @@ __device__ __forceinline__ const Group* groups_of(const Arguments<size>& a) {
                                 : reinterpret_cast<const Group*>(a.more + a.task.tensors * sizeof(Row));
 }
 
+// How many blocks of a pass a multiprocessor is to have room for, which limits their registers: as many as go without
+// spilling. While one block waits for its first elements or hands over its sums, the others keep the memory busy.
+template <class K>
+constexpr int blocks_of() {
+  if (!K::sums) return 3;
+  if (K::l2 || K::writes_w) return kBlocks;
+  return K::gradient ? 3 : 4;
+}
+
 template <class Set, class K, int size>
-__global__ void __launch_bounds__(kThreads, kBlocks) first(const __grid_constant__ Arguments<size> a) {
+__global__ void __launch_bounds__(kThreads, blocks_of<K>()) first(const __grid_constant__ Arguments<size> a) {
   __shared__ Shared shared;
   first_sweep<Set, K>(a.task, rows_of(a), groups_of(a), blockIdx.x, shared);
 }
 
 // The last tile comes first, as the sweep before left it in the cache.
 template <class Set, class K, int size>
-__global__ void __launch_bounds__(kThreads, kBlocks) second(const __grid_constant__ Arguments<size> a) {
+__global__ void __launch_bounds__(kThreads, blocks_of<K>()) second(const __grid_constant__ Arguments<size> a) {
   if (skipped(a.task)) return;
   second_sweep<Set, K>(a.task, rows_of(a), groups_of(a), a.task.tiles - 1 - blockIdx.x);
 }

@@ -16,7 +16,7 @@ namespace sofim::cuda {
 constexpr int kThreads = 256;    // of a block
 constexpr int64_t kTile = 4096;  // elements that a block works on; a power of two, so that they share their index's upper half
 constexpr int kSums = kWW + 1;   // in the order of sofim::Sum
-constexpr int kBlocks = 2;       // on one multiprocessor at least, which limits registers to 128 per thread
+constexpr int kBlocks = 2;       // on one multiprocessor, or more, which limits registers to 128 per thread at most
 constexpr int kSmall = 4096;     // bytes of arguments that every version takes
 constexpr int kLarge = 32764;    // bytes of arguments that CUDA takes from 12.1 on
 
