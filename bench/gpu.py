@@ -39,6 +39,7 @@ FINISHED = re.compile(r" (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
 NO_TESTS = 5  # pytest's exit code
 CPU_SWITCH, CUDA_SWITCH, ARCHITECTURES = "SOFIM_BUILD_CPU", "SOFIM_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST"
+INSTRUCTION_SETS = "SOFIM_INSTRUCTION_SETS"
 
 TOOLS = ("memcheck", "racecheck", "synccheck")  # compute-sanitizer's
 MANY_CORES = 8
@@ -247,6 +248,8 @@ class Acceptance:
             CPU_SWITCH: os.environ.get(CPU_SWITCH) or given,
             CUDA_SWITCH: os.environ.get(CUDA_SWITCH) or (given if self.gpu else "0"),
         }
+        if (cpu := self.record.data["device"].get("cpu")) in ("avx2", "avx512"):  # what else is there takes minutes
+            first[INSTRUCTION_SETS] = os.environ.get(INSTRUCTION_SETS) or cpu
         if capability := self.record.data["device"]["more"].get("compute capability"):
             first[ARCHITECTURES] = os.environ.get(ARCHITECTURES) or capability  # for this device alone
         builds = [first, {**first, CUDA_SWITCH: "0"}, {**first, CPU_SWITCH: "0", CUDA_SWITCH: "0"}]

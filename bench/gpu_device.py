@@ -32,9 +32,10 @@ def information(device: torch.device) -> Row:
         versions["triton"] = str(importlib.import_module("triton").__version__)
     except Exception as error:  # a broken installation may raise anything
         versions["triton"] = message(error)
+    cpu = torch.backends.cpu.get_cpu_capability().lower()
     if device.type != "cuda":
         name = "CPU, miniature models"
-        return {"type": device.type, "name": name, "versions": versions, "l2_bytes": 0, "more": {}}
+        return {"type": device.type, "name": name, "versions": versions, "cpu": cpu, "l2_bytes": 0, "more": {}}
     properties: Any = torch.cuda.get_device_properties(device)
     more = {
         "compute capability": f"{properties.major}.{properties.minor}",
@@ -47,6 +48,7 @@ def information(device: torch.device) -> Row:
         "type": "cuda",
         "name": str(properties.name),
         "versions": versions,
+        "cpu": cpu,
         "l2_bytes": int(properties.L2_cache_size),
         "more": more,
     }

@@ -6,7 +6,7 @@ code is 1 where the full tiles of a kernel, its hot path,
 
 - have an access narrower than 128 bits, or none at all,
 - move more or fewer bytes per parameter than docs/method.md says, or where a kernel
-- spills registers, or
+- spills registers (those for any mixture of types: more than 16), or
 - starts more programs that wait for each other than a multiprocessor has room for, or has room for fewer blocks than
   ``__launch_bounds__`` promises.
 
@@ -50,6 +50,9 @@ BANDWIDTH = 3.0e12  # bytes/s, about what an H100 copies with
 PARAMETERS = 100_000_000
 SGD_BYTES = 20  # float32 SGD with momentum in one sweep: reads g, m, w; writes m, w
 NARROWEST = 128  # bits of an access in the hot path
+# Instructions for a tile, in kernels of about a hundred accesses each. With room for one block less nothing is spilled,
+# and on an H200 steps with bfloat16 weights took no less time.
+SPILLS = {SHIPPED["Any"]: 16}
 
 # A multiprocessor of sm_80 to sm_100; what is reserved of shared memory per program is in the compiler's figure.
 _REGISTERS, _WARPS, _PROGRAMS = 65_536, 64, 32
@@ -427,7 +430,7 @@ def _wrong(row: Row, needed: int, moved: tuple[int, int] | None = None, narrowes
     narrow = [bits for bits in row.widths if bits < narrowest]
     if narrow:
         yield f"accesses of {', '.join(map(str, sorted(narrow)))} bits in the hot path"
-    if row.spills:
+    if row.spills > SPILLS.get(row.kind, 0):
         yield f"{row.spills} spills"
     if row.programs < needed:
         yield f"room for {row.programs} programs on a multiprocessor, {needed} are needed"

@@ -4,6 +4,10 @@
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 
+#include <algorithm>
+#include <utility>
+#include <vector>
+
 #include "element.h"
 
 namespace sofim {
@@ -37,6 +41,22 @@ bool same_order(const at::Tensor& a, const at::Tensor& b) {
     if (sizes[i] > 1 && left[i] != right[i]) return false;
   }
   return true;
+}
+
+// Whether elements may share memory: strides that are not those of nested, disjoint blocks.
+bool may_overlap(const at::Tensor& x) {
+  if (x.is_non_overlapping_and_dense() || x.numel() == 0) return false;
+  std::vector<std::pair<int64_t, int64_t>> steps;  // strides and sizes
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    if (x.size(i) > 1) steps.emplace_back(x.stride(i), x.size(i));
+  }
+  std::sort(steps.begin(), steps.end());
+  int64_t reach = 0;
+  for (const auto& [stride, size] : steps) {
+    if (stride <= reach) return true;
+    reach += stride * (size - 1);
+  }
+  return false;
 }
 
 bool as_stored(const at::Tensor& x) { return !x.is_conj() && !x.is_neg(); }
@@ -123,6 +143,9 @@ const char* Roster::add(const at::Tensor& w, const at::Tensor& g, const at::Tens
     record.m = somewhere(m.mutable_data_ptr());
     if (kahan.defined()) record.kahan = somewhere(kahan.mutable_data_ptr());
   } else {
+    for (const at::Tensor* x : {&w, &m, &kahan}) {
+      if (x->defined() && may_overlap(*x)) return "a parameter or its state whose elements may share memory";
+    }
     const at::Tensor order = m.is_non_overlapping_and_dense() ? m : at::empty(m.sizes(), m.options());
     const auto copy_of = [&](const at::Tensor& x) {
       at::Tensor copy = at::empty_strided(order.sizes(), order.strides(), x.options());

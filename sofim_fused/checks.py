@@ -279,12 +279,18 @@ def _parameter(param: Tensor, where: str, state_dtype: Any) -> None:
         raise ValueError(f"{where} is the result of an operation, not a leaf: pass the tensor it was computed from")
     if param.is_conj() or param.is_neg():
         raise ValueError(f"{where} is a lazily conjugated or negated view: pass resolve_conj().resolve_neg() of it")
-    if _may_overlap(local(param.detach())):
-        raise ValueError(
-            f"{where} has strides {tuple(param.stride())}, with which elements may share memory (as after expand()): "
-            "pass a contiguous copy (.clone())"
-        )
+    apart(param, where, "pass a contiguous copy (.clone())")
     state_dtype_suits(param, where, state_dtype)
+
+
+def apart(x: Tensor, where: str, advice: str) -> None:
+    """Check that each element of a tensor that is to be written has memory of its own."""
+    mine = local(x.detach())
+    if not mine.is_contiguous() and _may_overlap(mine):
+        raise ValueError(
+            f"{where} has strides {tuple(x.stride())}, with which elements may share memory (as after expand()): "
+            f"{advice}"
+        )
 
 
 def _placements(param: Any, where: str) -> None:
@@ -360,6 +366,7 @@ def state_of_parameter(param: Tensor, known: Mapping[str, Tensor], dtype: torch.
         _state_tensor(param, ordinal, name, value)
         if value.dtype == expected and value.shape == param.shape and value.device == param.device:
             _placed_alike(param, value, ordinal, name)
+            apart(value, f"{_state(param, ordinal)}: {name}", _REPLACE)
             continue
         raise ValueError(
             f"{_state(param, ordinal)}: {name} is {_described(value)}, expected "

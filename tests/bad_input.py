@@ -545,6 +545,10 @@ def _data(*shape: int, dtype: torch.dtype = torch.float32) -> Callable[[SOFIM, l
     return spoil
 
 
+def _made_to_share(_: SOFIM, params: list[nn.Parameter]) -> None:
+    params[1].data = torch.ones(2, 1).expand(2, 3)
+
+
 def _data_and_gradient(*shape: int, dtype: torch.dtype = torch.float32) -> Callable[[SOFIM, list[nn.Parameter]], None]:
     def spoil(_: SOFIM, params: list[nn.Parameter]) -> None:
         params[1].grad = None
@@ -684,6 +688,27 @@ MET = [
         _entry("exp_avg", torch.ones(2, 3).to_sparse()),
         ValueError,
         f"{STATE} … exp_avg has the layout torch.sparse_coo: {REPLACED}",
+    ),
+    _met(
+        "a moment whose elements share memory",
+        _entry("exp_avg", torch.ones(2, 1).expand(2, 3)),
+        ValueError,
+        f"{STATE} … exp_avg has strides (1, 0), with which elements may share memory (as after expand()): {REPLACED}",
+    ),
+    _met(
+        "a parameter whose elements share memory since it was replaced",
+        _made_to_share,
+        ValueError,
+        "parameter 1 has strides (1, 0), with which elements may share memory (as after expand()): "
+        "give it memory of its own (.clone())",
+    ),
+    _met(
+        "the same before its first step",
+        _made_to_share,
+        ValueError,
+        "parameter 1 has strides (1, 0), with which elements may share memory (as after expand()): "
+        "give it memory of its own (.clone())",
+        steps=0,
     ),
     _met(
         "a count that is a number of Python's",
@@ -1022,6 +1047,42 @@ STATE_DICTS = [
         _with("state", 0, "step", torch.tensor(INF)),
         ValueError,
         f"{STATE_0}: step is inf, {A_COUNT}",
+    ),
+    _loaded(
+        "with a count that the next step would carry over",
+        _with("state", 0, "step", torch.tensor(2**63 - 1)),
+        ValueError,
+        f"{STATE_0}: step is 9223372036854775807, {A_COUNT}",
+    ),
+    _loaded(
+        "with an entry of yours that has no values",
+        _with("state", 0, "mine", torch.ones(2, device="meta")),
+        ValueError,
+        f"{STATE_0}: 'mine' is on the meta device and has no values: load it with its values",
+    ),
+    _loaded(
+        "with a learning rate that has no value",
+        _with("param_groups", 0, "lr", torch.tensor(0.1, device="meta")),
+        ValueError,
+        "parameter group 0: lr is on the meta device and has no values: load it with its values",
+    ),
+    _loaded(
+        "with a flag that is neither true nor false",
+        _with("param_groups", 1, "fused", torch.ones(2)),
+        TypeError,
+        "parameter group 1: fused=tensor([1., 1.]): pass True or False",
+    ),
+    _loaded(
+        "with a number for a key that is no parameter's",
+        _with("state", 7.0, {}),
+        ValueError,
+        "state_dict has a state for parameter 7.0, which is in none of its groups: it is damaged",
+    ),
+    _loaded(
+        "with a tensor among the parameters' numbers",
+        _with("param_groups", 0, "params", [torch.ones(2)]),
+        TypeError,
+        "state_dict: 'params' of group 0 has a tensor",
     ),
     _loaded(
         "with lost bits of another shape",

@@ -59,7 +59,7 @@ def test_a_step_is_one_launch_or_two(options: dict[str, Any], monkeypatch: pytes
 @emulated
 def test_a_large_model_takes_two_launches_by_itself() -> None:
     tile = module().TILE
-    for tiles, expected in ((2048, 1), (2049, 2)):
+    for tiles, expected in ((256, 1), (257, 2)):
         optimizer, _ = made([tile * tiles])
         optimizer.step()
         assert launches(optimizer.step) == expected

@@ -951,12 +951,14 @@ def installing(
     def fake(command: Sequence[str], seconds: float, environment: dict[str, str], line: Any = None) -> Output:
         calls.append((" ".join(command[1:]), " ".join(environment[name] for name in SWITCHES)))
         assert environment[gpu.ARCHITECTURES] == "9.0"
+        assert environment[gpu.INSTRUCTION_SETS] == "avx512"
         return answer(*calls[-1])
 
-    for name in (*SWITCHES, gpu.ARCHITECTURES):
+    for name in (*SWITCHES, gpu.ARCHITECTURES, gpu.INSTRUCTION_SETS):
         monkeypatch.delenv(name, raising=False)
         made.environment.pop(name, None)
     made.record.data["device"]["more"]["compute capability"] = "9.0"
+    made.record.data["device"]["cpu"] = "avx512"
     monkeypatch.setattr(gpu, "run", fake)
     monkeypatch.setattr(gpu, "_has_ninja", lambda: True)
     made.install(100)
@@ -970,7 +972,7 @@ def test_installing_takes_one_command(tmp_path: Path, monkeypatch: pytest.Monkey
     made = acceptance(tmp_path)
     assert installing(made, monkeypatch, lambda *_: Output(0, "")) == [(PIP, "auto auto")]
     assert not made.record.data["notes"]
-    built = "SOFIM_BUILD_CPU=auto, SOFIM_BUILD_CUDA=auto, TORCH_CUDA_ARCH_LIST=9.0"
+    built = "SOFIM_BUILD_CPU=auto, SOFIM_BUILD_CUDA=auto, SOFIM_INSTRUCTION_SETS=avx512, TORCH_CUDA_ARCH_LIST=9.0"
     assert made.record.data["install"] == f"pip, {built}"
 
 

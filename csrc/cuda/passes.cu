@@ -90,7 +90,7 @@ struct Storage {
   static constexpr bool kRounds = sizeof(M) == 2 || kLoose;  // the moment may be bfloat16
   static constexpr int kSmallest = least(sizeof(W), least(sizeof(G), sizeof(M)));
   static constexpr int kVector = kLoose ? 1 : 16 / kSmallest;  // elements: none is read in less than 16 bytes
-  static constexpr int kBatch = least(4, kTile / kThreads / kVector);  // vectors that are read before one is worked on
+  static constexpr int kBatch = least(2, kTile / kThreads / kVector);  // vectors that are read before one is worked on
 };
 
 template <class T, int size>
@@ -626,13 +626,14 @@ __device__ __forceinline__ const Group* groups_of(const Arguments<size>& a) {
                                 : reinterpret_cast<const Group*>(a.more + a.task.tensors * sizeof(Row));
 }
 
-// How many blocks of a pass a multiprocessor is to have room for, which limits their registers: as many as go without
-// spilling. While one block waits for its first elements or hands over its sums, the others keep the memory busy.
+// How many blocks of a pass a multiprocessor is to have room for, which limits their registers. While one waits for its
+// first elements or hands over its sums, the others keep the memory busy: on an H200 that was worth more than reading
+// twice as many vectors ahead, or than the few registers that kernels for many types spill.
 template <class K>
 constexpr int blocks_of() {
-  if (!K::sums) return 3;
+  if (!K::sums) return 4;
   if (K::l2 || K::writes_w) return kBlocks;
-  return K::gradient ? 3 : 4;
+  return K::gradient ? 4 : 5;
 }
 
 template <class Set, class K, int size>
