@@ -13,7 +13,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim import SGD, Optimizer
 
 from bench.report import RESULTS, Row, Table, digits, give_back, measure, resident, target, verdict
 from sofim_fused import SOFIM
@@ -30,6 +31,7 @@ STEPS = 100_000
 HYPER = Hyper(lr=0.1, momentum=0.9, rho=1.0)
 FEATURES, HIDDEN, CLASSES, SAMPLES, BATCH = 20, 24, 10, 2048, 32
 BLOCK = 100  # steps that are timed together
+CONTROL = "SGD with momentum, fused, float32"
 MODEL = f"{FEATURES}-{HIDDEN}-{CLASSES}"
 
 
@@ -57,31 +59,34 @@ KINDS = {
 }
 
 
-class Runner:
-    """An optimizer on its way, with what rounding may have done to it so far.
+class Timed:
+    """An optimizer that is given gradients, and whose steps are timed.
+
+    Args:
+        new_optimizer: makes it.
+        dtype: of its parameters.
+        weights: its parameters' values.
 
     Attributes:
-        variance: of the weights' distance from the oracle, if every rounding were independent and uniform.
-        bound: the distance, if all roundings went one way.
         blocks: nanoseconds of each ``BLOCK`` steps.
     """
 
-    def __init__(self, kind: Kind, weights: Sequence[Tensor]) -> None:
-        self.kind = kind
-        self.params = [nn.Parameter(w.to(kind.dtype)) for w in weights]
+    def __init__(
+        self, new_optimizer: Callable[[list[nn.Parameter]], Optimizer], dtype: torch.dtype, weights: Sequence[Tensor]
+    ) -> None:
+        self.params = [nn.Parameter(w.to(dtype)) for w in weights]
         self.grads = [torch.zeros_like(p) for p in self.params]
         for p, grad in zip(self.params, self.grads, strict=True):
             p.grad = grad
-        self.optimizer = SOFIM(
-            self.params,
-            lr=HYPER.lr,
-            momentum=HYPER.momentum,
-            rho=HYPER.rho,
-            state_dtype=kind.state,
-            kahan=kind.kahan,
-        )
-        self.variance = self.bound = 0.0
+        self.optimizer = new_optimizer(self.params)
         self.blocks: list[int] = []
+
+    @property
+    def tenths(self) -> tuple[float, float]:
+        """Seconds of a step in the first and in the last tenth of the run."""
+        tenth = max(1, len(self.blocks) // 10)
+        first, last = (median(part) / BLOCK * 1e-9 for part in (self.blocks[:tenth], self.blocks[-tenth:]))
+        return first, last
 
     def step(self, grads: Sequence[Tensor], number: int) -> None:
         """Take one step, timed."""
@@ -92,6 +97,21 @@ class Runner:
         if number % BLOCK == 0:
             self.blocks.append(0)
         self.blocks[-1] += taken
+
+
+class Runner(Timed):
+    """A SOFIM on its way, with what rounding may have done to it so far.
+
+    Attributes:
+        variance: of the weights' distance from the oracle, if every rounding were independent and uniform.
+        bound: the distance, if all roundings went one way.
+    """
+
+    def __init__(self, kind: Kind, weights: Sequence[Tensor]) -> None:
+        ours = partial(SOFIM, lr=HYPER.lr, momentum=HYPER.momentum, rho=HYPER.rho)
+        super().__init__(partial(ours, state_dtype=kind.state, kahan=kind.kahan), kind.dtype, weights)
+        self.kind = kind
+        self.variance = self.bound = 0.0
 
     def allow(self, weight: float, moment: float, change: float) -> None:
         """Add what one step's roundings may do; the arguments are norms.
@@ -136,6 +156,7 @@ class Run:
         inputs = centres[labels] + torch.randn(SAMPLES, FEATURES, generator=generator, dtype=torch.float64)
         oracle = Oracle(params, [HYPER] * len(params), [0] * len(params))
         runners = {name: Runner(kind, params) for name, kind in KINDS.items()}
+        control = Timed(partial(SGD, lr=1e-3, momentum=HYPER.momentum, fused=True), torch.float32, params)
         start, path, since = 0, 0.0, 0
         for number in range(self.steps):
             if number == BLOCK:
@@ -151,6 +172,7 @@ class Run:
             for runner in runners.values():
                 runner.step(grads, number)
                 runner.allow(weight, moment, change)
+            control.step([g.float() for g in grads], number)
             with torch.no_grad():
                 torch._foreach_copy_(params, oracle.weights)
             if number + 1 in marks:
@@ -162,7 +184,7 @@ class Run:
         growth = {"model": MODEL, "provider": "all of them", "start": start, "end": end, "growth": end - start}
         return {
             "drift": sorted(drifts, key=lambda row: list(KINDS).index(row["provider"])),
-            "speed": [_speed(name, runner) for name, runner in runners.items()],
+            "speed": [_speed(name, timed, control) for name, timed in {**runners, CONTROL: control}.items()],
             "memory": [{**growth, **verdict(1 << 20, end - start)}],
         }
 
@@ -186,10 +208,17 @@ def _drift(name: str, runner: Runner, oracle: Oracle, steps: int, step: float) -
     }
 
 
-def _speed(name: str, runner: Runner) -> Row:
-    tenth = max(1, len(runner.blocks) // 10)
-    first, last = (median(part) / BLOCK * 1e-9 for part in (runner.blocks[:tenth], runner.blocks[-tenth:]))
-    return {"model": MODEL, "provider": name, "first": first, "last": last, "throughput": first / last}
+def _speed(name: str, timed: Timed, control: Timed) -> Row:
+    (first, last), (its_first, its_last) = timed.tenths, control.tenths
+    kept = first / last
+    return {
+        "model": MODEL,
+        "provider": name,
+        "first": first,
+        "last": last,
+        "throughput": kept,
+        "beside": kept * its_last / its_first,
+    }
 
 
 def _rows(key: str) -> Callable[[Run], Iterator[Row]]:
@@ -225,9 +254,12 @@ TABLES: Mapping[str, Table] = {
             "µs, first tenth": lambda row: digits(row["first"] * 1e6),
             "µs, last tenth": lambda row: digits(row["last"] * 1e6),
             "throughput, last / first": lambda row: f"{row['throughput']:.3f}",
+            "beside SGD's": lambda row: f"{row['beside']:.3f}",
         },
         _rows("speed"),
-        f"Of step() alone, in the first and the last tenth of the run: the median over {BLOCK} steps at a time.",
+        f"Of step() alone, in the first and the last tenth of the run: the median over {BLOCK} steps at a time. The"
+        " machine's own speed may change meanwhile: in the last column the quotient is divided by that of an SGD with"
+        " momentum, which steps in between.",
     ),
     "memory": Table(
         "Memory",

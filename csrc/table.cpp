@@ -145,6 +145,7 @@ int Table::fill_hyper() {
     const Decay decay = decay_of(h);
     const double row[kHypers] = {h.lr,   h.momentum, h.rho,   h.weight_decay, h.l2,
                                  h.sign, decay.m,    decay.g, decay.w};
+    // Bits, of which another NaN is no change. NOLINTNEXTLINE(bugprone-suspicious-memory-comparison)
     if (changed != 0 || std::memcmp(row, to, sizeof row) != 0) {
       changed |= kValues;
       std::memcpy(to, row, sizeof row);

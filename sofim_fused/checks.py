@@ -285,8 +285,7 @@ def _parameter(param: Tensor, where: str, state_dtype: Any) -> None:
 
 def apart(x: Tensor, where: str, advice: str) -> None:
     """Check that each element of a tensor that is to be written has memory of its own."""
-    mine = local(x.detach())
-    if not mine.is_contiguous() and _may_overlap(mine):
+    if _may_overlap(x):
         raise ValueError(
             f"{where} has strides {tuple(x.stride())}, with which elements may share memory (as after expand()): "
             f"{advice}"
@@ -366,7 +365,8 @@ def state_of_parameter(param: Tensor, known: Mapping[str, Tensor], dtype: torch.
         _state_tensor(param, ordinal, name, value)
         if value.dtype == expected and value.shape == param.shape and value.device == param.device:
             _placed_alike(param, value, ordinal, name)
-            apart(value, f"{_state(param, ordinal)}: {name}", _REPLACE)
+            if _may_overlap(value):
+                apart(value, f"{_state(param, ordinal)}: {name}", _REPLACE)
             continue
         raise ValueError(
             f"{_state(param, ordinal)}: {name} is {_described(value)}, expected "
@@ -575,6 +575,10 @@ def _one_of(where: str, name: str, value: Any, known: Sequence[str]) -> None:
 
 def _may_overlap(x: Tensor) -> bool:
     """Whether two elements may share memory: strides that are not those of nested, disjoint blocks."""
+    if is_sharded(x):
+        x = local(x.detach())
+    if x.is_contiguous():
+        return False
     reach = 0
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
         if stride <= reach:

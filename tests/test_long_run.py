@@ -19,7 +19,8 @@ def test_drift_is_what_rounding_allows() -> None:
         assert 0 < row["of_bound"] < 1
     assert drift["float32", 300]["drift"] < 1e-6
     assert drift["bfloat16 with Kahan", 300]["drift"] < 1e-4 < drift["bfloat16 without Kahan", 300]["drift"]
-    assert [row["provider"] for row in rows["speed"]] == list(KINDS)
+    assert [row["provider"] for row in rows["speed"]] == [*KINDS, long_run.CONTROL]
+    assert rows["speed"][-1]["beside"] == pytest.approx(1, rel=1e-12)
     assert rows["memory"][0]["start"] > 0
 
 

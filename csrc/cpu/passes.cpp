@@ -80,7 +80,7 @@ SOFIM_HD void for_blocks(const Record& r, const Mode& mode, int64_t begin, int64
   };
   const int64_t end = begin + size;
   if (size >= kSplit) {
-    const int64_t half = size / (2 * kLanes) * kLanes;
+    const int64_t half = size / 2 / kLanes * kLanes;
     // From the end of either run to where it begins in the next tile.
     const ptrdiff_t next = size < kTile ? 0 : mode.backwards ? -3 * half : half;
     Block<Y> second = block;

@@ -12,9 +12,9 @@
 
 namespace sofim {
 
-namespace {
-
 constexpr int kLanes = 16;
+
+namespace {
 
 using at::BFloat16;
 using at::Half;
@@ -117,7 +117,7 @@ SOFIM_HD Words where_number(const Words& x, const Words& a, const Words& b) {
   typedef float Reals __attribute__((vector_size(sizeof(Words::Part))));
   return Words(Words::Indices(), [&](auto i) SOFIM_INLINE {
     const Reals real = reinterpret_cast<Reals>(x.part[i]);
-    return real == real ? a.part[i] : b.part[i];
+    return real == real ? a.part[i] : b.part[i];  // NOLINT(misc-redundant-expression): a NaN is not
   });
 }
 

@@ -19,7 +19,7 @@ from sofim_fused.backends.protocol import NativeStep
 CAPABILITY = (8, 0)  # the first with bfloat16, which setup.py compiles for
 
 SINGLE_LAUNCH: bool | None = None
-"""One launch per step (``True``), two (``False``), or one for models up to mid size (``None``). Read at each step.
+"""One launch per step (``True``), two (``False``), or one for small models (``None``). Read at each step.
 
 Models of several dtypes, of float64, or with float32 gradients of 16-bit weights take two in any case."""
 

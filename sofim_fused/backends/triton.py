@@ -27,12 +27,12 @@ from sofim_fused.backends.protocol import Coefficients, Decay, GradientStep, Nat
 
 OLDEST = (3, 6)  # the oldest Triton that the kernels were compiled with
 CAPABILITY = (8, 0)  # of an NVIDIA GPU: the first with bfloat16
-# Tiles, a million elements, up to which a step takes one launch. On an H200 that saves 1.2 µs with 16 tiles, and loses
-# 6 with 1,600, as fewer programs find room.
+# Tiles, a million elements, up to which a step takes one launch. On an H200 that saves 1.2 µs with 23 tiles, and loses
+# 6 with 1,622, as fewer programs find room.
 SINGLE_UP_TO = 256
 
 SINGLE_LAUNCH: bool | None = None
-"""One launch per step (``True``), two (``False``), or one for models up to mid size (``None``). Read at each step."""
+"""One launch per step (``True``), two (``False``), or one up to ``SINGLE_UP_TO`` (``None``). Read at each step."""
 
 REGISTERS = 128  # per thread at most
 ALONE = 224  # where a program waits for others, and is the only one on its multiprocessor
