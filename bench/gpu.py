@@ -139,8 +139,8 @@ class Acceptance:
         def sections(entries: Sequence[Section], weight: float) -> list[Step]:
             return [self._section(weight, entry) for entry in entries if entry.model in self.options.models]
 
-        def sanitizer(tool: str, weight: float) -> Step:
-            return Step(f"sanitizer {tool}", weight, lambda seconds: self.sanitize(tool, seconds))
+        def sanitizer(tool: str) -> Step:
+            return Step(f"sanitizer {tool}", 20, lambda seconds: self.sanitize(tool, seconds))
 
         def training(name: str) -> Step:
             return Step(f"training: {name}", 6, lambda seconds: self.train(name, seconds))
@@ -155,10 +155,9 @@ class Acceptance:
             *parts("smoke", Step("smoke", 35, self.smoke)),
             *parts("timing", Step("copy bandwidth", 2, self.copy), *sections(FIRST, 10)),
             *parts("tests", Step("tests", 150, self.tests)),
-            *parts("sanitizers", *(sanitizer(tool, 20) for tool in TOOLS)),
+            *parts("sanitizers", *map(sanitizer, TOOLS)),
             *parts("training", *map(training, TRAINED)),
-            *parts("timing", *sections(SECOND, 5)),
-            *parts("timing", *sections(THIRD, 5), *sections(COMPILED, 5)),
+            *parts("timing", *sections([*SECOND, *THIRD, *COMPILED], 5)),
         ]
 
     def run(self) -> int:

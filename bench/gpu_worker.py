@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from bench import gpu_smoke
+from bench.backward import check_losses
 from bench.gpu_device import message
 from bench.gpu_providers import (
     BASELINE,
@@ -34,7 +35,7 @@ from bench.gpu_providers import (
     rotation,
 )
 from bench.gpu_report import PENDING, Row, Section
-from bench.gpu_training import MINIATURE, TASKS, begun, trainings
+from bench.gpu_training import ALIKE, MINIATURE, TASKS, trainings
 from bench.shapes import GPU_MODELS, Shape, elements, miniature
 from bench.timing import DEVICE_SAMPLE, MIN_ROUNDS, DeviceTiming, Event, HostEvent, Stopwatch, compare_on_device
 from sofim_fused import SOFIM, backends
@@ -167,7 +168,8 @@ class Worker:
         native = [backend for backend in job["backends"] if backend != "reference"]
         self.doing(f"training: {name}", 2 * PATIENCE)
         made = trainings(TASKS[name] if self.gpu else MINIATURE, self.device, native)
-        losses = begun(made)
+        losses = {provider: float(training.step()) for provider, training in made.items()}
+        check_losses(losses, ALIKE)
         self.synchronize()
         left = max(0.0, job["deadline"] - time.time())
         taken = compare_on_device(

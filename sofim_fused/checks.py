@@ -279,17 +279,21 @@ def _parameter(param: Tensor, where: str, state_dtype: Any) -> None:
         raise ValueError(f"{where} is the result of an operation, not a leaf: pass the tensor it was computed from")
     if param.is_conj() or param.is_neg():
         raise ValueError(f"{where} is a lazily conjugated or negated view: pass resolve_conj().resolve_neg() of it")
-    apart(param, where, "pass a contiguous copy (.clone())")
+    if _may_overlap(param):
+        raise _sharing(param, where, "pass a contiguous copy (.clone())")
     state_dtype_suits(param, where, state_dtype)
 
 
-def apart(x: Tensor, where: str, advice: str) -> None:
-    """Check that each element of a tensor that is to be written has memory of its own."""
-    if _may_overlap(x):
-        raise ValueError(
-            f"{where} has strides {tuple(x.stride())}, with which elements may share memory (as after expand()): "
-            f"{advice}"
-        )
+def apart(param: Tensor, ordinal: int) -> None:
+    """Check that a parameter's elements still have memory of their own: it may have been replaced since."""
+    if _may_overlap(param):
+        raise _sharing(param, f"parameter {ordinal}", "give it memory of its own (.clone())")
+
+
+def _sharing(x: Tensor, where: str, advice: str) -> ValueError:
+    return ValueError(
+        f"{where} has strides {tuple(x.stride())}, with which elements may share memory (as after expand()): {advice}"
+    )
 
 
 def _placements(param: Any, where: str) -> None:
@@ -366,7 +370,7 @@ def state_of_parameter(param: Tensor, known: Mapping[str, Tensor], dtype: torch.
         if value.dtype == expected and value.shape == param.shape and value.device == param.device:
             _placed_alike(param, value, ordinal, name)
             if _may_overlap(value):
-                apart(value, f"{_state(param, ordinal)}: {name}", _REPLACE)
+                raise _sharing(value, f"{_state(param, ordinal)}: {name}", _REPLACE)
             continue
         raise ValueError(
             f"{_state(param, ordinal)}: {name} is {_described(value)}, expected "

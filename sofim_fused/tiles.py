@@ -52,7 +52,7 @@ def check_state(entry: Entry, group: Mapping[str, Any], state: Mapping[Tensor, A
         TypeError, ValueError: they do not; the message names the parameter.
     """
     known = state.get(entry.param, {})
-    checks.apart(entry.param, f"parameter {entry.ordinal}", "give it memory of its own (.clone())")
+    checks.apart(entry.param, entry.ordinal)
     checks.state_entries(entry.param, known, entry.ordinal)
     if "exp_avg" in known and "step" in known:
         checks.state_of_parameter(entry.param, known, moment_dtype(entry.param, group["state_dtype"]), entry.ordinal)

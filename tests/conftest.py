@@ -117,8 +117,8 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
     run = as_named(request.param, name)
     if run.device == "cuda" and chance(name) >> 2 & 7 and not ALL_ON_GPU:
         pytest.skip("one case in eight runs on a GPU, unless SOFIM_ALL_GPU_TESTS=1")
-    if run.device == "cuda" and run.backend in GPU_BACKENDS:
-        on_gpu(run.backend)
     if run.backend in GPU_BACKENDS:
+        if run.device == "cuda":
+            on_gpu(run.backend)
         monkeypatch.setattr(GPU_BACKENDS[run.backend], "SINGLE_LAUNCH", run.single)
     return run

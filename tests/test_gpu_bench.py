@@ -20,7 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import gpu, gpu_report, gpu_smoke
+from bench import gpu, gpu_report, gpu_smoke, gpu_training
+from bench.backward import check_losses
 from bench.gpu import Acceptance, Budget, Step, sanitizer_verdict
 from bench.gpu_processes import Hang, Output, Workers, run, tail
 from bench.gpu_providers import (
@@ -815,6 +816,18 @@ def test_marks_may_come_from_a_fixture(tmp_path: Path, monkeypatch: pytest.Monke
     data = saved(tmp_path)
     assert data["tests"]["counts"] == {"passed": 1, "deselected": 2}
     assert data["notes"] == ["tests that cannot be imported here, and do not name the mark: test_other.py"]
+
+
+def test_trainings_begin_alike_and_go_on_alike() -> None:
+    assert tuple(gpu_training.TASKS) == gpu.TRAINED
+    plain = gpu_training.MINIATURE
+    for task in (plain, plain._replace(network=lambda: gpu_training.Autocast(plain.network()))):
+        made = gpu_training.trainings(task, CPU, ["reference"])
+        assert list(made) == [BASELINE, "SOFIM reference", "SOFIM reference, in_backward"]
+        losses = [{name: float(training.step()) for name, training in made.items()} for _ in range(3)]
+        check_losses(losses[0])
+        assert losses[2]["SOFIM reference"] == pytest.approx(losses[2]["SOFIM reference, in_backward"], rel=1e-6)
+        assert losses[2]["SOFIM reference"] < losses[0]["SOFIM reference"]
 
 
 def test_tests_run_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
