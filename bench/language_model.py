@@ -87,7 +87,7 @@ class Size(NamedTuple):
 SIZES = {
     "tiny": Size(1, 16, 2, 16, batch=4, steps=20, tuning_steps=10, windows=8, rate=0.016, sgd_rate=0.64),
     "0.4m": Size(3, 96, 4, 96, batch=16, steps=500, tuning_steps=150, windows=256, rate=0.008, sgd_rate=0.32),
-    "30m": Size(8, 576, 9, 256, batch=64, steps=600, tuning_steps=200, windows=512, rate=0.002, sgd_rate=0.32),
+    "30m": Size(8, 576, 9, 256, batch=64, steps=500, tuning_steps=150, windows=512, rate=0.002, sgd_rate=0.32),
 }
 
 
@@ -417,7 +417,7 @@ class Trainer:
         along = torch.arange(self.size.context + 1, device=device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        every = max(1, job.steps // 12)
+        every = max(1, job.steps // (12 if job.part == "test" else 3))
         curve: list[list[float]] = []
         times: list[tuple[Event, Event]] = []
         speeds: list[float] = []

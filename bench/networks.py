@@ -137,7 +137,8 @@ class ByteTransformer(nn.Module):
             if p.dim() < 2:
                 p.fill_(1)
                 continue
-            std = 0.02 if name in ("token.weight", "position.weight") else 1 / math.sqrt(3 * p.shape[1])
+            # Were it 0.02, as is common, a first step of Adam's size would change an embedding by a third of itself.
+            std = 0.2 if name in ("token.weight", "position.weight") else 1 / math.sqrt(3 * p.shape[1])
             if name.endswith(("mixed.weight", "down.weight")):
                 std /= math.sqrt(2 * len(self.layers))
             p.normal_(0, std, generator=generator)
