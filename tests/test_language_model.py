@@ -350,6 +350,15 @@ def test_a_short_time_goes_to_what_tells_most() -> None:
     assert short(125).count((test, "sgd")) == 1
 
 
+def test_a_first_run_that_compiles_does_not_end_the_tuning() -> None:
+    a_plan = plan(contenders=("factored",), seeds=1)
+    done = {
+        a_plan.tuning("factored", rate).key: result_of(2.0, 10, seconds) for rate, seconds in ((0.016, 90), (0.008, 1))
+    }
+    following = next_job(a_plan, done, 10.0)
+    assert following == a_plan.tuning("factored", 0.032)
+
+
 def test_what_was_done_is_not_done_again() -> None:
     a_plan = plan(contenders=("factored",), seeds=1)
     jobs = played(a_plan, {"factored": 0.016})
