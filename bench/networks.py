@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class ResNet9(nn.Module):
@@ -108,3 +111,63 @@ def perceptron(entering: int, hidden: int, classes: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(entering, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, classes)
     )
+
+
+class ByteTransformer(nn.Module):
+    """A causal transformer over bytes, with learned positions and no biases, whose attention is PyTorch's fused one.
+
+    Maps bytes (N, length), int64, to logits (N, length, 256), length being ``context`` at most. What a layer adds to
+    its input is made small at first, the more so the more layers there are.
+    """
+
+    def __init__(self, depth: int, width: int, heads: int, context: int) -> None:
+        super().__init__()
+        self.token = nn.Embedding(256, width)
+        self.position = nn.Embedding(context, width)
+        self.layers = nn.ModuleList(_ByteLayer(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, bias=False)
+        self.head = nn.Linear(width, 256, bias=False)
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self, seed: int = 0) -> None:
+        """Initial weights, in the tensors that there are: the same for the same seed on the same kind of device."""
+        generator = torch.Generator(self.token.weight.device).manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                p.fill_(1)
+                continue
+            # Were it 0.02, as is common, a first step of Adam's size would change an embedding by a third of itself.
+            std = 0.2 if name in ("token.weight", "position.weight") else 1 / math.sqrt(3 * p.shape[1])
+            if name.endswith(("mixed.weight", "down.weight")):
+                std /= math.sqrt(2 * len(self.layers))
+            p.normal_(0, std, generator=generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits."""
+        x = self.token(tokens) + self.position.weight[: tokens.shape[-1]]
+        for layer in self.layers:
+            x = layer(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+class _ByteLayer(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width, bias=False)
+        self.queries_keys_values = nn.Linear(width, 3 * width, bias=False)
+        self.mixed = nn.Linear(width, width, bias=False)
+        self.norm = nn.LayerNorm(width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        parts = self.queries_keys_values(self.attention_norm(x)).view(n, length, 3, self.heads, width // self.heads)
+        queries, keys, values = parts.permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        x = x + self.mixed(mixed.transpose(1, 2).reshape(n, length, width))
+        out: Tensor = x + self.down(functional.gelu(self.up(self.norm(x))))
+        return out

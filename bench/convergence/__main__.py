@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from bench import documents, report
+from bench import documents, language_model, report
 from bench.convergence import compare, convex, cost, regime, sensitivity
 from bench.convergence.contenders import CONTENDERS
 from bench.convergence.store import Store
@@ -269,6 +269,9 @@ def _report(options: argparse.Namespace, console: Console) -> None:
     if (options.out / "cost.json").exists():
         _write_cost(options)
         console.print("cost: written")
+    for path in sorted(options.out.glob(f"{language_model.PREFIX}*.jsonl")):
+        language_model.write(path)
+        console.print(f"{path.stem}: written")
     if options.out == RESULTS:
         DOCUMENT.write_text(documents.filled(DOCUMENT.read_text(), RESULTS))
         console.print(f"{DOCUMENT.name}: tables written")

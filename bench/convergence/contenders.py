@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from pytorch_optimizer import AdaHessian
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 
@@ -114,6 +113,8 @@ def _lbfgs(model: nn.Module, settings: Settings) -> Optimizer:
 
 
 def _adahessian(model: nn.Module, settings: Settings) -> Optimizer:
+    from pytorch_optimizer import AdaHessian  # what does not compare it does not take the package
+
     return AdaHessian(model.parameters(), lr=settings["lr"], hessian_power=settings["hessian_power"])
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
@@ -110,6 +110,13 @@ def _machine() -> dict[str, Any]:
         **report.machine(threads=1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "pytorch-optimizer": version("pytorch-optimizer"),
+        "pytorch-optimizer": _version("pytorch-optimizer"),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # on a machine that compares no optimizer of it
+        return None
