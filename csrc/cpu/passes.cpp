@@ -58,57 +58,75 @@ SOFIM_HD void ask_for(const T* from, ptrdiff_t ahead) {
 #endif
 }
 
-// Calls body(block) for every sixteen elements. The last few run through the same instructions, on copies padded with
-// zeros, which add nothing to a sum.
-template <class Y, class Body>
-SOFIM_HD void for_blocks(const Record& r, const Mode& mode, int64_t begin, int64_t size, Use use, Body body) {
-  const bool far = mode.far;
+// Blocks that `pass` is called for: `pairs` from `first` on and as many from `second` on, in turns, each `stride`
+// elements behind the one before. It is no part of its caller, so that the compiler makes each pass once.
+//
+// With `far`, memory is asked for kAhead elements ahead; where that is index `bend` or more, `skip` elements further.
+template <class Pass, class Block>
+SOFIM_NOINLINE Pass over_blocks(Pass pass, Block first, Block second, int64_t pairs, int64_t stride, bool far,
+                                int64_t bend, ptrdiff_t skip) {
+  const Use use = pass.use();
+  const auto take = [&](Block& block, ptrdiff_t ahead) SOFIM_INLINE {
+    if (far) {
+      if (use.w) ask_for(block.w, ahead);
+      if (use.g) ask_for(block.g, ahead);
+      ask_for(block.m, ahead);
+    }
+    pass(block);
+    block.advance(stride);
+  };
+  for (int64_t i = 0; i < pairs; ++i) {
+    const ptrdiff_t ahead = first.index + kAhead < bend ? kAhead : kAhead + skip;
+    take(first, ahead);
+    take(second, ahead);
+  }
+  return pass;
+}
+
+// Calls `pass` for every sixteen elements of a tile, and returns it with its sums. The last ones, fewer than two blocks,
+// run through the same instructions on copies padded with zeros, which add nothing to a sum.
+template <class Y, class Pass>
+SOFIM_HD Pass over_tile(Pass pass, const Record& r, const Mode& mode, int64_t begin, int64_t size) {
+  constexpr int64_t kPair = 2 * kLanes;
   Block<Y> block{
       static_cast<typename Y::W*>(r.w) + begin,
       static_cast<const typename Y::G*>(r.g) + begin,
       static_cast<typename Y::M*>(r.m) + begin,
       r.kahan == nullptr ? nullptr : static_cast<typename Y::W*>(r.kahan) + begin,
       begin};
-  const auto take = [&](Block<Y>& b, ptrdiff_t ahead) SOFIM_INLINE {
-    if (far) {
-      if (use.w) ask_for(b.w, ahead);
-      if (use.g) ask_for(b.g, ahead);
-      ask_for(b.m, ahead);
-    }
-    body(b);
-    b.advance(kLanes);
-  };
-  const int64_t end = begin + size;
+  const int64_t pairs = size / kPair, half = pairs * kLanes;
+  Block<Y> second = block;
   if (size >= kSplit) {
-    const int64_t half = size / 2 / kLanes * kLanes;
-    // From the end of either run to where it begins in the next tile.
-    const ptrdiff_t next = size < kTile ? 0 : mode.backwards ? -3 * half : half;
-    Block<Y> second = block;
     second.advance(half);
-    while (block.index < begin + half) {
-      const ptrdiff_t ahead = block.index + kAhead < begin + half ? kAhead : kAhead + next;
-      take(block, ahead);
-      take(second, ahead);
-    }
-    block = second;
+    // From the end of either half to where it begins in the next tile.
+    const ptrdiff_t skip = size < kTile ? 0 : mode.backwards ? -3 * half : half;
+    pass = over_blocks(pass, block, second, pairs, kLanes, mode.far, begin + half, skip);
+  } else if (pairs > 0) {
+    second.advance(kLanes);
+    pass = over_blocks(pass, block, second, pairs, kPair, mode.far, begin + size, 0);
   }
-  while (block.index + kLanes <= end) take(block, kAhead);
-  const size_t rest = static_cast<size_t>(end - block.index);
-  if (rest == 0) return;
-  alignas(64) typename Y::W w[kLanes] = {};
-  alignas(64) typename Y::G g[kLanes] = {};
-  alignas(64) typename Y::M m[kLanes] = {};
-  alignas(64) typename Y::W kahan[kLanes] = {};
+  block.advance(2 * half);
+  const size_t rest = static_cast<size_t>(size - 2 * half);
+  if (rest == 0) return pass;
+  const Use use = pass.use();
+  alignas(64) typename Y::W w[kPair] = {};
+  alignas(64) typename Y::G g[kPair] = {};
+  alignas(64) typename Y::M m[kPair] = {};
+  alignas(64) typename Y::W kahan[kPair] = {};
   if (use.w) memcpy(w, block.w, rest * sizeof *w);
   if (use.g) memcpy(g, block.g, rest * sizeof *g);
   memcpy(m, block.m, rest * sizeof *m);
   if (block.kahan != nullptr && use.writes_w) memcpy(kahan, block.kahan, rest * sizeof *kahan);
-  body(Block<Y>{w, g, m, block.kahan == nullptr ? nullptr : kahan, block.index});
+  const Block<Y> copies{w, g, m, block.kahan == nullptr ? nullptr : kahan, block.index};
+  second = copies;
+  second.advance(kLanes);
+  pass = over_blocks(pass, copies, second, 1, kPair, false, 0, 0);
   if (use.writes_m) memcpy(block.m, m, rest * sizeof *m);
   if (use.writes_w) {
     memcpy(block.w, w, rest * sizeof *w);
     if (block.kahan != nullptr) memcpy(block.kahan, kahan, rest * sizeof *kahan);
   }
+  return pass;
 }
 
 // A tensor's factors in the type that is computed with, and the key of its random bits in this tile.
@@ -149,15 +167,14 @@ struct Factors {
   }
 
   // w, and what it lost when it was stored; v and m enter as far as `with_v` and `with_m` say.
-  template <bool with_v, bool with_m>
-  SOFIM_HD void update(const Block<Y>& b, const V& v, const V& m) const {
+  SOFIM_HD void update(const Block<Y>& b, const V& v, const V& m, bool with_v, bool with_m) const {
     V w = load(b.w);
     if constexpr (Y::kNarrow) {
       if (b.kahan != nullptr) w = with_lost_bits(w, load(b.kahan), V(Y::kHalfEps));
     }
     w = w * V(update_w);
-    if constexpr (with_v) w = Ops<V>::multiply_add(V(update_g), v, w);
-    if constexpr (with_m) w = Ops<V>::multiply_add(V(update_m), m, w);
+    if (with_v) w = Ops<V>::multiply_add(V(update_g), v, w);
+    if (with_m) w = Ops<V>::multiply_add(V(update_m), m, w);
     store(b.w, w);
     if constexpr (Y::kNarrow) {
       if (b.kahan != nullptr) {
@@ -166,81 +183,97 @@ struct Factors {
     }
   }
 
-  const T decay_m, decay_g, decay_w, update_w, update_g, update_m, gain;
-  const bool decays;
-  const uint32_t stretch;
+  T decay_m, decay_g, decay_w, update_w, update_g, update_m, gain;
+  bool decays;
+  uint32_t stretch;
 };
 
-template <class Y, bool weights, bool cross, bool step>
-void accumulate(const Record& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
-  const Factors<Y> factors(r, mode, begin);
-  Lanes mm, mg, mw;
-  for_blocks<Y>(r, mode, begin, size, Use{weights || step, true, true, step}, [&](const Block<Y>& b) SOFIM_INLINE {
+// The passes, as over_tile() calls them: what they touch, what they do to sixteen elements, their sums.
+
+// `cross`: also the sums of products with g and w, or the gradient's part of the step, or both.
+template <class Y, bool cross>
+struct Accumulate {
+  SOFIM_HD Accumulate(const Record& r, const Mode& mode, int64_t begin)
+      : factors(r, mode, begin), weights(mode.weights), step(cross && mode.gradient) {}
+
+  SOFIM_HD Use use() const { return {weights || step, true, true, step}; }
+
+  SOFIM_HD void operator()(const Block<Y>& b) {
     const auto g = load(b.g);
     const auto m = factors.store_moment(b.m, factors.moment(load(b.m), g, b.w), b.index);
     const auto wide = widened(m);
     mm.add(wide, wide);
     if constexpr (cross) {
       mg.add(wide, widened(g));
-      if constexpr (weights) mw.add(wide, widened(load(b.w)));
+      if (weights) mw.add(wide, widened(load(b.w)));
+      if (step) factors.update(b, g, g, true, false);
     }
-    if constexpr (step) factors.template update<true, false>(b, g, g);
-  });
-  sums[kMM] = mm.total();
-  if constexpr (cross) sums[kMG] = mg.total();
-  if constexpr (cross && weights) sums[kMW] = mw.total();
-}
+  }
+
+  Factors<Y> factors;
+  bool weights, step;
+  Lanes mm, mg, mw;
+};
 
 template <class Y, bool gradient>
-void apply(const Record& r, const Mode& mode, int64_t begin, int64_t size, double*) {
-  const Factors<Y> factors(r, mode, begin);
-  for_blocks<Y>(r, mode, begin, size, Use{true, gradient, false, true}, [&](const Block<Y>& b) SOFIM_INLINE {
+struct Apply {
+  SOFIM_HD Apply(const Record& r, const Mode& mode, int64_t begin) : factors(r, mode, begin) {}
+
+  SOFIM_HD Use use() const { return {true, gradient, false, true}; }
+
+  SOFIM_HD void operator()(const Block<Y>& b) {
     const auto m = load(b.m);
     if constexpr (gradient) {
-      factors.template update<true, true>(b, load(b.g), m);
+      factors.update(b, load(b.g), m, true, true);
     } else {
-      factors.template update<false, true>(b, m, m);
+      factors.update(b, m, m, false, true);
     }
-  });
-}
+  }
 
-template <class Y, bool weights>
-void dots(const Record& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
-  Lanes mm, mg, gg, mw, gw, ww;
-  for_blocks<Y>(r, mode, begin, size, Use{weights, true, false, false}, [&](const Block<Y>& b) SOFIM_INLINE {
+  Factors<Y> factors;
+};
+
+template <class Y>
+struct Dots {
+  SOFIM_HD explicit Dots(const Mode& mode) : weights(mode.weights) {}
+
+  SOFIM_HD Use use() const { return {weights, true, false, false}; }
+
+  SOFIM_HD void operator()(const Block<Y>& b) {
     const Doubles m = widened(load(b.m)), g = widened(load(b.g));
     mm.add(m, m);
     mg.add(m, g);
     gg.add(g, g);
-    if constexpr (weights) {
+    if (weights) {
       const Doubles w = widened(load(b.w));
       mw.add(m, w);
       gw.add(g, w);
       ww.add(w, w);
     }
-  });
-  sums[kMM] = mm.total();
-  sums[kMG] = mg.total();
-  sums[kGG] = gg.total();
-  if constexpr (weights) {
-    sums[kMW] = mw.total();
-    sums[kGW] = gw.total();
-    sums[kWW] = ww.total();
   }
-}
 
-template <class Y, bool gradient>
-void commit(const Record& r, const Mode& mode, int64_t begin, int64_t size, double*) {
-  const Factors<Y> factors(r, mode, begin);
-  const bool scaled = mode.scaled;
-  for_blocks<Y>(r, mode, begin, size, Use{true, true, true, true}, [&](const Block<Y>& b) SOFIM_INLINE {
+  bool weights;
+  Lanes mm, mg, gg, mw, gw, ww;
+};
+
+template <class Y>
+struct Commit {
+  SOFIM_HD Commit(const Record& r, const Mode& mode, int64_t begin)
+      : factors(r, mode, begin), scaled(mode.scaled), gradient(mode.gradient) {}
+
+  SOFIM_HD Use use() const { return {true, true, true, true}; }
+
+  SOFIM_HD void operator()(const Block<Y>& b) {
     auto v = load(b.g);
     if (scaled) v = v * typename Y::V(factors.gain);
     const auto m = factors.moment(load(b.m), v, b.w);
     factors.store_moment(b.m, m, b.index);
-    factors.template update<gradient, true>(b, v, m);
-  });
-}
+    factors.update(b, v, m, gradient, true);
+  }
+
+  Factors<Y> factors;
+  bool scaled, gradient;
+};
 
 // From a record's types to a kernel's, once per tile.
 template <class Run>
@@ -260,39 +293,51 @@ void with_types(const Record& r, Run run) {
   }
 }
 
+template <class Y, bool cross>
+void accumulate(const Record& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
+  const auto done = over_tile<Y>(Accumulate<Y, cross>(r, mode, begin), r, mode, begin, size);
+  sums[kMM] = done.mm.total();
+  if (!mode.cross) return;
+  sums[kMG] = done.mg.total();
+  if (mode.weights) sums[kMW] = done.mw.total();
+}
+
 void run_accumulate(const Record& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
   with_types(r, [&](auto types) {
     using Y = decltype(types);
-    const auto run = [&](auto weights, auto cross) {
-      (mode.gradient ? accumulate<Y, weights, cross, true> : accumulate<Y, weights, cross, false>)(
-          r, mode, begin, size, sums);
-    };
-    if (mode.weights) {
-      mode.cross ? run(std::true_type(), std::true_type()) : run(std::true_type(), std::false_type());
-    } else {
-      mode.cross ? run(std::false_type(), std::true_type()) : run(std::false_type(), std::false_type());
-    }
+    (mode.cross || mode.gradient ? accumulate<Y, true> : accumulate<Y, false>)(r, mode, begin, size, sums);
   });
 }
 
-void run_apply(const Record& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
+void run_apply(const Record& r, const Mode& mode, int64_t begin, int64_t size, double*) {
   with_types(r, [&](auto types) {
     using Y = decltype(types);
-    (mode.gradient ? apply<Y, true> : apply<Y, false>)(r, mode, begin, size, sums);
+    if (mode.gradient) {
+      over_tile<Y>(Apply<Y, true>(r, mode, begin), r, mode, begin, size);
+    } else {
+      over_tile<Y>(Apply<Y, false>(r, mode, begin), r, mode, begin, size);
+    }
   });
 }
 
 void run_dots(const Record& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
   with_types(r, [&](auto types) {
     using Y = decltype(types);
-    (mode.weights ? dots<Y, true> : dots<Y, false>)(r, mode, begin, size, sums);
+    const auto done = over_tile<Y>(Dots<Y>(mode), r, mode, begin, size);
+    sums[kMM] = done.mm.total();
+    sums[kMG] = done.mg.total();
+    sums[kGG] = done.gg.total();
+    if (!mode.weights) return;
+    sums[kMW] = done.mw.total();
+    sums[kGW] = done.gw.total();
+    sums[kWW] = done.ww.total();
   });
 }
 
-void run_commit(const Record& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
+void run_commit(const Record& r, const Mode& mode, int64_t begin, int64_t size, double*) {
   with_types(r, [&](auto types) {
     using Y = decltype(types);
-    (mode.gradient ? commit<Y, true> : commit<Y, false>)(r, mode, begin, size, sums);
+    over_tile<Y>(Commit<Y>(r, mode, begin), r, mode, begin, size);
   });
 }
 

@@ -10,6 +10,12 @@
 
 #include "../element.h"
 
+#if defined(__GNUC__)
+#define SOFIM_NOINLINE __attribute__((noinline))
+#else
+#define SOFIM_NOINLINE
+#endif
+
 namespace sofim {
 
 constexpr int kLanes = 16;
@@ -235,13 +241,13 @@ SOFIM_HD void store_upper(BFloat16* to, const Words& x) {
 #else
 
 template <class T>
-SOFIM_HD Floats load_narrow(const T* from) {
+SOFIM_NOINLINE Floats load_narrow(const T* from) {
   float wide[kLanes];
   for (int i = 0; i < kLanes; ++i) wide[i] = static_cast<float>(from[i]);
   return Floats::load(wide);
 }
 template <class T>
-SOFIM_HD void store_narrow(T* to, const Floats& x) {
+SOFIM_NOINLINE void store_narrow(T* to, const Floats& x) {
   float wide[kLanes];
   x.store(wide);
   for (int i = 0; i < kLanes; ++i) to[i] = static_cast<T>(wide[i]);
