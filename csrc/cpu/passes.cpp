@@ -58,8 +58,8 @@ SOFIM_HD void ask_for(const T* from, ptrdiff_t ahead) {
 #endif
 }
 
-// Blocks that `pass` is called for: `pairs` from `first` on and as many from `second` on, in turns, each `stride`
-// elements behind the one before. It is no part of its caller, so that the compiler makes each pass once.
+// Calls `pass` for `pairs` blocks from `first` on and for as many from `second` on, in turns, each `stride` elements
+// behind the one before, and returns it with its sums. Not inlined: the compiler makes each pass once.
 //
 // With `far`, memory is asked for kAhead elements ahead; where that is index `bend` or more, `skip` elements further.
 template <class Pass, class Block>
@@ -83,8 +83,8 @@ SOFIM_NOINLINE Pass over_blocks(Pass pass, Block first, Block second, int64_t pa
   return pass;
 }
 
-// Calls `pass` for every sixteen elements of a tile, and returns it with its sums. The last ones, fewer than two blocks,
-// run through the same instructions on copies padded with zeros, which add nothing to a sum.
+// Calls `pass` for every sixteen elements of a tile, and returns it with its sums. What remains after pairs of blocks
+// goes through the same instructions on copies padded with zeros, which add nothing to a sum.
 template <class Y, class Pass>
 SOFIM_HD Pass over_tile(Pass pass, const Record& r, const Mode& mode, int64_t begin, int64_t size) {
   constexpr int64_t kPair = 2 * kLanes;
