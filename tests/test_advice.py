@@ -145,8 +145,10 @@ def test_state_that_cannot_be_converted_starts_anew(data: Callable[[Tensor], Ten
 
 def recipe() -> Any:
     """The document's function."""
-    (code,) = re.findall(r"```python\n(import functools\n.*?def under_sam.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
-    definition = code.partition("\n\noptimizer = ")[0]
+    (code,) = re.findall(
+        r"```python\n(import functools\n.*?def under_sam.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL
+    )
+    definition = code.partition("\n\nsam = ")[0]
     found: dict[str, Any] = {"SOFIM": SOFIM}
     exec(definition, found)
     return found["under_sam"]
@@ -214,8 +216,19 @@ def test_states_that_sam_has_looked_for_are_saved_and_loaded() -> None:
     base = optimizer.base_optimizer
     assert base.state[params[2]] == {}
     before = snapshot(base)
-    base.load_state_dict(base.state_dict())
-    assert same_bits(before, snapshot(base))
+    others = [*two(), nn.Parameter(torch.ones(3))]
+    sam = SAM(others, functools.partial(recipe(), rho=1.0), rho=0.05, lr=0.2)
+    with torch.no_grad():
+        for p, q in zip(others, params, strict=True):
+            p.copy_(q)
+    sam.base_optimizer.load_state_dict(base.state_dict())
+    sam.param_groups, sam.state = sam.base_optimizer.param_groups, sam.base_optimizer.state
+    assert same_bits(before, snapshot(sam.base_optimizer))
+    for made, of in ((optimizer, params), (sam, others)):
+        made.param_groups[0]["lr"] = 0.1  # as a scheduler of the wrapper does
+        train_under_sam(made, of[:2])
+    assert same_bits(snapshot(base), snapshot(sam.base_optimizer))
+    assert not same_bits(before, snapshot(base))
 
 
 # What torch's SGD may hold
