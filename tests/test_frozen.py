@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -254,3 +255,37 @@ def test_the_device_of_a_step_is_that_of_what_is_trained() -> None:
     assert optimizer.skipped_steps.device.type == "cpu"
     assert int(optimizer.skipped_steps) == 1
     assert snapshot(optimizer)
+
+
+def test_shards_of_frozen_integers(tmp_path: Path) -> None:
+    """As fully_shard() makes them of quantized weights: on a mesh of one rank here."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        params, alone = trained(), trained()
+        sharded = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in params]
+        frozen = [
+            nn.Parameter(distribute_tensor(torch.ones(3, dtype=torch.int8), mesh, [placement]), requires_grad=False)
+            for placement in (Shard(0), Replicate())
+        ]
+        optimizer, twin = SOFIM([frozen[0], *sharded, frozen[1]]), SOFIM(alone)
+        for made, some in ((optimizer, sharded), (twin, alone)):
+            for _ in range(2):
+                made.zero_grad()
+                for p in some:
+                    p.grad = torch.full_like(p, 0.5)
+                made.step()
+        for p, q in zip(sharded, alone, strict=True):
+            torch.testing.assert_close(p.detach().full_tensor(), q.detach())
+        saved = optimizer.state_dict()
+        assert sorted(saved["state"]) == [1, 2]
+        optimizer.load_state_dict(saved)
+        frozen[1].grad = distribute_tensor(torch.ones(3, dtype=torch.int8), mesh, [Replicate()])
+        with pytest.raises(ValueError, match=r"parameter 3 .*int8.*: only float32"):
+            optimizer.step()
+    finally:
+        distributed.destroy_process_group()
