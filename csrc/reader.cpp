@@ -312,7 +312,7 @@ bool Reader::enrol(PyObject* param, const Group& group, size_t index, States& st
   const at::Tensor& given = w.unsafeGetTensorImpl()->grad();
   PyObject* known = states.in_turn(param);
   const bool was_taken = taken != nullptr && static_cast<size_t>(ordinal) < taken->size() && (*taken)[ordinal];
-  if (!given.defined() && !was_taken) return plain(w);
+  if (!given.defined() && !was_taken) return plain(w) || !w.requires_grad();  // frozen ones may be of any kind
   if (taken != nullptr && !was_taken) return false;
   const at::Tensor& g = was_taken ? w : given;
   if (known == nullptr) known = states.find(param);

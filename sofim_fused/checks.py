@@ -46,6 +46,18 @@ PER_GROUP = (
     "kahan",
 )
 WHOLE = ("numerator", "fisher", "max_grad_norm", "skip_nonfinite")
+IDENTITY = ("lr", "momentum", "rho")  # groups of every version have these; without one they are another optimizer's
+ADDED_LATER = tuple(name for name in PER_GROUP + WHOLE if name not in IDENTITY)  # or may have been
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by the names that state dicts have
+
+STATE = ("exp_avg", "step", "kahan")  # what SOFIM keeps for a parameter; other entries are a user's own
+# What other optimizers keep for a parameter, or in a group, and whose it is.
+OTHER_STATES = {
+    ("momentum_buffer",): "SGD",
+    ("exp_avg_sq",): "Adam and others like it",
+    ("square_avg",): "RMSprop and Adadelta",
+    ("step", "sum"): "Adagrad",
+}
 CONSTRUCTOR_ONLY = (
     "backend",
     "capturable",
@@ -90,8 +102,14 @@ def scaling(name: str, value: Any) -> None:
         raise TypeError(f"{name}={value!r}: set a number or a one-element tensor, or delete it")
 
 
-def group(values: Mapping[str, Any], index: int | None = None) -> None:
+def group(values: Mapping[str, Any], index: int | None = None, saved: bool = False) -> None:
     """Check the hyperparameters of one parameter group (``index``), or the constructor's (``None``).
+
+    Args:
+        values: the group.
+        index: its index.
+        saved: it is a state dict's. What schedulers write need not be in range then: after its last step a linear
+            OneCycleLR leaves a negative learning rate. The next step looks at it.
 
     Raises:
         TypeError: a value is of the wrong type.
@@ -101,8 +119,12 @@ def group(values: Mapping[str, Any], index: int | None = None) -> None:
     missing = lacking(values)
     if missing:
         raise ValueError(f"{where}{', '.join(missing)} is missing: set it, or make the optimizer anew")
-    _number(where, "lr", values["lr"], low=0.0, tensor=True)
-    _number(where, "momentum", values["momentum"], low=0.0, below=1.0)
+    if saved:
+        _number(where, "lr", values["lr"], tensor=True)
+        _number(where, "momentum", values["momentum"])
+    else:
+        _number(where, "lr", values["lr"], low=0.0, tensor=True)
+        _number(where, "momentum", values["momentum"], low=0.0, below=1.0)
     _number(where, "rho", values["rho"], low=SMALLEST_RHO, tensor=True)
     _number(where, "weight_decay", values["weight_decay"], low=0.0)
     for name in ("decoupled_weight_decay", "maximize", "skip_nonfinite"):
@@ -123,6 +145,11 @@ def group(values: Mapping[str, Any], index: int | None = None) -> None:
 def lacking(values: Mapping[str, Any]) -> list[str]:
     """The hyperparameters that a group does not have."""
     return [name for name in PER_GROUP + WHOLE if name not in values]
+
+
+def dtype_named(value: Any) -> Any:
+    """A ``state_dtype`` given by its name as a ``torch.dtype``; anything else as it is."""
+    return STATE_DTYPES.get(value, value) if isinstance(value, str) else value
 
 
 def groups(params: Any) -> list[Any]:
@@ -212,6 +239,16 @@ def group_dict(values: Any, index: int) -> Mapping[str, Any]:
     return values
 
 
+def shared_with_sam(values: Mapping[str, Any], index: int) -> str:
+    """What to warn of where a group comes from a wrapper that keeps something else under ``rho``; else nothing."""
+    if "rho" not in values or "adaptive" not in values:
+        return ""
+    return (
+        f"parameter group {index} has rho={values['rho']!r} beside 'adaptive', as the groups of SAM (sharpness-aware "
+        "minimization) have: SAM's radius would be SOFIM's rho as well. docs/from_sgd.md shows how to give each its own"
+    )
+
+
 def agreement(groups: Sequence[Mapping[str, Any]]) -> None:
     """Check that the options of the optimizer as a whole have one value in all groups."""
     for index, values in enumerate(groups[1:], start=1):
@@ -260,21 +297,28 @@ def parameters(params: Any, index: int, taken: Mapping[Tensor, int], state_dtype
 
 
 def _parameter(param: Tensor, where: str, state_dtype: Any) -> None:
-    if param.is_nested:
-        raise ValueError(f"{where} is a nested tensor: pass its parts")
+    """Check a parameter that is given to the optimizer; of frozen ones, which get no gradient, little is asked."""
     if is_lazy(param):
         raise ValueError(f"{where} is not initialised yet: run one forward pass before making the optimizer")
     if is_sharded(param):
         _placements(param, where)
-    elif is_traceable_wrapper_subclass(param):
+    if param.requires_grad:
+        optimizable(param, where, state_dtype)
+
+
+def optimizable(param: Tensor, where: str | _Named, state_dtype: Any) -> None:
+    """Check that a parameter that has a gradient, or may get one, can be updated."""
+    if param.is_nested:
+        raise ValueError(f"{where} is a nested tensor: pass its parts")
+    if not is_sharded(param) and is_traceable_wrapper_subclass(param):
         raise ValueError(
             f"{where} is of type {type(param).__name__}, which holds other tensors (quantized, say): "
-            "SOFIM takes plain tensors and DTensors"
+            f"SOFIM updates plain tensors and DTensors; {_FREEZE}"
         )
     if param.layout != torch.strided:
         raise ValueError(f"{where} has the layout {param.layout}: pass a dense tensor (to_dense())")
     if param.dtype not in DTYPES:
-        raise ValueError(f"{where}: only {', '.join(map(_short, DTYPES))} can be optimized: leave it out")
+        raise ValueError(f"{where}: only {', '.join(map(_short, DTYPES))} can be optimized: {_FREEZE}")
     if not param.is_leaf:
         raise ValueError(f"{where} is the result of an operation, not a leaf: pass the tensor it was computed from")
     if param.is_conj() or param.is_neg():
@@ -284,13 +328,35 @@ def _parameter(param: Tensor, where: str, state_dtype: Any) -> None:
     state_dtype_suits(param, where, state_dtype)
 
 
+_FREEZE = "leave it out, or freeze it (requires_grad_(False)) and clear its gradient"
+
+
+def first_gradient(param: Tensor, ordinal: int, state_dtype: Any) -> None:
+    """Check a parameter that gets state: it may have been frozen when the optimizer was made, and replaced since."""
+    if torch.compiler.is_compiling():  # what kind of tensor it is cannot be traced
+        state_dtype_suits(param, f"parameter {ordinal}", state_dtype)
+    else:
+        optimizable(param, _Named(param, ordinal), state_dtype)
+
+
+class _Named:
+    """A parameter as messages name it, written for these alone: torch.compile cannot trace how a shape is written."""
+
+    def __init__(self, param: Tensor, ordinal: int) -> None:
+        self.param = param
+        self.ordinal = ordinal
+
+    def __str__(self) -> str:
+        return f"parameter {self.ordinal} ({_described(self.param)})"
+
+
 def apart(param: Tensor, ordinal: int) -> None:
     """Check that a parameter's elements still have memory of their own: it may have been replaced since."""
     if _may_overlap(param):
         raise _sharing(param, f"parameter {ordinal}", "give it memory of its own (.clone())")
 
 
-def _sharing(x: Tensor, where: str, advice: str) -> ValueError:
+def _sharing(x: Tensor, where: str | _Named, advice: str) -> ValueError:
     return ValueError(
         f"{where} has strides {tuple(x.stride())}, with which elements may share memory (as after expand()): {advice}"
     )
@@ -310,7 +376,7 @@ def _placements(param: Any, where: str) -> None:
         )
 
 
-def state_dtype_suits(param: Tensor, where: str, state_dtype: torch.dtype | None) -> None:
+def state_dtype_suits(param: Tensor, where: str | _Named, state_dtype: torch.dtype | None) -> None:
     """Check that a group's ``state_dtype`` suits a parameter."""
     if state_dtype is not None and torch.promote_types(param.dtype, torch.float32) != torch.float32:
         raise ValueError(
@@ -325,6 +391,7 @@ def gradient(param: Tensor, grad: Tensor, index: int, place: int) -> None:
     fits = fits and grad.shape == param.shape and grad.device == param.device and grad.layout == torch.strided
     if fits and on_one_mesh(param, grad):
         return
+    optimizable(param, f"parameter {place} of group {index} ({_described(param)})", None)
     where = f"gradient of parameter {place} of group {index} ({_described(param)})"
     if grad.layout != torch.strided:
         raise ValueError(
@@ -340,8 +407,17 @@ def gradient(param: Tensor, grad: Tensor, index: int, place: int) -> None:
     raise ValueError(
         f"{where} is {_short(grad.dtype)}: it must be {_short(param.dtype)}"
         + (" or float32" if param.dtype in NARROW_DTYPES else "")
-        + "; call zero_grad() and backward() again"
+        + "; "
+        + (_CAST if getattr(param, "grad_dtype", param.dtype) == param.dtype else _CAST_UNSET)
     )
+
+
+_CAST = "cast it (param.grad = param.grad.to(param.dtype)), or call zero_grad() and backward() again"
+# Until its grad_dtype is set to another one, a parameter cannot be given the gradient that was cast.
+_CAST_UNSET = (
+    "set param.grad_dtype = param.dtype before backward(), or cast the gradient after it "
+    "(param.grad_dtype = None, then param.grad = param.grad.to(param.dtype))"
+)
 
 
 def _other_mesh(param: Any, value: Any, where: str, advice: str) -> ValueError:
@@ -352,7 +428,7 @@ def _other_mesh(param: Any, value: Any, where: str, advice: str) -> ValueError:
 def _placed_alike(param: Any, value: Any, ordinal: int, name: str) -> None:
     """Check that a parameter's state lies on ranks as the parameter does."""
     if not on_one_mesh(param, value):
-        raise _other_mesh(param, value, f"{_state(param, ordinal)}: {name}", "give it what the parameter has")
+        raise _other_mesh(param, value, f"{_state(param, ordinal)}: {name}", _SPREAD)
     if is_sharded(param) and param.placements != value.placements:
         raise ValueError(
             f"{_state(param, ordinal)}: {name} has the placements {value.placements}, the parameter "
@@ -375,8 +451,7 @@ def state_of_parameter(param: Tensor, known: Mapping[str, Tensor], dtype: torch.
         raise ValueError(
             f"{_state(param, ordinal)}: {name} is {_described(value)}, expected "
             f"shape {tuple(param.shape)}, {_short(expected)}, {param.device}: after its first step the parameter was "
-            "moved, cast or resized, or its group's state_dtype changed; do that before making the optimizer, or save "
-            "state_dict() before and load it after"
+            + (_MOVED if _convertible(value, param) else _RESIZED)
         )
     count = known["step"]
     _state_tensor(param, ordinal, "step", count)
@@ -387,15 +462,40 @@ def state_of_parameter(param: Tensor, known: Mapping[str, Tensor], dtype: torch.
         )
 
 
+def _convertible(value: Tensor, param: Tensor) -> bool:
+    """Whether :meth:`SOFIM.load_state_dict` takes this entry of a state for a parameter, and converts it."""
+    fits = value.shape == param.shape and value.is_complex() == param.is_complex() and value.dtype in DTYPES
+    return fits and value.is_meta == param.is_meta and on_one_mesh(param, value)
+
+
+_MOVED = (
+    "moved or cast, or its group's state_dtype changed; optimizer.load_state_dict(optimizer.state_dict()) brings the "
+    "state to where the parameters are now, in the right dtype"
+)
+_RESIZED = (
+    "resized, or made complex or real, or its state was replaced: delete the parameter's state to start it anew "
+    "(del optimizer.state[param])"
+)
+_SPREAD = (
+    "shard a model before making its optimizer, or load a state dict with torch.distributed.checkpoint.state_dict."
+    "set_optimizer_state_dict(), which spreads it"
+)
 _REPLACE = "put a tensor like it in its place, or delete the parameter's state to start it anew"
 
 
 def state_entries(param: Tensor, known: Any, ordinal: int) -> None:
-    """Check that what the optimizer's state has for a parameter is a dict."""
+    """Check that what the optimizer's state has for a parameter is a dict, with all of SOFIM's entries or none."""
     if not isinstance(known, Mapping):
         raise TypeError(
             f"{_state(param, ordinal)} is of type {type(known).__name__}, not a dict: delete it to start the "
             "parameter anew"
+        )
+    has = [name for name in STATE if name in known]
+    if has and not ("exp_avg" in has and "step" in has):
+        lost = "step" if "exp_avg" in has else "exp_avg"
+        raise ValueError(
+            f"{_state(param, ordinal)} has {' and '.join(has)} and lacks {lost}: put it back, or delete the "
+            "parameter's state to start it anew"
         )
 
 
@@ -410,8 +510,16 @@ def _state_tensor(param: Tensor, ordinal: int, name: str, value: Any) -> None:
         raise ValueError(f"{_state(param, ordinal)}: {name} has the layout {value.layout}: {_REPLACE}")
 
 
-def state_dict(saved: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+def state_dict(saved: Any, groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Check a state dict against the optimizer's own groups.
+
+    Args:
+        saved: the state dict, which is left as it is.
+        groups: the optimizer's.
+        defaults: the constructor's, for options that the version that saved it did not have.
+
+    Returns:
+        It, with complete groups and dtypes in the place of their names.
 
     Raises:
         TypeError: it, or one of its parts, is of the wrong type.
@@ -431,8 +539,11 @@ def state_dict(saved: Any, groups: Sequence[Mapping[str, Any]]) -> None:
             f"state_dict has {len(saved['param_groups'])} parameter groups, the optimizer {len(groups)}: "
             "make the optimizer with the groups that it was saved with"
         )
+    complete: dict[str, Any] = dict(saved)
+    pairs = list(zip(saved["param_groups"], groups, strict=True))
+    complete["param_groups"] = [_completed(theirs, ours, saved["param_groups"], defaults) for theirs, ours in pairs]
     ordinals: dict[Any, Tensor] = {}
-    for index, (theirs, ours) in enumerate(zip(saved["param_groups"], groups, strict=True)):
+    for index, (theirs, ours) in enumerate(zip(complete["param_groups"], groups, strict=True)):
         _saved_group(theirs, ours, index)
         for key, param in zip(theirs["params"], ours["params"], strict=True):
             if isinstance(key, Tensor):
@@ -440,7 +551,7 @@ def state_dict(saved: Any, groups: Sequence[Mapping[str, Any]]) -> None:
             if key in ordinals:
                 raise ValueError(f"state_dict: parameter {key!r} stands twice in its groups: the state dict is damaged")
             ordinals[key] = param
-    agreement(saved["param_groups"])
+    agreement(complete["param_groups"])
     for key, known in saved["state"].items():
         if key in ordinals:
             _saved_state(known, ordinals[key], key)
@@ -450,6 +561,29 @@ def state_dict(saved: Any, groups: Sequence[Mapping[str, Any]]) -> None:
             raise ValueError(
                 f"state_dict has a state for parameter {key!r}, which is in none of its groups: it is damaged"
             )
+    return complete
+
+
+def _completed(theirs: Any, ours: Mapping[str, Any], groups: Sequence[Any], defaults: Mapping[str, Any]) -> Any:
+    """A saved group with what can be known of what it lacks, as a copy; what is no group stays what it is.
+
+    An option that it lacks came with a later version, and has the constructor's default: so it was when it was saved.
+    An empty group may be nothing else (torch.distributed.checkpoint leaves its settings out); then it keeps what it has
+    here, but for what holds for the optimizer as a whole.
+    """
+    if not isinstance(theirs, dict):
+        return theirs
+    group = dict(theirs)
+    if not group.keys() - {"params", "param_names"} and isinstance(group.get("params"), list) and not group["params"]:
+        settings = {name: value for name, value in ours.items() if name not in ("params", "param_names")}
+        whole = next((other for other in groups if isinstance(other, dict) and other.keys() >= set(IDENTITY)), None)
+        if whole is not None:
+            settings.update({name: whole.get(name, defaults[name]) for name in WHOLE})
+        group.update(settings)
+    for name in ADDED_LATER:
+        group.setdefault(name, defaults[name])
+    group["state_dtype"] = dtype_named(group["state_dtype"])
+    return group
 
 
 def _saved_group(theirs: Any, ours: Mapping[str, Any], index: int) -> None:
@@ -457,9 +591,7 @@ def _saved_group(theirs: Any, ours: Mapping[str, Any], index: int) -> None:
         raise TypeError(f"state_dict: parameter group {index} is not a dict with a list 'params': it is damaged")
     missing = lacking(theirs)
     if missing:
-        raise ValueError(
-            f"state_dict: parameter group {index} lacks {', '.join(missing)}: it is another optimizer's, or damaged"
-        )
+        raise ValueError(f"state_dict: parameter group {index} lacks {', '.join(missing)}: {_whose(theirs)}")
     if len(theirs["params"]) != len(ours["params"]):
         raise ValueError(
             f"state_dict: parameter group {index} has {len(theirs['params'])} parameters, the optimizer's "
@@ -469,7 +601,7 @@ def _saved_group(theirs: Any, ours: Mapping[str, Any], index: int) -> None:
         for param in ours["params"][:1]:
             if isinstance(theirs[name], Tensor):
                 _readable(theirs[name], param, f"state_dict: parameter group {index}: {name}")
-    group(theirs, index)
+    group(theirs, index, saved=True)
     for name in ("capturable", "fused"):  # torch asks a saved group for these
         if name in theirs:
             flag(f"state_dict: parameter group {index}: {name}", theirs[name])
@@ -482,20 +614,65 @@ def _saved_group(theirs: Any, ours: Mapping[str, Any], index: int) -> None:
             _parameter(param, f"parameter {place} of group {index} ({_described(param)})", theirs["state_dtype"])
 
 
+def _whose(group: Mapping[str, Any]) -> str:
+    """What is to be said of a group that is not SOFIM's."""
+    if "dampening" in group and "nesterov" in group:
+        return (
+            "it is another optimizer's, torch.optim.SGD's by its dampening and nesterov: load it into an SGD "
+            "optimizer, and take that over with SOFIM.from_sgd()"
+        )
+    if "betas" in group:
+        return "it is another optimizer's, Adam's or one like it by its betas: start SOFIM without it"
+    return "it is another optimizer's, or damaged"
+
+
+def saved_entries(known: Mapping[str, Any]) -> dict[str, Any]:
+    """SOFIM's entries of a parameter's saved state; none: it has none yet.
+
+    torch.distributed.checkpoint puts an empty dict for an entry that a flattened state dict does not have.
+    """
+    return {name: known[name] for name in STATE if name in known and not _empty(known[name])}
+
+
+def _empty(value: Any) -> bool:
+    return isinstance(value, dict) and not value
+
+
+def _others_state(known: Mapping[str, Any], entries: Mapping[str, Any]) -> str:
+    """What a saved state has of another optimizer's, and whose: an empty string if it is SOFIM's or a user's own."""
+    step = entries.get("step")
+    counted = isinstance(step, Tensor) and not step.is_floating_point()  # others count in float32
+    if "exp_avg" in entries and counted:
+        return ""
+    for names, whose in OTHER_STATES.items():
+        if all(name in known for name in names) and not ("exp_avg" in entries and names == ("momentum_buffer",)):
+            return f"has {' and '.join(names)} as {whose}: it is another optimizer's"
+    return ""
+
+
 def _saved_state(known: Any, param: Tensor, key: Any) -> None:
     where = f"state_dict: state of parameter {key!r} ({_described(param)})"
     if not isinstance(known, dict):  # torch takes any other mapping for a list of its keys
         raise TypeError(f"{where} is of type {type(known).__name__}, not a dict: the state dict is damaged")
+    entries = saved_entries(known)
+    another = _others_state(known, entries)
+    if another:
+        raise ValueError(f"{where} {another}")
+    for name, value in known.items():
+        if name not in STATE:
+            _own_entry(value, param, f"{where}: {name!r}")
+    if not entries:
+        return
     for name in ("exp_avg", "step"):
-        if name not in known:
+        if name not in entries:
             raise ValueError(
                 f"{where} has the entries {sorted(map(str, known))} and lacks {name}: "
                 "it is another optimizer's, or damaged"
             )
-    for name in ("exp_avg", "kahan", "step"):
-        if name not in known:
-            continue
-        value = known[name]
+    optimizable(param, where, None)
+    for name, value in entries.items():
+        if name == "step" and isinstance(value, Real) and not isinstance(value, bool):
+            continue  # as other optimizers, and checkpoints that were converted, have counts
         if not isinstance(value, Tensor):
             raise TypeError(f"{where}: {name} is of type {type(value).__name__}, not a tensor: it is damaged")
         _readable(value, param, f"{where}: {name}")
@@ -511,13 +688,16 @@ def _saved_state(known: Any, param: Tensor, key: Any) -> None:
         if name != "step" and not on_one_mesh(param, value):
             way = "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict(), which spreads it"
             raise _other_mesh(param, value, f"{where}: {name}", way)
-    for name, value in known.items():
-        if name not in ("exp_avg", "kahan", "step"):
-            _own_entry(value, param, f"{where}: {name!r}")
-    if not known["step"].is_meta:
-        count = known["step"].item()
-        if not isinstance(count, (int, float)) or not 0 <= count < MOST_STEPS or count != int(count):
+    step = entries["step"]
+    if not (isinstance(step, Tensor) and step.is_meta):
+        count = step.item() if isinstance(step, Tensor) else step
+        if not isinstance(count, Real) or not _is_count(count):
             raise ValueError(f"{where}: step is {count!r}, expected a count of updates: the state dict is damaged")
+
+
+def _is_count(value: Any) -> bool:
+    """Whether a real number is whole, and can be counted on from."""
+    return bool(0 <= value < MOST_STEPS and value == int(value))
 
 
 def _own_entry(value: Any, param: Tensor, where: str) -> None:
@@ -543,13 +723,16 @@ def _number(
     name: str,
     value: Any,
     *,
-    low: float,
+    low: float = -math.inf,
     open_low: bool = False,
     below: float | None = None,
     infinite: bool = False,
     tensor: bool = False,
 ) -> None:
-    """Check that ``value`` is a real number in the range; a tensor is looked into only where that needs no waiting."""
+    """Check that ``value`` is a real number in the range; a tensor is looked into only where that needs no waiting.
+
+    Without ``low`` and ``below`` it has to be finite alone.
+    """
     if tensor and isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
             raise ValueError(f"{where}{name} is a tensor ({_described(value)}): pass a real one with one element")
@@ -565,8 +748,10 @@ def _number(
         kinds = "a float or a one-element tensor" if tensor else "a float"
         raise TypeError(f"{where}{name}={value!r}: pass {kinds}")
     # Comparisons alone, which torch.compile takes of a number that it does not know; NaN fails the first.
-    good = number > low if open_low else number >= low
+    good = number > low if open_low or low == -math.inf else number >= low
     if not good or (number == math.inf and not infinite) or (below is not None and number >= below):
+        if low == -math.inf:
+            raise ValueError(f"{where}{name}={number!r}: it must be finite")
         bound = f"greater than {low:g}" if open_low else f"at least {low:g}"
         limit = f" and less than {below:g}" if below is not None else "" if infinite else " and finite"
         raise ValueError(f"{where}{name}={number!r}: it must be {bound}{limit}")

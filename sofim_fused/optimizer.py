@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
+import warnings
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
 import torch
@@ -70,7 +73,7 @@ class SOFIM(Optimizer):
             the gradient (L2, as SGD), after clipping.
         maximize: ascend instead of descend.
         state_dtype: of the first moment: ``None`` (float64 for 64-bit parameters, else float32), ``torch.float32`` or
-            ``torch.bfloat16`` (stochastically rounded, reproducibly).
+            ``torch.bfloat16`` (stochastically rounded, reproducibly), or the name of one of them (``"bfloat16"``).
         kahan: keep the bits of an update that a 16-bit parameter cannot hold in a second 16-bit tensor, and add them
             later. ``None``: for 16-bit parameters, yes.
         max_grad_norm: clip the gradients, as one vector over all groups, to this norm inside the step.
@@ -131,7 +134,7 @@ class SOFIM(Optimizer):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | Literal["float32", "bfloat16"] | None = None,
         kahan: bool | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -152,7 +155,7 @@ class SOFIM(Optimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
-            "state_dtype": state_dtype,
+            "state_dtype": checks.dtype_named(state_dtype),
             "kahan": kahan,
             "numerator": numerator,
             "fisher": fisher,
@@ -368,8 +371,11 @@ class SOFIM(Optimizer):
             shards.compare(whole["numerator"], whole["fisher"], len(self.param_groups), guarded)
 
     def _first_device(self) -> torch.device:
-        devices = (param.device for group in self.param_groups for param in group["params"])
-        first = next(devices, None)
+        params = [param for group in self.param_groups for param in group["params"]]
+        # Frozen parameters may lie anywhere; steps are taken where the others are.
+        first = next((param.device for param in params if param.requires_grad), None)
+        if first is None and params:
+            first = params[0].device
         if first is None:  # other ranks have all parameters
             assert self._shard_group is not None
             first = device_of(self._shard_group)
@@ -461,20 +467,24 @@ class SOFIM(Optimizer):
         """
         index = len(self.param_groups)
         group = {**self.defaults, **checks.group_dict(param_group, index)}
+        group["state_dtype"] = checks.dtype_named(group["state_dtype"])
         checks.group(group, index)
         checks.agreement([*self.param_groups, group])
+        shared = checks.shared_with_sam(param_group, index)
+        if shared:
+            warnings.warn(shared, stacklevel=2)
         taken = {param: at for at, other in enumerate(self.param_groups) for param in other["params"]}
         params = checks.parameters(group["params"], index, taken, group["state_dtype"])
         for place, entry in enumerate(params):
             param = entry[1] if isinstance(entry, tuple) else entry
             self._passes_for(param.device)
-            if self._in_backward:
+            if self._in_backward and param.requires_grad:
                 where = f"parameter {place} of group {index}"
                 checks.in_backward_parameter(param, where, group["numerator"])
                 check_unwatched(param, where)
         if self._overlap is not None:
             self._overlap.must_not_be_under_way("add_param_group()")
-        super().add_param_group({**param_group, "params": params})
+        super().add_param_group({**param_group, "params": params, "state_dtype": group["state_dtype"]})
         self._spread = self._step_in_one_call = None
         if self._overlap is not None:
             self._overlap.watch()
@@ -482,34 +492,48 @@ class SOFIM(Optimizer):
     def state_dict(self) -> StateDict:
         """As every optimizer's: groups by number of parameter, and the state of each.
 
+        Groups hold plain values, which all formats of files and :mod:`torch.distributed.checkpoint` take: a
+        ``state_dtype`` by its name, and numbers of other types (NumPy's, say) as Python's.
+
         Raises:
             RuntimeError: with ``in_backward=True``, between a backward pass and the step.
         """
         if self._overlap is not None:
             self._overlap.must_not_be_under_way("state_dict()")
-        return super().state_dict()
+        made = super().state_dict()
+        if isinstance(made, dict) and isinstance(made.get("param_groups"), list):  # a user's hook may have changed that
+            made = {**made, "param_groups": [_plain(group) for group in made["param_groups"]]}
+        return made
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Take over state and hyperparameters from :meth:`state_dict`; nothing is shared with it afterwards.
 
-        Moments keep the dtype that the loaded group's ``state_dtype`` gives them, whatever the parameter's.
+        Moments keep the dtype that the loaded group's ``state_dtype`` gives them, whatever the parameter's. A parameter
+        whose saved state has none of SOFIM's entries starts anew; other entries are kept as they are. Options that the
+        version that saved a group did not have get the constructor's default, and unknown ones are kept. Learning
+        rates and momenta may be what a scheduler left there: the next step looks at their range.
 
         Raises:
             TypeError, ValueError: it is damaged, or of another model or optimizer; nothing was changed.
         """
 
-        def examine(_: Optimizer, given: StateDict) -> None:
-            checks.state_dict(given, self.param_groups)
+        def examine(_: Optimizer, given: StateDict) -> StateDict:
+            saved = checks.state_dict(given, self.param_groups, _DEFAULTS)
             if self._in_backward:
-                checks.in_backward(given["param_groups"])
+                checks.in_backward(saved["param_groups"])
                 for index, group in enumerate(self.param_groups):
                     for place, param in enumerate(group["params"]):
                         where = f"state_dict: parameter {place} of group {index}"
-                        checks.in_backward_parameter(param, where, given["param_groups"][index]["numerator"])
-            self._restored = tiles.restored_states(given, self.param_groups)
+                        if param.requires_grad:
+                            checks.in_backward_parameter(param, where, saved["param_groups"][index]["numerator"])
+            self._restored = tiles.restored_states(saved, self.param_groups)
+            # What is left for torch to copy: groups, and what belongs to no parameter.
+            keys = {key for group in saved["param_groups"] for key in group["params"]}
+            rest = {key: value for key, value in saved["state"].items() if key not in keys}
+            return {**saved, "state": rest}
 
         if not isinstance(state_dict, Mapping):  # the hook would come too late: torch copies the dict before
-            checks.state_dict(state_dict, self.param_groups)
+            checks.state_dict(state_dict, self.param_groups, _DEFAULTS)
         # Registered last, so that it sees what the user's own hooks make of the dict.
         handle = self.register_load_state_dict_pre_hook(examine)
         try:
@@ -528,14 +552,15 @@ class SOFIM(Optimizer):
         self.__dict__.setdefault("_grad_norm", None)
         self.__dict__.setdefault("_skipped_steps", None)
         self.__dict__.setdefault("_shard_group", None)
+        for group in (*self.param_groups, self.defaults):  # of an older version, or loaded past load_state_dict()
+            for name in checks.ADDED_LATER:
+                group.setdefault(name, _DEFAULTS[name])
+            group["state_dtype"] = checks.dtype_named(group["state_dtype"])
         self._passes_of = {}
         self._scalars_of = {}
         self._step_in_one_call = self._spread = None
         if "_restored" in self.__dict__:
-            # Optimizer.load_state_dict, which calls this, has cast the moments to the parameters' dtype.
-            for param, restored in self._restored.items():
-                others = {name: value for name, value in self.state[param].items() if name not in tiles.STATE}
-                self.state[param] = {**others, **restored}
+            self.state.update({param: state for param, state in self._restored.items() if state})
             self.defaults.update({name: self.param_groups[0][name] for name in checks.WHOLE})
         overlap: Overlap | None = self.__dict__.get("_overlap")
         if overlap is not None:
@@ -562,3 +587,28 @@ class SOFIM(Optimizer):
         twin.__setstate__({**copy.deepcopy(self.__getstate__(), memo), "_backend": self._backend})
         twin._shard_group = self._shard_group
         return twin
+
+
+# What holds where a group, saved by an older version, lacks an option.
+_DEFAULTS = {
+    name: inspect.signature(SOFIM.__init__).parameters[name].default for name in checks.PER_GROUP + checks.WHOLE
+}
+
+
+def _plain(group: Any) -> Any:
+    """A group of a state dict with values of Python's own types for the options, and learning rates of schedulers."""
+    if not isinstance(group, dict):
+        return group
+    known = (*checks.PER_GROUP, *checks.WHOLE, *sgd.RATES, "base_momentum", "max_momentum")
+    return {name: _plain_value(value) if name in known else value for name, value in group.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, str):
+        return str.__str__(value)
+    kind: type = type(value)
+    if isinstance(value, Real) and kind not in (bool, int, float):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value

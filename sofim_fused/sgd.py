@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sofim_fused import checks, tiles
+from sofim_fused.distributed import local
 
 # What SGD has under the same name. Its weight decay is L2.
 COMMON = ("lr", "momentum", "weight_decay", "maximize")
@@ -83,17 +84,24 @@ def taken(optimizer: torch.optim.SGD, steps: int | None, options: Mapping[str, A
                 buffers.append(tiles.Entry(index, ordinal, param, buffer))
             ordinal += 1
     dampenings.append(_dampening("defaults of the SGD optimizer", optimizer.defaults))
-    defaults = {name: optimizer.defaults[name] for name in COMMON if name in optimizer.defaults}
+    defaults = {name: _unwrapped(name, optimizer.defaults[name]) for name in COMMON if name in optimizer.defaults}
     return Taken(groups, {**defaults, "decoupled_weight_decay": False}, dampenings, buffers, steps)
 
 
 def _renamed(group: Mapping[str, Any]) -> dict[str, Any]:
     """A group without what only SGD has; keys that the user added stay."""
-    kept = {name: value for name, value in group.items() if name not in ONLY_SGD}
+    kept = {name: _unwrapped(name, value) for name, value in group.items() if name not in ONLY_SGD}
     for name in ("params", "param_names"):
         if name in kept:
             kept[name] = list(kept[name])
     return {**kept, "decoupled_weight_decay": False}
+
+
+def _unwrapped(name: str, value: Any) -> Any:
+    """A number in the place of a one-element tensor, which SGD takes for these and SOFIM does not."""
+    if name in ("momentum", "dampening", "weight_decay") and isinstance(value, Tensor) and value.numel() == 1:
+        return value if value.is_meta or value.is_complex() else float(value.detach())
+    return value
 
 
 def convert(
@@ -163,7 +171,7 @@ def _dampening(where: str, group: Mapping[str, Any]) -> float:
     """τ of a group; SGD without momentum does not use it."""
     if not group.get("momentum"):
         return 0.0
-    value = group.get("dampening", 0.0)
+    value = _unwrapped("dampening", group.get("dampening", 0.0))
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{where}: dampening={value!r}: pass a float")
     if not -math.inf < float(value) < 1:
@@ -189,3 +197,8 @@ def _check_buffer(where: str, param: Tensor, buffer: Any) -> None:
         raise ValueError(f"{where} is on {buffer.device}: move it to the parameter's device, or {remedy}")
     if buffer.dtype not in checks.DTYPES or buffer.is_complex() != param.is_complex():
         raise ValueError(f"{where} is {str(buffer.dtype).removeprefix('torch.')}: it is damaged: {remedy}")
+    if not buffer.is_meta and not bool(local(buffer.detach()).isfinite().all()):
+        raise ValueError(
+            f"{where} holds NaN or infinity, as torch's fused SGD leaves it when a GradScaler skips its first step: "
+            f"{remedy}, or fill it with zeros (zero_())"
+        )

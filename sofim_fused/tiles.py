@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,8 +12,6 @@ from torch import Tensor
 from sofim_fused import checks
 from sofim_fused.backends import Tiles
 from sofim_fused.distributed import local, placed_as
-
-STATE = ("exp_avg", "step", "kahan")  # what SOFIM keeps for a parameter; other entries are a user's own
 
 
 class Entry(NamedTuple):
@@ -54,17 +53,17 @@ def check_state(entry: Entry, group: Mapping[str, Any], state: Mapping[Tensor, A
     known = state.get(entry.param, {})
     checks.apart(entry.param, entry.ordinal)
     checks.state_entries(entry.param, known, entry.ordinal)
-    if "exp_avg" in known and "step" in known:
+    if "exp_avg" in known:
         checks.state_of_parameter(entry.param, known, moment_dtype(entry.param, group["state_dtype"]), entry.ordinal)
     else:
-        checks.state_dtype_suits(entry.param, f"parameter {entry.ordinal}", group["state_dtype"])
+        checks.first_gradient(entry.param, entry.ordinal, group["state_dtype"])
 
 
 def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[Tensor, Any]) -> None:
     """Give a parameter that meets its first gradient a zero moment and a zero step count."""
     param = entry.param
     known = state.get(param, {})
-    whole = "exp_avg" in known and "step" in known
+    whole = "exp_avg" in known
     kept = "kahan" in known or not keeps_lost_bits(param, group["kahan"])
     if whole and kept:
         return
@@ -79,8 +78,8 @@ def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[T
     state[param] = {**known, **made}
 
 
-def restored_states(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, dict[str, Tensor]]:
-    """The states of a checked state dict for the parameters of ``groups``."""
+def restored_states(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, dict[str, Any]]:
+    """The states of a checked state dict for the parameters of ``groups``, as copies."""
     return {
         param: _restored(param, saved["state"][key], theirs)
         for theirs, ours in zip(saved["param_groups"], groups, strict=True)
@@ -89,18 +88,39 @@ def restored_states(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]
     }
 
 
-def _restored(param: Tensor, saved: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A saved state as copies in the parameter's layout and on its device, each tensor in its own dtype.
+def _restored(param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved state in the parameter's layout and on its device, each tensor in its own dtype.
 
     Bits kept for a 16-bit parameter mean nothing to a wider one and are dropped there.
     """
-    state = {
-        "step": _filled(torch.empty((), dtype=torch.int64, device=param.device), local(saved["step"])),
-        "exp_avg": _like(param, saved["exp_avg"], moment_dtype(param, group["state_dtype"])),
-    }
-    if "kahan" in saved and keeps_lost_bits(param, group["kahan"]):
-        state["kahan"] = _like(param, saved["kahan"], param.dtype)
+    state = {name: _own(value, param.device) for name, value in saved.items() if name not in checks.STATE}
+    entries = checks.saved_entries(saved)
+    if not entries:
+        return state
+    step = entries["step"]
+    count = torch.empty((), dtype=torch.int64, device=param.device)
+    state["step"] = _filled(count, local(step)) if isinstance(step, Tensor) else count.fill_(int(step))
+    state["exp_avg"] = _like(param, entries["exp_avg"], moment_dtype(param, group["state_dtype"]))
+    if "kahan" in entries and keeps_lost_bits(param, group["kahan"]):
+        state["kahan"] = _like(param, entries["kahan"], param.dtype)
     return state
+
+
+def _own(value: Any, device: torch.device) -> Any:
+    """A copy of what a user keeps in a parameter's state, with its tensors on the parameter's device.
+
+    Optimizer.load_state_dict would cast these to the parameter's dtype, and makes a generator's name of a string.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    if type(value) is dict:
+        return {key: _own(part, device) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_own(part, device) for part in value)
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # a module, a lock: it is the user's to know
+        return value
 
 
 def _like(param: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:

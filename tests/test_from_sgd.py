@@ -744,8 +744,8 @@ REFUSED: list[tuple[str, Spoil, dict[str, Any], type[Exception], str]] = [
     ("lr=nan", _in_group(lr=math.nan), {}, ValueError, r"parameter group 1: lr=nan"),
     ("weight_decay=-1", _in_group(weight_decay=-1.0), {}, ValueError, r"parameter group 1: weight_decay=-1\.0"),
     (
-        "weight_decay as a tensor",
-        _in_group(weight_decay=torch.tensor(0.1)),
+        "weight_decay as two numbers",
+        _in_group(weight_decay=torch.full((2,), 0.1)),
         {},
         TypeError,
         r"parameter group 1: weight_decay=tensor.*pass a float",
@@ -787,12 +787,22 @@ REFUSED: list[tuple[str, Spoil, dict[str, Any], type[Exception], str]] = [
         ValueError,
         SHOWN + r" is complex128" + REMEDY,
     ),
+    *(
+        (
+            f"a buffer with {value}",
+            _buffer(torch.tensor([0.0] * 6 + [value], dtype=torch.float64)),
+            {},
+            ValueError,
+            SHOWN + r" holds NaN or infinity, as torch's fused SGD leaves it" + REMEDY + r".*zero_\(\)",
+        )
+        for value in (math.nan, math.inf, -math.inf)
+    ),
     (
         "a parameter that SOFIM cannot take",
-        lambda o: o.param_groups[1]["params"].append(torch.ones(3, dtype=torch.int32)),
+        lambda o: o.param_groups[1]["params"].append(torch.ones(3).to(torch.float8_e4m3fn).requires_grad_()),
         {},
         ValueError,
-        r"parameter 1 of group 1 \(shape \(3,\), int32, cpu\): only float32",
+        r"parameter 1 of group 1 \(shape \(3,\), float8_e4m3fn, cpu\): only float32",
     ),
 ]
 

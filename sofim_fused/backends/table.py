@@ -409,8 +409,8 @@ class _Members:
         self._fixed: list[list[int]] = [[], [], [], []]  # the columns that are no addresses, but for the first tile
         self.device: torch.device | None = None
         for ordinal, (w, g, group) in enumerate(zip(params, grads, group_of, strict=True)):
-            if not (isinstance(w, Tensor) and _plain(w)):
-                raise TypeError
+            if not (isinstance(w, Tensor) and (_plain(w) or (g is None and not w.requires_grad))):
+                raise TypeError  # frozen ones may be of any kind
             if g is not None:
                 if self.device is None:
                     self.device = w.device
