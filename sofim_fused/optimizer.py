@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
 
 from sofim_fused import backends, checks, schedule, sgd, tiles
 from sofim_fused.backends import NativeStep, Passes
-from sofim_fused.distributed import Shards, device_of, groups_of, written
+from sofim_fused.distributed import Shards, device_of, spread_of, written
 from sofim_fused.overlap import Overlap, check_unwatched
 from sofim_fused.scalars import Scalars
 
@@ -352,10 +352,10 @@ class SOFIM(Optimizer):
         """How the parameters are spread over ranks; ``False``: this one has all of them."""
         if self._spread is None:
             params = [param for group in self.param_groups for param in group["params"]]
-            spread = [groups_of(param) for param in params]
-            if any(spread) or self._shard_group is not None:
+            spread = spread_of(self, params, self.param_groups[0]["fisher"], self._shard_group)
+            if spread:
                 checks.one_device(params)
-                self._spread = Shards(spread, self._first_device(), self._shard_group)
+                self._spread = Shards(spread.along, self._first_device(), spread.holders, spread.flattened)
             else:
                 self._spread = False
         return self._spread
@@ -400,8 +400,14 @@ class SOFIM(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """What a ``torch.amp.GradScaler`` asks: whether :meth:`step` itself takes the scale off the gradients."""
-        return self._amp_fused or self._in_backward  # the latter to say that it cannot
+        """What a ``torch.amp.GradScaler`` asks: whether :meth:`step` itself takes the scale off the gradients.
+
+        Not under FSDP1: its ``ShardedGradScaler`` tells the ranks of each other's infinities only where it unscales
+        the gradients itself, and else their scales would part.
+        """
+        if self._in_backward:
+            return True  # to say that it cannot
+        return self._amp_fused and not ((shards := self._shards()) and shards.flattened)
 
     @property
     def grad_norm(self) -> Tensor | None:
