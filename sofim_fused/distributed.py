@@ -28,6 +28,7 @@ __all__ = [
     "is_flattened",
     "is_sharded",
     "local",
+    "makes_state_only",
     "on_one_mesh",
     "placed_as",
     "spread_of",
@@ -288,6 +289,23 @@ def _holders_besides(shard_group: ProcessGroup, along: list[Groups], replicas: l
         if theirs == ranks:
             return None
     return shard_group
+
+
+# Steps that are none
+
+
+def makes_state_only() -> bool:
+    """Whether ``torch.distributed.checkpoint`` calls ``step()`` now, to have an optimizer's state made.
+
+    ``get_state_dict`` and ``set_state_dict`` do before the first step, with gradients of zero and a learning rate of
+    zero. Taken as a step it would raise step counts, and bias correction would be wrong from then on.
+    """
+    module: Any = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    code = getattr(getattr(module, "_init_optim_state", None), "__code__", None)
+    frame = None if code is None else sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
 
 
 # All tensors of an optimizer

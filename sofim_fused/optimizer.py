@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
 
 from sofim_fused import backends, checks, schedule, sgd, tiles
 from sofim_fused.backends import NativeStep, Passes
-from sofim_fused.distributed import Shards, device_of, spread_of, written
+from sofim_fused.distributed import Shards, device_of, makes_state_only, spread_of, written
 from sofim_fused.overlap import Overlap, check_unwatched
 from sofim_fused.scalars import Scalars
 
@@ -246,6 +246,8 @@ class SOFIM(Optimizer):
                 loss = closure()
         if self._overlap is not None:
             checks.unscaled(self)
+            if not self.state and self._made_state_only():
+                return loss
             (self._overlap.finish_untraced if torch.compiler.is_compiling() else self._overlap.finish)()
             return loss
         outcome = None
@@ -295,6 +297,8 @@ class SOFIM(Optimizer):
 
     @torch.no_grad()
     def _step_by_passes(self) -> None:
+        if not self.state and self._made_state_only():
+            return
         grad_scale, found_inf = self._scaling()
         whole = self.param_groups[0]
         limit, skip = whole["max_grad_norm"], whole["skip_nonfinite"]
@@ -308,6 +312,18 @@ class SOFIM(Optimizer):
         if skip or found_inf is not None:
             _ = self.skipped_steps  # once the step is taken there may be no memory for it
         self._saw(*schedule.guarded(lanes, self.param_groups, limit, skip, grad_scale, found_inf))
+
+    @torch.no_grad()
+    def _made_state_only(self) -> bool:
+        """Make the state, as at the first gradients, and nothing else, where ``step()`` is called for that alone."""
+        if torch.compiler.is_compiling() or not makes_state_only():
+            return False
+        entries = tiles.with_gradients(self.param_groups)
+        for entry in entries:
+            tiles.check_state(entry, self.param_groups[entry.group], self.state)
+        for entry in entries:
+            tiles.ensure_state(entry, self.param_groups[entry.group], self.state)
+        return True
 
     def _scaling(self) -> tuple[Tensor | float | None, Tensor | float | None]:
         """What a ``torch.amp.GradScaler`` says of the gradients of this step, as :func:`schedule.guarded` takes it."""
