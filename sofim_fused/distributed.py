@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Shards",
     "Spread",
+    "checkpoint_calls",
     "device_of",
     "groups_of",
     "is_flattened",
     "is_sharded",
     "local",
-    "makes_state_only",
     "on_one_mesh",
     "placed_as",
     "spread_of",
@@ -291,18 +292,24 @@ def _holders_besides(shard_group: ProcessGroup, along: list[Groups], replicas: l
     return shard_group
 
 
-# Steps that are none
+# What torch.distributed.checkpoint asks of an optimizer
 
 
-def makes_state_only() -> bool:
-    """Whether ``torch.distributed.checkpoint`` calls ``step()`` now, to have an optimizer's state made.
+def checkpoint_calls(function: str) -> bool:
+    """Whether this function of ``torch.distributed.checkpoint.state_dict`` is what calls us, however far up.
 
-    ``get_state_dict`` and ``set_state_dict`` do before the first step, with gradients of zero and a learning rate of
-    zero. Taken as a step it would raise step counts, and bias correction would be wrong from then on.
+    - ``_init_optim_state``: ``get_state_dict`` and ``set_state_dict`` call ``step()`` before the first step, with
+      gradients of zero and a learning rate of zero, to have the state made. Taken as a step it would raise step counts,
+      and bias correction would be wrong from then on.
+    - ``_get_optim_state_dict``: where a gradient is set they leave that out. The state dict would have no state in it,
+      and a checkpoint's would not be loaded into it.
     """
     module: Any = sys.modules.get("torch.distributed.checkpoint.state_dict")
-    code = getattr(getattr(module, "_init_optim_state", None), "__code__", None)
-    frame = None if code is None else sys._getframe(1)
+    known = getattr(module, function, None)
+    if known is None:
+        return False
+    code = inspect.unwrap(known).__code__  # the module's functions have decorators
+    frame: Any = sys._getframe(1)
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return frame is not None

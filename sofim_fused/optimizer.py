@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
 
 from sofim_fused import backends, checks, schedule, sgd, tiles
 from sofim_fused.backends import NativeStep, Passes
-from sofim_fused.distributed import Shards, device_of, makes_state_only, spread_of, written
+from sofim_fused.distributed import Shards, checkpoint_calls, device_of, spread_of, written
 from sofim_fused.overlap import Overlap, check_unwatched
 from sofim_fused.scalars import Scalars
 
@@ -246,7 +246,7 @@ class SOFIM(Optimizer):
                 loss = closure()
         if self._overlap is not None:
             checks.unscaled(self)
-            if not self.state and self._made_state_only():
+            if not self.state and self._made_state_for("_init_optim_state"):
                 return loss
             (self._overlap.finish_untraced if torch.compiler.is_compiling() else self._overlap.finish)()
             return loss
@@ -297,7 +297,7 @@ class SOFIM(Optimizer):
 
     @torch.no_grad()
     def _step_by_passes(self) -> None:
-        if not self.state and self._made_state_only():
+        if not self.state and self._made_state_for("_init_optim_state"):
             return
         grad_scale, found_inf = self._scaling()
         whole = self.param_groups[0]
@@ -314,11 +314,16 @@ class SOFIM(Optimizer):
         self._saw(*schedule.guarded(lanes, self.param_groups, limit, skip, grad_scale, found_inf))
 
     @torch.no_grad()
-    def _made_state_only(self) -> bool:
-        """Make the state, as at the first gradients, and nothing else, where ``step()`` is called for that alone."""
-        if torch.compiler.is_compiling() or not makes_state_only():
+    def _made_state_for(self, caller: str) -> bool:
+        """Make all state, as first gradients would, and nothing else, if that is what a caller wants."""
+        if torch.compiler.is_compiling() or not checkpoint_calls(caller):
             return False
-        entries = tiles.with_gradients(self.param_groups)
+        params = [(index, param) for index, group in enumerate(self.param_groups) for param in group["params"]]
+        entries = [
+            tiles.Entry(index, ordinal, param, param)
+            for ordinal, (index, param) in enumerate(params)
+            if param.requires_grad
+        ]
         for entry in entries:
             tiles.check_state(entry, self.param_groups[entry.group], self.state)
         for entry in entries:
@@ -509,6 +514,8 @@ class SOFIM(Optimizer):
         """
         if self._overlap is not None:
             self._overlap.must_not_be_under_way("state_dict()")
+        if not self.state:
+            self._made_state_for("_get_optim_state_dict")
         return super().state_dict()
 
     def load_state_dict(self, state_dict: StateDict) -> None:

@@ -1,8 +1,9 @@
-"""torch.distributed.checkpoint: a state dict that is taken before the first step, and gradients that are still there."""
+"""torch.distributed.checkpoint: state dicts before the first step, gradients that are still there, FSDP1."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor, distributed, nn
 from bench.ranks import Ranks
 from sofim_fused import SOFIM
 from tests.runs import EMULATED, INTERPRETED
-from tests.test_distributed import Net, fsdp, loss_of, mesh_of
+from tests.test_distributed import Net, fsdp, loss_of, mesh_of, train
+from tests.test_distributed_fsdp1 import fsdp1
 
 pytestmark = [
     pytest.mark.skipif(EMULATED or INTERPRETED, reason="nothing of it is the kernels'"),
@@ -128,6 +130,66 @@ def test_state_that_is_set_before_the_first_step() -> None:
     assert same(trained(other, resumed, False), trained(model, optimizer, False))
 
 
+def resume(model: nn.Module, optimizer: torch.optim.Optimizer, path: str) -> None:
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    weights, states = get_state_dict(model, optimizer)
+    saved = {"model": weights, "optimizer": states}
+    checkpoint.load(saved, checkpoint_id=path, no_dist=not distributed.is_initialized())
+    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+
+
+def save(model: nn.Module, optimizer: torch.optim.Optimizer, path: str) -> None:
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, states = get_state_dict(model, optimizer)
+    alone = not distributed.is_initialized()
+    checkpoint.save({"model": weights, "optimizer": states}, checkpoint_id=path, no_dist=alone)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_resuming_where_a_gradient_is_set(in_backward: bool, tmp_path: Path) -> None:
+    """Torch makes no state then, and loads none; ours is made for its state dict."""
+    path = str(tmp_path / "checkpoint")
+    model, other = Net(), Net()
+    optimizer = made(model, {})
+    trained(model, optimizer, False)
+    save(model, optimizer, path)
+    resumed = made(other, {})
+    loss_of(other, 7).backward()
+    grads = [p.grad for p in other.parameters()]
+    if in_backward:  # made after the gradients, which no hook has seen
+        resumed = made(other, {"in_backward": True})
+    resume(other, resumed, path)
+    assert all(p.grad is grad for p, grad in zip(other.parameters(), grads, strict=True))
+    assert same(bits(other, resumed), bits(model, optimizer))
+    assert same(trained(other, resumed, False), trained(model, optimizer, False))
+
+
+def test_torch_loses_the_state_of_other_optimizers_there(tmp_path: Path) -> None:
+    """What docs/distributed.md warns of: should torch mend it, that goes."""
+    path = str(tmp_path / "checkpoint")
+    model, other = Net(), Net()
+    optimizer = torch.optim.Adam(model.parameters())
+    loss_of(model, 0).backward()
+    optimizer.step()
+    save(model, optimizer, path)
+    resumed = torch.optim.Adam(other.parameters())
+    loss_of(other, 0).backward()
+    resume(other, resumed, path)
+    assert optimizer.state
+    assert not resumed.state
+
+
+def test_a_plain_state_dict_makes_no_state() -> None:
+    model = Net()
+    optimizer = made(model, {})
+    assert not optimizer.state_dict()["state"]
+    assert not optimizer.state
+
+
 def test_a_learning_rate_of_zero_is_a_step_of_its_own() -> None:
     """What a user asks for is done: moments and counts go on."""
     model = Net()
@@ -149,3 +211,41 @@ def test_a_scheduler_may_have_wrapped_the_step() -> None:
     state = get_optimizer_state_dict(model, optimizer)["state"]
     assert called == [1]
     assert all(int(known["step"]) == 0 for known in state.values())  # type: ignore[index,call-overload]
+
+
+# FSDP1
+
+
+def flat(original: bool) -> tuple[Any, SOFIM]:
+    model = fsdp1(Net(), use_orig_params=original)
+    return model, made(model, {"max_grad_norm": 0.1})
+
+
+def fsdp1_checkpoint(rank: int, path: str) -> list[float]:
+    """Saved, loaded into new ones, and gone on: beside a training without any of it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    found = []
+    for original in (False, True):
+        for options in (StateDictOptions(), StateDictOptions(full_state_dict=True)):
+            model, optimizer = flat(original)
+            plain, beside = flat(original)
+            get_state_dict(model, optimizer, options=options)  # before the first step
+            for each, theirs in ((model, optimizer), (plain, beside)):
+                train(each, theirs, range(4), rank, 2)
+            weights, states = get_state_dict(model, optimizer, options=options)
+            assert len(states["state"]) == 7
+            if options.full_state_dict:  # sharded ones, as FSDP1 makes them, cannot be loaded from a file
+                torch.save((weights, states), f"{path}/{original}-{rank}")
+                weights, states = torch.load(f"{path}/{original}-{rank}")
+            model, optimizer = flat(original)
+            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states, options=options)
+            for each, theirs in ((model, optimizer), (plain, beside)):
+                train(each, theirs, range(4, 8), rank, 2)
+            pairs = zip(model.parameters(), plain.parameters(), strict=True)
+            found.append(max(float((a - b).detach().abs().max()) for a, b in pairs if a.numel()))
+    return found
+
+
+def test_checkpoints_of_fsdp1(two: Ranks, tmp_path: Path) -> None:
+    assert two.run(fsdp1_checkpoint, str(tmp_path)) == [[0.0] * 4] * 2
