@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import gc
+import hashlib
 import inspect
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -173,7 +175,10 @@ def spread_of(optimizer: Any, params: Sequence[Tensor], fisher: str, shard_group
         for ordinal, (groups, others) in untraced(_flattened)(params, shard_group).items():
             along[ordinal], replicas[ordinal] = groups, others
     if shard_group is None and not any(along):
-        return Spread(along, untraced(_holders_around)(optimizer))
+        around, found = untraced(_holders_around)(optimizer)
+        if not found:
+            untraced(_warn_of_others)(params)
+        return Spread(along, around)
     if shard_group is not None:
         shard_group = _holders_besides(shard_group, along, replicas)
     return Spread(along, shard_group, flattened)
@@ -234,8 +239,8 @@ def _flattened(params: Sequence[Tensor], shard_group: ProcessGroup | None) -> di
     return found
 
 
-def _holders_around(optimizer: Any) -> ProcessGroup | None:
-    """The ranks of a ``ZeroRedundancyOptimizer`` that uses this optimizer for its own part of the parameters.
+def _holders_around(optimizer: Any) -> tuple[ProcessGroup | None, bool]:
+    """The ranks of a ``ZeroRedundancyOptimizer`` that uses this optimizer for its own part, and whether there is one.
 
     Raises:
         ValueError: DeepSpeed does, whose parts have no mark, and may be spread over more ranks than it says.
@@ -247,7 +252,7 @@ def _holders_around(optimizer: Any) -> ProcessGroup | None:
         if zero is not None and issubclass(kind, zero.ZeroRedundancyOptimizer):
             if vars(thing).get("optim") is optimizer:
                 group: ProcessGroup = thing.process_group
-                return group if group.size() > 1 else None
+                return (group if group.size() > 1 else None), True
         elif deepspeed and str(getattr(kind, "__module__", "")).startswith("deepspeed."):
             known = getattr(thing, "__dict__", {})
             parts = known.get("dp_process_group")
@@ -257,7 +262,65 @@ def _holders_around(optimizer: Any) -> ProcessGroup | None:
                     "norm would be of that part alone: pass shard_group= the group of the ranks that hold them, "
                     "torch.distributed.group.WORLD unless the model is parallel in other ways too"
                 )
-    return None
+    return None, False
+
+
+class _Told:
+    """What this process has told the others of a default process group: the shapes that its optimizers step on."""
+
+    MOST = 16
+    """Optimizers; programs that make one after another need not go on."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self.digests: list[str] = []  # in the order of first steps
+        self.warned = False
+
+
+_told: list[_Told] = []  # at most one
+
+
+def _warn_of_others(params: Sequence[Tensor]) -> None:
+    """Warn, once, if a neighbouring rank steps on parameters of other shapes, as where each has a part of a model.
+
+    Nobody is waited for: a rank writes its shapes to the default process group's store and looks at what its
+    neighbours have written there; of two that differ, at least the later one sees it. The n-th optimizer of one rank
+    is compared with the n-th of the other, and those that the other has at another place are passed over.
+    """
+    from torch import distributed
+
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        if not _told or _told[0].store is not store:
+            _told[:] = [_Told(store)]
+        told = _told[0]
+        if told.warned or len(told.digests) == told.MOST:
+            return
+        shapes = repr([tuple(param.shape) for param in params])
+        told.digests.append(hashlib.sha256(shapes.encode()).hexdigest())
+        rank, world = distributed.get_rank(), distributed.get_world_size()
+        store.set(f"sofim_fused/{rank}", ",".join(told.digests))
+        differs = [other for other in {(rank - 1) % world, (rank + 1) % world} if _differ(told.digests, store, other)]
+    except (RuntimeError, NotImplementedError):  # not every store can be asked without waiting
+        return
+    if differs:
+        told.warned = True
+        warnings.warn(
+            f"SOFIM steps on parameters of other shapes on rank {rank} than on rank {differs[0]}. Are these parts of "
+            "one model? Then each part gets a Fisher matrix and a gradient norm of its own: pass shard_group= the group"
+            " of the ranks that hold them. If the ranks train models of their own, all is well",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _differ(mine: list[str], store: Any, other: int) -> bool:
+    """Whether another rank's optimizer is not the last of this one's, and neither has one like it elsewhere."""
+    key = f"sofim_fused/{other}"
+    if not store.check([key]):
+        return False
+    theirs = store.get(key).decode().split(",")
+    return len(theirs) >= len(mine) and mine[-1] not in theirs and theirs[len(mine) - 1] not in mine
 
 
 def _holders_besides(shard_group: ProcessGroup, along: list[Groups], replicas: list[Groups]) -> ProcessGroup | None:

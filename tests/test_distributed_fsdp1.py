@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import sys
+import types
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
+import sofim_fused.distributed
 from bench.ranks import Ranks
 from sofim_fused import SOFIM
 from tests.runs import EMULATED, INTERPRETED
@@ -340,3 +344,79 @@ def test_zero_redundancy_is_found_without_a_shard_group(four: Ranks) -> None:
     for distances, norms in four.run(zero_redundancy):
         assert max(distances) <= CLOSE, distances
         assert norms == pytest.approx([1.0] * 3, rel=1e-4)
+
+
+# Parts of a model that nothing marks
+
+
+def warnings_of(shapes: list[list[int]], rank: int) -> list[str]:
+    """Of optimizers made and stepped in turn, after which the ranks have forgotten each other's."""
+    distributed.barrier()
+    texts = []
+    for sizes in shapes:
+        param = [nn.Parameter(torch.ones(size)) for size in sizes]
+        for p in param:
+            p.grad = torch.ones_like(p)
+        optimizer = SOFIM(param)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                optimizer.step()
+        texts += [str(warning.message) for warning in caught if warning.category is UserWarning]
+        assert all(p[0] < 1 for p in param)
+    distributed.barrier()
+    store = distributed.distributed_c10d._get_default_store()
+    assert store.check([f"sofim_fused/{rank}"])
+    store.delete_key(f"sofim_fused/{rank}")
+    sofim_fused.distributed._told.clear()
+    return texts
+
+
+def other_shapes(rank: int) -> dict[str, list[str]]:
+    return {
+        "replicas": warnings_of([[3, 4], [5]], rank),
+        "one more on a rank": warnings_of([[3, 4], [5]][: 1 + rank], rank),
+        "parts": warnings_of([[3 + rank], [7 + rank]], rank),
+    }
+
+
+def test_parts_of_other_shapes_are_asked_about(two: Ranks) -> None:
+    """Once, by the later rank or by both, and no rank waits for another."""
+    first, second = two.run(other_shapes)
+    for found in (first, second):
+        assert not any(texts for name, texts in found.items() if name != "parts")
+        assert len(found["parts"]) <= 1
+    texts = first["parts"] + second["parts"]
+    assert texts
+    assert all("other shapes on rank" in text and "pass shard_group=" in text for text in texts)
+
+
+# DeepSpeed, of which a stand-in has what is looked at
+
+
+def beneath_deepspeed(rank: int) -> None:
+    module = types.ModuleType("deepspeed")
+    sys.modules["deepspeed"] = module
+    try:
+
+        class DeepSpeedZeroOptimizer:
+            def __init__(self, optimizer: SOFIM) -> None:
+                self.optimizer = optimizer
+                self.dp_process_group = distributed.group.WORLD
+
+        DeepSpeedZeroOptimizer.__module__ = "deepspeed.runtime.zero.stage_1_and_2"
+        param = nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        wrapper = DeepSpeedZeroOptimizer(SOFIM([param]))
+        with pytest.raises(ValueError, match=r"DeepSpeed \(DeepSpeedZeroOptimizer\) .* pass shard_group="):
+            wrapper.optimizer.step()
+        assert torch.equal(param, torch.ones(3))
+        wrapper = DeepSpeedZeroOptimizer(SOFIM([param], lr=1.0, shard_group=distributed.group.WORLD))
+        wrapper.optimizer.step()
+        assert torch.allclose(param, torch.full((3,), 1 - 1 / 7))
+    finally:
+        del sys.modules["deepspeed"]
+
+
+def test_deepspeed_is_asked_for_the_group(two: Ranks) -> None:
+    two.run(beneath_deepspeed)
