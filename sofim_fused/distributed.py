@@ -333,15 +333,15 @@ def _holders_besides(shard_group: ProcessGroup, along: list[Groups], replicas: l
 
     ranks = set(distributed.get_process_group_ranks(shard_group))
     spread = dict.fromkeys(group for groups in along for group in groups)
-    for ordinal, groups in enumerate(replicas):
-        for group in groups:
-            shared = ranks.intersection(distributed.get_process_group_ranks(group))
-            if group not in spread and len(shared) > 1:
-                raise ValueError(
-                    f"shard_group has the ranks {sorted(shared)}, which are replicas of parameter {ordinal}: sums would"
-                    " count them several times. Leave shard_group out, or pass one that has one rank of each part of "
-                    "the model (of pipeline stages: the group of the stages)"
-                )
+    replicated = {group: ordinal for ordinal, groups in enumerate(replicas) for group in groups if group not in spread}
+    for group, ordinal in replicated.items():
+        shared = ranks.intersection(distributed.get_process_group_ranks(group))
+        if len(shared) > 1:
+            raise ValueError(
+                f"shard_group has the ranks {sorted(shared)}, which are replicas of parameter {ordinal}: sums would"
+                " count them several times. Leave shard_group out, or pass one that has one rank of each part of the "
+                "model (of pipeline stages: the group of the stages)"
+            )
     for group in spread:
         theirs = set(distributed.get_process_group_ranks(group))
         if len(ranks & theirs) > 1 and not theirs <= ranks:

@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
 
 from sofim_fused import backends, checks, schedule, sgd, tiles
 from sofim_fused.backends import NativeStep, Passes
-from sofim_fused.distributed import Shards, checkpoint_calls, device_of, spread_of, written
+from sofim_fused.distributed import Shards, checkpoint_calls, device_of, is_flattened, spread_of, written
 from sofim_fused.overlap import Overlap, check_unwatched
 from sofim_fused.scalars import Scalars
 
@@ -91,13 +91,15 @@ class SOFIM(Optimizer):
             first gradient of a step; in the moment form ``lr``, ``rho`` and decoupled decay only in :meth:`step`.
             Moments, and in the gradient form parameters, change before :meth:`step` does, and a backward pass cannot
             be undone. Several for one step: :meth:`accumulate_grads`. Not with ``max_grad_norm``, ``skip_nonfinite``,
-            GradScaler or DistributedDataParallel, nor with 16-bit parameters in the gradient form.
+            GradScaler, DistributedDataParallel, FullyShardedDataParallel (``fully_shard`` it is with) or
+            ZeroRedundancyOptimizer, nor with 16-bit parameters in the gradient form.
         release_grads: let go of each gradient as soon as it has entered its moment (``in_backward=True``): memory for
             all of them at once is never needed.
         differentiable: refused: the update is made in place.
-        shard_group: the ranks that hold other parameters of the same model, as under ZeroRedundancyOptimizer or with
-            pipeline stages: sums are taken over all of them, and a rank may have no parameter at all. ``None``: this
-            rank has all parameters, or its shards of them (``DTensor``, which knows its ranks itself).
+        shard_group: the ranks that hold other parameters of the same model, as with pipeline stages or DeepSpeed's
+            ZeRO: sums are taken over all of them, and a rank may have no parameter at all. ``None``: this rank has all
+            parameters, or what shards them is found: ``DTensor`` and FullyShardedDataParallel parameters know their
+            ranks, and a ZeroRedundancyOptimizer around this optimizer is recognised at the first step.
         backend: ``"auto"``, ``"cpu"`` (C++), ``"cuda"`` (CUDA C++), ``"triton"`` or ``"reference"`` (PyTorch). Never
             saved with the state; :attr:`backends` tells what is used.
 
@@ -590,4 +592,8 @@ class SOFIM(Optimizer):
         memo[id(self)] = twin
         twin.__setstate__({**copy.deepcopy(self.__getstate__(), memo), "_backend": self._backend})
         twin._shard_group = self._shard_group
+        for ours, theirs in zip(self.param_groups, twin.param_groups, strict=True):
+            for param, copied in zip(ours["params"], theirs["params"], strict=True):
+                if is_flattened(param):  # a copy loses the mark, and its step would not be known to be a shard's
+                    copied._fsdp_flattened = True
         return twin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import types
@@ -297,6 +298,11 @@ def refused(rank: int) -> None:
     loss_of(wrapped, 0, rank, 2).backward()  # FSDP1 hands views of the flat parameter to the model: no hook runs
     with pytest.raises(ValueError, match=r"in_backward=True under FullyShardedDataParallel is impossible"):
         optimizer.step()
+    copied = copy.deepcopy(SOFIM(wrapped.parameters(), max_grad_norm=1.0))  # of shards that no module has
+    for p in copied.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"no module .* pass shard_group="):
+        copied.step()
     lost = nn.Parameter(torch.ones(3))
     lost._fsdp_flattened = True  # type: ignore[attr-defined]
     lost.grad = torch.ones(3)
