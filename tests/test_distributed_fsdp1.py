@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not distributed.is_available(), reason="PyTorch was built without torch.distributed"),
 ]
 
-STEPS = 20
+STEPS = 10
 
 
 @pytest.fixture(scope="module")
