@@ -164,7 +164,10 @@ def groups(params: Any) -> list[Any]:
 def some_parameter(groups: Sequence[Mapping[str, Any]]) -> None:
     """Check that there is at least one parameter in all groups together."""
     if not any(group["params"] for group in groups):
-        raise ValueError("params is empty: pass model.parameters(), or group dicts with at least one parameter")
+        raise ValueError(
+            "params is empty: pass model.parameters(), or group dicts with at least one parameter; where other ranks "
+            "have them all, pass shard_group= the process group of these ranks"
+        )
 
 
 def in_backward(groups: Sequence[Mapping[str, Any]]) -> None:

@@ -8,17 +8,35 @@ computes the same coefficients and updates what it holds. Nothing else is sent, 
 from __future__ import annotations
 
 import functools
+import gc
+import hashlib
+import inspect
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable imports the compiler: seconds
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Shards", "device_of", "groups_of", "is_sharded", "local", "on_one_mesh", "placed_as", "written"]
+__all__ = [
+    "Shards",
+    "Spread",
+    "checkpoint_calls",
+    "device_of",
+    "groups_of",
+    "is_flattened",
+    "is_sharded",
+    "local",
+    "on_one_mesh",
+    "placed_as",
+    "spread_of",
+    "written",
+]
 
 Groups = tuple["ProcessGroup", ...]
 
@@ -83,6 +101,15 @@ def written(params: Iterable[Tensor]) -> None:
     torch.autograd.graph.increment_version([param for param in params if is_sharded(param)])
 
 
+def _first_among(holders: ProcessGroup, group: ProcessGroup) -> bool:
+    """Whether no rank of a group but this one is among holders of other parameters, or this one is its first."""
+    from torch import distributed
+
+    ranks = distributed.get_process_group_ranks(group)
+    among = set(distributed.get_process_group_ranks(holders)).intersection(ranks)
+    return len(among) < 2 or distributed.get_rank() == ranks[0]
+
+
 def device_of(group: ProcessGroup) -> torch.device:
     """Where the ranks of a group exchange tensors, for one that has none."""
     from torch import distributed
@@ -90,6 +117,265 @@ def device_of(group: ProcessGroup) -> torch.device:
     if "nccl" in distributed.get_backend(group):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+# Plain tensors of which something else knows how they are spread: FSDP1, ZeroRedundancyOptimizer, DeepSpeed
+
+
+class Spread(NamedTuple):
+    """How an optimizer's parameters are spread over ranks.
+
+    Attributes:
+        along: by ordinal, the process groups whose ranks hold other elements of a parameter.
+        holders: the ranks that hold other parameters, or ``None``.
+        flattened: whether FSDP1 spreads some of them.
+    """
+
+    along: list[Groups]
+    holders: ProcessGroup | None
+    flattened: bool = False
+
+    def __bool__(self) -> bool:
+        return any(self.along) or self.holders is not None
+
+
+def is_flattened(param: Tensor) -> bool:
+    """Whether it is one of FSDP1's: a flat parameter, or with ``use_orig_params=True`` a view of one."""
+    return bool(getattr(param, "_fsdp_flattened", False))
+
+
+def spread_of(optimizer: Any, params: Sequence[Tensor], fisher: str, shard_group: ProcessGroup | None) -> Spread:
+    """Find out how an optimizer's parameters are spread, from themselves and from what shards them.
+
+    ``DTensor`` parameters say it. Those of FSDP1 (``FullyShardedDataParallel``) carry a mark, and their module has the
+    process group. A ``ZeroRedundancyOptimizer`` around the optimizer has one too.
+
+    Args:
+        optimizer: whose they are.
+        params: in the order of its groups.
+        fisher: as the optimizer's.
+        shard_group: as the constructor's.
+
+    Raises:
+        ValueError: sums over these ranks would be wrong; the message says what to pass.
+    """
+    for ordinal, param in enumerate(params):
+        if fisher == "parameter" and is_flattened(param) and getattr(param, "_num_params", 1) > 1:
+            raise ValueError(
+                f"parameter {ordinal} is a flat parameter of FullyShardedDataParallel, {param._num_params} parameters "  # type: ignore[attr-defined]
+                "in one: with fisher='parameter' they would share a Fisher matrix. Pass use_orig_params=True to "
+                "FullyShardedDataParallel, or fisher='model' or 'group'"
+            )
+    along = [groups_of(param) for param in params]
+    if not _several_ranks():
+        return Spread(along, shard_group)
+    replicas = [_replicas_of(param) for param in params]
+    flattened = any(is_flattened(param) for param in params)
+    if flattened:
+        for ordinal, (groups, others) in untraced(_flattened)(params, shard_group).items():
+            along[ordinal], replicas[ordinal] = groups, others
+    if shard_group is None and not any(along):
+        around, found = untraced(_holders_around)(optimizer)
+        if not found:
+            untraced(_warn_of_others)(params)
+        return Spread(along, around)
+    if shard_group is not None:
+        shard_group = _holders_besides(shard_group, along, replicas)
+    return Spread(along, shard_group, flattened)
+
+
+def _several_ranks() -> bool:
+    from torch import distributed
+
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _replicas_of(param: Tensor) -> Groups:
+    """The process groups whose ranks hold the same elements of a ``DTensor`` as this one does."""
+    if not is_sharded(param):
+        return ()
+    mesh: Any = param.device_mesh  # type: ignore[attr-defined]
+    placements: Any = param.placements  # type: ignore[attr-defined]
+    axes = [axis for axis, place in enumerate(placements) if place.is_replicate() and mesh.size(axis) > 1]
+    return tuple(mesh.get_group(axis) for axis in axes)
+
+
+def _flattened(params: Sequence[Tensor], shard_group: ProcessGroup | None) -> dict[int, tuple[Groups, Groups]]:
+    """By ordinal, the groups along which FSDP1 spreads a parameter, and those along which it has replicas of it."""
+    handles: dict[int, tuple[Any, Any]] = {}
+    module: Any = sys.modules.get("torch.distributed.fsdp")
+    for thing in gc.get_objects() if module is not None else ():
+        if issubclass(type(thing), module.FullyShardedDataParallel):
+            handle = getattr(thing, "_handle", None)
+            if handle is None:  # all of its parameters are in modules inside of it
+                continue
+            flat = handle.flat_param
+            for param in (flat, *(flat._params or ()), *(flat._shared_params or ())):
+                handles[id(param)] = handle, getattr(thing, "_inter_node_pg", None)
+    found: dict[int, tuple[Groups, Groups]] = {}
+    for ordinal, param in enumerate(params):
+        if not is_flattened(param):
+            continue
+        if id(param) not in handles:
+            if shard_group is not None:
+                continue
+            raise ValueError(
+                f"parameter {ordinal} is marked as one of FullyShardedDataParallel's, and no module of this process has"
+                " it: pass shard_group= the process group over which it is sharded, or make the optimizer from "
+                "model.parameters() after the model was wrapped"
+            )
+        handle, between = handles[id(param)]
+        if any(extension is not None for extension in handle.flat_param._param_extensions):
+            raise ValueError(
+                f"parameter {ordinal} is spread by FullyShardedDataParallel and by tensor parallelism, and which of its"
+                " elements are replicas cannot be known: shard the model with fully_shard(), which says it"
+            )
+        group = handle.process_group if handle.process_group.size() > 1 else None
+        if not handle.uses_sharded_strategy:
+            found[ordinal] = (), () if group is None else (group,)
+        else:
+            hybrid = "HYBRID" in handle._sharding_strategy.name and between is not None
+            found[ordinal] = () if group is None else (group,), (between,) if hybrid else ()
+    return found
+
+
+def _holders_around(optimizer: Any) -> tuple[ProcessGroup | None, bool]:
+    """The ranks of a ``ZeroRedundancyOptimizer`` that uses this optimizer for its own part, and whether there is one.
+
+    Raises:
+        ValueError: DeepSpeed does, whose parts have no mark, and may be spread over more ranks than it says.
+    """
+    zero: Any = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    deepspeed = "deepspeed" in sys.modules
+    for thing in gc.get_objects() if zero is not None or deepspeed else ():
+        kind = type(thing)
+        if zero is not None and issubclass(kind, zero.ZeroRedundancyOptimizer):
+            if vars(thing).get("optim") is optimizer:
+                group: ProcessGroup = thing.process_group
+                return (group if group.size() > 1 else None), True
+        elif deepspeed and str(getattr(kind, "__module__", "")).startswith("deepspeed."):
+            known = getattr(thing, "__dict__", {})
+            parts = known.get("dp_process_group")
+            if known.get("optimizer") is optimizer and parts is not None and parts.size() > 1:
+                raise ValueError(
+                    f"DeepSpeed ({kind.__name__}) gives each rank a part of the parameters, and a Fisher matrix and a "
+                    "norm would be of that part alone: pass shard_group= the group of the ranks that hold them, "
+                    "torch.distributed.group.WORLD unless the model is parallel in other ways too"
+                )
+    return None, False
+
+
+class _Told:
+    """What this process has told the others of a default process group: the shapes that its optimizers step on."""
+
+    MOST = 16
+    """Optimizers; programs that make one after another need not go on."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self.digests: list[str] = []  # in the order of first steps
+        self.warned = False
+
+
+_told: list[_Told] = []  # at most one
+
+
+def _warn_of_others(params: Sequence[Tensor]) -> None:
+    """Warn, once, if a neighbouring rank steps on parameters of other shapes, as where each has a part of a model.
+
+    Nobody is waited for: a rank writes its shapes to the default process group's store and looks at what its
+    neighbours have written there; of two that differ, at least the later one sees it. The n-th optimizer of one rank
+    is compared with the n-th of the other, and those that the other has at another place are passed over.
+    """
+    from torch import distributed
+
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        if not _told or _told[0].store is not store:
+            _told[:] = [_Told(store)]
+        told = _told[0]
+        if told.warned or len(told.digests) == told.MOST:
+            return
+        shapes = repr([tuple(param.shape) for param in params])
+        told.digests.append(hashlib.sha256(shapes.encode()).hexdigest())
+        rank, world = distributed.get_rank(), distributed.get_world_size()
+        store.set(f"sofim_fused/{rank}", ",".join(told.digests))
+        differs = [other for other in {(rank - 1) % world, (rank + 1) % world} if _differ(told.digests, store, other)]
+    except (RuntimeError, NotImplementedError):  # not every store can be asked without waiting
+        return
+    if differs:
+        told.warned = True
+        warnings.warn(
+            f"SOFIM steps on parameters of other shapes on rank {rank} than on rank {differs[0]}. Are these parts of "
+            "one model? Then each part gets a Fisher matrix and a gradient norm of its own: pass shard_group= the group"
+            " of the ranks that hold them. If the ranks train models of their own, all is well",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _differ(mine: list[str], store: Any, other: int) -> bool:
+    """Whether another rank's optimizer is not the last of this one's, and neither has one like it elsewhere."""
+    key = f"sofim_fused/{other}"
+    if not store.check([key]):
+        return False
+    theirs = store.get(key).decode().split(",")
+    return len(theirs) >= len(mine) and mine[-1] not in theirs and theirs[len(mine) - 1] not in mine
+
+
+def _holders_besides(shard_group: ProcessGroup, along: list[Groups], replicas: list[Groups]) -> ProcessGroup | None:
+    """The ``shard_group`` that sums are taken over after those along shards; ``None``: there are no other ranks in it.
+
+    Raises:
+        ValueError: it has replicas in it, or a part of the ranks over which a parameter is spread.
+    """
+    from torch import distributed
+
+    ranks = set(distributed.get_process_group_ranks(shard_group))
+    spread = dict.fromkeys(group for groups in along for group in groups)
+    replicated = {group: ordinal for ordinal, groups in enumerate(replicas) for group in groups if group not in spread}
+    for group, ordinal in replicated.items():
+        shared = ranks.intersection(distributed.get_process_group_ranks(group))
+        if len(shared) > 1:
+            raise ValueError(
+                f"shard_group has the ranks {sorted(shared)}, which are replicas of parameter {ordinal}: sums would"
+                " count them several times. Leave shard_group out, or pass one that has one rank of each part of the "
+                "model (of pipeline stages: the group of the stages)"
+            )
+    for group in spread:
+        theirs = set(distributed.get_process_group_ranks(group))
+        if len(ranks & theirs) > 1 and not theirs <= ranks:
+            raise ValueError(
+                f"shard_group has the ranks {sorted(ranks & theirs)} of {sorted(theirs)}, over which parameters are "
+                "sharded: sums would count them several times. Leave shard_group out, or pass one that has all of "
+                "these ranks, or of each part of the model one (of pipeline stages: the group of the stages)"
+            )
+        if theirs == ranks:
+            return None
+    return shard_group
+
+
+# What torch.distributed.checkpoint asks of an optimizer
+
+
+def checkpoint_calls(function: str) -> bool:
+    """Whether this function of ``torch.distributed.checkpoint.state_dict`` is what calls us, however far up.
+
+    - ``_init_optim_state``: ``get_state_dict`` and ``set_state_dict`` call ``step()`` before the first step, with
+      gradients of zero and a learning rate of zero, to have the state made. Taken as a step it would raise step counts,
+      and bias correction would be wrong from then on.
+    - ``_get_optim_state_dict``: where a gradient is set they leave that out. The state dict would have no state in it,
+      and a checkpoint's would not be loaded into it.
+    """
+    module: Any = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    known = getattr(module, function, None)
+    if known is None:
+        return False
+    code = inspect.unwrap(known).__code__  # the module's functions have decorators
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
 
 
 # All tensors of an optimizer
@@ -104,12 +390,17 @@ class Shards:
     Args:
         spread: :func:`groups_of` each parameter, by ordinal.
         device: of the sums.
-        holders: the ranks that hold other parameters.
+        holders: the ranks that hold other parameters. They may include all ranks of a group of ``spread``: these have
+            the same totals by then, which the first of them hands on.
+        flattened: whether FSDP1 spreads some of them.
     """
 
-    def __init__(self, spread: Sequence[Groups], device: torch.device, holders: ProcessGroup | None) -> None:
+    def __init__(
+        self, spread: Sequence[Groups], device: torch.device, holders: ProcessGroup | None, flattened: bool = False
+    ) -> None:
         classes = list(dict.fromkeys(spread)) or [()]
         self.device = device
+        self.flattened = flattened
         self.count = len(spread)
         self._classes = len(classes)
         self._class_of = [classes.index(groups) for groups in spread]
@@ -118,6 +409,7 @@ class Shards:
             for group in dict.fromkeys(group for theirs in classes for group in theirs)
         ]
         self._holders = holders
+        self._hands_on = holders is None or all(_first_among(holders, group) for group, _ in self._routes)
         self._compared: set[tuple[str, str, int, bool]] = set()
         self._of_class = functools.lru_cache(8)(self._of_class_anew)
         self.places = functools.lru_cache(8)(self._places)
@@ -160,6 +452,8 @@ class Shards:
         total = message.sum(0)
         start = blocks.shape[1] if fisher == "parameter" else 0
         if self._holders is not None and start < len(total):
+            if not self._hands_on:
+                total[start:].zero_()
             distributed.all_reduce(total[start:], group=self._holders)
         return total[: blocks.shape[1]], total[blocks.shape[1] :]
 

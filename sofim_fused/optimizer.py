@@ -23,7 +23,7 @@ from torch.optim.optimizer import (
 
 from sofim_fused import backends, checks, schedule, sgd, tiles
 from sofim_fused.backends import NativeStep, Passes
-from sofim_fused.distributed import Shards, device_of, groups_of, written
+from sofim_fused.distributed import Shards, checkpoint_calls, device_of, is_flattened, spread_of, written
 from sofim_fused.overlap import Overlap, check_unwatched
 from sofim_fused.scalars import Scalars
 
@@ -94,13 +94,15 @@ class SOFIM(Optimizer):
             first gradient of a step; in the moment form ``lr``, ``rho`` and decoupled decay only in :meth:`step`.
             Moments, and in the gradient form parameters, change before :meth:`step` does, and a backward pass cannot
             be undone. Several for one step: :meth:`accumulate_grads`. Not with ``max_grad_norm``, ``skip_nonfinite``,
-            GradScaler or DistributedDataParallel, nor with 16-bit parameters in the gradient form.
+            GradScaler, DistributedDataParallel, FullyShardedDataParallel (``fully_shard`` it is with) or
+            ZeroRedundancyOptimizer, nor with 16-bit parameters in the gradient form.
         release_grads: let go of each gradient as soon as it has entered its moment (``in_backward=True``): memory for
             all of them at once is never needed.
         differentiable: refused: the update is made in place.
-        shard_group: the ranks that hold other parameters of the same model, as under ZeroRedundancyOptimizer or with
-            pipeline stages: sums are taken over all of them, and a rank may have no parameter at all. ``None``: this
-            rank has all parameters, or its shards of them (``DTensor``, which knows its ranks itself).
+        shard_group: the ranks that hold other parameters of the same model, as with pipeline stages or DeepSpeed's
+            ZeRO: sums are taken over all of them, and a rank may have no parameter at all. ``None``: this rank has all
+            parameters, or what shards them is found: ``DTensor`` and FullyShardedDataParallel parameters know their
+            ranks, and a ZeroRedundancyOptimizer around this optimizer is recognised at the first step.
         backend: ``"auto"``, ``"cpu"`` (C++), ``"cuda"`` (CUDA C++), ``"triton"`` or ``"reference"`` (PyTorch). Never
             saved with the state; :attr:`backends` tells what is used.
 
@@ -249,6 +251,8 @@ class SOFIM(Optimizer):
                 loss = closure()
         if self._overlap is not None:
             checks.unscaled(self)
+            if not self.state and self._made_state_for("_init_optim_state"):
+                return loss
             (self._overlap.finish_untraced if torch.compiler.is_compiling() else self._overlap.finish)()
             return loss
         outcome = None
@@ -298,6 +302,8 @@ class SOFIM(Optimizer):
 
     @torch.no_grad()
     def _step_by_passes(self) -> None:
+        if not self.state and self._made_state_for("_init_optim_state"):
+            return
         grad_scale, found_inf = self._scaling()
         whole = self.param_groups[0]
         limit, skip = whole["max_grad_norm"], whole["skip_nonfinite"]
@@ -311,6 +317,23 @@ class SOFIM(Optimizer):
         if skip or found_inf is not None:
             _ = self.skipped_steps  # once the step is taken there may be no memory for it
         self._saw(*schedule.guarded(lanes, self.param_groups, limit, skip, grad_scale, found_inf))
+
+    @torch.no_grad()
+    def _made_state_for(self, caller: str) -> bool:
+        """Make all state, as first gradients would, and nothing else, if that is what a caller wants."""
+        if torch.compiler.is_compiling() or not checkpoint_calls(caller):
+            return False
+        params = [(index, param) for index, group in enumerate(self.param_groups) for param in group["params"]]
+        entries = [
+            tiles.Entry(index, ordinal, param, param)
+            for ordinal, (index, param) in enumerate(params)
+            if param.requires_grad
+        ]
+        for entry in entries:
+            tiles.check_state(entry, self.param_groups[entry.group], self.state)
+        for entry in entries:
+            tiles.ensure_state(entry, self.param_groups[entry.group], self.state)
+        return True
 
     def _scaling(self) -> tuple[Tensor | float | None, Tensor | float | None]:
         """What a ``torch.amp.GradScaler`` says of the gradients of this step, as :func:`schedule.guarded` takes it."""
@@ -355,10 +378,10 @@ class SOFIM(Optimizer):
         """How the parameters are spread over ranks; ``False``: this one has all of them."""
         if self._spread is None:
             params = [param for group in self.param_groups for param in group["params"]]
-            spread = [groups_of(param) for param in params]
-            if any(spread) or self._shard_group is not None:
+            spread = spread_of(self, params, self.param_groups[0]["fisher"], self._shard_group)
+            if spread:
                 checks.one_device(params)
-                self._spread = Shards(spread, self._first_device(), self._shard_group)
+                self._spread = Shards(spread.along, self._first_device(), spread.holders, spread.flattened)
             else:
                 self._spread = False
         return self._spread
@@ -406,8 +429,14 @@ class SOFIM(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """What a ``torch.amp.GradScaler`` asks: whether :meth:`step` itself takes the scale off the gradients."""
-        return self._amp_fused or self._in_backward  # the latter to say that it cannot
+        """What a ``torch.amp.GradScaler`` asks: whether :meth:`step` itself takes the scale off the gradients.
+
+        Not under FSDP1: its ``ShardedGradScaler`` tells the ranks of each other's infinities only where it unscales
+        the gradients itself, and else their scales would part.
+        """
+        if self._in_backward:
+            return True  # to say that it cannot
+        return self._amp_fused and not ((shards := self._shards()) and shards.flattened)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -500,6 +529,8 @@ class SOFIM(Optimizer):
         """
         if self._overlap is not None:
             self._overlap.must_not_be_under_way("state_dict()")
+        if not self.state:
+            self._made_state_for("_get_optim_state_dict")
         made = super().state_dict()
         if isinstance(made, dict) and isinstance(made.get("param_groups"), list):  # a user's hook may have changed that
             made = {**made, "param_groups": [_plain(group) for group in made["param_groups"]]}
@@ -586,6 +617,10 @@ class SOFIM(Optimizer):
         memo[id(self)] = twin
         twin.__setstate__({**copy.deepcopy(self.__getstate__(), memo), "_backend": self._backend})
         twin._shard_group = self._shard_group
+        for ours, theirs in zip(self.param_groups, twin.param_groups, strict=True):
+            for param, copied in zip(ours["params"], theirs["params"], strict=True):
+                if is_flattened(param):  # a copy loses the mark, and its step would not be known to be a shard's
+                    copied._fsdp_flattened = True
         return twin
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sofim_fused import backends, checks, schedule, tiles
 from sofim_fused.backends import GradientStep, NativeOverlap, Sums
-from sofim_fused.distributed import is_sharded, local, placed_as, written
+from sofim_fused.distributed import is_flattened, is_sharded, local, placed_as, written
 from sofim_fused.scalars import Scalars, decay_of, entering
 
 if TYPE_CHECKING:
@@ -472,22 +473,40 @@ def _watched(param: Tensor) -> bool:
 
 
 def check_not_replicated(params: Iterable[Tensor]) -> None:
-    """Check that no parameter is in a DistributedDataParallel module that this process has.
+    """Check that hooks see gradients as the step would: no module of this process averages them later.
 
     Raises:
-        ValueError: one is; hooks see gradients before they are averaged over the replicas, and replicas would part.
+        ValueError: a parameter is in a DistributedDataParallel or FullyShardedDataParallel module, or in a
+            ZeroRedundancyOptimizer; hooks see gradients before they are averaged over the ranks, and replicas would
+            part.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     from torch.nn.parallel import DistributedDataParallel
 
+    params = list(params)
+    if any(is_flattened(param) for param in params):
+        raise ValueError(
+            "in_backward=True under FullyShardedDataParallel is impossible: gradients would enter their moments before "
+            "they are averaged over the ranks and each has its shard of them. Leave out in_backward, or shard the model"
+            " with fully_shard(), whose hooks see averaged gradients"
+        )
     mine = {id(param) for param in params}
+    zero: Any = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     for thing in gc.get_objects():
         if issubclass(type(thing), DistributedDataParallel) and any(id(param) in mine for param in thing.parameters()):
             raise ValueError(
                 "in_backward=True under DistributedDataParallel is impossible: gradients would enter their moments "
                 "before they are averaged over the replicas, which would part. Leave out in_backward"
             )
+        if zero is not None and issubclass(type(thing), zero.ZeroRedundancyOptimizer):
+            groups = vars(thing).get("param_groups", ())
+            if any(id(param) in mine for group in groups for param in group["params"]):
+                raise ValueError(
+                    "in_backward=True under ZeroRedundancyOptimizer is impossible: a gradient is averaged over the "
+                    "ranks only after its hook has run. Leave out in_backward, or shard the model with fully_shard(), "
+                    "whose hooks see averaged gradients"
+                )
 
 
 def _remove(hooks: list[RemovableHandle]) -> None:
