@@ -346,7 +346,8 @@ class SOFIM(Optimizer):
         if scalars is None or not scalars.serves(sizes, whole["numerator"], whole["fisher"]):
             scalars = self._scalars_of[device] = Scalars(device, sizes, whole["numerator"], whole["fisher"])
         laid = tiles.laid_out(device, entries, self.param_groups, self.state)
-        return schedule.Lane(laid, self._passes_for(device), scalars, self._shards() or None)
+        laid, passes = backends.apart(laid, self._passes_for(device))
+        return schedule.Lane(laid, passes, scalars, self._shards() or None)
 
     def _shards(self) -> Shards | Literal[False]:
         """How the parameters are spread over ranks; ``False``: this one has all of them."""
