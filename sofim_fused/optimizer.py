@@ -327,10 +327,17 @@ class SOFIM(Optimizer):
         for entry in entries:
             tiles.check_state(entry, self.param_groups[entry.group], self.state)
         self._compare_ranks(guarded)
-        for entry in entries:
-            tiles.ensure_state(entry, self.param_groups[entry.group], self.state)
+        before = [tiles.ensure_state(entry, self.param_groups[entry.group], self.state) for entry in entries]
         written(entry.param for entry in entries)
-        return self._lanes_of(entries)
+        try:
+            return self._lanes_of(entries)
+        except ValueError:  # of memory that the step must not share
+            for entry, known in zip(entries, before, strict=True):
+                if known:
+                    self.state[entry.param] = known
+                elif known is not None:
+                    del self.state[entry.param]
+            raise
 
     def _lanes_of(self, entries: list[tiles.Entry]) -> list[schedule.Lane]:
         if self._shards():
