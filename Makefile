@@ -16,9 +16,10 @@ LESSER_SETS := avx2 default
 # For copies that are built to test something else than instruction sets.
 ONE_SET = SOFIM_INSTRUCTION_SETS=$$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo avx2 || echo default)
 INTERPRETER_TESTS := tests/test_matrix.py tests/test_passes.py tests/test_triton.py tests/test_amp.py \
-    tests/test_overlap.py
+    tests/test_overlap.py tests/test_shared_memory.py
 EMULATED := build/emulated
-EMULATED_TESTS := tests/test_matrix.py tests/test_passes.py tests/test_cuda.py tests/test_amp.py tests/test_overlap.py
+EMULATED_TESTS := tests/test_matrix.py tests/test_passes.py tests/test_cuda.py tests/test_amp.py tests/test_overlap.py \
+    tests/test_shared_memory.py
 CUDA_SYNTAX := build/cuda-syntax
 THREADS := build/threads
 GPU_BUDGET ?= 540

@@ -209,7 +209,10 @@ bool Reader::read_one(PyObject* param, PyObject* state, size_t group, int64_t or
   clear_tensors();
   if (group >= settings_.size() || !PyDict_Check(state)) return false;
   States states(state);
-  if (enrol(param, settings_[group], group, states, ordinal, nullptr) && roster_.size() == 1) return true;
+  if (enrol(param, settings_[group], group, states, ordinal, nullptr) && roster_.size() == 1 &&
+      !roster_.shares_memory()) {
+    return true;
+  }
   PyErr_Clear();
   clear_tensors();
   return false;
@@ -263,7 +266,7 @@ bool Reader::read_everything(PyObject* groups, PyObject* state, const std::vecto
     }
     groups_.push_back(group.hyper);
   }
-  return true;
+  return !roster_.shares_memory();  // Python takes such tensors one after the other, or says what is wrong
 }
 
 bool Reader::read_group(PyObject* dict, Group& group) {

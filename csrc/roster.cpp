@@ -5,6 +5,7 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -59,6 +60,8 @@ bool may_overlap(const at::Tensor& x) {
   return false;
 }
 
+size_t size_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
+
 bool as_stored(const at::Tensor& x) { return !x.is_conj() && !x.is_neg(); }
 
 bool has_memory(const at::Tensor& x) {
@@ -89,11 +92,14 @@ void Roster::clear() {
   copied_.clear();
   held_.clear();
   tiling_.clear();
+  written_.clear();
+  read_.clear();
 }
 
 const char* Roster::add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
                         const at::Tensor& step, int64_t ordinal) {
   Record record{};
+  const size_t copies = copied_.size() + kept_.size();
   if (anywhere_ && records_.empty()) {
     device_ = w.device();
     if (!has_addresses(w)) return "parameter: not a dense tensor in memory";
@@ -178,7 +184,78 @@ const char* Roster::add(const at::Tensor& w, const at::Tensor& g, const at::Tens
                       step.defined() ? static_cast<int64_t*>(step.mutable_data_ptr()) : nullptr,
                       static_cast<uint32_t>(ordinal)});
   tiling_.add(record.numel);
+  Written written{};
+  Range read{};
+  if (record.numel > 0) {
+    const bool in_place = copied_.size() + kept_.size() == copies;
+    const auto range = [&](const at::Tensor& x, const void* at, Type type) {
+      const auto begin = reinterpret_cast<uintptr_t>(at);
+      return in_place ? Range{begin, begin + static_cast<uintptr_t>(record.numel) * size_of(type)} : range_of(x);
+    };
+    written = {range(w, record.w, record.w_type), range(m, record.m, record.m_type), {}, {}};
+    if (kahan.defined()) written.kahan = range(kahan, record.kahan, record.w_type);
+    // Each element of a gradient that is its own w is read before it is written, by the thread that writes it.
+    const bool own = g.unsafeGetTensorImpl() == w.unsafeGetTensorImpl() ||
+                     (in_place && record.g == record.w && record.g_type == record.w_type);
+    if (!own) read = range(g, record.g, record.g_type);
+  }
+  if (step.defined()) {
+    const auto begin = reinterpret_cast<uintptr_t>(members_.back().updates);
+    written.step = {begin, begin + sizeof(int64_t)};
+  }
+  written_.push_back(written);
+  read_.push_back(read);
   return nullptr;
+}
+
+Roster::Range Roster::range_of(const at::Tensor& x) {
+  int64_t elements = 1;
+  for (int64_t i = 0; i < x.dim(); ++i) elements += (x.size(i) - 1) * x.stride(i);
+  const auto begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  return {begin, begin + static_cast<uintptr_t>(elements) * x.element_size()};
+}
+
+bool Roster::shares_memory() {
+  if (written_ != known_) {
+    overlap_ = sort_written();
+    known_ = written_;
+    known_read_.clear();
+  }
+  if (overlap_) return true;
+  const bool compared = known_read_.size() == read_.size();
+  for (size_t i = 0; i < read_.size(); ++i) {
+    if (compared && read_[i] == known_read_[i]) continue;
+    const c10::TensorImpl* impl = members_[i].g;
+    const c10::Storage& storage = impl->unsafe_storage();
+    const bool alone = c10::raw::intrusive_ptr::use_count(members_[i].g) == 1 && storage.use_count() == 1 &&
+                       storage.resizable();
+    if (!alone && is_written(read_[i])) {
+      known_read_.clear();
+      return true;
+    }
+  }
+  known_read_ = read_;
+  return false;
+}
+
+bool Roster::sort_written() {
+  sorted_.clear();
+  for (const Written& written : written_) {
+    for (const Range& range : {written.w, written.m, written.kahan, written.step}) {
+      if (range.begin < range.end) sorted_.push_back(range);
+    }
+  }
+  std::sort(sorted_.begin(), sorted_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < sorted_.size(); ++i) {
+    if (sorted_[i].begin < sorted_[i - 1].end) return true;
+  }
+  return false;
+}
+
+bool Roster::is_written(const Range& range) const {
+  const auto after = std::partition_point(sorted_.begin(), sorted_.end(),
+                                          [&](const Range& written) { return written.begin < range.end; });
+  return range.begin < range.end && after != sorted_.begin() && std::prev(after)->end > range.begin;
 }
 
 void Roster::key_random_bits(int64_t ahead) {

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <vector>
 
 #include "cpu/passes.h"
@@ -25,6 +26,15 @@ class Roster {
   // conjugated and negated gradients.
   const char* add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
                   const at::Tensor& step, int64_t ordinal);
+
+  // Whether memory that a step writes (w, m, kahan, step) may be another tensor's as well: the ranges of addresses
+  // overlap. Gradients may lie in each other's memory, and one in that of its own w, element by element. Then no pass
+  // over all tensors at once is right: two threads would write the same elements.
+  //
+  // What was found stays known from step to step, as numbers, which point to nothing: a step whose addresses are those
+  // of the last one costs a comparison. Other addresses of what is written cost a sort, other ones of a gradient a look
+  // at its storage: memory that the allocator made for it alone is nobody else's.
+  bool shares_memory();
 
   // The number of tensors.
   size_t size() const { return records_.size(); }
@@ -63,6 +73,24 @@ class Roster {
     at::Tensor home, copy;
     bool moment;
   };
+  // A range of addresses; empty: {0, 0}.
+  struct Range {
+    uintptr_t begin, end;
+    bool operator==(const Range& other) const { return begin == other.begin && end == other.end; }
+  };
+  struct Written {
+    Range w, m, kahan, step;
+    bool operator==(const Written& other) const {
+      return w == other.w && m == other.m && kahan == other.kahan && step == other.step;
+    }
+  };
+
+  // Of a tensor that has elements, in whatever layout.
+  static Range range_of(const at::Tensor& x);
+  // Sorts what is written; says whether any two of the ranges overlap.
+  bool sort_written();
+  // Whether a range overlaps one of those that were sorted, which do not overlap each other.
+  bool is_written(const Range& range) const;
 
   const bool anywhere_;
   at::Device device_ = at::kCPU;
@@ -72,6 +100,13 @@ class Roster {
   std::vector<Copied> copied_;
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> held_;
   Tiling tiling_;
+  std::vector<Written> written_;
+  std::vector<Range> read_;  // gradients; empty in the place of one that is its own w
+  // Of the last step that was looked at:
+  std::vector<Written> known_;
+  std::vector<Range> known_read_;
+  std::vector<Range> sorted_;
+  bool overlap_ = false;
 };
 
 }  // namespace sofim

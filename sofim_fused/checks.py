@@ -486,6 +486,21 @@ _SPREAD = (
 _REPLACE = "put a tensor like it in its place, or delete the parameter's state to start it anew"
 
 
+def shared(param: Tensor, ordinal: int, name: str, other: int, other_name: str) -> ValueError:
+    """What is wrong where an entry of a parameter's state has memory of another tensor that the step writes.
+
+    Args:
+        param: whose state it is.
+        ordinal: its place among all parameters.
+        name: of the entry.
+        other: the place of the other tensor's parameter.
+        other_name: of its entry, or ``"w"`` for the parameter.
+    """
+    owner = f"parameter {other}" if other != ordinal else "the parameter"
+    where = owner if other_name == "w" else f"{other_name} of {owner}"
+    return ValueError(f"{_state(param, ordinal)}: {name} shares memory with {where}: {_REPLACE}")
+
+
 def state_entries(param: Tensor, known: Any, ordinal: int) -> None:
     """Check that what the optimizer's state has for a parameter is a dict, with all of SOFIM's entries or none."""
     if not isinstance(known, Mapping):

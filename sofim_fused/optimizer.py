@@ -353,10 +353,17 @@ class SOFIM(Optimizer):
         for entry in entries:
             tiles.check_state(entry, self.param_groups[entry.group], self.state)
         self._compare_ranks(guarded)
-        for entry in entries:
-            tiles.ensure_state(entry, self.param_groups[entry.group], self.state)
+        before = [tiles.ensure_state(entry, self.param_groups[entry.group], self.state) for entry in entries]
         written(entry.param for entry in entries)
-        return self._lanes_of(entries)
+        try:
+            return self._lanes_of(entries)
+        except ValueError:  # of memory that the step must not share
+            for entry, known in zip(entries, before, strict=True):
+                if known:
+                    self.state[entry.param] = known
+                elif known is not None:
+                    del self.state[entry.param]
+            raise
 
     def _lanes_of(self, entries: list[tiles.Entry]) -> list[schedule.Lane]:
         if self._shards():
@@ -372,7 +379,8 @@ class SOFIM(Optimizer):
         if scalars is None or not scalars.serves(sizes, whole["numerator"], whole["fisher"]):
             scalars = self._scalars_of[device] = Scalars(device, sizes, whole["numerator"], whole["fisher"])
         laid = tiles.laid_out(device, entries, self.param_groups, self.state)
-        return schedule.Lane(laid, self._passes_for(device), scalars, self._shards() or None)
+        laid, passes = backends.apart(laid, self._passes_for(device))
+        return schedule.Lane(laid, passes, scalars, self._shards() or None)
 
     def _shards(self) -> Shards | Literal[False]:
         """How the parameters are spread over ranks; ``False``: this one has all of them."""

@@ -281,9 +281,10 @@ class Overlap:
                     local(entry.grad).record_stream(batch.stream)
         with contextlib.nullcontext() if batch.stream is None else torch.cuda.stream(batch.stream):
             laid = tiles.laid_out(device, entries, optimizer.param_groups, optimizer.state)
+            laid, passes = backends.apart(laid, optimizer._passes_for(device))
             known = self._gradient_step(device, [entry.ordinal for entry in entries]) if cross else None
             del self._waiting[device]  # whatever failed until here can be tried again
-            sums = self._optimizer._passes_for(device).accumulate(laid, decay._replace(weight=weight), known)
+            sums = passes.accumulate(laid, decay._replace(weight=weight), known)
         for place, entry in enumerate(entries):
             self._sums[entry.ordinal] = (sums, place)
 

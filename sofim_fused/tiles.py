@@ -59,14 +59,18 @@ def check_state(entry: Entry, group: Mapping[str, Any], state: Mapping[Tensor, A
         checks.first_gradient(entry.param, entry.ordinal, group["state_dtype"])
 
 
-def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[Tensor, Any]) -> None:
-    """Give a parameter that meets its first gradient a zero moment and a zero step count."""
+def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[Tensor, Any]) -> Any:
+    """Give a parameter that meets its first gradient a zero moment and a zero step count.
+
+    Returns:
+        What there was before; ``None`` if nothing was missing.
+    """
     param = entry.param
     known = state.get(param, {})
     whole = "exp_avg" in known
     kept = "kahan" in known or not keeps_lost_bits(param, group["kahan"])
     if whole and kept:
-        return
+        return None
     made = {}
     with torch.inference_mode(False):  # or no later step could write to them
         if not whole:
@@ -76,6 +80,7 @@ def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[T
         if not kept:
             made["kahan"] = torch.zeros_like(param, memory_format=torch.preserve_format)
     state[param] = {**known, **made}
+    return known
 
 
 def restored_states(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, dict[str, Any]]:

@@ -748,6 +748,18 @@ MET = [
         steps=0,
     ),
     _met(
+        "a moment in its parameter's memory",
+        lambda optimizer, params: optimizer.state[params[1]].__setitem__("exp_avg", params[1].data),
+        ValueError,
+        f"{STATE} … exp_avg shares memory with the parameter: {REPLACED}",
+    ),
+    _met(
+        "one count for two parameters",
+        lambda optimizer, params: optimizer.state[params[1]].__setitem__("step", optimizer.state[params[0]]["step"]),
+        ValueError,
+        f"{STATE} … step shares memory with step of parameter 0: {REPLACED}",
+    ),
+    _met(
         "a count that is a number of Python's",
         _entry("step", 3),
         TypeError,

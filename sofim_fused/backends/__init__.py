@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from sofim_fused.backends import cpu, cuda, triton
+from sofim_fused.backends.in_turn import apart
 from sofim_fused.backends.protocol import (
     Coefficients,
     Decay,
@@ -30,6 +31,7 @@ __all__ = [
     "Passes",
     "Sums",
     "Tiles",
+    "apart",
     "capturing",
     "choose",
     "names",

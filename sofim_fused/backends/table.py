@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sofim_fused import checks
+from sofim_fused.backends import memory
 
 W, G, M, KAHAN, STEP, NUMEL, ORDINAL, KIND, GROUP, FIRST = range(10)
 COLUMNS = 10
@@ -57,9 +58,8 @@ EVERYTHING = POINTERS | VALUES | LAYOUT
 that is no address, the number of groups, the device, ``gradient_form``, ``fisher``, ``skip_nonfinite``, ``l2``,
 ``decoupled``, or whether there is a ``max_grad_norm``."""
 
-_WITHOUT_ADDRESSES = ("meta", "mps")  # devices where a pointer does not say where an element is
 _LOW = 1 << 40  # below, an address may be a place in storage that was given up
-_address: Callable[[Tensor], int] = torch._C.TensorBase.data_ptr
+_address = memory.address
 
 
 class Copy(NamedTuple):
@@ -409,7 +409,7 @@ class _Members:
         self._fixed: list[list[int]] = [[], [], [], []]  # the columns that are no addresses, but for the first tile
         self.device: torch.device | None = None
         for ordinal, (w, g, group) in enumerate(zip(params, grads, group_of, strict=True)):
-            if not (isinstance(w, Tensor) and (_plain(w) or (g is None and not w.requires_grad))):
+            if not (isinstance(w, Tensor) and (memory.plain(w) or (g is None and not w.requires_grad))):
                 raise TypeError  # frozen ones may be of any kind
             if g is not None:
                 if self.device is None:
@@ -424,6 +424,7 @@ class _Members:
         self._columns: list[list[int]] = []
         self._copied: list[int] = []
         self._unchanged: Callable[..., bool] | None = None
+        self._written: memory.Written | None = None  # at these addresses
 
     def _add(self, w: Tensor, g: Tensor, known: Any, ordinal: int, group: int) -> None:
         _, state_dtype, keeps = self._settings[group]
@@ -433,7 +434,7 @@ class _Members:
         keeps = keeps and w.dtype in checks.NARROW_DTYPES
         kahan = known["kahan"] if keeps else None
         tensors = [w, g, m, step, kahan] if keeps else [w, g, m, step]
-        if not all(isinstance(x, Tensor) and _plain(x) and _has_addresses(x) for x in tensors):
+        if not all(isinstance(x, Tensor) and memory.plain(x) and _has_addresses(x) for x in tensors):
             raise TypeError
         natural = torch.promote_types(w.dtype, torch.float32)
         fits = (
@@ -486,10 +487,15 @@ class _Members:
             grads: those that there are.
             copies: gets the copies of what is written that were made.
             kept: gets the copies of what is only read.
+
+        Raises:
+            ValueError: what a step writes shares memory: Python takes such tensors one after the other.
         """
         tensors = [*self.params, *grads, *self.exp_avgs, *self.kept, *self.steps]
         # First, as it refuses what has no memory; the check below ends the process where there are no strides.
         addresses = list(map(_address, tensors))
+        if addresses != self._addresses:
+            self._must_not_share(addresses, grads)
         if self._addresses is None:
             columns, self._copied = _columns(self.params, grads, self.exp_avgs, self.kahans, self.steps, copies, kept)
             self._unchanged = _watch(tensors)
@@ -514,6 +520,19 @@ class _Members:
         self._columns = [*columns, numels, ordinals, _aligned(kinds, columns), groups, first]
         return self._columns
 
+    def _must_not_share(self, addresses: list[int], grads: list[Tensor]) -> None:
+        n = len(grads)
+        moved = self._addresses is None or (addresses[:n], addresses[2 * n :]) != (
+            self._addresses[:n],
+            self._addresses[2 * n :],
+        )
+        if moved or self._written is None:
+            self._written = memory.Written(self.params, self.exp_avgs, self.kahans, self.steps)
+            if any(True for _ in self._written.pairs()):
+                raise ValueError
+        if any(self._written.has(g) and not self._written.is_param(i, g) for i, g in enumerate(grads)):
+            raise ValueError
+
 
 def _watch(tensors: list[Tensor]) -> Callable[..., bool] | None:
     """A function of as many tensors: whether type, dtype, device, shape, strides and dispatch are those of these.
@@ -533,15 +552,9 @@ def _watch(tensors: list[Tensor]) -> Callable[..., bool] | None:
     return check
 
 
-def _plain(x: Tensor) -> bool:
-    """Memory is all there is to it: no subclass with ways of its own, no traced or functionalized tensor."""
-    keys, key = torch._C._dispatch_keys(x), torch._C.DispatchKey
-    return not any(map(keys.has, (key.Python, key.Functionalize, key.FuncTorchBatched, key.FuncTorchGradWrapper)))
-
-
 def _is_number(x: Tensor) -> bool:
     """Whether it is one real number, and nothing else."""
-    return _plain(x) and x.numel() == 1 and not x.is_complex() and x.dtype != torch.bool
+    return memory.plain(x) and x.numel() == 1 and not x.is_complex() and x.dtype != torch.bool
 
 
 def readable(value: Any) -> bool:
@@ -553,7 +566,7 @@ def readable(value: Any) -> bool:
 
 def _has_addresses(x: Tensor) -> bool:
     """Whether it is dense, has memory, and lies on a device where a pointer says where."""
-    placed = x.layout == torch.strided and x.device.type not in _WITHOUT_ADDRESSES and torch._C._has_storage(x)
+    placed = x.layout == torch.strided and x.device.type not in memory.WITHOUT_ADDRESSES and torch._C._has_storage(x)
     return placed and (x.numel() == 0 or x.untyped_storage().data_ptr() != 0)
 
 

@@ -1,0 +1,185 @@
+"""Tensors of a step that share memory: found, and then worked on one after the other.
+
+A pass works on all tensors at once. Where one tensor's memory is another's as well (weights tied through ``.data``,
+views of one buffer, one moment for two parameters), two threads would write the same elements. Such a step is defined
+as one that takes the tensors in order: each pass over the first of them, then over the next. :class:`InTurn` runs any
+backend's passes so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain, pairwise
+
+import torch
+from torch import Tensor
+
+from sofim_fused import checks
+from sofim_fused.backends import memory
+from sofim_fused.backends.protocol import (
+    Coefficients,
+    Decay,
+    GradientStep,
+    NativeOverlap,
+    NativeStep,
+    Passes,
+    Sums,
+    Tiles,
+)
+
+
+def apart(tiles: Tiles, passes: Passes) -> tuple[Tiles, Passes]:
+    """Make a step right whose tensors share memory; a step whose tensors do not gets back what it gave.
+
+    Two tensors count as sharing where their ranges of addresses overlap, even if their elements lie between each other:
+    to take them in turn is right in any case. Gradients may lie in each other's memory, and a gradient in that of its
+    own parameter, element by element. One that shares any other memory that the step writes is copied, so that the
+    step sees it as it was before.
+
+    Args:
+        tiles: the tensors of a step. Where they have no addresses, as in tracing, nothing is looked for.
+        passes: of a backend.
+
+    Returns:
+        The tensors, and the passes to call with them.
+
+    Raises:
+        ValueError: a parameter and its own state share elements, or a step count shares memory with anything; the
+            message names both. Nothing was changed.
+    """
+    if torch.compiler.is_compiling() or not _have_addresses(tiles):
+        return tiles, passes
+    written = memory.Written(tiles.params, tiles.exp_avgs, tiles.kahans, tiles.steps)
+    before = _last_shared(written, tiles)
+    shared = {*before, *before.values()}
+    copied = {
+        i: g.detach().clone()
+        for i, g in enumerate(tiles.grads)
+        if written.has(g) and (i in shared or not written.is_param(i, g))
+    }
+    if copied:
+        tiles = replace(tiles, grads=[copied.get(i, g) for i, g in enumerate(tiles.grads)])
+    if not before:
+        return tiles, passes
+    bounds = [0]
+    for i in range(len(tiles)):
+        if before.get(i, -1) >= bounds[-1]:
+            bounds.append(i)
+    return tiles, InTurn(passes, [*bounds, len(tiles)])
+
+
+class InTurn:
+    """The passes of a backend, over one run of tensors after the other.
+
+    See :class:`sofim_fused.backends.protocol.Passes`.
+
+    Args:
+        passes: the backend's.
+        bounds: where the runs begin, and where the last one ends: indices of tensors, from 0 to their number. No two
+            tensors of a run share memory.
+    """
+
+    def __init__(self, passes: Passes, bounds: Sequence[int]) -> None:
+        self.name = passes.name
+        self.emulated = passes.emulated
+        self._passes = passes
+        self._runs = [slice(begin, end) for begin, end in pairwise(bounds)]
+
+    def accumulate(self, tiles: Tiles, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
+        sums = []
+        for run in self._runs:
+            known = gradient_step and GradientStep(_part(gradient_step.weight, run), gradient_step.gradient[run])
+            sums.append(self._passes.accumulate(_tiles(tiles, run), _decay(decay, run), known))
+        mm, *others = (_joined(parts) for parts in zip(*sums, strict=True))
+        assert mm is not None
+        return Sums(mm, *others)
+
+    def apply(self, tiles: Tiles, coefficients: Coefficients) -> None:
+        for run in self._runs:
+            self._passes.apply(_tiles(tiles, run), _coefficients(coefficients, run))
+
+    def dots(self, tiles: Tiles, decay: Decay) -> Sums:
+        return self._passes.dots(tiles, decay)  # it writes nothing
+
+    def commit(self, tiles: Tiles, decay: Decay, coefficients: Coefficients) -> None:
+        for run in self._runs:
+            self._passes.commit(_tiles(tiles, run), _decay(decay, run), _coefficients(coefficients, run))
+
+    def native_step(self) -> NativeStep:
+        return lambda groups, state, grad_scale, found_inf: None
+
+    def native_overlap(self) -> NativeOverlap | None:
+        return None
+
+
+def _tiles(tiles: Tiles, run: slice) -> Tiles:
+    return Tiles(
+        tiles.device,
+        tiles.params[run],
+        tiles.grads[run],
+        tiles.exp_avgs[run],
+        tiles.kahans[run],
+        tiles.steps[run],
+        tiles.ordinals[run],
+    )
+
+
+def _decay(decay: Decay, run: slice) -> Decay:
+    weight = None if decay.weight is None else decay.weight[run]
+    return Decay(decay.moment[run], decay.gradient[run], weight, decay.cross)
+
+
+def _coefficients(all_of_them: Coefficients, run: slice) -> Coefficients:
+    return all_of_them._replace(
+        moment=all_of_them.moment[run],
+        weight=_part(all_of_them.weight, run),
+        gradient=_part(all_of_them.gradient, run),
+    )
+
+
+def _part(vector: Tensor | None, run: slice) -> Tensor | None:
+    return None if vector is None else vector[run]
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
+
+
+def _have_addresses(tiles: Tiles) -> bool:
+    kahans = (kahan for kahan in tiles.kahans if kahan is not None)
+    tensors = chain(tiles.params, tiles.grads, tiles.exp_avgs, kahans, tiles.steps)
+    return tiles.device.type not in memory.WITHOUT_ADDRESSES and memory.all_plain(tensors)
+
+
+def _last_shared(written: memory.Written, tiles: Tiles) -> dict[int, int]:
+    """For each tensor that shares memory with earlier ones, the last of these.
+
+    Raises:
+        ValueError: two roles of one parameter share elements, or a step count shares memory.
+    """
+    of: dict[str, Sequence[Tensor | None]] = {
+        "w": tiles.params,
+        "exp_avg": tiles.exp_avgs,
+        "kahan": tiles.kahans,
+        "step": tiles.steps,
+    }
+    before: dict[int, int] = {}
+    for one, other in written.pairs():
+        if one.tensor != other.tensor and "step" not in (one.role, other.role):
+            before[other.tensor] = max(before.get(other.tensor, -1), one.tensor)
+            continue
+        a, b = of[one.role][one.tensor], of[other.role][other.tensor]
+        assert a is not None
+        assert b is not None
+        if not memory.apart(a, b):
+            mine, theirs = (one, other) if other.role == "w" else (other, one)
+            raise checks.shared(
+                tiles.params[mine.tensor],
+                tiles.ordinals[mine.tensor],
+                mine.role,
+                tiles.ordinals[theirs.tensor],
+                theirs.role,
+            )
+    return before

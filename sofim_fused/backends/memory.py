@@ -1,0 +1,123 @@
+"""Where tensors lie in memory, and which of them share some."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from math import gcd
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WITHOUT_ADDRESSES = ("meta", "mps")
+"""Devices where a pointer does not say where an element is."""
+
+address: Callable[[Tensor], int] = torch._C.TensorBase.data_ptr
+"""Of the first element."""
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+
+def plain(x: Tensor) -> bool:
+    """Memory is all there is to it: no subclass with ways of its own, no traced or functionalized tensor."""
+    keys, key = torch._C._dispatch_keys(x), torch._C.DispatchKey
+    return not any(map(keys.has, (key.Python, key.Functionalize, key.FuncTorchBatched, key.FuncTorchGradWrapper)))
+
+
+def all_plain(tensors: Iterator[Tensor]) -> bool:
+    """Whether :func:`plain` holds for all, nearly always without asking."""
+    return all(type(x) in _PLAIN or plain(x) for x in tensors)
+
+
+def extent(x: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    if x.is_contiguous() or not x.numel():
+        return int(x.nbytes)
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return (reach + 1) * x.element_size()
+
+
+class Range(NamedTuple):
+    """Addresses of a tensor that a step writes.
+
+    Attributes:
+        begin: the first.
+        end: one past the last.
+        tensor: its index among the parameters of the step.
+        role: ``"w"``, ``"exp_avg"``, ``"kahan"`` or ``"step"``.
+    """
+
+    begin: int
+    end: int
+    tensor: int
+    role: str
+
+
+class Written:
+    """The memory that a step writes.
+
+    Args:
+        params, exp_avgs, kahans, steps: the tensors that it writes, index by index; ``None`` where there is none. They
+            have addresses (:func:`plain`, and no device of :data:`WITHOUT_ADDRESSES`).
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        kahans: Sequence[Tensor | None],
+        steps: Sequence[Tensor],
+    ) -> None:
+        self._params = params
+        found: list[tuple[int, int, int, str]] = []
+        for role, tensors in (("w", params), ("exp_avg", exp_avgs), ("kahan", kahans), ("step", steps)):
+            for i, x in enumerate(tensors):
+                if x is not None and (size := extent(x)):
+                    begin = address(x)
+                    found.append((begin, begin + size, i, role))
+        found.sort()
+        self._ranges = found
+        self._begins = [begin for begin, _, _, _ in found]
+        self._reach = list(accumulate((end for _, end, _, _ in found), max))
+
+    def pairs(self) -> Iterator[tuple[Range, Range]]:
+        """Those that overlap, of each pair the one of the earlier parameter first."""
+        if all(end <= begin for end, begin in zip(self._reach, self._begins[1:], strict=False)):
+            return
+        reaching: list[Range] = []
+        for here in map(Range._make, self._ranges):
+            reaching = [other for other in reaching if other.end > here.begin]
+            for other in reaching:
+                yield (here, other) if here.tensor < other.tensor else (other, here)
+            reaching.append(here)
+
+    def has(self, g: Tensor) -> bool:
+        """Whether a tensor's range of addresses overlaps any of these."""
+        begin, size = address(g), extent(g)
+        below = bisect_left(self._begins, begin + size)  # how many begin before its end
+        return size > 0 and below > 0 and self._reach[below - 1] > begin
+
+    def is_param(self, i: int, g: Tensor) -> bool:
+        """Whether a tensor has the memory of parameter ``i``, element by element."""
+        w = self._params[i]
+        return g is w or (address(g) == address(w) and g.dtype == w.dtype and g.stride() == w.stride())
+
+
+def apart(a: Tensor, b: Tensor) -> bool:
+    """Whether it is plain to see that no two elements share memory: those of one lie in gaps that the other leaves.
+
+    Seen from one stride, an element's address is a multiple of it and an offset. If the offsets of two tensors, modulo
+    the stride, are intervals that do not meet, neither do the tensors.
+    """
+    strides = [stride * x.element_size() for x in (a, b) for stride in x.stride() if stride > 0]
+    for modulus in {*strides, gcd(*strides)} - {0}:
+        widths = []
+        for x in (a, b):
+            steps = zip(x.shape, (stride * x.element_size() for stride in x.stride()), strict=True)
+            widths.append(x.element_size() + sum((size - 1) * step for size, step in steps if step % modulus))
+        ahead = (address(b) - address(a)) % modulus
+        if widths[0] <= ahead and ahead + widths[1] <= modulus:
+            return True
+    return False
