@@ -138,7 +138,7 @@ class Worker:
         if not self.gpu:
             shapes = miniature(shapes, self.scale, min(self.scale, 4))
         dtype: torch.dtype = getattr(torch, section.dtype)
-        wanted = compiled_providers() if section.compiled else providers(job["backends"], dtype)
+        wanted = compiled_providers() if section.compiled else providers(job["backends"], dtype, section.model)
         small = elements(shapes)
         wanted = [p for p in wanted if small <= p.largest and f"{section.title}: {p.name}" not in job["exclude"]]
         only, known = job.get("only") or [p.name for p in wanted], job.get("known", ())

@@ -12,7 +12,7 @@ import torch
 from bench import gpu, gpu_compare, gpu_earlier, gpu_outcomes
 from bench.gpu import Acceptance
 from bench.gpu_earlier import taken_over
-from bench.gpu_providers import BASELINE
+from bench.gpu_providers import BASELINE, Workload, providers, ready
 from bench.gpu_report import Record, Row, Section, markdown, verdicts
 from bench.gpu_worker import Worker
 from tests.test_gpu_bench import MARK, a_record, a_test_folder, acceptance, only, saved, timed
@@ -343,3 +343,22 @@ def test_two_packages_are_measured_in_turns(tmp_path: Path, capsys: pytest.Captu
     }
     assert [row["rounds"] for row in found["result"]] == [2] * 4
     assert "| lenet-5, float32, in cache | SOFIM reference | new |" in capsys.readouterr().out
+
+
+# Peers
+
+
+@pytest.mark.parametrize(("dtype", "moved", "own"), [(torch.float32, 28, 8), (torch.bfloat16, 14, 4)], ids=str)
+def test_adamw_is_timed_beside_some_models(dtype: torch.dtype, moved: int, own: int) -> None:
+    assert {p.kind for p in providers(["reference"], dtype)} == {
+        p.kind for p in providers(["reference"], dtype, "gpt2-small")
+    } - {"adamw"}
+    (adamw,) = [p for p in providers(["reference"], dtype, "gpt2-small") if p.kind == "adamw"]
+    assert (adamw.bytes_moved(dtype), adamw.own_size(dtype)) == (moved, own)
+    made = ready(adamw, Workload([(40, 3)], dtype, CPU, 1))
+    (optimizer,) = made.optimizers
+    assert type(optimizer) is torch.optim.AdamW
+    state = optimizer.state[optimizer.param_groups[0]["params"][0]]
+    assert sum(state[name].element_size() for name in ("exp_avg", "exp_avg_sq")) == own
+    made.call()
+    assert int(state["step"]) == 3
