@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from bench import gpu, gpu_compare, gpu_earlier, gpu_outcomes
 from bench.gpu import Acceptance
 from bench.gpu_earlier import taken_over
-from bench.gpu_providers import BASELINE, Workload, providers, ready
+from bench.gpu_providers import BASELINE, UnavailableError, Workload, providers, ready
 from bench.gpu_report import Record, Row, Section, markdown, verdicts
 from bench.gpu_worker import Worker
 from tests.test_gpu_bench import MARK, a_record, a_test_folder, acceptance, only, saved, timed
@@ -350,9 +352,10 @@ def test_two_packages_are_measured_in_turns(tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize(("dtype", "moved", "own"), [(torch.float32, 28, 8), (torch.bfloat16, 14, 4)], ids=str)
 def test_adamw_is_timed_beside_some_models(dtype: torch.dtype, moved: int, own: int) -> None:
-    assert {p.kind for p in providers(["reference"], dtype)} == {
-        p.kind for p in providers(["reference"], dtype, "gpt2-small")
-    } - {"adamw"}
+    kinds = [p.kind for p in providers(["reference"], dtype)]
+    more = {model: [p.kind for p in providers(["reference"], dtype, model)] for model in ("vit-b", "resnet-9")}
+    assert more["vit-b"] == kinds
+    assert sorted(more["resnet-9"]) == sorted([*kinds, "adamw"])
     (adamw,) = [p for p in providers(["reference"], dtype, "gpt2-small") if p.kind == "adamw"]
     assert (adamw.bytes_moved(dtype), adamw.own_size(dtype)) == (moved, own)
     made = ready(adamw, Workload([(40, 3)], dtype, CPU, 1))
@@ -362,3 +365,19 @@ def test_adamw_is_timed_beside_some_models(dtype: torch.dtype, moved: int, own: 
     assert sum(state[name].element_size() for name in ("exp_avg", "exp_avg_sq")) == own
     made.call()
     assert int(state["step"]) == 3
+
+
+def test_other_packages_are_timed_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Peer(torch.optim.SGD):
+        pass
+
+    work = Workload([(4, 3)], torch.float32, CPU, 1)
+    flash, other = [p for p in providers(["reference"], torch.float32, "gpt2-small") if p.peer]
+    module: Any = types.ModuleType("flashoptim")
+    module.FlashSGD = Peer
+    monkeypatch.setitem(sys.modules, "flashoptim", module)
+    monkeypatch.setitem(sys.modules, "optimi", None)
+    assert type(ready(flash, work).optimizers[0]) is Peer
+    assert flash.bytes_moved(torch.float32) is None
+    with pytest.raises(UnavailableError, match="optimi cannot be imported"):
+        ready(other, work)
