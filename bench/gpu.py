@@ -440,7 +440,7 @@ class Acceptance:
 
     def tests_first(self, seconds: float) -> None:
         """Run those tests that are marked gpu in the files that are to come first."""
-        self._test(sorted(self.options.tests_first), seconds)
+        self._test(sorted(self.options.tests_first), seconds, needed=False)
 
     def tests(self, seconds: float) -> None:
         """Run the tests that are marked gpu."""
@@ -455,7 +455,8 @@ class Acceptance:
             return
         self._test(files, seconds)
 
-    def _test(self, files: Sequence[Path], seconds: float) -> None:
+    def _test(self, files: Sequence[Path], seconds: float, needed: bool = True) -> None:
+        """Run the marked tests of some files; of those that are ``needed``, one has to pass."""
         # -v in the place of -q: what was done before the time ran out can be counted.
         command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-m", "gpu", "-p", "no:cacheprovider"]
         command += ["-p", gpu_outcomes.__name__, *plugins(os.cpu_count() or 1, seconds)]
@@ -489,7 +490,7 @@ class Acceptance:
         counts = {name.rstrip("s"): int(n) for n, name in OUTCOMES.findall(tail(done.text, 1))}
         summary = (", ".join(f"{n} {name}" for name, n in counts.items()) or "no summary") + known_before
         if done.code in (0, NO_TESTS) and not counts.get("passed") and not before:
-            self._tested(f"no tests ran ({summary})", counts, wrong=self.gpu)
+            self._tested(f"no tests ran ({summary})", counts, wrong=self.gpu and needed)
         elif done.code not in (0, NO_TESTS):
             say(tail(done.text, 40))
             self._tested(f"{summary} (exit status {done.code})", counts, wrong=True)

@@ -243,6 +243,12 @@ def test_some_files_come_first_and_their_failures_stay(tmp_path: Path, monkeypat
     assert set(saved(tmp_path)["slow_tests"]) == {*found["passed"], *found["failed"]}
 
 
+def test_files_that_come_first_may_have_nothing_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = a_test_folder(tmp_path, "def test_a(): pass")
+    made = acceptance(tmp_path, "--tests-first", str(folder / "test_some.py"))
+    assert only(made, monkeypatch, "tests that come first") == 0
+
+
 def test_a_failure_is_one_whatever_is_said_later(tmp_path: Path) -> None:
     path = tmp_path / "outcomes"
     lines = [["a", "failed", 1.0], ["a", "passed", 2.0], ["b", "passed", 3.0], ["b", "failed", 0.1]]
