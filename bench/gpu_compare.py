@@ -21,7 +21,7 @@ from typing import Any
 
 from bench.gpu import say
 from bench.gpu_processes import ROOT, Hang, Workers
-from bench.gpu_report import IN_CACHE, Row, Section, table
+from bench.gpu_report import Row, Section, table
 from bench.shapes import GPU_MODELS
 
 MEASURED = ("median", "device", "host")
@@ -34,6 +34,10 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--models", nargs="+", choices=list(GPU_MODELS), default=["1000x1K", "lenet-5"], metavar="MODEL"
     )
+    parser.add_argument(
+        "--cached", nargs="+", choices=list(GPU_MODELS), default=["1000x1K", "lenet-5"], metavar="MODEL",
+        help="with one set of tensors, which the cache holds; others come from memory",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--providers", nargs="+", default=["SOFIM cuda", "SOFIM cuda, guarded"], metavar="NAME")
     parser.add_argument("--backends", nargs="+", default=["cuda"], metavar="NAME")
@@ -106,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         paths = [str(Path(folder).resolve()), str(ROOT)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
         workers[name] = Workers(options.device, options.scale, environment)
-    sections = [Section(model, options.dtype, cached=model in IN_CACHE) for model in options.models]
+    sections = [Section(model, options.dtype, cached=model in options.cached) for model in options.models]
     rows: list[Row] = []
     problems: list[str] = []
     try:
