@@ -6,6 +6,9 @@ Takes a fixed time at most, the cheapest and most telling first, and writes benc
 after every row. The exit code is 1 after a wrong result, a failed test, an exception or a hang in a step of this
 package, or a finding of compute-sanitizer, and 2 where there is no GPU; a missed speed target changes nothing. With
 ``--device cpu`` everything that can be is exercised on the CPU, on miniature models, Triton in its interpreter.
+
+Where one run has not enough time, another goes on: ``--continue`` takes the first one's .json, leaves out what is known
+there and adds to it. ``--prebuilt`` takes native parts that were compiled elsewhere.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -27,10 +31,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from bench import gpu_earlier, gpu_outcomes
 from bench.gpu_processes import ROOT, Hang, Output, Workers, run, tail
 from bench.gpu_report import DONE, FAILED, PENDING, Record, Row, Section, slug
 from bench.shapes import GPU_MODELS
 
+PACKAGE = ROOT / "sofim_fused"
 RESULTS = ROOT / "bench" / "results"
 GRACE = 5.0  # seconds at the end of the budget for the last results
 MARKED = re.compile(r"\bmark\.gpu\b")
@@ -38,6 +44,7 @@ OUTCOMES = re.compile(r"(\d+) (passed|failed|errors?|skipped|xfailed|xpassed|des
 FINISHED = re.compile(r" (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
 NO_TESTS = 5  # pytest's exit code
+SLOWEST = 20  # tests whose times are kept, to plan the next run by
 CPU_SWITCH, CUDA_SWITCH, ARCHITECTURES = "SOFIM_BUILD_CPU", "SOFIM_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST"
 INSTRUCTION_SETS = "SOFIM_INSTRUCTION_SETS"
 
@@ -118,10 +125,16 @@ class Acceptance:
         record: takes the results.
         budget: the time.
         environment: of all processes.
+        earlier: what is known before.
     """
 
     def __init__(
-        self, options: argparse.Namespace, record: Record, budget: Budget, environment: dict[str, str]
+        self,
+        options: argparse.Namespace,
+        record: Record,
+        budget: Budget,
+        environment: dict[str, str],
+        earlier: gpu_earlier.Earlier = gpu_earlier.NOTHING,
     ) -> None:
         self.options = options
         self.record = record
@@ -130,6 +143,8 @@ class Acceptance:
         self.gpu = options.device == "cuda"
         self.workers = Workers(options.device, options.scale, environment)
         self.backends: list[str] = []
+        self.earlier = earlier
+        self._passed, self._failed = set(earlier.passed), set(earlier.failed)  # tests, by id
         self._watching: dict[tuple[str, str], Future[Output]] = {}  # sanitizers at work, by tool and backend
         self._outcome = DONE  # of the step that is being done
 
@@ -146,24 +161,32 @@ class Acceptance:
             return Step(f"training: {name}", 6, lambda seconds: self.train(name, seconds))
 
         def parts(name: str, *steps: Step) -> Sequence[Step]:
-            return steps if name in self.options.parts else ()
+            chosen = steps if name in self.options.parts else ()
+            return [step for step in chosen if step.name not in self.earlier.steps]
 
+        early, late = FIRST, [*SECOND, *THIRD, *COMPILED]
+        if self.earlier.data:  # the most telling times are known: first come the tests
+            early, late = [], [*FIRST, *late]
+        urgent = [Step("tests that come first", 60, self.tests_first)] if self.options.tests_first else []
         return [
             *([] if self.options.no_install else [Step("install", 150, self.install)]),
             Step("info", 4, self.info),
             Step("backends", 4, self.find_backends),
             *parts("smoke", Step("smoke", 35, self.smoke)),
-            *parts("timing", Step("copy bandwidth", 2, self.copy), *sections(FIRST, 10)),
+            *parts("tests", *urgent),
+            *parts("timing", Step("copy bandwidth", 2, self.copy), *sections(early, 10)),
             *parts("tests", Step("tests", 150, self.tests)),
             *parts("sanitizers", *map(sanitizer, TOOLS)),
             *parts("training", *map(training, TRAINED)),
-            *parts("timing", *sections([*SECOND, *THIRD, *COMPILED], 5)),
+            *parts("timing", *sections(late, 5)),
         ]
 
     def run(self) -> int:
         """Do one step after the other; return the exit code."""
         steps = self.steps()
         self.record.plan([step.name for step in steps])
+        for note in self.earlier.notes:
+            self.note(note)
         try:
             for index, step in enumerate(steps):
                 if self.budget.left() <= 0:
@@ -216,6 +239,9 @@ class Acceptance:
 
     def install(self, seconds: float) -> None:
         """Install the package in place, with as much of its native parts as can be had in the time."""
+        if self.options.prebuilt is not None:
+            self._take_prebuilt(self.options.prebuilt)
+            return
         pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", "."]
         builds = self._builds()
         left = time.monotonic() + seconds
@@ -237,6 +263,14 @@ class Acceptance:
         how = "with" if done.code == 0 else "without"
         self.record.data["install"] = f"PYTHONPATH, {how} setup.py build_ext --inplace"
         self.note(f"the package is not installed but used from its folder (PYTHONPATH), {how} what setup.py builds")
+
+    def _take_prebuilt(self, folder: Path) -> None:
+        """Put native parts that were compiled elsewhere in the place of those that are here."""
+        for file in [*PACKAGE.glob("*.so"), PACKAGE / gpu_earlier.BUILD]:
+            file.unlink(missing_ok=True)
+        for file in [*folder.glob("*.so"), folder / gpu_earlier.BUILD]:
+            shutil.copy2(file, PACKAGE)
+        self.record.data["install"] = "PYTHONPATH, native parts compiled elsewhere"
 
     def _builds(self) -> list[dict[str, str]]:
         """What to build, as setup.py reads it from the environment; what to do without, if that does not work."""
@@ -270,6 +304,8 @@ class Acceptance:
         self.backends = [name for name, state in self.record.data["backends"].items() if state == "ok"]
         if self.gpu and not self._native():
             self.failed("backends", "no native backend runs on the GPU")
+        if self.options.prebuilt is not None and "cuda" not in self.backends and self.gpu:
+            self.failed("backends", f"the prebuilt CUDA part is not in use: {self.record.data['backends'].get('cuda')}")
         for name in FOR_GPUS:
             if self.gpu and name not in self.backends:
                 self.note(f"the backend {name} is not in this run: {self.record.data['backends'].get(name)}")
@@ -314,7 +350,7 @@ class Acceptance:
         """Time whole training steps."""
         job = {"kind": "training", "model": name, "backends": self.backends, "seconds": 4.0 if self.gpu else 0.5}
         for row in self._job(job, f"training: {name}", seconds):
-            self.record.add("training", row, "model", "provider")
+            self.record.add("training", {"run": self.record.run, **row}, "model", "provider")
             say(f"  {row['provider']}: {row['median'] * 1e3:.3f} ms, {row['ratio']:.3f} of SGD fused")
 
     def _section(self, weight: float, section: Section) -> Step:
@@ -323,6 +359,8 @@ class Acceptance:
                 "kind": "timing",
                 "section": section._asdict(),
                 "backends": self.backends,
+                "only": self.options.providers,
+                "known": self.earlier.providers.get(section.title, []),
                 "seconds": 4.0 if self.gpu else 0.5,
             }
             reached: set[str] = set()
@@ -331,7 +369,7 @@ class Acceptance:
                     self.note(row["note"])
                 elif row["status"] != PENDING or row["provider"] not in reached:
                     reached.add(row["provider"])
-                    self.record.add("timing", row, "section", "provider")
+                    self.record.add("timing", {"run": self.record.run, **row}, "section", "provider", "run")
                     self._see_timing(row)
 
         return Step(section.title, weight, measure)
@@ -400,6 +438,10 @@ class Acceptance:
             exclude.append(hang.doing)
             yield row
 
+    def tests_first(self, seconds: float) -> None:
+        """Run those tests that are marked gpu in the files that are to come first."""
+        self._test(sorted(self.options.tests_first), seconds, needed=False)
+
     def tests(self, seconds: float) -> None:
         """Run the tests that are marked gpu."""
         started = time.monotonic()
@@ -411,9 +453,13 @@ class Acceptance:
         if not files:
             self._tested("no test is marked gpu", {}, wrong=self.gpu)
             return
+        self._test(files, seconds)
+
+    def _test(self, files: Sequence[Path], seconds: float, needed: bool = True) -> None:
+        """Run the marked tests of some files; of those that are ``needed``, one has to pass."""
         # -v in the place of -q: what was done before the time ran out can be counted.
         command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-m", "gpu", "-p", "no:cacheprovider"]
-        command += plugins(os.cpu_count() or 1, seconds)
+        command += ["-p", gpu_outcomes.__name__, *plugins(os.cpu_count() or 1, seconds)]
         counted: dict[str, int] = {}
 
         def see(line: str) -> None:
@@ -422,28 +468,45 @@ class Acceptance:
             if re.search(r" (FAILED|ERROR)\b|^(E  |FAILED|ERROR)", line):
                 say_more(line)
 
-        done = run([*command, *map(str, files)], seconds, self.environment, see)
+        before = len(self._passed)
+        with tempfile.TemporaryDirectory() as folder:
+            known, outcomes = Path(folder, "known"), Path(folder, "outcomes")
+            known.write_text("\n".join(sorted(self._passed)), encoding="utf-8")
+            environment = {**self.environment, gpu_outcomes.KNOWN: str(known), gpu_outcomes.OUTCOMES: str(outcomes)}
+            done = run([*command, *map(str, files)], seconds, environment, see)
+            found = gpu_outcomes.read(outcomes)
+        for name, (outcome, _) in found.items():
+            {"passed": self._passed, "failed": self._failed}.get(outcome, set()).add(name)
+            if outcome == "passed":
+                self._failed.discard(name)
+        slow = sorted(found, key=lambda name: -found[name][1])[:SLOWEST]
+        self.record.data["slow_tests"] = {name: found[name][1] for name in slow}
+        known_before = f"; {before} more passed before" if before else ""
         if done.code is None:
             last = next((line for line in reversed(done.text.splitlines()) if "::" in line), "the start")
-            self._tested(f"not finished within {seconds:.0f} s, at {last.split()[0]}", counted, wrong=True)
+            summary = f"not finished within {seconds:.0f} s, at {_test_of(last)}{known_before}"
+            self._tested(summary, counted, wrong=True)
             return
         counts = {name.rstrip("s"): int(n) for n, name in OUTCOMES.findall(tail(done.text, 1))}
-        summary = ", ".join(f"{n} {name}" for name, n in counts.items()) or "no summary"
-        if done.code == NO_TESTS or (done.code == 0 and not counts.get("passed")):
-            self._tested(f"no tests ran ({summary})", counts, wrong=self.gpu)
-        elif done.code != 0:
+        summary = (", ".join(f"{n} {name}" for name, n in counts.items()) or "no summary") + known_before
+        if done.code in (0, NO_TESTS) and not counts.get("passed") and not before:
+            self._tested(f"no tests ran ({summary})", counts, wrong=self.gpu and needed)
+        elif done.code not in (0, NO_TESTS):
             say(tail(done.text, 40))
             self._tested(f"{summary} (exit status {done.code})", counts, wrong=True)
         else:
             self._tested(summary, counts, wrong=False)
 
     def _tested(self, summary: str, counts: dict[str, int], wrong: bool) -> None:
-        self.record.data["tests"] = {"summary": summary, "counts": counts}
+        named = {"passed": sorted(self._passed), "failed": sorted(self._failed)}
+        self.record.data["tests"] = {"summary": summary, "counts": counts, **named}
         say(f"  {summary}")
         if wrong:
             self.failed("tests", summary)
-        elif not counts.get("passed"):
+        elif not self._passed:
             self.note(f"tests: {summary}; they need a GPU")
+        if self._failed and not wrong:
+            self.failed("tests", f"{len(self._failed)} failed before, and not run anew: {', '.join(named['failed'])}")
         self.record.save()
 
     def sanitize(self, tool: str, seconds: float) -> None:
@@ -530,6 +593,12 @@ def plugins(cores: int, seconds: float) -> list[str]:
         if importlib.util.find_spec("pytest_timeout"):  # a kernel that never ends is one failure, of one worker
             found += ["--timeout", str(max(10, int(seconds / 2))), "--timeout-method", "thread"]
     return found
+
+
+def _test_of(line: str) -> str:
+    """The test that a line of pytest's is about, as its -v has it with pytest-xdist and without."""
+    words = re.sub(r"^\[gw\d+\]( \[ *\d+%\])? [A-Z]+ |^scheduling tests.*", "", line)
+    return FINISHED.split(words)[0].strip()
 
 
 def find_tests(folder: Path, seconds: float, environment: dict[str, str]) -> tuple[list[Path], list[str]]:
@@ -637,12 +706,36 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--scale", type=int, default=16, help="with --device cpu: how large a model is at most")
     parser.add_argument("--output", type=Path, help="the JSON file; the Markdown goes beside it")
+    parser.add_argument(
+        "--tests-first", type=Path, nargs="+", default=[], metavar="FILE", help="of those tests, that run before others"
+    )
+    parser.add_argument(
+        "--continue", dest="earlier", type=Path, metavar="FILE",
+        help="the .json of an earlier run: do what has no result there, and add to it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prebuilt", type=Path, metavar="FOLDER",
+        help="with native parts that were compiled for this machine elsewhere (the .so files and _build.json)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--providers", nargs="+", default=[], metavar="NAME", help="to time, as in the tables (default: all)"
+    )
     parser.add_argument("--tests", type=Path, default=ROOT / "tests", help="the folder of the tests marked gpu")
     parser.add_argument(
         "--sanitizer-target", action="store_true", help="take a few steps for compute-sanitizer to watch"
     )
     parser.add_argument("--backend", action="append", default=[], help="of the steps to watch")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if (folder := options.prebuilt) is not None:
+        missing = [name for name in gpu_earlier.NATIVE if not list(folder.glob(name))]
+        if missing:
+            parser.error(f"--prebuilt {folder}: {' and '.join(missing)} not there; compile them with setup.py build")
+        if options.no_install:
+            parser.error("--prebuilt is a way to install: leave out --no-install")
+    for file in options.tests_first:
+        if not file.is_file():
+            parser.error(f"--tests-first {file}: there is no such file")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -655,6 +748,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(TARGET_DONE)
         return 0
     budget = Budget(options.budget)
+    try:
+        before = None if options.earlier is None else gpu_earlier.read(options.earlier)
+    except ValueError as error:
+        say(f"--continue: {error}")
+        return 2
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     if options.device == "cpu":
@@ -675,9 +773,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "date": datetime.date.today().isoformat(),
         "device": device,
         "budget": options.budget,
+        "code": gpu_earlier.code_of(ROOT),
     }
-    record = Record(path, [Path(out)] if out else [], head)
-    code = Acceptance(options, record, budget, environment).run()
+    earlier = gpu_earlier.NOTHING if before is None else gpu_earlier.taken_over(before, device, head["code"])
+    record = Record(path, [Path(out)] if out else [], head, earlier.data)
+    code = Acceptance(options, record, budget, environment, earlier).run()
     record.data["exit_code"] = code
     record.save()
     say(f"Written to {path.name} and {path.with_suffix('.md').name}; exit code {code}")

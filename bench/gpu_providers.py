@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from bench.shapes import Shape, elements
 from sofim_fused import SOFIM
@@ -24,6 +24,10 @@ BASELINE = "SGD fused"
 # In both, about the same step, and small enough that weights stay finite over any number of steps.
 OURS: Mapping[str, Any] = {"lr": 1e-2, "momentum": 0.9, "rho": 1.0}
 SGDS: Mapping[str, Any] = {"lr": 1e-3, "momentum": 0.9}
+ADAMW: Mapping[str, Any] = {"lr": 1e-6, "fused": True}  # each of its steps is about a learning rate
+BESIDE_ADAMW = ("resnet-9", "gpt2-small")  # models that are timed with AdamW as well
+BESIDE_PEERS = ("gpt2-small",)  # and with the momentum SGD of other packages, where these are installed
+PEERS = {"FlashSGD": "flashoptim:FlashSGD", "optimi SGD": "optimi:SGD"}
 MAX_GRAD_NORM = 0.1  # below the gradients' norm of every model, so that clipping is at work
 GUARD: Mapping[str, Any] = {"max_grad_norm": MAX_GRAD_NORM, "skip_nonfinite": True}
 SMALL = 2_000_000  # elements; beyond, the reference would take most of the time
@@ -45,12 +49,13 @@ class Provider:
         name: in tables.
         kind: what targets call it.
         options: the optimizer's arguments.
-        backend: of SOFIM; ``None``: the optimizer is SGD.
+        backend: of SOFIM; ``None``: the optimizer is PyTorch's, AdamW for that kind, else SGD.
         form: a call of ``step``, the second pass alone, a replayed CUDA graph of a step, or a step under
             ``torch.compile``.
         clip: ``clip_grad_norm_`` before the step.
         one_launch: what the backend's ``SINGLE_LAUNCH`` is set to; ``None``: left alone.
         largest: elements up to which it is worth its time.
+        peer: another package's optimizer, "module:class"; what it moves is not counted.
     """
 
     name: str
@@ -61,6 +66,7 @@ class Provider:
     clip: bool = False
     one_launch: bool | None = None
     largest: float = math.inf
+    peer: str = ""
 
     @property
     def ours(self) -> bool:
@@ -70,7 +76,7 @@ class Provider:
     def moment_size(self, dtype: torch.dtype) -> int:
         """Bytes of the moment per parameter of ``dtype``."""
         if not self.ours:
-            return dtype.itemsize
+            return dtype.itemsize * (2 if self.kind == "adamw" else 1)  # AdamW's two moments
         chosen: torch.dtype = self.options.get("state_dtype") or torch.promote_types(dtype, torch.float32)
         return chosen.itemsize
 
@@ -85,6 +91,10 @@ class Provider:
     def bytes_moved(self, dtype: torch.dtype) -> int | None:
         """Bytes that its sweeps read and write per parameter (docs/method.md); ``None``: not counted."""
         w, m, kept = dtype.itemsize, self.moment_size(dtype), self.kahan_size(dtype)
+        if self.peer:
+            return None
+        if self.kind == "adamw":
+            return 7 * w  # reads a gradient, reads and writes two moments and a weight
         if not self.ours:
             # A fused or compiled step is a single sweep; foreach is three, two that update the moment, one the weight.
             sweeps = 5 * w if self.options.get("fused") or self.form == "compile" else 8 * w
@@ -101,19 +111,23 @@ class Provider:
         return first + second
 
 
-def providers(backends: Sequence[str], dtype: torch.dtype) -> list[Provider]:
+def providers(backends: Sequence[str], dtype: torch.dtype, model: str = "") -> list[Provider]:
     """What is compared for parameters of ``dtype``, the most telling first.
 
     Args:
         backends: names of SOFIM's backends that run on the device; the reference among them is timed on small models.
         dtype: of parameters and gradients.
+        model: its name; some are timed with AdamW and with other packages as well.
     """
     native = [name for name in backends if name != "reference"]
     found = [
         Provider(BASELINE, "sgd", {**SGDS, "fused": True}),
         *(_sofim(name, "plain") for name in native),
         Provider(f"{BASELINE}, clip_grad_norm_", "clipped sgd", {**SGDS, "fused": True}, clip=True),
+        *([Provider("AdamW fused", "adamw", ADAMW)] if model in BESIDE_ADAMW else []),
     ]
+    if model in BESIDE_PEERS:
+        found += [Provider(name, "peer", SGDS, peer=peer) for name, peer in PEERS.items()]
     wide = dtype.itemsize > 2
 
     def each(kind: str, **arguments: Any) -> list[Provider]:
@@ -293,8 +307,15 @@ def ready(provider: Provider, work: Workload, alive: Callable[[], object] = lamb
 
 
 def _optimizer(provider: Provider, params: list[Tensor]) -> Optimizer:
+    if provider.peer:
+        module, _, name = provider.peer.partition(":")
+        try:
+            made: Optimizer = getattr(importlib.import_module(module), name)(params, **provider.options)
+        except ImportError as error:
+            raise UnavailableError(f"{module} cannot be imported ({error})") from None
+        return made
     if not provider.ours:
-        return SGD(params, **provider.options)
+        return (AdamW if provider.kind == "adamw" else SGD)(params, **provider.options)
     try:
         return SOFIM(params, **provider.options)
     except ValueError as error:

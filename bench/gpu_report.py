@@ -146,7 +146,13 @@ def _value(target: Target, row: Row, rows: Sequence[Row]) -> float | None:
     if value is None or target.beside is None:
         return value
     divisor = next(
-        (other.get("ratio") for other in rows if other["section"] == row["section"] and other["kind"] == target.beside),
+        (
+            other["ratio"]
+            for other in sorted(
+                rows, key=lambda other: other.get("run", 1) != row.get("run", 1)
+            )  # best of the same run
+            if other["section"] == row["section"] and other["kind"] == target.beside and other.get("ratio")
+        ),
         None,
     )
     return value / divisor if divisor else None
@@ -162,10 +168,11 @@ class Record:
     Args:
         path: of the JSON file; the Markdown goes beside it.
         copies: folders that get the same two files.
-        head: command, date, device.
+        head: command, date, device, code.
+        earlier: what is taken over from earlier runs.
     """
 
-    def __init__(self, path: Path, copies: Sequence[Path], head: Row) -> None:
+    def __init__(self, path: Path, copies: Sequence[Path], head: Row, earlier: Row | None = None) -> None:
         self._paths = [path, *(folder / path.name for folder in copies)]
         self.data: Row = {
             **head,
@@ -182,7 +189,10 @@ class Record:
             "sanitizer": {},
             "targets": [],
             "not_reached": [],
+            **(earlier or {}),
         }
+        self.data["runs"] = [*self.data.get("runs", ()), {}]
+        self.run = len(self.data["runs"])  # the number of this one; rows have theirs
 
     @property
     def failed(self) -> bool:
@@ -226,6 +236,8 @@ class Record:
         data = self.data
         data["targets"] = verdicts(data["timing"], judged=data["device"]["type"] == "cuda")
         data["not_reached"] = not_reached(data)
+        about = ("command", "date", "code", "budget", "elapsed", "copy_gb_per_s")
+        data["runs"][-1] = {key: data.get(key) for key in about}
         text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         document = markdown(data)
         for path in self._paths:
@@ -289,6 +301,7 @@ TIMING: Mapping[str, Callable[[Row], str]] = {
     "B/param.": lambda row: _optional(row, "bytes_per_parameter", "{:.0f}".format),
     "GB/s": lambda row: _optional(row, "gb_per_s", "{:.0f}".format),
     "of copy": lambda row: _optional(row, "share", "{:.0%}".format),
+    "run": lambda row: str(row.get("run", 1)),
     "sets": lambda row: str(row["sets"]),
     "rounds": lambda row: _optional(row, "rounds", "{:.0f}".format),
 }
@@ -305,6 +318,7 @@ TRAINING: Mapping[str, Callable[[Row], str]] = {
     "training step, ms [20 %, 80 %]": _interval,
     "/ SGD fused": lambda row: f"{row['ratio']:.3f}",
     "host, ms": lambda row: _digits(row["host"] * 1e3),
+    "run": lambda row: str(row.get("run", 1)),
     "rounds": lambda row: str(row["rounds"]),
 }
 VERDICTS: Mapping[str, Callable[[Row], str]] = {
@@ -324,6 +338,9 @@ LEGEND = (
     " together exceed the L2 cache four times. In cache: one set."
 )
 
+RUNS_LEGEND = (
+    "Several runs on such a device, each of which went on where the one before had ended; rows say of which they are:"
+)
 TRAINING_LEGEND = (
     "`zero_grad`, forward, backward and `step` on one batch, each optimizer with a copy of the same network; that the"
     " first losses agree is checked. Timed as steps are below."
@@ -349,6 +366,11 @@ def _items(entries: Sequence[str]) -> str:
     return "\n".join(f"- {_cell(entry)}" for entry in entries)
 
 
+def _run(number: int, run: Row) -> str:
+    copied = "" if run["copy_gb_per_s"] is None else f", copy {run['copy_gb_per_s']:.0f} GB/s"
+    return f"{number}: `{run['command']}`, {run['date']}, code {run['code'] or 'before it was noted'}{copied}"
+
+
 def markdown(data: Row) -> str:
     """The record as a document."""
     device = data["device"]
@@ -356,6 +378,13 @@ def markdown(data: Row) -> str:
     more = ", ".join(f"{name} {value}" for name, value in device["more"].items())
     about = f"`{data['command']}`: {device['name']}; {versions}; {more + '; ' if more else ''}{data['date']}."
     blocks = ["# GPU acceptance run", _filled(about)]
+    several = len(data.get("runs", ())) > 1
+    if several:
+        blocks += [RUNS_LEGEND, _items([_run(number, run) for number, run in enumerate(data["runs"], 1)])]
+
+    def shown(columns: Mapping[str, Callable[[Row], str]]) -> Mapping[str, Callable[[Row], str]]:
+        return columns if several else {name: show for name, show in columns.items() if name != "run"}
+
     if data["copy_gb_per_s"]:
         blocks.append(
             f"Copy bandwidth: {data['copy_gb_per_s']:.0f} GB/s. L2 cache: {device['l2_bytes'] / 2**20:.0f} MiB."
@@ -376,8 +405,8 @@ def markdown(data: Row) -> str:
     if data["smoke"]:
         blocks.append(table(SMOKE, data["smoke"]))
     if data["training"]:
-        blocks += ["## Training steps", _filled(TRAINING_LEGEND), table(TRAINING, data["training"])]
+        blocks += ["## Training steps", _filled(TRAINING_LEGEND), table(shown(TRAINING), data["training"])]
     blocks += ["## Timing", _filled(LEGEND)]
     for title in dict.fromkeys(row["table"] for row in data["timing"]):
-        blocks += [f"### {title}", table(TIMING, [row for row in data["timing"] if row["table"] == title])]
+        blocks += [f"### {title}", table(shown(TIMING), [row for row in data["timing"] if row["table"] == title])]
     return "\n\n".join(blocks) + "\n"

@@ -138,9 +138,14 @@ class Worker:
         if not self.gpu:
             shapes = miniature(shapes, self.scale, min(self.scale, 4))
         dtype: torch.dtype = getattr(torch, section.dtype)
-        wanted = compiled_providers() if section.compiled else providers(job["backends"], dtype)
+        wanted = compiled_providers() if section.compiled else providers(job["backends"], dtype, section.model)
         small = elements(shapes)
         wanted = [p for p in wanted if small <= p.largest and f"{section.title}: {p.name}" not in job["exclude"]]
+        only, known = job.get("only") or [p.name for p in wanted], job.get("known", ())
+        new = [p for p in wanted if p.name == BASELINE or (p.name in only and p.name not in known)]
+        if len(wanted) > 1 and [p.name for p in new] == [BASELINE]:
+            return  # it is timed beside others alone
+        wanted = new
         set_bytes = small * (2 * dtype.itemsize + min(p.moment_size(dtype) for p in wanted))
         available = self._free() * 8 // 10 if self.gpu else HOST_MEMORY
         if section.cached:
