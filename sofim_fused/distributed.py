@@ -18,7 +18,17 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Shards", "device_of", "groups_of", "is_sharded", "local", "on_one_mesh", "placed_as", "written"]
+__all__ = [
+    "Shards",
+    "device_of",
+    "groups_of",
+    "is_sharded",
+    "local",
+    "on_one_mesh",
+    "placed_as",
+    "placement",
+    "written",
+]
 
 Groups = tuple["ProcessGroup", ...]
 
@@ -55,6 +65,13 @@ def groups_of(param: Tensor) -> Groups:
     placements: Any = param.placements  # type: ignore[attr-defined]
     axes = [axis for axis, place in enumerate(placements) if not place.is_replicate() and mesh.size(axis) > 1]
     return tuple(mesh.get_group(axis) for axis in axes)
+
+
+def placement(param: Tensor) -> tuple[object, ...]:
+    """Where a parameter lies; equal for the same parameter as long as that is the same. It does not keep it alive."""
+    if not is_sharded(param):
+        return id(param), param.device
+    return id(param), param.device, param.device_mesh, param.placements  # type: ignore[attr-defined]
 
 
 def placed_as(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:

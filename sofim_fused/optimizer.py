@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
 
 from sofim_fused import backends, checks, schedule, sgd, tiles
 from sofim_fused.backends import NativeStep, Passes
-from sofim_fused.distributed import Shards, device_of, groups_of, written
+from sofim_fused.distributed import Shards, device_of, groups_of, placement, written
 from sofim_fused.overlap import Overlap, check_unwatched
 from sofim_fused.scalars import Scalars
 
@@ -173,6 +173,7 @@ class SOFIM(Optimizer):
         checks.shard_group(shard_group, self._in_backward)
         self._shard_group = shard_group
         self._spread: Shards | Literal[False] | None = None
+        self._placed: list[tuple[object, ...]] | None = None
         self._overlap: Overlap | None = None
         self._passes_of: dict[torch.device, Passes] = {}
         self._scalars_of: dict[torch.device, Scalars] = {}
@@ -250,12 +251,9 @@ class SOFIM(Optimizer):
             return loss
         outcome = None
         if not torch.compiler.is_compiling():
-            native_step = self._native_step()
-            if self._may_not_capture and backends.capturing():
-                raise RuntimeError("a step is captured in a CUDA graph: make the optimizer with capturable=True")
-            outcome = native_step(
-                self.param_groups, self.state, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-            )
+            outcome = self._in_one_call()
+            if outcome is None and self.look_again():
+                outcome = self._in_one_call()
         if outcome is None:
             self._step_by_passes()
         elif outcome is not True:
@@ -285,10 +283,20 @@ class SOFIM(Optimizer):
 
         return step
 
+    def _in_one_call(self) -> tuple[Tensor, bool | Tensor] | Literal[True] | None:
+        """A step as :data:`NativeStep` takes it."""
+        native_step = self._native_step()
+        if self._may_not_capture and backends.capturing():
+            raise RuntimeError("a step is captured in a CUDA graph: make the optimizer with capturable=True")
+        return native_step(
+            self.param_groups, self.state, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        )
+
     def _native_step(self) -> NativeStep:
         """The step in one call of the first parameter's device; a model on several devices it leaves to the passes."""
         if self._step_in_one_call is None:
             device = self._first_device()
+            self.look_again()
             self._step_in_one_call = _no_native_step if self._shards() else self._passes_for(device).native_step()
             self._may_not_capture = device.type == "cuda" and not self._capturable
         return self._step_in_one_call
@@ -359,6 +367,24 @@ class SOFIM(Optimizer):
             else:
                 self._spread = False
         return self._spread
+
+    def look_again(self) -> bool:
+        """Forget what was found out about where parameters lie, if they are others now or lie elsewhere.
+
+        After ``fully_shard()``, for one, users put ``DTensor``s into the groups. A native step needs no such look: it
+        leaves to Python whatever does not lie as it did.
+
+        Returns:
+            Whether there was something to forget.
+        """
+        placed = [placement(param) for group in self.param_groups for param in group["params"]]
+        before, self._placed = self._placed, placed
+        if placed == before:
+            return False
+        self._spread = None
+        if before is not None:
+            self._step_in_one_call = None
+        return before is not None
 
     def _compare_ranks(self, guarded: bool) -> None:
         """Check that all ranks are about to take the same kind of step."""
@@ -471,13 +497,13 @@ class SOFIM(Optimizer):
             if self._in_backward:
                 where = f"parameter {place} of group {index}"
                 checks.in_backward_parameter(param, where, group["numerator"])
-                check_unwatched(param, where)
+                check_unwatched(param, where, self._overlap)
         if self._overlap is not None:
             self._overlap.must_not_be_under_way("add_param_group()")
         super().add_param_group({**param_group, "params": params})
         self._spread = self._step_in_one_call = None
         if self._overlap is not None:
-            self._overlap.watch()
+            self._overlap.watch(since=index)
 
     def state_dict(self) -> StateDict:
         """As every optimizer's: groups by number of parameter, and the state of each.
@@ -531,6 +557,7 @@ class SOFIM(Optimizer):
         self._passes_of = {}
         self._scalars_of = {}
         self._step_in_one_call = self._spread = None
+        self._placed = None
         if "_restored" in self.__dict__:
             # Optimizer.load_state_dict, which calls this, has cast the moments to the parameters' dtype.
             for param, restored in self._restored.items():
