@@ -488,9 +488,8 @@ class SOFIM(Optimizer):
         index = len(self.param_groups)
         group = {**self.defaults, **checks.group_dict(param_group, index)}
         checks.group(group, index)
-        checks.agreement([*self.param_groups, group])
-        taken = {param: at for at, other in enumerate(self.param_groups) for param in other["params"]}
-        params = checks.parameters(group["params"], index, taken, group["state_dtype"])
+        checks.agreement([*self.param_groups[:1], group], index)
+        params = checks.parameters(group["params"], index, {}, group["state_dtype"])
         for place, entry in enumerate(params):
             param = entry[1] if isinstance(entry, tuple) else entry
             self._passes_for(param.device)
@@ -500,7 +499,12 @@ class SOFIM(Optimizer):
                 check_unwatched(param, where, self._overlap)
         if self._overlap is not None:
             self._overlap.must_not_be_under_way("add_param_group()")
-        super().add_param_group({**param_group, "params": params})
+        try:
+            super().add_param_group({**param_group, "params": params})
+        except ValueError:  # a parameter is in two groups, nearly always: to look for it at each call would take long
+            taken = {param: at for at, other in enumerate(self.param_groups) for param in other["params"]}
+            checks.parameters(params, index, taken, group["state_dtype"])
+            raise
         self._spread = self._step_in_one_call = None
         if self._overlap is not None:
             self._overlap.watch(since=index)
