@@ -8,7 +8,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -31,71 +30,76 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 class Mark {
  public:
   void set(const at::Tensor& grad) {
-    if (!grad.defined()) {
-      grad_.reset();
-      there_ = false;
-      return;
-    }
+    forget();
+    if (!grad.defined()) return;
     there_ = true;
     grad_ = c10::weak_intrusive_ptr<c10::TensorImpl>(grad.getIntrusivePtr());
     version_ = version(grad);
     data_ = data(grad);
-    looked_at_ = kFew;
-    elements_ = bits(grad, kFew);
-    if (elements_ == 0) {  // zeros stay zeros under many a change
-      looked_at_ = kMany;
-      elements_ = bits(grad, kMany);
-    }
+    elements_ = bits(grad, data_, shift_ = kFew);
+    if (elements_ == 0) elements_ = bits(grad, data_, shift_ = kMany);  // zeros stay zeros under many a change
   }
 
   // While the weak reference is held, no other tensor can have its address.
   bool fits(const at::Tensor& grad) const {
     if (!grad.defined() || !there_) return grad.defined() == there_;
     return grad_._unsafe_get_target() == grad.unsafeGetTensorImpl() && version(grad) == version_ &&
-           data(grad) == data_ && bits(grad, looked_at_) == elements_;
+           data(grad) == data_ && bits(grad, data_, shift_) == elements_;
   }
 
   void forget() {
-    grad_.reset();
+    if (there_) grad_.reset();
     there_ = false;
   }
 
  private:
-  static constexpr int64_t kFew = 8, kMany = 64;
+  static constexpr int kFew = 3, kMany = 6;  // powers of two
 
+  // Parts of one larger memory share their counter: a write to another one is none to this.
   static int64_t version(const at::Tensor& x) {
-    return x.is_inference() ? 0 : static_cast<int64_t>(x.unsafeGetTensorImpl()->version_counter().current_version());
+    const bool shared = x.has_storage() && x.storage().nbytes() > x.nbytes();
+    return shared || x.is_inference() ? 0 : static_cast<int64_t>(x.unsafeGetTensorImpl()->version_counter().current_version());
   }
 
-  static const void* data(const at::Tensor& x) { return readable(x) ? x.const_data_ptr() : nullptr; }
-
-  static bool readable(const at::Tensor& x) {
-    return x.device().is_cpu() && x.layout() == at::kStrided && x.has_storage() &&
-           !x.key_set().has(c10::DispatchKey::Python);
+  // Null where there is nothing to look at.
+  static const void* data(const at::Tensor& x) {
+    const bool readable = x.device().is_cpu() && x.layout() == at::kStrided && x.has_storage() &&
+                          !x.key_set().has(c10::DispatchKey::Python) && x.numel() > 0;
+    return readable ? x.const_data_ptr() : nullptr;
   }
 
-  // The bits of up to `count` elements, from the first to the last, as one number; 0 if all of them are.
-  static uint64_t bits(const at::Tensor& x, int64_t count) {
-    if (!readable(x) || x.numel() == 0 || x.const_data_ptr() == nullptr) return 0;
-    const auto* start = static_cast<const char*>(x.const_data_ptr());
-    const size_t size = x.element_size();
+  // The bits of 2 to the `shift` elements, evenly apart (or of all, if there are no more), as one number; 0 if all of
+  // them are.
+  static uint64_t bits(const at::Tensor& x, const void* data, int shift) {
+    if (data == nullptr) return 0;
+    switch (x.element_size()) {
+      case 2: return sum<uint16_t>(x, data, shift);
+      case 4: return sum<uint32_t>(x, data, shift);
+      case 8: return sum<uint64_t>(x, data, shift);
+      case 16: return sum<uint64_t, 2>(x, data, shift);
+      default: return 0;
+    }
+  }
+
+  template <class Word, int words = 1>
+  static uint64_t sum(const at::Tensor& x, const void* data, int shift) {
+    const auto* start = static_cast<const char*>(data);  // maybe at no multiple of an element's size
     const bool dense = x.is_non_overlapping_and_dense();  // every place in its memory is an element
-    const int64_t last = x.numel() - 1;
-    if (dense && last < count) count = last + 1;
-    const int64_t parts = std::max<int64_t>(count - 1, 1), part = last / parts;
-    const auto rest = static_cast<uint32_t>(last % parts), divisor = static_cast<uint32_t>(parts);
-    uint64_t sum = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      int64_t offset = part * i + rest * static_cast<uint32_t>(i) / divisor;
+    const int64_t size = x.numel();
+    uint64_t result = 0;
+    for (int64_t i = 0; i < int64_t{1} << shift; ++i) {
+      int64_t offset = (size * i) >> shift;
       if (!dense) {
         offset = 0;
-        for (int64_t d = 0; d < x.dim(); ++d) offset += (x.size(d) - 1) * i / parts * x.stride(d);
+        for (int64_t d = 0; d < x.dim(); ++d) offset += ((x.size(d) * i) >> shift) * x.stride(d);
       }
-      uint64_t word[2] = {0, 0};
-      std::memcpy(word, start + offset * static_cast<int64_t>(size), size);
-      sum += (word[0] ^ (word[1] * kOdd)) * (kOdd + 2 * static_cast<uint64_t>(i));
+      for (int j = 0; j < words; ++j) {
+        Word word;
+        std::memcpy(&word, start + (offset * words + j) * static_cast<int64_t>(sizeof(Word)), sizeof(Word));
+        result += word * (kOdd + 2 * static_cast<uint64_t>(i + j));
+      }
     }
-    return sum;
+    return result;
   }
 
   static constexpr uint64_t kOdd = 0x9E3779B97F4A7C15u;
@@ -103,8 +107,8 @@ class Mark {
   c10::weak_intrusive_ptr<c10::TensorImpl> grad_{c10::intrusive_ptr<c10::TensorImpl>()};
   const void* data_ = nullptr;
   int64_t version_ = 0;
-  int64_t looked_at_ = kFew;
   uint64_t elements_ = 0;
+  int shift_ = kFew;
   bool there_ = false;
 };
 

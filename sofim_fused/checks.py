@@ -213,7 +213,10 @@ def group_dict(values: Any, index: int) -> Mapping[str, Any]:
 
 
 def agreement(groups: Sequence[Mapping[str, Any]], start: int = 1) -> None:
-    """Check that the options of the optimizer as a whole have one value in all groups; ``start``: the second's index."""
+    """Check that the options of the optimizer as a whole have one value in all groups.
+
+    ``start``: the index of the second one, for the message.
+    """
     for index, values in enumerate(groups[1:], start=start):
         for name in WHOLE:
             if values[name] != groups[0][name]:

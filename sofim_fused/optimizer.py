@@ -90,10 +90,11 @@ class SOFIM(Optimizer):
             cache; :meth:`step` has little left to do. The result is that of a plain step. Settings are read at the
             first gradient of a step; in the moment form ``lr``, ``rho`` and decoupled decay only in :meth:`step`.
             Moments, and in the gradient form parameters, change before :meth:`step` does, and a backward pass cannot
-            be undone. Several for one step: :meth:`accumulate_grads`. Not with ``max_grad_norm``, ``skip_nonfinite``,
-            GradScaler or DistributedDataParallel, nor with 16-bit parameters in the gradient form.
+            be undone: :meth:`step` raises if gradients, groups or state were changed in between (on a GPU, if version
+            counters show it). Several for one step: :meth:`accumulate_grads`. Not with ``max_grad_norm``,
+            ``skip_nonfinite``, GradScaler or DistributedDataParallel, nor with 16-bit parameters in the gradient form.
         release_grads: let go of each gradient as soon as it has entered its moment (``in_backward=True``): memory for
-            all of them at once is never needed.
+            all of them at once is never needed. Clipping and the like then find no gradients, and are not noticed.
         differentiable: refused: the update is made in place.
         shard_group: the ranks that hold other parameters of the same model, as under ZeroRedundancyOptimizer or with
             pipeline stages: sums are taken over all of them, and a rank may have no parameter at all. ``None``: this
@@ -240,6 +241,8 @@ class SOFIM(Optimizer):
 
         Raises:
             ValueError: a gradient or a hyperparameter cannot be taken; nothing was changed.
+            RuntimeError: with ``in_backward=True``, something was done since ``backward()`` that came too late; a
+                second call takes the step with the gradients as they were taken.
         """
         loss = None
         if closure is not None:

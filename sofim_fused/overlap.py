@@ -217,18 +217,15 @@ class Overlap:
 
     # One gradient
 
-    def meet(self, hook: _Hook, param: Tensor) -> None:
+    def meet(self, place: _Place, param: Tensor) -> None:
         """Take the gradient that a parameter has now: the last one of this step, unless more are to come."""
         if self._latched is None:
             if self._depth and not self.release:
                 return  # gradients add up where they are, until the last one is there
             self._latch()
-        if hook.ordinal is not None:  # else it is in no group any more
-            self._meet_at(hook.ordinal, param)
-
-    meet_untraced = untraced(meet)
-
-    def _meet_at(self, ordinal: int, param: Tensor) -> None:
+        ordinal = place.ordinal
+        if ordinal is None:  # it is in no group any more
+            return
         progress = self._progress[ordinal]
         if progress == _WHOLE:
             self._mark(ordinal, param)  # the first one was named, and is what the step goes on with
@@ -240,14 +237,14 @@ class Overlap:
             )
         if self._depth and not self.release:
             return
-        if self._latched is None:
-            self._latch()
         again = progress == _PART
         if not (self._take is not None and self._take(param, self._state, self._group_of[ordinal], ordinal, again)):
             self._take_with_checks(param, ordinal, again)
         self._progress[ordinal] = _PART if self._depth else _WHOLE
         if self.release:
             param.grad = None
+
+    meet_untraced = untraced(meet)
 
     def _latch(self) -> None:
         """What holds for all gradients of this step, as it is at the first one."""
@@ -491,7 +488,7 @@ class Overlap:
         try:
             for ordinal, param in enumerate(params):
                 if param.grad is not None and self._progress[ordinal] != _WHOLE:
-                    self._meet_at(ordinal, param)
+                    self.meet(_Place(ordinal), param)
         finally:
             self._take_all_waiting()
 
@@ -619,7 +616,8 @@ def _parts(grad: Tensor | None) -> list[Tensor]:
 
 
 def _version(x: Tensor) -> int | None:
-    return None if x.is_inference() else x._version
+    # Parts of one larger memory, as FSDP2's gradients are, share a counter: a write to another one is none to this.
+    return None if x.is_inference() or (type(x) is Tensor and _is_part(x)) else x._version
 
 
 def _place(x: Tensor) -> int | None:
@@ -660,12 +658,19 @@ def _after_the_fact(param: Tensor, where: str, what: str) -> RuntimeError:
     )
 
 
-class _Hook:
+class _Place:
+    """Where a parameter is in the groups; ``None``: in none of them."""
+
+    def __init__(self, ordinal: int | None) -> None:
+        self.ordinal = ordinal
+
+
+class _Hook(_Place):
     """On a parameter: hands each gradient over for as long as the optimizer lives."""
 
     def __init__(self, overlap: Overlap) -> None:
+        super().__init__(None)
         self.overlap = weakref.ref(overlap)
-        self.ordinal: int | None = None  # the parameter's
 
     def __call__(self, param: Tensor) -> None:
         overlap = self.overlap()

@@ -218,6 +218,29 @@ def test_a_gradient_of_an_inference_mode(run: Run) -> None:
     assert alike(optimizer, other)
 
 
+@pytest.mark.parametrize("numerator", NUMERATORS)
+def test_gradients_in_one_memory(numerator: str, run: Run) -> None:
+    """They share a version counter, and each raises it when a backward pass adds to it."""
+    sizes = [5, 3, 70, 1]
+    params, twins = ([nn.Parameter(torch.linspace(-1, 1, n, device=run.device)) for n in sizes] for _ in range(2))
+    optimizer, other = made(params, run, numerator=numerator), plain(twins, run, numerator=numerator)
+    for some in (params, twins):
+        memory = torch.zeros(sum(sizes), device=run.device)
+        for p, part in zip(some, memory.split(sizes), strict=True):
+            p.grad = part
+    for step in range(3):
+        for some, one in ((params, optimizer), (twins, other)):
+            one.zero_grad(set_to_none=False)
+            backward(some, [torch.full_like(p, 0.1 * (step + 1)) for p in some])
+            if one is optimizer and run.device == "cpu" and step == 1:
+                grads_of(params)[2].mul_(0.5)
+                with pytest.raises(RuntimeError, match=REFUSED.format("replaced or changed")):
+                    one.step()
+            one.step()
+        assert grads_of(params)[0]._version == grads_of(params)[3]._version > 4
+    assert alike(optimizer, other, None if run.backend in ("cpu", "reference") else 1e-6)
+
+
 # Released gradients
 
 
