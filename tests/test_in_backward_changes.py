@@ -47,7 +47,7 @@ def unscale(params: list[Tensor]) -> None:
 
 def of_the_last(change: Callable[[Tensor], object]) -> Callable[[list[Tensor]], None]:
     def change_one(params: list[Tensor]) -> None:
-        change(next(p for p in reversed(params) if p.grad is not None and p.grad.numel() > 1))
+        change(next(p for p in reversed(params) if p.grad is not None))
 
     return change_one
 
@@ -81,7 +81,9 @@ REFUSED = (
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_done_to_gradients_after_the_backward_pass_is_refused(change: str, numerator: str, run: Run) -> None:
     """Nothing else is changed then, and a second step() takes the gradients as they came."""
-    pair = Pair(run, numerator=numerator, layouts=("scalar", "sliced") if INTERPRETED else SIZES, decay="l2")
+    pair = Pair(
+        run, numerator=numerator, layouts=("scalar", "sliced", "vector", "offset") if INTERPRETED else SIZES, decay="l2"
+    )
     what = "removed" if "removed" in change else "replaced or changed"
     for grads in pair.gradients(4):
         pair.backward(grads)
