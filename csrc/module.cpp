@@ -5,9 +5,11 @@
 // devices, Table gathers the tensors of a step in the same way.
 #include <ATen/ATen.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <memory>
 
@@ -21,6 +23,94 @@ namespace {
 namespace py = pybind11;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// What a gradient was like when it was taken, to notice by the end of the step that something was done to it since. Most
+// of what writes to a tensor raises its version counter; all-reduces, `.data` and NumPy do not, and are seen in a few
+// elements. No gradient is kept alive.
+class Mark {
+ public:
+  void set(const at::Tensor& grad) {
+    forget();
+    if (!grad.defined()) return;
+    there_ = true;
+    grad_ = c10::weak_intrusive_ptr<c10::TensorImpl>(grad.getIntrusivePtr());
+    version_ = version(grad);
+    data_ = data(grad);
+    elements_ = bits(grad, data_, shift_ = kFew);
+    if (elements_ == 0) elements_ = bits(grad, data_, shift_ = kMany);  // zeros stay zeros under many a change
+  }
+
+  // While the weak reference is held, no other tensor can have its address.
+  bool fits(const at::Tensor& grad) const {
+    if (!grad.defined() || !there_) return grad.defined() == there_;
+    return grad_._unsafe_get_target() == grad.unsafeGetTensorImpl() && version(grad) == version_ &&
+           data(grad) == data_ && bits(grad, data_, shift_) == elements_;
+  }
+
+  void forget() {
+    if (there_) grad_.reset();
+    there_ = false;
+  }
+
+ private:
+  static constexpr int kFew = 3, kMany = 6;  // powers of two
+
+  // Parts of one larger memory share their counter: a write to another one is none to this.
+  static int64_t version(const at::Tensor& x) {
+    const bool shared = x.has_storage() && x.storage().nbytes() > x.nbytes();
+    return shared || x.is_inference() ? 0 : static_cast<int64_t>(x.unsafeGetTensorImpl()->version_counter().current_version());
+  }
+
+  // Null where there is nothing to look at.
+  static const void* data(const at::Tensor& x) {
+    const bool readable = x.device().is_cpu() && x.layout() == at::kStrided && x.has_storage() &&
+                          !x.key_set().has(c10::DispatchKey::Python) && x.numel() > 0;
+    return readable ? x.const_data_ptr() : nullptr;
+  }
+
+  // The bits of 2 to the `shift` elements, evenly apart (or of all, if there are no more), as one number; 0 if all of
+  // them are.
+  static uint64_t bits(const at::Tensor& x, const void* data, int shift) {
+    if (data == nullptr) return 0;
+    switch (x.element_size()) {
+      case 2: return sum<uint16_t>(x, data, shift);
+      case 4: return sum<uint32_t>(x, data, shift);
+      case 8: return sum<uint64_t>(x, data, shift);
+      case 16: return sum<uint64_t, 2>(x, data, shift);
+      default: return 0;
+    }
+  }
+
+  template <class Word, int words = 1>
+  static uint64_t sum(const at::Tensor& x, const void* data, int shift) {
+    const auto* start = static_cast<const char*>(data);  // maybe at no multiple of an element's size
+    const bool dense = x.is_non_overlapping_and_dense();  // every place in its memory is an element
+    const int64_t size = x.numel();
+    uint64_t result = 0;
+    for (int64_t i = 0; i < int64_t{1} << shift; ++i) {
+      int64_t offset = (size * i) >> shift;
+      if (!dense) {
+        offset = 0;
+        for (int64_t d = 0; d < x.dim(); ++d) offset += ((x.size(d) * i) >> shift) * x.stride(d);
+      }
+      for (int j = 0; j < words; ++j) {
+        Word word;
+        std::memcpy(&word, start + (offset * words + j) * static_cast<int64_t>(sizeof(Word)), sizeof(Word));
+        result += word * (kOdd + 2 * static_cast<uint64_t>(i + j));
+      }
+    }
+    return result;
+  }
+
+  static constexpr uint64_t kOdd = 0x9E3779B97F4A7C15u;
+
+  c10::weak_intrusive_ptr<c10::TensorImpl> grad_{c10::intrusive_ptr<c10::TensorImpl>()};
+  const void* data_ = nullptr;
+  int64_t version_ = 0;
+  uint64_t elements_ = 0;
+  int shift_ = kFew;
+  bool there_ = false;
+};
 
 class Step {
  public:
@@ -45,10 +135,37 @@ class Step {
   // A step whose gradients come one by one (sofim_fused/overlap.py): latch(), take() each of them, finish(). Each answers
   // false if Python has to do it, nothing being changed.
 
-  // Takes over what holds for all gradients of a step.
-  bool latch(const py::handle& groups) {
+  // The parameters of the steps that follow, by group; none of them is kept alive, and addresses of those that are gone
+  // may come again: see overlap.py for how that is noticed.
+  void watch(const std::vector<py::list>& groups) {
+    watched_.clear();
+    ends_.clear();
+    for (const py::list& group : groups) {
+      for (const py::handle& param : group) watched_.push_back(param.ptr());
+      ends_.push_back(watched_.size());
+    }
+  }
+
+  // Takes over what holds for all gradients of a step. `release`: the user lets go of each one when it was taken. Also
+  // false if the parameters are others than those watched.
+  bool latch(const py::handle& groups, bool release) {
     forget();
-    return !busy_ && taker_.read_settings(groups.ptr()) && !taker_.whole().guarded();
+    release_ = release;
+    return !busy_ && are_watched(groups.ptr()) && taker_.read_settings(groups.ptr()) && !taker_.whole().guarded();
+  }
+
+  // From now on takes gradients that are parts of a larger memory too. They may be DistributedDataParallel's, for which
+  // Python has to look before.
+  void allow_parts() { parts_ = true; }
+
+  // Notes what is now in the place of a parameter's gradient, as take() does: finish() will look for that.
+  void mark(const py::handle& param, size_t ordinal) {
+    if (ordinal < marks_.size()) marks_[ordinal].set(gradient_of(param));
+  }
+
+  // Whether a parameter's gradient is what it was when it was taken, as far as can be seen.
+  bool fits(const py::handle& param, size_t ordinal) const {
+    return ordinal < marks_.size() && marks_[ordinal].fits(gradient_of(param));
   }
 
   // Takes one gradient into its moment, and of the gradient form's step the part that is known. `again`: another one of
@@ -58,10 +175,13 @@ class Step {
     const Busy busy(*this);
     if (!taker_.read_one(param.ptr(), state.ptr(), group, ordinal)) return false;
     if (taker_.whole().gradient_form && is_narrow(taker_.roster().records()[0].w_type)) return false;
+    const at::Tensor& grad = gradient_of(param);
+    if (!parts_ && grad.storage().nbytes() > grad.nbytes()) return false;
     const size_t place = static_cast<size_t>(ordinal);
     if (taken_.size() <= place) {
       taken_.resize(place + 1);
       products_.resize(place + 1);
+      marks_.resize(place + 1);
     }
     Roster& roster = taker_.roster();
     Record& record = roster.record(0);
@@ -81,6 +201,7 @@ class Step {
       roster.write_back(mode.gradient, true);
     });
     taken_[place] = true;
+    release_ ? marks_[place].forget() : marks_[place].set(gradient_of(param));
     return true;
   }
 
@@ -91,9 +212,11 @@ class Step {
     return py::make_tuple(p.mm, p.mg, p.mw);
   }
 
-  // The rest of the step. Also false if a parameter has a gradient that was not taken.
-  bool finish(const py::handle& groups, const py::handle& state) {
+  // The rest of the step, with the settings of `groups`. Also false if a parameter has a gradient that was not taken, if
+  // something was done to one that was, or if the parameters of `current`, the optimizer's own groups, are others.
+  bool finish(const py::handle& groups, const py::handle& state, const py::handle& current) {
     if (busy_ || c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
+    if (!are_watched(current.ptr()) || !all_fit()) return false;
     const Busy busy(*this);
     if (!reader_.read(groups.ptr(), state.ptr(), &taken_)) return false;
     unlocked(reader_, [this] {
@@ -115,7 +238,10 @@ class Step {
   }
 
   // No gradient was taken.
-  void forget() { taken_.assign(taken_.size(), false); }
+  void forget() {
+    taken_.assign(taken_.size(), false);
+    for (Mark& mark : marks_) mark.forget();
+  }
 
  private:
   // While a step runs without Python's lock, another thread may ask for one.
@@ -196,6 +322,36 @@ class Step {
     roster_.advance();
   }
 
+  static const at::Tensor& gradient_of(const py::handle& param) {
+    static const at::Tensor none;
+    return THPVariable_Check(param.ptr()) ? THPVariable_Unpack(param.ptr()).unsafeGetTensorImpl()->grad() : none;
+  }
+
+  // Compares addresses alone; what was freed is not touched.
+  bool are_watched(PyObject* groups) const {
+    static PyObject* const params = PyUnicode_InternFromString("params");
+    if (!PyList_Check(groups) || static_cast<size_t>(PyList_GET_SIZE(groups)) != ends_.size()) return false;
+    size_t ordinal = 0;
+    for (size_t i = 0; i < ends_.size(); ++i) {
+      PyObject* group = PyList_GET_ITEM(groups, i);
+      PyObject* list = PyDict_Check(group) ? PyDict_GetItem(group, params) : nullptr;
+      if (list == nullptr || !PyList_Check(list)) return false;
+      if (static_cast<size_t>(PyList_GET_SIZE(list)) != ends_[i] - ordinal) return false;
+      for (Py_ssize_t j = 0; ordinal < ends_[i]; ++j, ++ordinal) {
+        if (watched_[ordinal] != PyList_GET_ITEM(list, j)) return false;
+      }
+    }
+    return true;
+  }
+
+  // To be called when all of watched_ are there.
+  bool all_fit() const {
+    for (size_t i = 0; i < taken_.size(); ++i) {
+      if (taken_[i] && !(i < watched_.size() && marks_[i].fits(gradient_of(watched_[i])))) return false;
+    }
+    return true;
+  }
+
   const Whole& whole() const { return reader_.whole(); }
 
   size_t block_of(size_t i) const {
@@ -223,7 +379,11 @@ class Step {
   Reader reader_;
   Roster& roster_ = reader_.roster();
   Reader taker_;
-  std::vector<char> taken_;  // by ordinal
+  // By ordinal:
+  std::vector<PyObject*> watched_;
+  std::vector<size_t> ends_;  // by group: the ordinal after its last one
+  std::vector<char> taken_;
+  std::vector<Mark> marks_;
   std::vector<Products> products_;
   Mode mode_;
   std::vector<double> corrections_;
@@ -232,6 +392,8 @@ class Step {
   double norm_ = 0.0;
   bool guarded_ = false, found_ = false, skipped_ = false;
   bool busy_ = false;
+  bool release_ = false;
+  bool parts_ = false;
 };
 
 }  // namespace
@@ -250,14 +412,21 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("__call__", &Step::run, pybind11::arg("param_groups"), pybind11::arg("state"),
            pybind11::arg("grad_scale") = pybind11::none(), pybind11::arg("found_inf") = pybind11::none(),
            "Takes a step: True if plain, (grad_norm, skipped) if guarded, None if it cannot and has changed nothing.")
-      .def("latch", &Step::latch, pybind11::arg("param_groups"),
+      .def("watch", &Step::watch, pybind11::arg("groups"),
+           "Names the parameters of the steps that follow, a list of them for each group.")
+      .def("latch", &Step::latch, pybind11::arg("param_groups"), pybind11::arg("release"),
            "Takes over what holds for the gradients that are taken next; False if it cannot.")
       .def("take", &Step::take, pybind11::arg("param"), pybind11::arg("state"), pybind11::arg("group"),
            pybind11::arg("ordinal"), pybind11::arg("again"),
            "Takes a parameter's gradient into its moment; False if it cannot and has changed nothing.")
       .def("taken", &Step::taken, pybind11::arg("ordinal"),
            "The sums (mm, mg, mw) of a parameter whose gradient was taken in this step, else None.")
-      .def("finish", &Step::finish, pybind11::arg("param_groups"), pybind11::arg("state"),
+      .def("allow_parts", &Step::allow_parts, "Lets take() take gradients that are parts of a larger memory.")
+      .def("mark", &Step::mark, pybind11::arg("param"), pybind11::arg("ordinal"),
+           "Notes what is now in the place of a taken gradient, as take() does.")
+      .def("fits", &Step::fits, pybind11::arg("param"), pybind11::arg("ordinal"),
+           "Whether a parameter's gradient is what it was when it was taken, as far as can be seen.")
+      .def("finish", &Step::finish, pybind11::arg("param_groups"), pybind11::arg("state"), pybind11::arg("current"),
            "Takes the rest of the step; False if it cannot and has changed nothing.")
       .def("forget", &Step::forget, "Starts anew: no gradient was taken.");
   pybind11::class_<Table>(m, "Table",

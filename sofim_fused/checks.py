@@ -252,9 +252,12 @@ def shared_with_sam(values: Mapping[str, Any], index: int) -> str:
     )
 
 
-def agreement(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Check that the options of the optimizer as a whole have one value in all groups."""
-    for index, values in enumerate(groups[1:], start=1):
+def agreement(groups: Sequence[Mapping[str, Any]], start: int = 1) -> None:
+    """Check that the options of the optimizer as a whole have one value in all groups.
+
+    ``start``: the index of the second one, for the message.
+    """
+    for index, values in enumerate(groups[1:], start=start):
         for name in WHOLE:
             if values[name] != groups[0][name]:
                 raise ValueError(

@@ -34,6 +34,7 @@ __all__ = [
     "local",
     "on_one_mesh",
     "placed_as",
+    "placement",
     "spread_of",
     "written",
 ]
@@ -73,6 +74,13 @@ def groups_of(param: Tensor) -> Groups:
     placements: Any = param.placements  # type: ignore[attr-defined]
     axes = [axis for axis, place in enumerate(placements) if not place.is_replicate() and mesh.size(axis) > 1]
     return tuple(mesh.get_group(axis) for axis in axes)
+
+
+def placement(param: Tensor) -> tuple[object, ...]:
+    """Where a parameter lies; equal for the same parameter as long as that is the same. It does not keep it alive."""
+    if not is_sharded(param):
+        return id(param), param.device
+    return id(param), param.device, param.device_mesh, param.placements  # type: ignore[attr-defined]
 
 
 def placed_as(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:

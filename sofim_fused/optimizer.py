@@ -23,7 +23,7 @@ from torch.optim.optimizer import (
 
 from sofim_fused import backends, checks, schedule, sgd, tiles
 from sofim_fused.backends import NativeStep, Passes
-from sofim_fused.distributed import Shards, checkpoint_calls, device_of, is_flattened, spread_of, written
+from sofim_fused.distributed import Shards, checkpoint_calls, device_of, is_flattened, placement, spread_of, written
 from sofim_fused.overlap import Overlap, check_unwatched
 from sofim_fused.scalars import Scalars
 
@@ -93,11 +93,12 @@ class SOFIM(Optimizer):
             cache; :meth:`step` has little left to do. The result is that of a plain step. Settings are read at the
             first gradient of a step; in the moment form ``lr``, ``rho`` and decoupled decay only in :meth:`step`.
             Moments, and in the gradient form parameters, change before :meth:`step` does, and a backward pass cannot
-            be undone. Several for one step: :meth:`accumulate_grads`. Not with ``max_grad_norm``, ``skip_nonfinite``,
-            GradScaler, DistributedDataParallel, FullyShardedDataParallel (``fully_shard`` it is with) or
-            ZeroRedundancyOptimizer, nor with 16-bit parameters in the gradient form.
+            be undone: :meth:`step` raises if gradients, groups or state were changed in between (on a GPU, if version
+            counters show it). Several for one step: :meth:`accumulate_grads`. Not with ``max_grad_norm``,
+            ``skip_nonfinite``, GradScaler, DistributedDataParallel, FullyShardedDataParallel (``fully_shard`` it is
+            with) or ZeroRedundancyOptimizer, nor with 16-bit parameters in the gradient form.
         release_grads: let go of each gradient as soon as it has entered its moment (``in_backward=True``): memory for
-            all of them at once is never needed.
+            all of them at once is never needed. Clipping and the like then find no gradients, and are not noticed.
         differentiable: refused: the update is made in place.
         shard_group: the ranks that hold other parameters of the same model, as with pipeline stages or DeepSpeed's
             ZeRO: sums are taken over all of them, and a rank may have no parameter at all. ``None``: this rank has all
@@ -178,6 +179,7 @@ class SOFIM(Optimizer):
         checks.shard_group(shard_group, self._in_backward)
         self._shard_group = shard_group
         self._spread: Shards | Literal[False] | None = None
+        self._placed: list[tuple[object, ...]] | None = None
         self._overlap: Overlap | None = None
         self._passes_of: dict[torch.device, Passes] = {}
         self._scalars_of: dict[torch.device, Scalars] = {}
@@ -244,6 +246,8 @@ class SOFIM(Optimizer):
 
         Raises:
             ValueError: a gradient or a hyperparameter cannot be taken; nothing was changed.
+            RuntimeError: with ``in_backward=True``, something was done since ``backward()`` that came too late; a
+                second call takes the step with the gradients as they were taken.
         """
         loss = None
         if closure is not None:
@@ -257,12 +261,9 @@ class SOFIM(Optimizer):
             return loss
         outcome = None
         if not torch.compiler.is_compiling():
-            native_step = self._native_step()
-            if self._may_not_capture and backends.capturing():
-                raise RuntimeError("a step is captured in a CUDA graph: make the optimizer with capturable=True")
-            outcome = native_step(
-                self.param_groups, self.state, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-            )
+            outcome = self._in_one_call()
+            if outcome is None and self.look_again():
+                outcome = self._in_one_call()
         if outcome is None:
             self._step_by_passes()
         elif outcome is not True:
@@ -292,10 +293,20 @@ class SOFIM(Optimizer):
 
         return step
 
+    def _in_one_call(self) -> tuple[Tensor, bool | Tensor] | Literal[True] | None:
+        """A step as :data:`NativeStep` takes it."""
+        native_step = self._native_step()
+        if self._may_not_capture and backends.capturing():
+            raise RuntimeError("a step is captured in a CUDA graph: make the optimizer with capturable=True")
+        return native_step(
+            self.param_groups, self.state, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        )
+
     def _native_step(self) -> NativeStep:
         """The step in one call of the first parameter's device; a model on several devices it leaves to the passes."""
         if self._step_in_one_call is None:
             device = self._first_device()
+            self.look_again()
             self._step_in_one_call = _no_native_step if self._shards() else self._passes_for(device).native_step()
             self._may_not_capture = device.type == "cuda" and not self._capturable
         return self._step_in_one_call
@@ -393,6 +404,24 @@ class SOFIM(Optimizer):
             else:
                 self._spread = False
         return self._spread
+
+    def look_again(self) -> bool:
+        """Forget what was found out about where parameters lie, if they are others now or lie elsewhere.
+
+        After ``fully_shard()``, for one, users put ``DTensor``s into the groups. A native step needs no such look: it
+        leaves to Python whatever does not lie as it did.
+
+        Returns:
+            Whether there was something to forget.
+        """
+        placed = [placement(param) for group in self.param_groups for param in group["params"]]
+        before, self._placed = self._placed, placed
+        if placed == before:
+            return False
+        self._spread = None
+        if before is not None:
+            self._step_in_one_call = None
+        return before is not None
 
     def _compare_ranks(self, guarded: bool) -> None:
         """Check that all ranks are about to take the same kind of step."""
@@ -506,25 +535,29 @@ class SOFIM(Optimizer):
         group = {**self.defaults, **checks.group_dict(param_group, index)}
         group["state_dtype"] = checks.dtype_named(group["state_dtype"])
         checks.group(group, index)
-        checks.agreement([*self.param_groups, group])
+        checks.agreement([*self.param_groups[:1], group], index)
         shared = checks.shared_with_sam(param_group, index)
         if shared:
             warnings.warn(shared, stacklevel=2)
-        taken = {param: at for at, other in enumerate(self.param_groups) for param in other["params"]}
-        params = checks.parameters(group["params"], index, taken, group["state_dtype"])
+        params = checks.parameters(group["params"], index, {}, group["state_dtype"])
         for place, entry in enumerate(params):
             param = entry[1] if isinstance(entry, tuple) else entry
             self._passes_for(param.device)
             if self._in_backward and param.requires_grad:
                 where = f"parameter {place} of group {index}"
                 checks.in_backward_parameter(param, where, group["numerator"])
-                check_unwatched(param, where)
+                check_unwatched(param, where, self._overlap)
         if self._overlap is not None:
             self._overlap.must_not_be_under_way("add_param_group()")
-        super().add_param_group({**param_group, "params": params, "state_dtype": group["state_dtype"]})
+        try:
+            super().add_param_group({**param_group, "params": params, "state_dtype": group["state_dtype"]})
+        except ValueError:  # a parameter is in two groups, nearly always: to look for it at each call would take long
+            taken = {param: at for at, other in enumerate(self.param_groups) for param in other["params"]}
+            checks.parameters(params, index, taken, group["state_dtype"])
+            raise
         self._spread = self._step_in_one_call = None
         if self._overlap is not None:
-            self._overlap.watch()
+            self._overlap.watch(since=index)
 
     def state_dict(self) -> StateDict:
         """As every optimizer's: groups by number of parameter, and the state of each.
@@ -598,6 +631,7 @@ class SOFIM(Optimizer):
         self._passes_of = {}
         self._scalars_of = {}
         self._step_in_one_call = self._spread = None
+        self._placed = None
         if "_restored" in self.__dict__:
             self.state.update({param: state for param, state in self._restored.items() if state})
             self.defaults.update({name: self.param_groups[0][name] for name in checks.WHOLE})

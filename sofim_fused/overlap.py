@@ -10,6 +10,7 @@ step into a term in the gradient, which w takes at once, and one in the moment, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import sys
 import weakref
@@ -51,17 +52,25 @@ class Overlap:
         self.release = release
         self._depth = 0  # of accumulate_grads()
         self._met = False  # any gradient
+        self._searched = False  # for replicas, when a gradient looked like one of theirs
         self._removed = False  # the hooks
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: dict[int, _Watch] = {}  # by id of the parameter; who goes takes its own along
         weakref.finalize(self, _remove, self._hooks).atexit = False
+        # Of the parameters as they were last surveyed, by ordinal. No reference to them is kept: that would keep them
+        # alive, and torch.utils.swap_tensors() refuses tensors that even have weak ones.
+        self._stale = True
+        self._ids: list[int] = []
+        self._watched = 0  # how many have hooks
         self._group_of: list[int] = []
         self._position: list[tuple[torch.device, int]] = []  # the device, and the place among its parameters
         self._sizes: dict[torch.device, list[int]] = {}  # parameters of a device, by group
         self._everything: dict[torch.device, Scalars] = {}
         self._native: NativeOverlap | None = None
+        self._native_on: torch.device | None = None
         self._indices: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
         # Of this step:
         self._progress = bytearray()
+        self._marks: dict[int, _Mark] = {}  # of gradients that were not taken natively
         self._latched: list[dict[str, Any]] | None = None
         self._take: Callable[[Tensor, Any, int, int, bool], bool] | None = None  # natively
         self._state: MutableMapping[Tensor, Any] = {}
@@ -69,7 +78,9 @@ class Overlap:
         self._sums: dict[int, tuple[Sums, int]] = {}  # by ordinal: those of its batch, and the place among them
         self._steps: dict[torch.device, GradientStep] = {}
         self._streams: dict[torch.device, list[Any]] = {}  # on which passes ran
+        check_not_replicated(param for group in optimizer.param_groups for param in group["params"])
         self.watch()
+        self._survey()
 
     @property
     def _optimizer(self) -> SOFIM:
@@ -79,28 +90,64 @@ class Overlap:
 
     # Hooks
 
-    def watch(self) -> None:
-        """Put hooks on all parameters that have none of this optimizer's yet, and start anew."""
+    def watch(self, since: int = 0) -> None:
+        """Put hooks on the parameters of all groups, or of those from ``since`` on, that have none of this optimizer's.
+
+        Raises:
+            ValueError: another optimizer takes a parameter's gradients; nothing was changed.
+        """
         self._forget()
-        groups = self._optimizer.param_groups
-        unwatched = [group["params"][self._group_of.count(index) :] for index, group in enumerate(groups)]
-        if not self._removed:
-            check_not_replicated(param for params in unwatched for param in params)
-            for index, params in enumerate(unwatched):
-                for place, param in enumerate(params):
-                    check_unwatched(param, f"parameter {place} of group {index}")
-        for index, params in enumerate(unwatched):
-            for param in params:
-                ordinal = len(self._group_of)
-                self._group_of.append(index)
-                if param.requires_grad and not self._removed:  # of others, step() takes what may come
-                    self._hooks.append(param.register_post_accumulate_grad_hook(_Hook(self, ordinal)))
-        self._survey()
-        self._progress = bytearray(len(self._group_of))
-        if len(self._sizes) == 1 and not self._optimizer._shards():
-            self._native = self._optimizer._passes_for(next(iter(self._sizes))).native_overlap()
+        self._stale = True
+        self._met = False
+        if self._removed:
+            return
+        unwatched = []
+        for index, group in enumerate(self._optimizer.param_groups[since:], start=since):
+            for place, param in enumerate(group["params"]):
+                if param.requires_grad and id(param) not in self._hooks:  # of others, step() takes what may come
+                    where = f"parameter {place} of group {index}"
+                    checks.in_backward_parameter(param, where, group["numerator"])
+                    check_unwatched(param, where, self)
+                    unwatched.append(param)
+        for param in unwatched:
+            self._hooks[id(param)] = _Watch(self, param)
 
     def _survey(self) -> None:
+        """Find out which parameters there are, and put hooks on them and no others: groups are lists that users edit.
+
+        Raises:
+            ValueError: a parameter is in the groups twice, or another optimizer takes its gradients.
+        """
+        groups = self._optimizer.param_groups
+        found: dict[int, str] = {}
+        for index, group in enumerate(groups):
+            for place, param in enumerate(group["params"]):
+                where = f"parameter {place} of group {index}"
+                if id(param) in found:
+                    raise ValueError(f"{where} is {found[id(param)]} again: have each parameter in one place")
+                found[id(param)] = where
+        self.watch()
+        for key in [key for key in self._hooks if key not in found]:
+            self._hooks.pop(key).remove()
+        self._ids = list(found)
+        for ordinal, key in enumerate(self._ids):
+            if key in self._hooks:
+                self._hooks[key].place(ordinal)
+        self._watched = len(self._hooks)
+        self._searched = False
+        self._group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
+        self._progress = bytearray(len(self._ids))
+        self._locate()
+        self._optimizer.look_again()
+        device = next(iter(self._sizes)) if len(self._sizes) == 1 and not self._optimizer._shards() else None
+        if device != self._native_on:
+            self._native = None if device is None else self._optimizer._passes_for(device).native_overlap()
+            self._native_on = device
+        if self._native is not None:
+            self._native.watch([list(group["params"]) for group in groups])
+        self._stale = False
+
+    def _locate(self) -> None:
         """Find out where parameters are."""
         self._position = []
         self._sizes = {}
@@ -113,9 +160,25 @@ class Overlap:
         self._everything.clear()
         self._steps.clear()
 
+    def _hooks_are_gone(self) -> bool:
+        """Whether one went, with its parameter or without; another parameter may have the address by now."""
+        return self._stale or len(self._hooks) != self._watched
+
+    def _are_others(self) -> bool:
+        """Whether the parameters in the groups, or their order, are not those that were surveyed."""
+        if self._hooks_are_gone():
+            return True
+        groups = self._optimizer.param_groups
+        return (
+            self._ids != [id(param) for group in groups for param in group["params"]]
+            # Between groups parameters may have moved without a change of order.
+            or self._group_of != [index for index, group in enumerate(groups) for _ in group["params"]]
+        )
+
     def remove(self) -> None:
         """Take the hooks off; from now on ``step()`` takes all gradients."""
         _remove(self._hooks)
+        self._watched = 0
         self._removed = True
 
     # What a user does between backward passes
@@ -140,11 +203,14 @@ class Overlap:
         Raises:
             RuntimeError: ``what`` would see moments of one step and step counts of another.
         """
-        if any(self._progress):
+        if self._any_taken():
             raise RuntimeError(
                 f"{what} between backward() and step(): with in_backward=True moments have changed already, and step "
                 "counts have not: call step() before"
             )
+
+    def _any_taken(self) -> bool:
+        return self._progress.count(_NOTHING) < len(self._progress)
 
     def start_anew(self) -> None:
         """Forget what was taken since the last step: moments were replaced."""
@@ -152,10 +218,18 @@ class Overlap:
 
     # One gradient
 
-    def meet(self, ordinal: int, param: Tensor) -> None:
+    def meet(self, place: _Place, param: Tensor) -> None:
         """Take the gradient that a parameter has now: the last one of this step, unless more are to come."""
+        if self._latched is None:
+            if self._depth and not self.release:
+                return  # gradients add up where they are, until the last one is there
+            self._latch()
+        ordinal = place.ordinal
+        if ordinal is None:  # it is in no group any more
+            return
         progress = self._progress[ordinal]
         if progress == _WHOLE:
+            self._mark(ordinal, param)  # the first one was named, and is what the step goes on with
             raise RuntimeError(
                 f"a second gradient of parameter {ordinal} before step(): with in_backward=True the first one is in "
                 "its moment already. Call step() after each backward(), or run all but the last one of a step under "
@@ -163,9 +237,7 @@ class Overlap:
                 "re-entrant checkpointing: pass use_reentrant=False.)"
             )
         if self._depth and not self.release:
-            return  # gradients add up where they are, until the last one is there
-        if self._latched is None:
-            self._latch()
+            return
         again = progress == _PART
         if not (self._take is not None and self._take(param, self._state, self._group_of[ordinal], ordinal, again)):
             self._take_with_checks(param, ordinal, again)
@@ -177,19 +249,28 @@ class Overlap:
 
     def _latch(self) -> None:
         """What holds for all gradients of this step, as it is at the first one."""
-        groups = self._optimizer.param_groups
+        optimizer = self._optimizer
+        groups = optimizer.param_groups
+        native = self._native is not None and not self._hooks_are_gone() and self._native.latch(groups, self.release)
+        if not native and self._are_others():
+            self._survey()
+            native = self._native is not None and self._native.latch(groups, self.release)
         if not self._met and not self._removed:  # the module may have been wrapped after the optimizer was made
             check_not_replicated(param for group in groups for param in group["params"])
             self._met = True
-        self._state = self._optimizer.state
-        if self._native is not None and self._native.latch(groups):
+        self._state = optimizer.state
+        if native:
+            assert self._native is not None
             self._take = self._native.take
         else:
             for index, group in enumerate(groups):
                 checks.group(group, index)
             checks.agreement(groups)
             checks.in_backward(groups)
-        self._latched = [{**group, "lr": _value(group["lr"]), "rho": _value(group["rho"])} for group in groups]
+        self._latched = [
+            {**group, "params": list(group["params"]), "lr": _value(group["lr"]), "rho": _value(group["rho"])}
+            for group in groups
+        ]
 
     def _take_with_checks(self, param: Tensor, ordinal: int, again: bool) -> None:
         """Take a parameter's first gradient, or one that the native part leaves to the passes, or say what is wrong."""
@@ -203,7 +284,7 @@ class Overlap:
             if not (self._take is not None and self._take(param, self._state, group, ordinal, again)):
                 self._take_later(entry, again)
         except BaseException:
-            if not any(self._progress):  # settings may be others by the time of the first one
+            if not self._any_taken():  # settings may be others by the time of the first one
                 self._forget()
             raise
 
@@ -215,6 +296,11 @@ class Overlap:
         assert param.grad is not None
         checks.gradient(param, param.grad, group, ordinal - self._group_of.index(group))
         checks.in_backward_parameter(param, f"parameter {ordinal}", settings["numerator"])
+        if not self._searched and _is_part(local(param.grad)):  # as of DistributedDataParallel's buckets
+            check_not_replicated(param for group in optimizer.param_groups for param in group["params"])
+            self._searched = True
+            if self._native is not None:
+                self._native.allow_parts()
         (grad,) = placed_as([param], [param.grad])
         entry = tiles.Entry(group, ordinal, param, grad)
         tiles.check_state(entry, settings, optimizer.state)
@@ -236,6 +322,7 @@ class Overlap:
             # comes here, and goes on to take what waits.
             with contextlib.suppress(RuntimeError):
                 torch.autograd.Variable._execution_engine.queue_callback(self._take_all_waiting)
+        self._marks[entry.ordinal] = _Mark(None if self.release else entry.param.grad)
         waiting.entries[entry.ordinal] = (entry, again)
         waiting.elements += entry.grad.numel()
         if waiting.elements >= BATCH:
@@ -291,7 +378,7 @@ class Overlap:
     def _gradient_step(self, device: torch.device, ordinals: Sequence[int]) -> GradientStep:
         """The part of the gradient form's step that these parameters take with their gradients."""
         if any(self._position[ordinal][0] != device for ordinal in ordinals):  # the model was moved
-            self._survey()
+            self._locate()
         known = self._steps.get(device)
         if known is None:
             scalars = self._everything.get(device)
@@ -323,14 +410,16 @@ class Overlap:
         """The step, from gradients that were taken, and from those that no hook has seen.
 
         Raises:
-            RuntimeError: more gradients are announced (:meth:`more_to_come`).
+            RuntimeError: more gradients are announced (:meth:`more_to_come`); or since they were taken something was
+                done to gradients, groups or state that would have made another step.
             ValueError: a gradient or a hyperparameter cannot be taken.
         """
         if self._depth:
             raise RuntimeError("step() inside accumulate_grads(): leave the block before the last backward pass")
-        if self._waiting:
+        # The last part of a gradient may have come without a hook.
+        if self._waiting or _PART in self._progress or not self._finish_natively():
+            self._check_that_nothing_was_done()
             self._take_all_waiting()
-        if _PART in self._progress or not self._finish_natively():  # the last part may have come without a hook
             self._take_the_rest()
             if not self._finish_natively():
                 self._finish_by_passes()
@@ -338,20 +427,81 @@ class Overlap:
 
     finish_untraced = untraced(finish)
 
+    def _check_that_nothing_was_done(self) -> None:
+        """Check that gradients, groups and state are what they were when gradients were taken."""
+        taken = self._any_taken()
+        if self._are_others():
+            if taken:
+                raise RuntimeError(
+                    "param_groups were edited between backward() and step(): with in_backward=True gradients were "
+                    "taken for the parameters that were there, in their order. Put the groups back as they were and "
+                    "call step(), then edit them; or go back with load_state_dict()"
+                )
+            self._forget()  # of other groups
+            self._survey()
+        if not taken:
+            return
+        params = [param for group in self._optimizer.param_groups for param in group["params"]]
+        whole = [(ordinal, params[ordinal]) for ordinal, progress in enumerate(self._progress) if progress == _WHOLE]
+        changed = next((ordinal for ordinal, param in whole if not self._fits(ordinal, param)), None)
+        if changed is not None:
+            check_not_replicated(params)
+            what = self._what_was_done(changed, params[changed])
+            for ordinal, param in whole:  # so that a second try goes on
+                self._mark(ordinal, param)
+            raise _after_the_fact(params[changed], self._where(changed), what)
+        for ordinal, progress in enumerate(self._progress):
+            if progress and not {"exp_avg", "step"} <= self._optimizer.state.get(params[ordinal], {}).keys():
+                where = self._where(ordinal)
+                self._forget()
+                raise RuntimeError(
+                    f"the state of {where} was deleted between backward() and step(): with in_backward=True its moment "
+                    "had this step's gradient. The step is not taken, and the next backward pass begins a new one; "
+                    "delete state before backward() or after step()"
+                )
+
+    def _where(self, ordinal: int) -> str:
+        index = self._group_of[ordinal]
+        return f"parameter {ordinal - self._group_of.index(index)} of group {index}"
+
+    def _fits(self, ordinal: int, param: Tensor) -> bool:
+        """Whether a gradient that was taken is, as far as can be seen, what it was then."""
+        mark = self._marks.get(ordinal)
+        if mark is not None:
+            return mark.fits(param.grad)
+        assert self._native is not None
+        return self._native.fits(param, ordinal)
+
+    def _mark(self, ordinal: int, param: Tensor) -> None:
+        """Take what is now in a gradient's place for what was taken."""
+        if ordinal in self._marks:
+            self._marks[ordinal] = _Mark(param.grad)
+        else:
+            assert self._native is not None
+            self._native.mark(param, ordinal)
+
+    def _what_was_done(self, ordinal: int, param: Tensor) -> str:
+        if self.release:
+            return "given anew"
+        return "removed" if param.grad is None else "replaced or changed"
+
     def _take_the_rest(self) -> None:
         params = (param for group in self._optimizer.param_groups for param in group["params"])
         try:
             for ordinal, param in enumerate(params):
                 if param.grad is not None and self._progress[ordinal] != _WHOLE:
-                    self.meet(ordinal, param)
+                    self.meet(_Place(ordinal), param)
         finally:
             self._take_all_waiting()
 
     def _finish_natively(self) -> bool:
-        if self._take is None or self._sums:
+        if self._take is None or self._sums or self._hooks_are_gone():
             return False
+        optimizer = self._optimizer
+        groups = optimizer.param_groups
         assert self._native is not None
-        return self._native.finish(self._settings(), self._optimizer.state)
+        assert self._latched is not None
+        return len(groups) == len(self._latched) and self._native.finish(self._settings(), optimizer.state, groups)
 
     def _settings(self) -> list[dict[str, Any]]:
         """The groups for the rest of the step; the moment form has left lr, rho and decoupled decay open until now."""
@@ -368,6 +518,7 @@ class Overlap:
     @torch.no_grad()
     def _finish_by_passes(self) -> None:
         optimizer = self._optimizer
+        optimizer.look_again()
         params = [param for group in optimizer.param_groups for param in group["params"]]
         # No pass looks at a gradient any more, and it may be gone.
         present = [
@@ -426,6 +577,7 @@ class Overlap:
         self._sums.clear()
         self._steps.clear()
         self._streams.clear()
+        self._marks.clear()
         self._progress[:] = bytes(len(self._progress))
         if self._native is not None:
             self._native.forget()
@@ -440,37 +592,135 @@ class _Batch:
         self.elements = 0
 
 
-class _Hook:
+class _Mark:
+    """What a gradient was like when it was taken, to notice by the end of the step that something was done to it since.
+
+    Most of what writes to a tensor raises its version counter. All-reduces, ``.data`` and NumPy do not: on a CPU they
+    are seen in a few elements. (For gradients that are taken natively, csrc/module.cpp does this.)
+    """
+
+    def __init__(self, grad: Tensor | None) -> None:
+        self._seen = [(weakref.ref(x), _version(x), _place(x), _bits(x)) for x in _parts(grad)]
+
+    def fits(self, grad: Tensor | None) -> bool:
+        """Whether this is the same gradient, and as far as can be seen the same values."""
+        parts = _parts(grad)
+        return len(parts) == len(self._seen) and all(
+            x is seen() and _version(x) == version and _place(x) == place and torch.equal(_bits(x), bits)
+            for x, (seen, version, place, bits) in zip(parts, self._seen, strict=True)
+        )
+
+
+def _parts(grad: Tensor | None) -> list[Tensor]:
+    if grad is None:
+        return []
+    return [grad, grad._local_tensor] if is_sharded(grad) else [grad]  # type: ignore[attr-defined]
+
+
+def _version(x: Tensor) -> int | None:
+    # Parts of one larger memory, as FSDP2's gradients are, share a counter: a write to another one is none to this.
+    return None if x.is_inference() or (type(x) is Tensor and _is_part(x)) else x._version
+
+
+def _place(x: Tensor) -> int | None:
+    return x.data_ptr() if type(x) is Tensor else None
+
+
+@torch.no_grad()
+def _bits(x: Tensor) -> Tensor:
+    """The bits of a few elements, from the first to the last, where they can be looked at without waiting."""
+    if type(x) is not Tensor or x.device.type != "cpu" or x.layout != torch.strided or not x.numel():
+        return torch.empty(0)
+    x = x.detach().resolve_conj().resolve_neg()
+    for count in (8, 64):  # zeros stay zeros under many a change
+        if x.is_contiguous():
+            places = [(x.numel() - 1) * i // (count - 1) for i in range(count)]
+            chosen = x.view(-1)[places]
+        else:
+            chosen = x[tuple([(size - 1) * i // (count - 1) for i in range(count)] for size in x.shape)]
+        bits = chosen.view(torch.uint8)
+        if bits.any():
+            break
+    return bits
+
+
+def _is_part(x: Tensor) -> bool:
+    """Whether a tensor's memory is a part of a larger one."""
+    return x.layout == torch.strided and x.untyped_storage().nbytes() > x.numel() * x.element_size()
+
+
+def _after_the_fact(param: Tensor, where: str, what: str) -> RuntimeError:
+    return RuntimeError(
+        f"the gradient of {where} (shape {tuple(param.shape)}) was {what} between backward() and step(): with "
+        "in_backward=True it was in its moment by then, and what is done to it has no effect. To clip, leave out "
+        "in_backward and pass max_grad_norm= to SOFIM, and switch off the clipping of a Trainer (max_grad_norm=0, "
+        "gradient_clip_val=None); to average, unscale or edit gradients, or to call zero_grad() before step(), leave "
+        "out in_backward. Nothing else was changed: a second step() goes on with the gradients as they were taken, "
+        "load_state_dict() goes back"
+    )
+
+
+class _Place:
+    """Where a parameter is in the groups; ``None``: in none of them."""
+
+    def __init__(self, ordinal: int | None) -> None:
+        self.ordinal = ordinal
+
+
+class _Hook(_Place):
     """On a parameter: hands each gradient over for as long as the optimizer lives."""
 
-    def __init__(self, overlap: Overlap, ordinal: int) -> None:
+    def __init__(self, overlap: Overlap) -> None:
+        super().__init__(None)
         self.overlap = weakref.ref(overlap)
-        self.ordinal = ordinal
 
     def __call__(self, param: Tensor) -> None:
         overlap = self.overlap()
         if overlap is not None:
             # A function that was compiled may run the backward pass, and would have each hook compiled too.
-            (overlap.meet_untraced if torch.compiler.is_compiling() else overlap.meet)(self.ordinal, param)
+            (overlap.meet_untraced if torch.compiler.is_compiling() else overlap.meet)(self, param)
 
 
-def check_unwatched(param: Tensor, where: str) -> None:
-    """Check that no other optimizer takes a parameter's gradients in the backward pass.
+class _Watch:
+    """A hook that was put on a parameter. The parameter alone keeps it: when it goes, so does the optimizer's entry."""
+
+    def __init__(self, overlap: Overlap, param: Tensor) -> None:
+        hook = _Hook(overlap)
+        self._handle: RemovableHandle = param.register_post_accumulate_grad_hook(hook)
+        self._hook = weakref.ref(hook, functools.partial(_gone, overlap._hooks, id(param)))
+
+    def place(self, ordinal: int | None) -> None:
+        """Say where in the groups the parameter is."""
+        hook = self._hook()
+        if hook is not None:
+            hook.ordinal = ordinal
+
+    def remove(self) -> None:
+        self.place(None)
+        self._handle.remove()
+
+
+def _gone(hooks: dict[int, _Watch], key: int, _: object) -> None:
+    hooks.pop(key, None)
+
+
+def check_unwatched(param: Tensor, where: str, mine: Overlap | None) -> None:
+    """Check that no other optimizer than that of ``mine`` takes a parameter's gradients in the backward pass.
 
     Raises:
         ValueError: one does; both would change the parameter.
     """
-    if _watched(param):
+    if _watched(param, mine):
         gc.collect()  # a scheduler keeps its optimizer in a cycle
-        if _watched(param):
+        if _watched(param, mine):
             raise ValueError(
                 f"{where}: another optimizer with in_backward=True takes its gradients: call remove_hooks() of that one"
             )
 
 
-def _watched(param: Tensor) -> bool:
+def _watched(param: Tensor, mine: Overlap | None) -> bool:
     hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
-    return any(isinstance(hook, _Hook) and hook.overlap() is not None for hook in hooks.values())
+    return any(isinstance(hook, _Hook) and hook.overlap() not in (None, mine) for hook in hooks.values())
 
 
 def check_not_replicated(params: Iterable[Tensor]) -> None:
@@ -510,9 +760,9 @@ def check_not_replicated(params: Iterable[Tensor]) -> None:
                 )
 
 
-def _remove(hooks: list[RemovableHandle]) -> None:
-    for hook in hooks:
-        hook.remove()
+def _remove(hooks: dict[int, _Watch]) -> None:
+    for watch in list(hooks.values()):
+        watch.remove()
     hooks.clear()
 
 

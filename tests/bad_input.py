@@ -1198,7 +1198,84 @@ STATE_DICTS = [
     ),
 ]
 
-ROWS: list[Row] = [*(argument.row() for argument in ARGUMENTS), *PARAMETERS, *ADDED, *MET, *STATE_DICTS]
+# What happens between the backward pass and the step with ``in_backward=True``
+
+
+def _too_late(
+    what: str,
+    spoil: Callable[[SOFIM, list[nn.Parameter]], object],
+    error: type[Exception],
+    text: str,
+    *,
+    taken: bool = True,
+    release: bool = False,
+) -> Row:
+    """Something done between ``backward()``, or gradients that were given by hand (``taken=False``), and ``step()``."""
+
+    def case(backend: str) -> Case:
+        params = two()
+        optimizer = SOFIM(params, backend=backend, in_backward=True, release_grads=release)
+        if taken:
+            torch.stack([p.sum() for p in params]).sum().backward()
+        else:
+            give_ones(params)
+        spoil(optimizer, params)
+        return Case(optimizer.step, optimizer=optimizer)
+
+    return Row(f"with `in_backward=True`, between `backward()` and `step()`: {what}", case, error, text, BOTH)
+
+
+def _in_two_places(optimizer: SOFIM, params: list[nn.Parameter]) -> None:
+    optimizer.param_groups.append({**optimizer.param_groups[0], "params": params[:1]})
+
+
+TOO_LATE = [
+    _too_late(
+        "`clip_grad_norm_()`, whether it clips or not",
+        lambda _, params: nn.utils.clip_grad_norm_(params, 1e9),
+        RuntimeError,
+        "the gradient of parameter 0 of group 0 (shape (4,)) was replaced or changed between backward() and step(): "
+        "… To clip, leave out in_backward and pass max_grad_norm= to SOFIM … a second step() goes on with the "
+        "gradients as they were taken, load_state_dict() goes back",
+    ),
+    _too_late(
+        "`zero_grad()`",
+        lambda optimizer, _: optimizer.zero_grad(),
+        RuntimeError,
+        "the gradient of parameter 0 of group 0 (shape (4,)) was removed between backward() and step(): … to call "
+        "zero_grad() before step(), leave out in_backward",
+    ),
+    _too_late(
+        "a new gradient, with `release_grads=True`",
+        lambda _, params: setattr(params[1], "grad", torch.ones(2, 3)),
+        RuntimeError,
+        "the gradient of parameter 1 of group 0 (shape (2, 3)) was given anew between backward() and step(): …",
+        release=True,
+    ),
+    _too_late(
+        "a parameter taken out of its group",
+        lambda optimizer, _: optimizer.param_groups[0]["params"].pop(),
+        RuntimeError,
+        "param_groups were edited between backward() and step(): … Put the groups back as they were and call step(), "
+        "then edit them; or go back with load_state_dict()",
+    ),
+    _too_late(
+        "`state.clear()`",
+        lambda optimizer, _: optimizer.state.clear(),
+        RuntimeError,
+        "the state of parameter 0 of group 0 was deleted between backward() and step(): … delete state before "
+        "backward() or after step()",
+    ),
+    _too_late(
+        "a parameter in two groups, put there by hand",
+        _in_two_places,
+        ValueError,
+        "parameter 0 of group 1 is parameter 0 of group 0 again: have each parameter in one place",
+        taken=False,
+    ),
+]
+
+ROWS: list[Row] = [*(argument.row() for argument in ARGUMENTS), *PARAMETERS, *ADDED, *MET, *TOO_LATE, *STATE_DICTS]
 
 
 def markdown() -> str:

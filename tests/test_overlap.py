@@ -715,7 +715,7 @@ def test_a_step_without_gradients_does_nothing(release: bool, run: Run) -> None:
 
 @on_cpu
 def test_gradients_are_taken_before_anything_is_done_to_them(run: Run) -> None:
-    """Nothing waits beyond the backward pass: then gradients are the user's."""
+    """Nothing waits beyond the backward pass. What is done is refused, as a plain step would see it."""
     pair = Pair(run, numerator="gradient")
     for grads in pair.gradients(3):
         pair.backward(grads)
@@ -723,6 +723,8 @@ def test_gradients_are_taken_before_anything_is_done_to_them(run: Run) -> None:
             if p.grad is not None:
                 p.grad.fill_(float("nan"))
         pair.optimizer.zero_grad()
+        with pytest.raises(RuntimeError, match=r"was removed between backward\(\) and step\(\)"):
+            pair.optimizer.step()
         pair.step()
     assert pair.alike()
 

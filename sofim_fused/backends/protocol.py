@@ -107,8 +107,14 @@ class NativeOverlap(Protocol):
     Where a part answers ``False`` it has changed nothing, and the passes have to take it.
     """
 
-    def latch(self, param_groups: list[dict[str, Any]]) -> bool:
-        """Take over the settings that hold for the gradients of this step, and forget the last step's."""
+    def watch(self, groups: list[list[Tensor]]) -> None:
+        """Name the parameters of the steps that follow, by group, without keeping them alive."""
+
+    def latch(self, param_groups: list[dict[str, Any]], release: bool) -> bool:
+        """Take over the settings that hold for the gradients of this step, and forget the last step's.
+
+        ``release``: gradients that were taken are let go. ``False`` too if the parameters are not those watched.
+        """
 
     def take(self, param: Tensor, state: MutableMapping[Tensor, Any], group: int, ordinal: int, again: bool) -> bool:
         """Take a parameter's gradient into its moment; in the gradient form w takes the gradient's part of the step.
@@ -116,11 +122,29 @@ class NativeOverlap(Protocol):
         ``again``: it is not the first one of this parameter in this step, and is added to it.
         """
 
+    def allow_parts(self) -> None:
+        """From now on take gradients, too, whose memory is a part of a larger one."""
+
+    def mark(self, param: Tensor, ordinal: int) -> None:
+        """Note what is now in the place of a gradient that was taken; :meth:`take` has done that before."""
+
+    def fits(self, param: Tensor, ordinal: int) -> bool:
+        """Whether a parameter's gradient is the one noted, with the same values as far as can be seen."""
+
     def taken(self, ordinal: int) -> tuple[float, float, float] | None:
         """The sums (mm, mg, mw) of a parameter whose gradient was taken in this step, the last two where needed."""
 
-    def finish(self, param_groups: list[dict[str, Any]], state: MutableMapping[Tensor, Any]) -> bool:
-        """Take the rest of the step over all that were taken; ``False`` too if another parameter has a gradient."""
+    def finish(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: MutableMapping[Tensor, Any],
+        current: list[dict[str, Any]],
+    ) -> bool:
+        """Take the rest of the step over all that were taken, with the settings of ``param_groups``.
+
+        ``False`` too if another parameter has a gradient, if a taken one is not what it was, or if the parameters of
+        ``current``, the optimizer's own groups, are not those watched.
+        """
 
     def forget(self) -> None:
         """Nothing was taken."""
