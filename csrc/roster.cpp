@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -60,8 +61,6 @@ bool may_overlap(const at::Tensor& x) {
   return false;
 }
 
-size_t size_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
-
 bool as_stored(const at::Tensor& x) { return !x.is_conj() && !x.is_neg(); }
 
 bool has_memory(const at::Tensor& x) {
@@ -92,14 +91,13 @@ void Roster::clear() {
   copied_.clear();
   held_.clear();
   tiling_.clear();
-  written_.clear();
-  read_.clear();
+  if (!unsure_.empty()) known_.clear();  // nobody asked shares_memory(), or it does: all is looked at anew
+  unsure_.clear();
 }
 
 const char* Roster::add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
                         const at::Tensor& step, int64_t ordinal) {
   Record record{};
-  const size_t copies = copied_.size() + kept_.size();
   if (anywhere_ && records_.empty()) {
     device_ = w.device();
     if (!has_addresses(w)) return "parameter: not a dense tensor in memory";
@@ -143,7 +141,8 @@ const char* Roster::add(const at::Tensor& w, const at::Tensor& g, const at::Tens
                                             (!kahan.defined() || kahan.is_contiguous())
                                       : m.is_non_overlapping_and_dense() && same_order(w, m) && same_order(g, m) &&
                                             (!kahan.defined() || same_order(kahan, m));
-  if (flat && as_stored(g) && as_stored(w) && as_stored(m)) {
+  const bool in_place = flat && as_stored(g) && as_stored(w) && as_stored(m);
+  if (in_place) {
     record.w = somewhere(w.mutable_data_ptr());
     record.g = somewhere(g.const_data_ptr());
     record.m = somewhere(m.mutable_data_ptr());
@@ -184,64 +183,61 @@ const char* Roster::add(const at::Tensor& w, const at::Tensor& g, const at::Tens
                       step.defined() ? static_cast<int64_t*>(step.mutable_data_ptr()) : nullptr,
                       static_cast<uint32_t>(ordinal)});
   tiling_.add(record.numel);
-  Written written{};
-  Range read{};
-  if (record.numel > 0) {
-    const bool in_place = copied_.size() + kept_.size() == copies;
-    const auto range = [&](const at::Tensor& x, const void* at, Type type) {
-      const auto begin = reinterpret_cast<uintptr_t>(at);
-      return in_place ? Range{begin, begin + static_cast<uintptr_t>(record.numel) * size_of(type)} : range_of(x);
-    };
-    written = {range(w, record.w, record.w_type), range(m, record.m, record.m_type), {}, {}};
-    if (kahan.defined()) written.kahan = range(kahan, record.kahan, record.w_type);
-    // Each element of a gradient that is its own w is read before it is written, by the thread that writes it.
-    const bool own = g.unsafeGetTensorImpl() == w.unsafeGetTensorImpl() ||
-                     (in_place && record.g == record.w && record.g_type == record.w_type);
-    if (!own) read = range(g, record.g, record.g_type);
+  const size_t place = records_.size() - 1;
+  if (place >= known_.size()) known_.resize(place + 1);
+  Known& known = known_[place];
+  if (in_place && known.w == record.w && known.m == record.m && known.kahan == record.kahan &&
+      known.updates == members_.back().updates && known.numel == record.numel && known.w_type == record.w_type &&
+      known.m_type == record.m_type) {
+    if (known.g == record.g) return nullptr;
+  } else {
+    moved_ = true;
   }
-  if (step.defined()) {
-    const auto begin = reinterpret_cast<uintptr_t>(members_.back().updates);
-    written.step = {begin, begin + sizeof(int64_t)};
-  }
-  written_.push_back(written);
-  read_.push_back(read);
+  known = {record.w, record.g, record.m, record.kahan, members_.back().updates, record.numel, record.w_type,
+           record.m_type};
+  unsure_.push_back(place);
   return nullptr;
 }
 
-Roster::Range Roster::range_of(const at::Tensor& x) {
+Roster::Range Roster::range_of(const c10::TensorImpl* x) {
+  if (x == nullptr || x->numel() == 0) return {0, 0};
   int64_t elements = 1;
-  for (int64_t i = 0; i < x.dim(); ++i) elements += (x.size(i) - 1) * x.stride(i);
-  const auto begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
-  return {begin, begin + static_cast<uintptr_t>(elements) * x.element_size()};
+  for (int64_t i = 0; i < x->dim(); ++i) elements += (x->size(i) - 1) * x->stride(i);
+  const auto begin = reinterpret_cast<uintptr_t>(x->data());
+  return {begin, begin + static_cast<uintptr_t>(elements) * x->itemsize()};
 }
 
 bool Roster::shares_memory() {
-  if (written_ != known_) {
+  if (known_.size() != records_.size()) {
+    known_.resize(records_.size());
+    moved_ = true;
+  }
+  if (moved_) {
     overlap_ = sort_written();
-    known_ = written_;
-    known_read_.clear();
+    moved_ = false;
+    unsure_.resize(records_.size());
+    std::iota(unsure_.begin(), unsure_.end(), size_t{0});
   }
   if (overlap_) return true;
-  const bool compared = known_read_.size() == read_.size();
-  for (size_t i = 0; i < read_.size(); ++i) {
-    if (compared && read_[i] == known_read_[i]) continue;
-    const c10::TensorImpl* impl = members_[i].g;
-    const c10::Storage& storage = impl->unsafe_storage();
+  for (const size_t i : unsure_) {
+    const Record& record = records_[i];
+    const c10::TensorImpl* g = members_[i].g;
+    // Each element of a gradient that is its own w is read before it is written, by the thread that writes it.
+    if (g == members_[i].w || (record.g == record.w && record.g_type == record.w_type)) continue;
+    const c10::Storage& storage = g->unsafe_storage();
     const bool alone = c10::raw::intrusive_ptr::use_count(members_[i].g) == 1 && storage.use_count() == 1 &&
                        storage.resizable();
-    if (!alone && is_written(read_[i])) {
-      known_read_.clear();
-      return true;
-    }
+    if (!alone && is_written(range_of(g))) return true;
   }
-  known_read_ = read_;
+  unsure_.clear();
   return false;
 }
 
 bool Roster::sort_written() {
   sorted_.clear();
-  for (const Written& written : written_) {
-    for (const Range& range : {written.w, written.m, written.kahan, written.step}) {
+  for (const Member& member : members_) {
+    for (const c10::TensorImpl* x : {member.w, member.m, member.kahan, member.step}) {
+      const Range range = range_of(x);
       if (range.begin < range.end) sorted_.push_back(range);
     }
   }

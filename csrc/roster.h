@@ -76,17 +76,15 @@ class Roster {
   // A range of addresses; empty: {0, 0}.
   struct Range {
     uintptr_t begin, end;
-    bool operator==(const Range& other) const { return begin == other.begin && end == other.end; }
   };
-  struct Written {
-    Range w, m, kahan, step;
-    bool operator==(const Written& other) const {
-      return w == other.w && m == other.m && kahan == other.kahan && step == other.step;
-    }
+  // Where a tensor lay in the last step; numbers, which point to nothing.
+  struct Known {
+    const void *w, *g, *m, *kahan, *updates;
+    int64_t numel;
+    Type w_type, m_type;
   };
 
-  // Of a tensor that has elements, in whatever layout.
-  static Range range_of(const at::Tensor& x);
+  static Range range_of(const c10::TensorImpl* x);
   // Sorts what is written; says whether any two of the ranges overlap.
   bool sort_written();
   // Whether a range overlaps one of those that were sorted, which do not overlap each other.
@@ -100,13 +98,11 @@ class Roster {
   std::vector<Copied> copied_;
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> held_;
   Tiling tiling_;
-  std::vector<Written> written_;
-  std::vector<Range> read_;  // gradients; empty in the place of one that is its own w
-  // Of the last step that was looked at:
-  std::vector<Written> known_;
-  std::vector<Range> known_read_;
-  std::vector<Range> sorted_;
-  bool overlap_ = false;
+  std::vector<Known> known_;     // compared and replaced as tensors are added
+  std::vector<size_t> unsure_;   // tensors with gradients that shares_memory() has to look at
+  std::vector<Range> sorted_;    // what is written, when something of it last moved
+  bool moved_ = false;           // since it was sorted
+  bool overlap_ = false;         // of what was sorted
 };
 
 }  // namespace sofim
