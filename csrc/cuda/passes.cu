@@ -163,9 +163,11 @@ struct Kind {
   }
 };
 
+constexpr int kFolded = 9;  // the numbers of a GuardedBlock, which are more than the sums
+
 // What blocks share.
 struct Shared {
-  double warp[kSums][kWarps];
+  double warp[kFolded][kWarps];
   double gain;
   bool last, skip;
 };
@@ -483,20 +485,42 @@ __device__ void guard(const Task& task, Shared& shared) {
   __syncthreads();
 }
 
-template <class Block>
-__device__ void fold(Block& block);
-template <>
-__device__ void fold(PlainBlock& block) {
-  block.norm = warp_total(block.norm);
-  block.cross = warp_total(block.cross);
+// Calls f with each number of a Fisher block, always in the same order.
+template <class F>
+__device__ __forceinline__ void each(PlainBlock& block, F f) {
+  f(block.norm);
+  f(block.cross);
 }
-template <>
-__device__ void fold(GuardedBlock& block) {
+template <class F>
+__device__ __forceinline__ void each(GuardedBlock& block, F f) {
+#pragma unroll
   for (int power = 0; power < 3; ++power) {
-    block.norm[power] = warp_total(block.norm[power]);
-    block.scale[power] = warp_total(block.scale[power]);
-    block.cross[power] = warp_total(block.cross[power]);
+    f(block.norm[power]);
+    f(block.scale[power]);
+    f(block.cross[power]);
   }
+}
+
+// Adds up what the threads of a team have, which is `warps` neighbouring warps: each thread gets the sums. All threads
+// of the block come here together, each in its own team. The order of the additions depends on `warps` alone.
+template <class Block>
+__device__ void fold(Block& block, uint32_t warps, Shared& shared) {
+  static_assert(sizeof(Block) <= kFolded * sizeof(double), "there is room for its numbers");
+  each(block, [](double& x) { x = warp_total(x); });
+  if (warps == 1) return;
+  const uint32_t warp = threadIdx.x / kWarp, first = warp / warps * warps;
+  if (threadIdx.x % kWarp == 0) {
+    int at = 0;
+    each(block, [&](double& x) { shared.warp[at++][warp] = x; });
+  }
+  __syncthreads();
+  int at = 0;
+  each(block, [&](double& x) {
+    x = 0.0;
+    for (uint32_t i = 0; i < warps; ++i) x += shared.warp[at][first + i];
+    ++at;
+  });
+  __syncthreads();  // before the next Fisher block's numbers take their place
 }
 __device__ PlainBlock known(const PlainBlock& block, double) { return block; }
 __device__ PlainBlock known(const GuardedBlock& block, double gain) { return block.at_gain(gain); }
@@ -510,9 +534,18 @@ __device__ void set_update(
   if (!skip) *row.step += 1;
 }
 
+// How many warps work together on a Fisher block, a power of two: as many as there are for each, but not many that would
+// find no tensor.
+__device__ uint32_t team_of(uint32_t tensors, uint32_t blocks) {
+  uint32_t warps = 1;
+  while (warps * kWarp < tensors && 2 * warps * blocks <= kWarps) warps *= 2;
+  return warps;
+}
+
 // Coefficients of every tensor from the sums of all, and one more update is counted.
 template <class Block>
-__device__ void set_updates(const Task& task, const Row* rows, const Group* groups, bool l2, double gain, bool skip) {
+__device__ void set_updates(
+    const Task& task, const Row* rows, const Group* groups, bool l2, double gain, bool skip, Shared& shared) {
   for (uint32_t i = threadIdx.x; i < task.tensors; i += kThreads) {
     task.corrections[i] = bias_correction(groups[rows[i].group].hyper.momentum, *rows[i].step + 1);
   }
@@ -526,17 +559,25 @@ __device__ void set_updates(const Task& task, const Row* rows, const Group* grou
     }
     return;
   }
-  const uint32_t lane = threadIdx.x % kWarp, blocks = task.fisher == Fisher::group ? task.group_count : 1;
-  for (uint32_t at = threadIdx.x / kWarp; at < blocks; at += kWarps) {
-    const uint32_t begin = blocks == 1 ? 0 : first_of_group(rows, task.tensors, at);
-    const uint32_t end = blocks == 1 ? task.tensors : first_of_group(rows, task.tensors, at + 1);
+  // Each tensor is a chain of loads and divisions, of which a warp waits for one at a time: one warp alone took half of
+  // the step of a model of 1,000 small tensors.
+  const uint32_t blocks = task.fisher == Fisher::group ? task.group_count : 1;
+  const uint32_t warps = team_of(task.tensors, blocks), teams = kWarps / warps, threads = warps * kWarp;
+  const uint32_t team = threadIdx.x / threads, mine = threadIdx.x % threads;
+  for (uint32_t first = 0; first < blocks; first += teams) {
+    const uint32_t at = first + team;
+    uint32_t begin = 0, end = 0;  // none for a team without a Fisher block, which has to come along to the barriers
+    if (team < teams && at < blocks) {
+      begin = blocks == 1 ? 0 : first_of_group(rows, task.tensors, at);
+      end = blocks == 1 ? task.tensors : first_of_group(rows, task.tensors, at + 1);
+    }
     Block block;
-    for (uint32_t i = begin + lane; i < end; i += kWarp) {
+    for (uint32_t i = begin + mine; i < end; i += threads) {
       block.add(hyper_of(groups[rows[i].group]), task.corrections[i], products_of(task, i, l2));
     }
-    fold(block);
+    fold(block, warps, shared);
     const PlainBlock whole = known(block, gain);
-    for (uint32_t i = begin + lane; i < end; i += kWarp) {
+    for (uint32_t i = begin + mine; i < end; i += threads) {
       set_update(task, rows[i], hyper_of(groups[rows[i].group]), i, whole, skip);
     }
   }
@@ -545,16 +586,18 @@ __device__ void set_updates(const Task& task, const Row* rows, const Group* grou
 // Out of line: it is done once per step, and must not take registers from the sweeps.
 __device__ __noinline__ void finish(
     const Task& task, const Row* rows, const Group* groups, bool l2, Shared& shared) {
-  if (task.finish == Finish::plain) return set_updates<PlainBlock>(task, rows, groups, l2, 1.0, false);
+  if (task.finish == Finish::plain) return set_updates<PlainBlock>(task, rows, groups, l2, 1.0, false, shared);
   guard(task, shared);
-  set_updates<GuardedBlock>(task, rows, groups, l2, shared.gain, shared.skip);
+  set_updates<GuardedBlock>(task, rows, groups, l2, shared.gain, shared.skip, shared);
 }
 
 // The sweeps
 
-// The tensor that a tile belongs to.
-__device__ __forceinline__ uint32_t tensor_of(const Row* rows, uint32_t tensors, uint32_t tile) {
-  uint32_t low = 0, high = tensors;
+// The tensor that a tile belongs to. As each tensor has a tile at least, its number is not above the tile's, and likewise
+// from behind: where all have one each, there is nothing to search, and every look at a row costs a trip to memory.
+__device__ __forceinline__ uint32_t tensor_of(const Task& task, const Row* rows, uint32_t tile) {
+  const uint32_t more = task.tiles - task.tensors;
+  uint32_t low = tile > more ? tile - more : 0, high = tile < task.tensors ? tile + 1 : task.tensors;
   while (high - low > 1) {
     const uint32_t middle = low + (high - low) / 2;
     if (rows[middle].first <= tile) {
@@ -570,7 +613,7 @@ __device__ __forceinline__ uint32_t tensor_of(const Row* rows, uint32_t tensors,
 template <class Set, class K>
 __device__ __forceinline__ void first_sweep(
     const Task& task, const Row* rows, const Group* groups, uint32_t tile, Shared& shared) {
-  const uint32_t tensor = tensor_of(rows, task.tensors, tile);
+  const uint32_t tensor = tensor_of(task, rows, tile);
   const Row row = rows[tensor];  // a copy, which no store can change
   Sums<K> sums;
   Set::sweep(Tile{task, row, groups, tensor, static_cast<int64_t>(tile - row.first) * kTile}, sums);
@@ -604,7 +647,7 @@ __device__ __forceinline__ void first_sweep(
 // A tile of a pass that updates.
 template <class Set, class K>
 __device__ __forceinline__ void second_sweep(const Task& task, const Row* rows, const Group* groups, uint32_t tile) {
-  const uint32_t tensor = tensor_of(rows, task.tensors, tile);
+  const uint32_t tensor = tensor_of(task, rows, tile);
   const Row row = rows[tensor];
   Sums<K> none;
   Set::sweep(Tile{task, row, groups, tensor, static_cast<int64_t>(tile - row.first) * kTile}, none);
