@@ -116,9 +116,10 @@ class Step {
  public:
   // One step. Returns None if Python has to take it, nothing being changed; True for a plain step; for a guarded one
   // the pair of the gradients' norm before clipping, a 0-dimensional float64 tensor, and whether the step was skipped.
-  // The gradients are `grad_scale` times too large, and if `found_inf` is not 0, not all of them are finite.
+  // The gradients are `grad_scale` times too large, and if `found_inf` is not 0, not all of them are finite. The last
+  // argument, a counter of skipped steps, is for steps that end after their call has returned.
   py::object run(const py::handle& groups, const py::handle& state, const py::handle& grad_scale,
-                 const py::handle& found_inf) {
+                 const py::handle& found_inf, const py::handle&) {
     if (busy_ || c10::impl::TorchDispatchModeTLS::any_modes_set()) return py::none();
     const Busy busy(*this);
     if (!reader_.read(groups.ptr(), state.ptr())) return py::none();
@@ -411,6 +412,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(pybind11::init<>())
       .def("__call__", &Step::run, pybind11::arg("param_groups"), pybind11::arg("state"),
            pybind11::arg("grad_scale") = pybind11::none(), pybind11::arg("found_inf") = pybind11::none(),
+           pybind11::arg("counter") = pybind11::none(),
            "Takes a step: True if plain, (grad_norm, skipped) if guarded, None if it cannot and has changed nothing.")
       .def("watch", &Step::watch, pybind11::arg("groups"),
            "Names the parameters of the steps that follow, a list of them for each group.")

@@ -293,13 +293,17 @@ class SOFIM(Optimizer):
 
         return step
 
-    def _in_one_call(self) -> tuple[Tensor, bool | Tensor] | Literal[True] | None:
+    def _in_one_call(self) -> tuple[Tensor, bool | Tensor | None] | Literal[True] | None:
         """A step as :data:`NativeStep` takes it."""
         native_step = self._native_step()
         if self._may_not_capture and backends.capturing():
             raise RuntimeError("a step is captured in a CUDA graph: make the optimizer with capturable=True")
         return native_step(
-            self.param_groups, self.state, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            self.param_groups,
+            self.state,
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+            self._skipped_steps,
         )
 
     def _native_step(self) -> NativeStep:

@@ -326,3 +326,63 @@ def test_both_backends_of_a_gpu_have_the_same_switch() -> None:
     assert cuda.SINGLE_LAUNCH is None
     assert triton.SINGLE_LAUNCH is None
     assert cpu.passes_for(GPU) == "it runs on the CPU, not on cuda"
+
+
+# What follows the sums: as many warps as a Fisher block has tensors for
+
+
+@emulated
+@pytest.mark.parametrize("guard", [{}, GUARDED], ids=["plain", "guarded"])
+@pytest.mark.parametrize("tensors", [1, 33, 65, 129, 270])
+@pytest.mark.parametrize(("fisher", "groups"), [("model", 3), *(("group", n) for n in (1, 2, 3, 9))])
+def test_a_fisher_block_has_all_of_its_tensors(
+    fisher: str, groups: int, tensors: int, guard: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many to a group as it gives, the last one having the rest. The reference adds up in another order."""
+    weights = {}
+    for backend, single in (("reference", None), ("cuda", True), ("cuda", False)):
+        monkeypatch.setattr(cuda, "SINGLE_LAUNCH", single)
+        params = [nn.Parameter(torch.zeros(1 + i % 3)) for i in range(tensors)]
+        size = -(-tensors // groups)
+        chosen = [{"params": params[at : at + size]} for at in range(0, tensors, size)]
+        optimizer = SOFIM(chosen, lr=1.0, rho=0.5, fisher=fisher, backend=backend, **guard)
+        for step in range(2):  # a moment of about rho's size: a tensor that is missing shows
+            for i, p in enumerate(params):
+                p.grad = torch.arange(1.0, 1 + p.numel()) * (1 + (i + step) % 5) / tensors**0.5
+            optimizer.step()
+        assert optimizer.backends == {CPU: backend}
+        weights[backend, single] = torch.cat([p.detach() for p in params])
+    assert torch.equal(weights["cuda", True], weights["cuda", False])
+    torch.testing.assert_close(weights["cuda", True], weights["reference", None], rtol=1e-5, atol=1e-9)
+
+
+# The counter of skipped steps
+
+
+@emulated
+def test_a_skipped_step_is_counted_in_the_launch_itself() -> None:
+    param = nn.Parameter(torch.ones(5000))
+    optimizer = SOFIM([param], skip_nonfinite=True, backend="cuda")
+    param.grad = torch.ones_like(param)
+    optimizer.step()  # makes state and counter
+    counter = optimizer.skipped_steps
+    for spoiled, expected in ((False, 0), (True, 1), (True, 2), (False, 2)):
+        param.grad = torch.full_like(param, float("nan") if spoiled else 1.0)
+        before, version = param.detach().clone(), counter._version
+        assert launches(optimizer.step) == 1
+        assert optimizer.skipped_steps is counter
+        assert int(counter) == expected
+        assert counter._version > version
+        assert torch.equal(param.detach(), before) == spoiled
+
+
+@emulated
+@pytest.mark.parametrize("counter", [None, torch.zeros((), dtype=torch.int32), torch.zeros(2, dtype=torch.int64)])
+def test_a_counter_that_does_not_serve_is_left_alone(counter: Tensor | None) -> None:
+    optimizer, (param,) = made([5], skip_nonfinite=True)
+    optimizer.step()
+    assert param.grad is not None
+    param.grad.fill_(float("inf"))
+    norm, skipped = module().Step()(optimizer.param_groups, optimizer.state, counter=counter)
+    assert (float(norm), int(skipped)) == (float("inf"), 1)
+    assert counter is None or not counter.any()

@@ -25,9 +25,11 @@ class Step {
   // One step, in one launch (`single`), in two, or as its size asks for. Returns None if Python has to take it, nothing
   // being changed; True for a plain step; for a guarded one the pair of the gradients' norm before clipping and of how
   // many steps were skipped, 0-dimensional tensors of float64 and int64 on the device. The gradients are `grad_scale`
-  // times too large, and if `found_inf` is not 0, not all of them are finite.
+  // times too large, and if `found_inf` is not 0, not all of them are finite. `counter`, an int64 tensor of one element
+  // or None: where it lies on the device too, a skipped step raises it, and the pair has None in its place. For a small
+  // model another kernel that does so takes as long as a quarter of the step.
   py::object run(const py::handle& groups, const py::handle& state, const py::handle& grad_scale,
-                 const py::handle& found_inf, std::optional<bool> single) {
+                 const py::handle& found_inf, std::optional<bool> single, std::optional<at::Tensor> counter) {
     if (busy_ || c10::impl::TorchDispatchModeTLS::any_modes_set()) return py::none();
     const Busy busy(*this);
     if (!reader_.read(groups.ptr(), state.ptr())) return py::none();
@@ -46,9 +48,11 @@ class Step {
     if (guarded) {
       const auto options = at::TensorOptions(at::kDouble).device(roster.device());
       norm = at::empty({}, options);
-      skipped = at::empty({}, options.dtype(at::kLong));
+      const bool counts = counter && counter->device() == roster.device() && counter->scalar_type() == at::kLong &&
+                          counter->numel() == 1;
+      if (!counts) counter = skipped = at::zeros({}, options.dtype(at::kLong));
       task.norm = norm.mutable_data_ptr<double>();
-      task.skipped = skipped.mutable_data_ptr<int64_t>();
+      task.skipped = counter->mutable_data_ptr<int64_t>();
     }
     // What a graph uses must not be used by eager steps as well, and goes when the graph goes.
     Memory own;
@@ -59,10 +63,11 @@ class Step {
     roster.bump_moments();
     roster.bump_weights();
     roster.bump_steps();
+    if (guarded && !skipped.defined() && !counter->is_inference()) counter->unsafeGetTensorImpl()->bump_version();
     launch_all(single.value_or(task.tiles <= kSingleUpTo), on.stream());
     roster.write_back(true, true);
     if (!guarded) return py::bool_(true);
-    return py::make_tuple(norm, skipped);
+    return py::make_tuple(norm, skipped.defined() ? py::cast(skipped) : py::none());
   }
 
  private:
@@ -200,6 +205,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(pybind11::init<>())
       .def("__call__", &Step::run, pybind11::arg("param_groups"), pybind11::arg("state"),
            pybind11::arg("grad_scale") = pybind11::none(), pybind11::arg("found_inf") = pybind11::none(),
-           pybind11::arg("single") = pybind11::none(),
-           "Takes a step: True if plain, (grad_norm, skipped) if guarded, None if it cannot and has changed nothing.");
+           pybind11::arg("single") = pybind11::none(), pybind11::arg("counter") = pybind11::none(),
+           "Takes a step: True if plain, (grad_norm, skipped) if guarded, None if it cannot and has changed nothing."
+           " Where `counter` serves, skipped is None, and a skipped step raises the counter.");
 }

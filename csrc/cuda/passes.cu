@@ -480,7 +480,7 @@ __device__ void guard(const Task& task, Shared& shared) {
     *task.gain = shared.gain;
     *task.skip = shared.skip;
     *task.norm = norm;
-    *task.skipped = shared.skip ? 1 : 0;
+    if (shared.skip) *task.skipped += 1;
   }
   __syncthreads();
 }

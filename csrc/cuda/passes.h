@@ -61,8 +61,8 @@ struct alignas(16) Task {
   double* by_moment;
   double* gain;  // or nullptr: 1
   bool* skip;    // or nullptr: false
-  double* norm;  // what a guarded step saw: the true gradients' norm, and how many steps it skipped
-  int64_t* skipped;
+  double* norm;      // what a guarded step saw: the true gradients' norm
+  int64_t* skipped;  // counts the guarded steps that were skipped
   const void* grad_scale;  // what the gradients were multiplied by, or nullptr: 1
   const void* found_inf;   // not 0: the step is to be skipped; or nullptr
   double limit;            // of that norm

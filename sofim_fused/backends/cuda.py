@@ -54,9 +54,13 @@ def _passes(module: Any) -> OperatorPasses:
         step = module.Step()
 
         def take(
-            groups: list[dict[str, Any]], state: MutableMapping[Tensor, Any], grad_scale: Any, found_inf: Any
+            groups: list[dict[str, Any]],
+            state: MutableMapping[Tensor, Any],
+            grad_scale: Any,
+            found_inf: Any,
+            counter: Tensor | None,
         ) -> Any:
-            return step(groups, state, grad_scale, found_inf, SINGLE_LAUNCH)
+            return step(groups, state, grad_scale, found_inf, SINGLE_LAUNCH, counter)
 
         return take
 

@@ -107,7 +107,7 @@ class InTurn:
             self._passes.commit(_tiles(tiles, run), _decay(decay, run), _coefficients(coefficients, run))
 
     def native_step(self) -> NativeStep:
-        return lambda groups, state, grad_scale, found_inf: None
+        return lambda groups, state, grad_scale, found_inf, counter: None
 
     def native_overlap(self) -> NativeOverlap | None:
         return None

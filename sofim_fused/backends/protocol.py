@@ -93,12 +93,15 @@ class Coefficients(NamedTuple):
 
 
 NativeStep = Callable[
-    [list[dict[str, Any]], MutableMapping[Tensor, Any], Any, Any], "tuple[Tensor, bool | Tensor] | Literal[True] | None"
+    [list[dict[str, Any]], MutableMapping[Tensor, Any], Any, Any, "Tensor | None"],
+    "tuple[Tensor, bool | Tensor | None] | Literal[True] | None",
 ]
 """A whole step in one call, from an optimizer's ``param_groups`` and ``state``, and from ``grad_scale`` and
 ``found_inf`` as :func:`sofim_fused.schedule.guarded` has them, or ``None``: ``True`` when a plain step was taken, of a
-guarded one the gradients' norm and whether it was skipped (on the device: 0-dimensional int64, 1 if so). ``None``: it
-cannot take this step, and has changed nothing; the passes can, or a check will say what is wrong."""
+guarded one the gradients' norm and whether it was skipped (on the device: 0-dimensional int64, 1 if so). The last
+argument is the counter of skipped steps, or ``None`` as long as there is none: a backend may raise it itself, and then
+answers ``None`` in the place of that. ``None`` alone: it cannot take this step, and has changed nothing; the passes
+can, or a check will say what is wrong."""
 
 
 class NativeOverlap(Protocol):

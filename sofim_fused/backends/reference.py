@@ -92,7 +92,7 @@ class ReferencePasses:
             _store_moments(tiles, batch, moments, early=False, skip=skip)
 
     def native_step(self) -> NativeStep:
-        return lambda groups, state, grad_scale, found_inf: None
+        return lambda groups, state, grad_scale, found_inf, counter: None
 
     def native_overlap(self) -> NativeOverlap | None:
         return None

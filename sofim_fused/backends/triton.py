@@ -181,6 +181,7 @@ class TritonStep:
         state: MutableMapping[Tensor, Any],
         grad_scale: Any = None,
         found_inf: Any = None,
+        _counter: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | Literal[True] | None:
         if not (table.readable(grad_scale) and table.readable(found_inf)):
             return None
