@@ -42,7 +42,9 @@ def replace_data(p: Tensor) -> None:
 
 def unscale(params: list[Tensor]) -> None:
     """As a GradScaler does it, which raises no version counter."""
-    torch._amp_foreach_non_finite_check_and_unscale_(grads_of(params), torch.zeros(1), torch.tensor(0.5))
+    device = params[0].device
+    scale = torch.tensor(0.5, device=device)
+    torch._amp_foreach_non_finite_check_and_unscale_(grads_of(params), torch.zeros(1, device=device), scale)
 
 
 def of_the_last(change: Callable[[Tensor], object]) -> Callable[[list[Tensor]], None]:
@@ -71,6 +73,7 @@ CHANGES: dict[str, Callable[[list[Tensor]], object]] = {
     "NumPy": each(lambda p: p.grad.numpy().__imul__(0.5)),  # type: ignore[union-attr]
     "unscaled": unscale,
 }
+ELEMENTS_ALONE_TELL = (".data", "NumPy", "unscaled")  # no version counter and no address does
 SIZES = ("matrix", "scalar", "vector", "transposed", "channels-last", "sliced", "offset")
 REFUSED = (
     r"the gradient of parameter \d of group \d \(shape .*\) was {} between backward\(\) and step\(\): with in_back"
@@ -85,6 +88,8 @@ def test_what_is_done_to_gradients_after_the_backward_pass_is_refused(change: st
         run, numerator=numerator, layouts=("scalar", "sliced", "vector", "offset") if INTERPRETED else SIZES, decay="l2"
     )
     what = "removed" if "removed" in change else "replaced or changed"
+    if run.device == "cuda" and change in ELEMENTS_ALONE_TELL:
+        pytest.skip("on a GPU elements are not looked at, as docs/method.md says")
     for grads in pair.gradients(4):
         pair.backward(grads)
         CHANGES[change](pair.params)
