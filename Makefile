@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# The tests and figures were made with this version; the package itself takes torch >= 2.6.
+# The tests and figures were made with this version. Which others the package takes is in pyproject.toml.
 TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
@@ -17,6 +17,7 @@ LESSER_SETS := avx2 default
 ONE_SET = SOFIM_INSTRUCTION_SETS=$$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo avx2 || echo default)
 INTERPRETER_TESTS := tests/test_matrix.py tests/test_passes.py tests/test_triton.py tests/test_amp.py \
     tests/test_overlap.py
+AGAINST = build/against/$(subst ==,-,$(TORCH))
 EMULATED := build/emulated
 EMULATED_TESTS := tests/test_matrix.py tests/test_passes.py tests/test_cuda.py tests/test_amp.py tests/test_overlap.py
 CUDA_SYNTAX := build/cuda-syntax
@@ -28,13 +29,14 @@ JOBS ?= 2
 # Slow tests stand together; who has none left takes over some.
 SPREAD = -n $(JOBS) --dist worksteal
 
-.PHONY: help demo test deep coverage convergence native instruction-sets interpreter emulated cuda-syntax kernels gpu \
+.PHONY: help demo test against deep coverage convergence native instruction-sets interpreter emulated cuda-syntax kernels gpu \
     sanitize threads tidy lint format types clean FORCE
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train LeNet-5 on real images with SOFIM and with SGD-momentum"
 	@echo "make test      run the tests"
+	@echo "make against   run the tests with another torch, in an environment of its own: TORCH=torch==2.10.0"
 	@echo "make deep      for minutes: random steps, states and faults by the thousand, then 10^5 steps beside the oracle"
 	@echo "make convergence  compare optimizers: in miniature, or ARGS='compare --task digits-lenet5' and so on"
 	@echo "make coverage  run the tests, also as interpreter and emulated do, and report the lines that none of them reaches"
@@ -60,6 +62,23 @@ demo: $(READY) $(NATIVE)
 
 test: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
+
+# Of the sources as they are packed (so these have all that the tests need), compiled for that torch. Neither .venv nor
+# what was built here is touched. A torch that is older than pyproject.toml allows is refused by pip and by setup.py.
+against:
+	mkdir -p $(AGAINST)
+	test -x $(AGAINST)/venv/bin/python || $(PYTHON) -m venv $(AGAINST)/venv
+	$(AGAINST)/venv/bin/python -m pip install -q --upgrade pip 'setuptools>=77'
+	$(AGAINST)/venv/bin/python -m pip install -q '$(TORCH)' 'numpy>=1.26'
+	rm -rf $(AGAINST)/packed $(AGAINST)/sources
+	SOFIM_BUILD_CPU=0 $(AGAINST)/venv/bin/python setup.py -q sdist --dist-dir $(AGAINST)/packed
+	mkdir $(AGAINST)/sources
+	tar xzf $(AGAINST)/packed/*.tar.gz --strip-components=1 -C $(AGAINST)/sources
+	cd $(AGAINST)/sources && \
+	    SOFIM_BUILD_CPU=0 ../venv/bin/python -m pip install -q --no-build-isolation '$(TORCH)' -e '.[test]' && \
+	    SOFIM_BUILD_CPU=1 ../venv/bin/python setup.py -q build_ext --inplace --build-temp ../objects && \
+	    ../venv/bin/python -m sofim_fused.info && \
+	    ../venv/bin/python -m pytest $(SPREAD) $(ARGS)
 
 deep: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest $(SPREAD) --hypothesis-profile=deep $(DEEP_TESTS) $(ARGS)
