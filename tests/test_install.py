@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -193,6 +194,16 @@ def test_the_sources_are_packed_whole(source: Path, isolated: dict[str, str], tm
     assert {"tests/conftest.py", "tests/emulator/cuda_runtime.h", "docs/reliability.md", "Makefile"} <= expected
     assert expected - found == set()
     assert {name for name in found if name.endswith((".so", ".pyc", "_build.json"))} == set()
+
+
+def test_documents_name_the_oldest_torch() -> None:
+    """As pyproject.toml has it, from which setup.py takes it. ``make against`` is how it was found."""
+    if not (ROOT / "README.md").is_file():
+        pytest.skip("these are not the sources")
+    (oldest,) = re.findall(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert set(re.findall(r"torch ?(?:>=|≥) ?([\d.]*\d)", readme)) == {oldest}
+    assert f"TORCH=torch=={oldest}." in (ROOT / "Makefile").read_text()
 
 
 # What a fallback says
