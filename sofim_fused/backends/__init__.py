@@ -136,8 +136,8 @@ def _tell(device: torch.device, reasons: dict[str, str]) -> None:
     relevant = {name: reason for name, reason in reasons.items() if name in _NATIVE_ON[device.type]}
     warnings.warn(
         f"SOFIM runs in pure PyTorch on {device.type}, many times slower than by its native kernels: "
-        f"{_listed(relevant)}. When that is mended: {native.remedy()} (python -m sofim_fused.info then tells what is "
-        "used). backend='reference' asks for pure PyTorch, without this warning.",
+        f"{_listed(relevant)}. Once nothing is missing, this builds them anew: {native.remedy()}. "
+        "python -m sofim_fused.info tells what is used; backend='reference' asks for pure PyTorch, unwarned.",
         UserWarning,
         stacklevel=level,
     )
