@@ -335,6 +335,8 @@ FIRST_STEP = """
 import json, sys, warnings
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
+# That of an installation with -e would find what is missing here.
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
 import torch
 torch.__version__ = sys.argv[2] or torch.__version__
 with warnings.catch_warnings(record=True) as caught:
