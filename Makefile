@@ -17,11 +17,11 @@ LESSER_SETS := avx2 default
 ONE_SET = SOFIM_INSTRUCTION_SETS=$$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo avx2 || echo default)
 INTERPRETER_TESTS := tests/test_matrix.py tests/test_passes.py tests/test_triton.py tests/test_amp.py \
     tests/test_overlap.py
-AGAINST = build/against/$(subst ==,-,$(TORCH))
 EMULATED := build/emulated
 EMULATED_TESTS := tests/test_matrix.py tests/test_passes.py tests/test_cuda.py tests/test_amp.py tests/test_overlap.py
 CUDA_SYNTAX := build/cuda-syntax
 THREADS := build/threads
+AGAINST = build/against/$(subst ==,-,$(TORCH))
 GPU_BUDGET ?= 540
 DEEP_TESTS := tests/test_properties.py tests/test_state_fuzz.py tests/test_faults.py
 COVERED := 95
