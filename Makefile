@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # The tests and figures were made with this version. Which others the package takes is in pyproject.toml.
 TORCH ?= torch==2.13.0
+NUMPY ?= numpy>=1.26
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -64,12 +65,13 @@ test: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
 # Of the sources as they are packed (so these have all that the tests need), compiled for that torch. Neither .venv nor
-# what was built here is touched. A torch that is older than pyproject.toml allows is refused by pip and by setup.py.
+# what was built here is touched. With torch 2.10, NUMPY='numpy<2.4': the interpreter of its Triton, 3.6, takes no later one.
+# A torch that is older than pyproject.toml allows is refused by pip and by setup.py.
 against:
 	mkdir -p $(AGAINST)
 	test -x $(AGAINST)/venv/bin/python || $(PYTHON) -m venv $(AGAINST)/venv
 	$(AGAINST)/venv/bin/python -m pip install -q --upgrade pip 'setuptools>=77'
-	$(AGAINST)/venv/bin/python -m pip install -q '$(TORCH)' 'numpy>=1.26'
+	$(AGAINST)/venv/bin/python -m pip install -q '$(TORCH)' '$(NUMPY)'
 	rm -rf $(AGAINST)/packed $(AGAINST)/sources
 	SOFIM_BUILD_CPU=0 $(AGAINST)/venv/bin/python setup.py -q sdist --dist-dir $(AGAINST)/packed
 	mkdir $(AGAINST)/sources

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 _RECORD = Path(__file__).with_name("_build.json")  # setup.py writes it
+INSTALL = "pip install --no-build-isolation --no-cache-dir"  # and what: a folder
 # What a processor runs, by what PyTorch says of it, the best first; any other runs the default.
 _RUNS = {"AVX512": ("avx512", "avx2", "default"), "AVX2": ("avx2", "default")}
 
@@ -55,7 +56,7 @@ def remedy() -> str:
     sources = _RECORD.parents[1]
     what = f"-e {shlex.quote(str(sources))}" if Path(sources, "setup.py").is_file() else "."
     where = "" if what != "." else ", where the sources of sofim_fused are"
-    return f"pip install --no-build-isolation --no-cache-dir {what}{where}"
+    return f"{INSTALL} {what}{where}"
 
 
 def cpu() -> ModuleType | str:

@@ -96,7 +96,8 @@ def choose(backend: str, device: torch.device) -> Passes:
             _tell(device, reasons)
         return passes
     asked = "fused=True" if backend == NATIVE else f"backend={backend!r}"
-    mend = f", or mend that: {native.remedy()}" if device.type in _NATIVE_ON else ""
+    built = {*reasons} & {*_NATIVE_ON.get(device.type, ())} - {"triton"}  # those that a new installation may bring
+    mend = f", or mend that: {native.INSTALL} ." if built else ""
     raise RuntimeError(f"{asked} cannot run on {device} ({_listed(reasons)}): take backend='auto'{mend}")
 
 
