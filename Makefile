@@ -2,8 +2,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# The tests and figures were made with this version; the package itself takes torch >= 2.6.
+# The tests and figures were made with this version. Which others the package takes is in pyproject.toml.
 TORCH ?= torch==2.13.0
+NUMPY ?= numpy>=1.26
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -22,6 +23,7 @@ EMULATED_TESTS := tests/test_matrix.py tests/test_passes.py tests/test_cuda.py t
     tests/test_shared_memory.py
 CUDA_SYNTAX := build/cuda-syntax
 THREADS := build/threads
+AGAINST = build/against/$(subst ==,-,$(TORCH))
 GPU_BUDGET ?= 540
 DEEP_TESTS := tests/test_properties.py tests/test_state_fuzz.py tests/test_faults.py
 COVERED := 95
@@ -29,13 +31,14 @@ JOBS ?= 2
 # Slow tests stand together; who has none left takes over some.
 SPREAD = -n $(JOBS) --dist worksteal
 
-.PHONY: help demo test deep coverage convergence native instruction-sets interpreter emulated cuda-syntax kernels gpu \
+.PHONY: help demo test against deep coverage convergence native instruction-sets interpreter emulated cuda-syntax kernels gpu \
     sanitize threads tidy lint format types clean FORCE
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train LeNet-5 on real images with SOFIM and with SGD-momentum"
 	@echo "make test      run the tests"
+	@echo "make against   run the tests with another torch, in an environment of its own: TORCH=torch==2.10.0"
 	@echo "make deep      for minutes: random steps, states and faults by the thousand, then 10^5 steps beside the oracle"
 	@echo "make convergence  compare optimizers: in miniature, or ARGS='compare --task digits-lenet5' and so on"
 	@echo "make coverage  run the tests, also as interpreter and emulated do, and report the lines that none of them reaches"
@@ -61,6 +64,24 @@ demo: $(READY) $(NATIVE)
 
 test: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
+
+# Of the sources as they are packed (so these have all that the tests need), compiled for that torch. Neither .venv nor
+# what was built here is touched. With torch 2.10, NUMPY='numpy<2.4': the interpreter of its Triton, 3.6, takes no later one.
+# A torch that is older than pyproject.toml allows is refused by pip and by setup.py.
+against:
+	mkdir -p $(AGAINST)
+	test -x $(AGAINST)/venv/bin/python || $(PYTHON) -m venv $(AGAINST)/venv
+	$(AGAINST)/venv/bin/python -m pip install -q --upgrade pip 'setuptools>=77'
+	$(AGAINST)/venv/bin/python -m pip install -q '$(TORCH)' '$(NUMPY)'
+	rm -rf $(AGAINST)/packed $(AGAINST)/sources
+	SOFIM_BUILD_CPU=0 $(AGAINST)/venv/bin/python setup.py -q sdist --dist-dir $(AGAINST)/packed
+	mkdir $(AGAINST)/sources
+	tar xzf $(AGAINST)/packed/*.tar.gz --strip-components=1 -C $(AGAINST)/sources
+	cd $(AGAINST)/sources && \
+	    SOFIM_BUILD_CPU=0 ../venv/bin/python -m pip install -q --no-build-isolation '$(TORCH)' -e '.[test]' && \
+	    SOFIM_BUILD_CPU=1 ../venv/bin/python setup.py -q build_ext --inplace --build-temp ../objects && \
+	    ../venv/bin/python -m sofim_fused.info && \
+	    ../venv/bin/python -m pytest $(SPREAD) $(ARGS)
 
 deep: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest $(SPREAD) --hypothesis-profile=deep $(DEEP_TESTS) $(ARGS)

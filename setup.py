@@ -2,7 +2,8 @@
 
 What does not depend on the machine stands in pyproject.toml. Read from the environment:
 
-    SOFIM_BUILD_CPU=auto|1|0  auto: where it cannot be built, install without it; 1: fail then; 0: do not try
+    SOFIM_BUILD_CPU=auto|1|0  auto: where it cannot be built, install without it; 1: fail then; 0: do not try. Without
+        torch at hand nothing can be compiled, and nobody would notice: that is an error, unless this is 0
     SOFIM_BUILD_CUDA=auto|1|0|emulated  the same, for CUDA, which needs the CPU part; emulated: the kernels compiled for
         the CPU, for the tests (tests/emulator); fails where it cannot be built
     SOFIM_INSTRUCTION_SETS=avx512,avx2,default  the CPU part for these alone
@@ -11,6 +12,7 @@ What does not depend on the machine stands in pyproject.toml. Read from the envi
     TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX, CFLAGS, MAX_JOBS  as PyTorch's extensions take them; of GPUs from 8.0 on
 
 What was built, or why nothing was, is recorded in ``sofim_fused/_build.json`` (see ``sofim_fused/native.py``).
+To prepare metadata or to pack the sources (``pip download``, ``python -m build --sdist``) takes no torch.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
@@ -55,10 +58,22 @@ GPUS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # compute capabilities to c
 # the time, runs for that one alone. What it makes, PTX, becomes the code for each GPU: here, or when it is loaded.
 PTX = "compute_80"
 NO_CPU = "it needs the native CPU part, which is not there"
+OLDEST_TORCH, OLDEST_SETUPTOOLS = (
+    re.findall(rf'"{name}>=([\d.]+)"', Path(ROOT, "pyproject.toml").read_text(encoding="utf-8"))[0]
+    for name in ("torch", "setuptools")
+)
+INSTALL = (
+    f'    pip install "torch>={OLDEST_TORCH}" "setuptools>={OLDEST_SETUPTOOLS}" ninja && '
+    "pip install --no-build-isolation --no-cache-dir ."
+)
 
 
 class UnavailableError(Exception):
     """Why a native part cannot be built: a fragment of a sentence."""
+
+
+class UnusableTorchError(Exception):
+    """Why nothing is built at all, unless SOFIM_BUILD_CPU=0 asks for that: several sentences."""
 
 
 def switch(name: str, *values: str) -> str:
@@ -77,6 +92,31 @@ def find_compiler() -> str:
     except (OSError, IndexError, subprocess.CalledProcessError):
         raise UnavailableError(f"there is no C++ compiler ({os.environ['CXX']} does not run)") from None
     return done.stdout.partition("\n")[0].strip()
+
+
+def find_torch() -> tuple[Any, type[build_ext]]:
+    """The torch to compile for, and its command that compiles."""
+    try:
+        torch = importlib.import_module("torch")
+        command = importlib.import_module("torch.utils.cpp_extension").BuildExtension
+    except Exception as error:  # a broken installation may raise anything
+        problem = (
+            f"torch cannot be imported where {PACKAGE} is built ({type(error).__name__}: {error}). pip builds in an "
+            "environment of its own, without torch, unless it is told not to."
+        )
+    else:
+        if release(torch.__version__) >= release(OLDEST_TORCH):
+            return torch, command
+        problem = f"{PACKAGE} is built for the torch that is installed, and torch {torch.__version__} is too old."
+    raise UnusableTorchError(
+        f"{problem} Run this, with what you install in the place of the dot:\n\n{INSTALL}\n\n"
+        "With SOFIM_BUILD_CPU=0 in the environment it is installed without C++: in pure PyTorch, many times slower."
+    ) from None
+
+
+def release(version: str) -> list[int]:
+    """The first two numbers of a version."""
+    return [int(number) for number in re.findall(r"\d+", str(version))[:2]]
 
 
 def instruction_sets() -> list[str]:
@@ -271,9 +311,14 @@ def as_cpp(source: str, folder: str) -> str:
     return str(path)
 
 
-def plan() -> tuple[list[Extension], type[build_ext], dict[str, Any]]:
-    """What to build, the command that does, and the record of it, with reasons where a part cannot be built."""
+def plan() -> tuple[list[Extension], type[build_ext], dict[str, Any], str | None]:
+    """What to build, the command that does, and the record of it, with reasons where a part cannot be built.
+
+    And why nothing may be built, if so. Metadata is to be had all the same.
+    """
+    refusal = None
     record: dict[str, Any] = {
+        "expected": SWITCHES["CPU"] != "0" and os.name == "posix",  # a CPU part, by whoever uses the package
         "torch": None,
         "python": platform.python_version(),
         "compiler": None,
@@ -296,28 +341,31 @@ def plan() -> tuple[list[Extension], type[build_ext], dict[str, Any]]:
             raise UnavailableError(f"it was not written for {platform.system()}")
         if not Path(ROOT, "csrc").is_dir():
             raise UnavailableError("csrc is not there")
+        torch, compiling = find_torch()
+        record["torch"] = str(torch.__version__)
         record["compiler"] = find_compiler()
         headers = Path(sysconfig.get_path("include"))
         if not Path(headers, "Python.h").is_file():
             raise UnavailableError(f"Python's headers are not there ({headers}/Python.h; Debian's package python3-dev)")
-        try:
-            torch = importlib.import_module("torch")
-            command = importlib.import_module("torch.utils.cpp_extension").BuildExtension
-        except Exception as error:  # a broken installation may raise anything
-            raise UnavailableError(
-                f"torch was not importable while building ({error}): install with --no-build-isolation"
-            ) from None
-        record["torch"] = str(torch.__version__)
         record["instruction_sets"] = instruction_sets()
+        command = compiling
         modules = cpu_extensions(record)
     except UnavailableError as reason:
         record["reason"] = str(reason)
+    except UnusableTorchError as reason:
+        refusal = record["reason"] = str(reason)
     try:
         modules = [cuda_extension(record), *modules]
     except Exception as error:  # as above: PyTorch may be asked for GPUs
         record["cuda"]["reason"] = str(error)
-    return modules, command, record
+    return modules, command, record, refusal
 
+
+if release(setuptools.__version__) < release(OLDEST_SETUPTOOLS):  # which would complain of pyproject.toml
+    raise SystemExit(
+        f"error: setuptools {setuptools.__version__} is too old to build {PACKAGE}. Run this, with what you install in "
+        f"the place of the dot:\n\n{INSTALL}\n"
+    )
 
 # pip runs this file with the PATH of whoever calls it; ninja may be in the environment of this Python.
 if not shutil.which("ninja"):
@@ -327,7 +375,7 @@ SWITCHES = {
     "CPU": switch("SOFIM_BUILD_CPU", "0", "1", "auto"),
     "CUDA": switch("SOFIM_BUILD_CUDA", "0", "1", "auto", "emulated"),
 }
-EXTENSIONS, COMMAND, RECORD = plan()
+EXTENSIONS, COMMAND, RECORD, REFUSAL = plan()
 
 
 def part_of(ext: Extension) -> str:
@@ -340,6 +388,8 @@ class BuildNative(COMMAND):  # type: ignore[misc, valid-type]
 
     def run(self) -> None:
         """Build, record, and settle what failures mean."""
+        if REFUSAL is not None:  # before anything is changed: what was built earlier stays
+            raise SetupError(REFUSAL)
         inplace = self.inplace
         self.failures: dict[str, str] = {}  # reasons by part
         try:

@@ -27,10 +27,13 @@ def lines() -> Iterator[str]:
     for device, name in _devices():
         yield ""
         yield f"Backends for {device} ({name}), * by default:" if name else f"Backends for {device}, * by default:"
-        chosen = backends.choose("auto", device).name
+        passes, _ = backends.best("auto", device)
+        chosen = passes.name if passes is not None else ""
         for backend, passes_for in backends._REGISTRY.items():
             found = passes_for(device)
             yield f"  {'*' if backend == chosen else ' '} {backend:<10} {found if isinstance(found, str) else 'ok'}"
+        if chosen == "reference" and backends.missing(device):
+            yield f"  Pure PyTorch is many times slower than native kernels. To have these: {native.remedy()}"
 
 
 def _version(module: str) -> str:

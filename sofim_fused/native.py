@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import platform
+import shlex
 import struct
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 _RECORD = Path(__file__).with_name("_build.json")  # setup.py writes it
+INSTALL = "pip install --no-build-isolation --no-cache-dir"  # and what: a folder
 # What a processor runs, by what PyTorch says of it, the best first; any other runs the default.
 _RUNS = {"AVX512": ("avx512", "avx2", "default"), "AVX2": ("avx2", "default")}
 
@@ -23,10 +25,11 @@ _RUNS = {"AVX512": ("avx512", "avx2", "default"), "AVX2": ("avx2", "default")}
 def build() -> dict[str, Any]:
     """The record of the build.
 
-    Keys: ``reason`` (why the CPU part was not built, ``None`` if it was), ``torch`` and ``python`` (the versions it was
-    built for), ``compiler``, ``instruction_sets``, ``sanitizers``, and ``cuda``, the record of the CUDA part: its
-    ``reason``, ``compiler``, ``architectures`` ("sm_90", or "compute_80" for PTX) and ``emulated`` (its kernels are run
-    by the CPU). What cannot be read is all ``reason``.
+    Keys: ``reason`` (why the CPU part was not built, ``None`` if it was), ``expected`` (``False`` where it was left out
+    on purpose, or was not written for the system), ``torch`` and ``python`` (the versions it was built for),
+    ``compiler``, ``instruction_sets``, ``sanitizers``, and ``cuda``, the record of the CUDA part: its ``reason``,
+    ``compiler``, ``architectures`` ("sm_90", or "compute_80" for PTX) and ``emulated`` (its kernels are run by the
+    CPU). What cannot be read is all ``reason``.
     """
     record = dict.fromkeys(("reason", "torch", "python", "compiler", "instruction_sets", "sanitizers"))
     cuda = dict.fromkeys(("reason", "compiler", "architectures", "emulated"))
@@ -34,7 +37,7 @@ def build() -> dict[str, Any]:
         read = json.loads(_RECORD.read_text(encoding="utf-8"))
         record = {key: read[key] for key in record}
     except FileNotFoundError:
-        reason = "the package was not installed (pip install --no-build-isolation -e .)"
+        reason = "the package was not installed"
     except (OSError, ValueError, TypeError, LookupError) as error:
         reason = f"{_RECORD.name} is no record of a build ({error!r}): reinstall sofim_fused"
     else:
@@ -42,8 +45,18 @@ def build() -> dict[str, Any]:
             cuda = {key: read["cuda"][key] for key in cuda}
         except (TypeError, LookupError) as error:
             cuda["reason"] = f"{_RECORD.name} has no record of it ({error!r}): reinstall sofim_fused"
-        return {**record, "cuda": cuda}
-    return {**record, "reason": reason, "cuda": {**cuda, "reason": reason}}
+        expected = read.get("expected") is not False  # records of earlier versions have no such key
+        return {**record, "expected": expected, "cuda": cuda}
+    return {**record, "reason": reason, "expected": True, "cuda": {**cuda, "reason": reason}}
+
+
+def remedy() -> str:
+    """The command that builds the native parts anew, for the environment that this process runs in."""
+    # Where pip has kept a wheel of an earlier build, it installs that one, whatever has changed since.
+    sources = _RECORD.parents[1]
+    what = f"-e {shlex.quote(str(sources))}" if Path(sources, "setup.py").is_file() else "."
+    where = "" if what != "." else ", where the sources of sofim_fused are"
+    return f"{INSTALL} {what}{where}"
 
 
 def cpu() -> ModuleType | str:

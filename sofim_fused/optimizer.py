@@ -34,7 +34,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _SOFIM = TypeVar("_SOFIM", bound="SOFIM")
 # What a copy takes along besides groups and state.
-_KEPT = ("_capturable", "_amp_fused", "_in_backward", "_release_grads", "_grad_norm", "_skipped_steps")
+_KEPT = ("_capturable", "_amp_fused", "_in_backward", "_release_grads")
 
 
 def _no_native_step(*_: Any) -> None:
@@ -185,8 +185,8 @@ class SOFIM(Optimizer):
         self._scalars_of: dict[torch.device, Scalars] = {}
         self._step_in_one_call: NativeStep | None = None
         self._may_not_capture = False
-        self._grad_norm: Tensor | None = None
-        self._skipped_steps: Tensor | None = None
+        # What guarded steps saw, by name. Not attributes: under torch.compile, 2.10's for one, a step may set none.
+        self._seen: dict[str, Tensor] = {}
         # Nothing at all counts as an empty group: a group may be empty, all of them may not.
         super().__init__(checks.groups(params) or [{"params": []}], defaults)
         if shard_group is None:  # else a rank may have none
@@ -303,7 +303,7 @@ class SOFIM(Optimizer):
             self.state,
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
-            self._skipped_steps,
+            self._seen.get("skipped_steps"),
         )
 
     def _native_step(self) -> NativeStep:
@@ -405,6 +405,8 @@ class SOFIM(Optimizer):
             if spread:
                 checks.one_device(params)
                 self._spread = Shards(spread.along, self._first_device(), spread.holders, spread.flattened)
+            elif torch.compiler.is_compiling():
+                return False  # see _seen
             else:
                 self._spread = False
         return self._spread
@@ -453,7 +455,7 @@ class SOFIM(Optimizer):
 
     def _saw(self, norm: Tensor, skip: Tensor | bool | None) -> None:
         """Keep what a guarded step saw (:class:`sofim_fused.schedule.Guard`)."""
-        self._grad_norm = norm
+        self._seen["grad_norm"] = norm
         if isinstance(skip, Tensor):
             counter = self.skipped_steps
             counter += skip.to(counter.device)
@@ -486,7 +488,7 @@ class SOFIM(Optimizer):
         ``None`` before the first step with ``max_grad_norm`` or ``skip_nonfinite``, or on scaled gradients: of these it
         is the norm without their scale. Reading its value waits for the device.
         """
-        return self._grad_norm
+        return self._seen.get("grad_norm")
 
     @property
     def skipped_steps(self) -> Tensor:
@@ -496,11 +498,11 @@ class SOFIM(Optimizer):
         or a NaN (with ``amp_fused=False`` it leaves these steps out itself, and they are not counted).
         It is the counter itself, which later steps raise; clone it to keep a value. Not part of :meth:`state_dict`.
         """
-        if self._skipped_steps is None:
+        if "skipped_steps" not in self._seen:
             device = self._first_device()
             with torch.inference_mode(False):  # or no later step could write to it
-                self._skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
-        return self._skipped_steps
+                self._seen["skipped_steps"] = torch.zeros((), dtype=torch.int64, device=device)
+        return self._seen["skipped_steps"]
 
     # Gradients in the backward pass
 
@@ -625,8 +627,7 @@ class SOFIM(Optimizer):
         self.__dict__.setdefault("_amp_fused", True)
         self.__dict__.setdefault("_in_backward", False)
         self.__dict__.setdefault("_release_grads", False)
-        self.__dict__.setdefault("_grad_norm", None)
-        self.__dict__.setdefault("_skipped_steps", None)
+        self.__dict__.setdefault("_seen", {})
         self.__dict__.setdefault("_shard_group", None)
         for group in (*self.param_groups, self.defaults):  # of an older version, or loaded past load_state_dict()
             for name in checks.ADDED_LATER:
@@ -649,7 +650,8 @@ class SOFIM(Optimizer):
         # The backend stays behind: what is unpickled may meet another machine.
         if self._overlap is not None:
             self._overlap.must_not_be_under_way("a copy")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in _KEPT}}
+        kept = {name: getattr(self, name) for name in _KEPT}
+        return {**super().__getstate__(), **kept, "_seen": dict(self._seen)}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self._shard_group is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from sofim_fused import native
 from tests.covering import chosen
 from tests.runs import ALL_ON_GPU, EMULATED, GPU_BACKENDS, INTERPRETED, RUNS, Run, as_named, chance, name_of, on_gpu
 
@@ -56,6 +57,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEFT_OUT] = 0
+    if isinstance(native.cpu(), str):  # then so it is; tests/test_install.py has what is said of it
+        config.addinivalue_line("filterwarnings", "ignore:SOFIM runs in pure PyTorch:UserWarning")
     config.addinivalue_line(
         "markers", "covering(strength): where kernels run on the CPU, cases in which so many values meet as in all"
     )

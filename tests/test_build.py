@@ -77,6 +77,7 @@ def test_without_a_compiler_the_package_installs_and_says_why(
     assert done.returncode == 0, done.stderr
     assert record["reason"] == reason
     assert record["instruction_sets"] == []
+    assert record["expected"] == ("SOFIM_BUILD_CPU" not in environment)
     assert record["cuda"]["reason"] == NO_CPU + reason
     assert not stale.exists()
     assert done.stderr.count(f"sofim_fused: going on without the native CPU part: {reason}") == 1

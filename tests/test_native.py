@@ -610,8 +610,10 @@ def test_nonfinite_values_stay_where_they_are() -> None:
 
 def test_the_reference_takes_over_without_the_native_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends._REGISTRY, "cpu", lambda device: "the native part was not built: no compiler")
+    monkeypatch.setattr(backends, "_TOLD", set())
     p = nn.Parameter(torch.ones(2))
-    optimizer = SOFIM([p])
+    with pytest.warns(UserWarning, match="SOFIM runs in pure PyTorch on cpu"):
+        optimizer = SOFIM([p])
     assert optimizer.backends == {CPU: "reference"}
     p.grad = torch.ones(2)
     optimizer.step()

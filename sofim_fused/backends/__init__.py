@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable
 
 import torch
 
+from sofim_fused import native
 from sofim_fused.backends import cpu, cuda, triton
 from sofim_fused.backends.in_turn import apart
 from sofim_fused.backends.protocol import (
@@ -48,6 +51,9 @@ _REGISTRY: dict[str, Callable[[torch.device], Passes | str]] = {
     "reference": lambda device: ReferencePasses(),
 }
 NATIVE = "native"  # what fused=True asks for: the best backend that is not pure PyTorch
+# The backends that a user may count on, by the kind of device. Other kinds have none but the reference.
+_NATIVE_ON = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_TOLD: set[str] = set()  # kinds of devices for which a warning has said that they have to do without
 
 
 def names() -> list[str]:
@@ -80,18 +86,66 @@ def requested(backend: str, foreach: bool | None, fused: bool | None) -> str:
 def choose(backend: str, device: torch.device) -> Passes:
     """The passes for ``device``: those of ``backend``, or the best that can run (``"auto"``; ``NATIVE``: natively).
 
+    Where ``"auto"`` comes to the reference and a native backend was to be expected, a ``UserWarning`` says why there is
+    none and how to get it: once per process and kind of device.
+
     Raises:
         RuntimeError: the backend cannot run on this device; the message has its reason.
     """
+    passes, reasons = best(backend, device)
+    if passes is not None:
+        if backend == "auto" and passes.name == "reference" and not torch.compiler.is_compiling():
+            _tell(device, reasons)
+        return passes
+    asked = "fused=True" if backend == NATIVE else f"backend={backend!r}"
+    built = {*reasons} & {*_NATIVE_ON.get(device.type, ())} - {"triton"}  # those that a new installation may bring
+    mend = f", or mend that: {native.INSTALL} ." if built else ""
+    raise RuntimeError(f"{asked} cannot run on {device} ({_listed(reasons)}): take backend='auto'{mend}")
+
+
+def best(backend: str, device: torch.device) -> tuple[Passes | None, dict[str, str]]:
+    """As :func:`choose`, but in silence: the passes, if any can run, and by backend why better ones cannot."""
     candidates = {"auto": list(_REGISTRY), NATIVE: [name for name in _REGISTRY if name != "reference"]}
-    reasons = []
+    reasons = {}
     for name in candidates.get(backend, [backend]):
         found = _REGISTRY[name](device)
         if isinstance(found, str):
-            reasons.append(f"{name}: {found}")
+            reasons[name] = found
         elif found.emulated and name != backend:
-            reasons.append(f"{name}: it is emulated here, and runs only if asked for by name")
+            reasons[name] = "it is emulated here, and runs only if asked for by name"
         else:
-            return found
-    asked = "fused=True" if backend == NATIVE else f"backend={backend!r}"
-    raise RuntimeError(f"{asked} cannot run on {device} ({'; '.join(reasons)}): take backend='auto'")
+            return found, reasons
+    return None, reasons
+
+
+def missing(device: torch.device) -> bool:
+    """Whether a native backend is to be expected on ``device``, where none can run.
+
+    Not on kinds of devices that have none, nor on a GPU that is not there (in fake tensors), nor on the CPU if the
+    native part was left out on purpose.
+    """
+    if device.type == "cpu":
+        return bool(native.build()["expected"])
+    return device.type in _NATIVE_ON and torch.cuda.is_available()
+
+
+def _tell(device: torch.device, reasons: dict[str, str]) -> None:
+    """Warn, unless that was done, at the line that called this package."""
+    if device.type in _TOLD or not missing(device):
+        return
+    frame, level, inside = sys._getframe(), 1, ("sofim_fused", "torch")
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
+        frame, level = frame.f_back, level + 1
+    relevant = {name: reason for name, reason in reasons.items() if name in _NATIVE_ON[device.type]}
+    warnings.warn(
+        f"SOFIM runs in pure PyTorch on {device.type}, many times slower than by its native kernels: "
+        f"{_listed(relevant)}. Once nothing is missing, this builds them anew: {native.remedy()}. "
+        "python -m sofim_fused.info tells what is used; backend='reference' asks for pure PyTorch, unwarned.",
+        UserWarning,
+        stacklevel=level,
+    )
+    _TOLD.add(device.type)  # not if the warning was made an error
+
+
+def _listed(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
