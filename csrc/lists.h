@@ -1,7 +1,7 @@
 // The operators' arguments: lists of tensors, and what they may hold (sofim_fused/backends/protocol.py).
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <optional>

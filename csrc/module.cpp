@@ -3,7 +3,8 @@
 // It does what SOFIM.step (sofim_fused/optimizer.py) does, and only where nothing is to be said about it: whatever it
 // does not expect, a wrong value or a tensor without state, it leaves to Python, unchanged. For the passes on other
 // devices, Table gathers the tensors of a step in the same way.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>

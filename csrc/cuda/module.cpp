@@ -1,6 +1,9 @@
 // sofim_fused._cuda: a whole step in one call, for optimizers whose tensors all lie on one GPU. It leaves to Python what
 // sofim_fused._C.Step leaves to it.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/utils/pybind.h>
 

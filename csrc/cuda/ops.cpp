@@ -1,6 +1,7 @@
 // The passes as operators over lists of tensors on a GPU. Their meaning is that of
 // sofim_fused/backends/protocol.py; fake implementations are in sofim_fused/backends/operators.py.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <optional>
