@@ -416,6 +416,7 @@ class Overlap:
         """
         if self._depth:
             raise RuntimeError("step() inside accumulate_grads(): leave the block before the last backward pass")
+        checks.in_backward(self._optimizer.param_groups)  # may have been set since
         # The last part of a gradient may have come without a hook.
         if self._waiting or _PART in self._progress or not self._finish_natively():
             self._check_that_nothing_was_done()
