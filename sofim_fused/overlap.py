@@ -334,6 +334,18 @@ class Overlap:
                     self._waiting.pop(device, None)
                 raise
 
+    def _hand_back(self) -> None:
+        """Leave what still waits to the step: a backward pass failed, and gradients are the user's since."""
+        if self.release:  # there they are nowhere else
+            return
+        for batch in self._waiting.values():
+            for ordinal in batch.entries:
+                self._progress[ordinal] = _NOTHING
+                self._marks.pop(ordinal, None)
+        self._waiting.clear()
+        if not self._any_taken():
+            self._forget()
+
     def _take_all_waiting(self) -> None:
         for device in list(self._waiting):
             self._take_waiting(device)
@@ -417,6 +429,8 @@ class Overlap:
         if self._depth:
             raise RuntimeError("step() inside accumulate_grads(): leave the block before the last backward pass")
         checks.in_backward(self._optimizer.param_groups)  # may have been set since
+        if self._waiting:
+            self._hand_back()
         # The last part of a gradient may have come without a hook.
         if self._waiting or _PART in self._progress or not self._finish_natively():
             self._check_that_nothing_was_done()
