@@ -93,8 +93,8 @@ class SOFIM(Optimizer):
             cache; :meth:`step` has little left to do. The result is that of a plain step. Settings are read at the
             first gradient of a step; in the moment form ``lr``, ``rho`` and decoupled decay only in :meth:`step`.
             Moments, and in the gradient form parameters, change before :meth:`step` does, and a backward pass cannot
-            be undone: :meth:`step` raises if gradients, groups or state were changed in between (on a GPU, if version
-            counters show it). Several for one step: :meth:`accumulate_grads`. Not with ``max_grad_norm``,
+            be undone: :meth:`step` raises if gradients or groups were changed in between (on a GPU, if version counters
+            show it), or state was deleted. Several for one step: :meth:`accumulate_grads`. Not with ``max_grad_norm``,
             ``skip_nonfinite``, GradScaler, DistributedDataParallel, FullyShardedDataParallel (``fully_shard`` it is
             with) or ZeroRedundancyOptimizer, nor with 16-bit parameters in the gradient form.
         release_grads: let go of each gradient as soon as it has entered its moment (``in_backward=True``): memory for
