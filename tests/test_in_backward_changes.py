@@ -70,6 +70,7 @@ CHANGES: dict[str, Callable[[list[Tensor]], object]] = {
     "another .data": each(replace_data),
     "NumPy": each(lambda p: p.grad.numpy().__imul__(0.5)),  # type: ignore[union-attr]
     "unscaled": unscale,
+    "its memory given back": each(lambda p: p.grad.untyped_storage().resize_(0)),  # type: ignore[union-attr]
 }
 SIZES = ("matrix", "scalar", "vector", "transposed", "channels-last", "sliced", "offset")
 REFUSED = (
