@@ -191,12 +191,12 @@ const char* Roster::add(const at::Tensor& w, const at::Tensor& g, const at::Tens
   if (in_place && known.w == record.w && known.m == record.m && known.kahan == record.kahan &&
       known.updates == members_.back().updates && known.numel == record.numel && known.w_type == record.w_type &&
       known.m_type == record.m_type) {
-    if (known.g == record.g) return nullptr;
+    if (known.g == record.g && known.g_type == record.g_type) return nullptr;  // else it may end elsewhere
   } else {
     moved_ = true;
   }
   known = {record.w, record.g, record.m, record.kahan, members_.back().updates, record.numel, record.w_type,
-           record.m_type};
+           record.g_type, record.m_type};
   unsure_.push_back(place);
   return nullptr;
 }

@@ -81,7 +81,7 @@ class Roster {
   struct Known {
     const void *w, *g, *m, *kahan, *updates;
     int64_t numel;
-    Type w_type, m_type;
+    Type w_type, g_type, m_type;
   };
 
   static Range range_of(const c10::TensorImpl* x);

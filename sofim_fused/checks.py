@@ -173,7 +173,7 @@ def some_parameter(groups: Sequence[Mapping[str, Any]]) -> None:
 def in_backward(groups: Sequence[Mapping[str, Any]]) -> None:
     """Check the options of groups whose gradients are taken in the backward pass."""
     for name in ("max_grad_norm", "skip_nonfinite"):
-        value = groups[0][name]
+        value = groups[0].get(name) if groups else None
         if value is not None and value is not False:
             raise ValueError(
                 f"in_backward=True with {name}={value!r} is impossible: the norm of all gradients is known only after "

@@ -79,7 +79,7 @@ def groups_of(param: Tensor) -> Groups:
 def placement(param: Tensor) -> tuple[object, ...]:
     """Where a parameter lies; equal for the same parameter as long as that is the same. It does not keep it alive."""
     if not is_sharded(param):
-        return id(param), param.device
+        return id(param), param.device, is_flattened(param)
     return id(param), param.device, param.device_mesh, param.placements  # type: ignore[attr-defined]
 
 

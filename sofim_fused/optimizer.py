@@ -23,7 +23,16 @@ from torch.optim.optimizer import (
 
 from sofim_fused import backends, checks, schedule, sgd, tiles
 from sofim_fused.backends import NativeStep, Passes
-from sofim_fused.distributed import Shards, checkpoint_calls, device_of, is_flattened, placement, spread_of, written
+from sofim_fused.distributed import (
+    Shards,
+    Spread,
+    checkpoint_calls,
+    device_of,
+    is_flattened,
+    placement,
+    spread_of,
+    written,
+)
 from sofim_fused.overlap import Overlap, check_unwatched
 from sofim_fused.scalars import Scalars
 
@@ -93,8 +102,8 @@ class SOFIM(Optimizer):
             cache; :meth:`step` has little left to do. The result is that of a plain step. Settings are read at the
             first gradient of a step; in the moment form ``lr``, ``rho`` and decoupled decay only in :meth:`step`.
             Moments, and in the gradient form parameters, change before :meth:`step` does, and a backward pass cannot
-            be undone: :meth:`step` raises if gradients, groups or state were changed in between (on a GPU, if version
-            counters show it). Several for one step: :meth:`accumulate_grads`. Not with ``max_grad_norm``,
+            be undone: :meth:`step` raises if gradients or groups were changed in between (on a GPU, if version counters
+            show it), or state was deleted. Several for one step: :meth:`accumulate_grads`. Not with ``max_grad_norm``,
             ``skip_nonfinite``, GradScaler, DistributedDataParallel, FullyShardedDataParallel (``fully_shard`` it is
             with) or ZeroRedundancyOptimizer, nor with 16-bit parameters in the gradient form.
         release_grads: let go of each gradient as soon as it has entered its moment (``in_backward=True``): memory for
@@ -179,6 +188,7 @@ class SOFIM(Optimizer):
         checks.shard_group(shard_group, self._in_backward)
         self._shard_group = shard_group
         self._spread: Shards | Literal[False] | None = None
+        self._spread_before: tuple[Spread, Shards] | None = None
         self._placed: list[tuple[object, ...]] | None = None
         self._overlap: Overlap | None = None
         self._passes_of: dict[torch.device, Passes] = {}
@@ -404,7 +414,11 @@ class SOFIM(Optimizer):
             spread = spread_of(self, params, self.param_groups[0]["fisher"], self._shard_group)
             if spread:
                 checks.one_device(params)
-                self._spread = Shards(spread.along, self._first_device(), spread.holders, spread.flattened)
+                made = Shards(spread.along, self._first_device(), spread.holders, spread.flattened)
+                before = self._spread_before
+                if before is not None and before[0] == spread and before[1].device == made.device:
+                    made = before[1]  # what ranks have compared: one that alone did so again would wait for the others
+                self._spread, self._spread_before = made, (spread, made)
             elif torch.compiler.is_compiling():
                 return False  # see _seen
             else:
@@ -637,6 +651,7 @@ class SOFIM(Optimizer):
         self._scalars_of = {}
         self._step_in_one_call = self._spread = None
         self._placed = None
+        self.__dict__.setdefault("_spread_before", None)
         if "_restored" in self.__dict__:
             self.state.update({param: state for param, state in self._restored.items() if state})
             self.defaults.update({name: self.param_groups[0][name] for name in checks.WHOLE})

@@ -334,6 +334,18 @@ class Overlap:
                     self._waiting.pop(device, None)
                 raise
 
+    def _hand_back(self) -> None:
+        """Leave what still waits to the step: a backward pass failed, and gradients are the user's since."""
+        if self.release:  # there they are nowhere else
+            return
+        for batch in self._waiting.values():
+            for ordinal in batch.entries:
+                self._progress[ordinal] = _NOTHING
+                self._marks.pop(ordinal, None)
+        self._waiting.clear()
+        if not self._any_taken():
+            self._forget()
+
     def _take_all_waiting(self) -> None:
         for device in list(self._waiting):
             self._take_waiting(device)
@@ -416,6 +428,9 @@ class Overlap:
         """
         if self._depth:
             raise RuntimeError("step() inside accumulate_grads(): leave the block before the last backward pass")
+        checks.in_backward(self._optimizer.param_groups)  # may have been set since
+        if self._waiting:
+            self._hand_back()
         # The last part of a gradient may have come without a hook.
         if self._waiting or _PART in self._progress or not self._finish_natively():
             self._check_that_nothing_was_done()
@@ -630,6 +645,8 @@ def _place(x: Tensor) -> int | None:
 def _bits(x: Tensor) -> Tensor:
     """The bits of a few elements, from the first to the last, where they can be looked at without waiting."""
     if type(x) is not Tensor or x.device.type != "cpu" or x.layout != torch.strided or not x.numel():
+        return torch.empty(0)
+    if not x.untyped_storage().nbytes():  # given back
         return torch.empty(0)
     x = x.detach().resolve_conj().resolve_neg()
     for count in (8, 64):  # zeros stay zeros under many a change

@@ -1260,6 +1260,12 @@ TOO_LATE = [
         "then edit them; or go back with load_state_dict()",
     ),
     _too_late(
+        "a group's `max_grad_norm` set",
+        lambda optimizer, _: optimizer.param_groups[0].update(max_grad_norm=1.0),
+        ValueError,
+        "in_backward=True with max_grad_norm=1.0 is impossible: the norm of all gradients is known only after",
+    ),
+    _too_late(
         "`state.clear()`",
         lambda optimizer, _: optimizer.state.clear(),
         RuntimeError,

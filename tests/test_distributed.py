@@ -504,6 +504,23 @@ def test_a_rank_without_gradients_takes_part(options: dict[str, Any], two: Ranks
     assert max(two.run(no_gradient_at_all, options)) < 1e-6
 
 
+def loaded_by_one_rank(rank: int, options: dict[str, Any]) -> None:
+    """The other one, which has no parameter, has nothing to load."""
+    params = [nn.Parameter(torch.ones(3))] if rank == 0 else []
+    optimizer = SOFIM(params, shard_group=distributed.group.WORLD, **options)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        if rank == 0:
+            optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_nonfinite": True}])
+def test_a_rank_that_loads_alone_waits_for_no_other(options: dict[str, Any], two: Ranks) -> None:
+    two.run(loaded_by_one_rank, options)
+
+
 # In the backward pass
 
 

@@ -225,6 +225,28 @@ def test_stages_of_shards_with_either_group(four: Ranks) -> None:
         assert max(found) <= CLOSE, found
 
 
+def wrapped_after_a_step(rank: int) -> float:
+    """With ``use_orig_params=True`` parameters stay the ones that they were, and become shards."""
+    alone, spread = Net(), Net()
+    settings: dict[str, Any] = {"lr": 0.1, "rho": 1.0, "max_grad_norm": 0.1}
+    first, second = SOFIM(alone.parameters(), **settings), SOFIM(spread.parameters(), **settings)
+    for model, optimizer in ((alone, first), (spread, second)):
+        train(model, optimizer, range(1))
+    wrapped = fsdp1(spread, use_orig_params=True)
+    second.zero_grad()
+    loss_of(wrapped, 0, rank, 2).backward()
+    with pytest.raises(ValueError, match=r"was resized.*delete the parameter's state to start it anew"):
+        second.step()
+    for optimizer in (first, second):
+        optimizer.state.clear()
+    steps_beside(wrapped, second, alone, first, rank, 2)
+    return distance(wrapped, alone)
+
+
+def test_parameters_that_fsdp1_shards_after_a_step(two: Ranks) -> None:
+    assert max(two.run(wrapped_after_a_step)) <= CLOSE
+
+
 # Gradients that only some ranks have, steps that are skipped
 
 

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.problems import give, give_state, same_bits, snapshot
 from tests.runs import INTERPRETED, Run
-from tests.test_overlap import NUMERATORS, Pair, alike, backward, made, on_cpu, plain
+from tests.test_overlap import NUMERATORS, Pair, alike, backward, made, on_cpu, overlap_of, plain
 
 Grads = list[Tensor | None]
 
@@ -72,6 +72,7 @@ CHANGES: dict[str, Callable[[list[Tensor]], object]] = {
     "another .data": each(replace_data),
     "NumPy": each(lambda p: p.grad.numpy().__imul__(0.5)),  # type: ignore[union-attr]
     "unscaled": unscale,
+    "its memory given back": each(lambda p: p.grad.untyped_storage().resize_(0)),  # type: ignore[union-attr]
 }
 ELEMENTS_ALONE_TELL = (".data", "NumPy", "unscaled")  # no version counter and no address does
 SIZES = ("matrix", "scalar", "vector", "transposed", "channels-last", "sliced", "offset")
@@ -112,6 +113,28 @@ def test_changed_again_after_a_refusal(numerator: str, run: Run) -> None:
             pair.optimizer.step()
     pair.step()
     assert pair.alike()
+
+
+@pytest.mark.parametrize("numerator", NUMERATORS)
+def test_gradients_that_waited_when_a_backward_pass_failed(numerator: str, run: Run) -> None:
+    """They were not taken: the step takes what users have made of them."""
+
+    def fail(_: Tensor) -> None:
+        raise KeyError("on purpose")
+
+    params = [[nn.Parameter(torch.full((n,), 2.0, device=run.device)) for n in (3, 4, 5)] for _ in range(2)]
+    optimizers = [make(ours, run, numerator=numerator) for make, ours in zip((made, plain), params, strict=True)]
+    wait = overlap_of(optimizers[0])._native is None
+    for ours, optimizer in zip(params, optimizers, strict=True):
+        handle = ours[0].register_hook(fail)
+        with pytest.raises(KeyError, match="on purpose"):
+            backward(ours, [torch.ones_like(p) for p in ours])
+        handle.remove()
+        assert [p.grad is None for p in ours] == [True, False, False]
+        if wait:
+            nn.utils.clip_grad_norm_(ours, 0.1)
+        optimizer.step()
+    assert alike(*optimizers, None if run.backend in ("cpu", "reference") else 1e-6)
 
 
 @on_cpu

@@ -221,6 +221,25 @@ def test_groups_that_are_edited_when_no_gradient_was_taken(run: Run) -> None:
     assert twins.alike()
 
 
+@pytest.mark.parametrize("numerator", NUMERATORS)
+@pytest.mark.parametrize(("name", "value"), [("max_grad_norm", 1e-3), ("skip_nonfinite", True)])
+def test_what_needs_the_whole_gradient_is_set_too_late(name: str, value: Any, numerator: str, run: Run) -> None:
+    twins = Twins(run, numerator=numerator)
+    twins.step()
+    twins.backward()
+    whole = twins.optimizer.param_groups[0]
+    before = whole[name]
+    whole[name] = value
+    taken = snapshot(twins.optimizer)
+    with pytest.raises(ValueError, match=rf"in_backward=True with {name}=.* is impossible"):
+        twins.optimizer.step()
+    assert same_bits(taken, snapshot(twins.optimizer))
+    whole[name] = before
+    for optimizer in (twins.optimizer, twins.plain):
+        optimizer.step()
+    assert twins.alike()
+
+
 @on_cpu
 def test_a_parameter_that_is_there_twice(run: Run) -> None:
     twins = Twins(run)

@@ -433,6 +433,22 @@ def test_sharing_that_comes_and_goes_is_seen(whole: str) -> None:
 
 
 @once
+@pytest.mark.parametrize("whole", WHOLE)
+def test_a_wider_gradient_at_the_same_address_is_seen(whole: str) -> None:
+    """In float32 it reaches twice as far, and into a parameter that lies behind."""
+    memory_of_both = torch.zeros(20, dtype=torch.bfloat16)
+    p, q = nn.Parameter(memory_of_both[10:]), nn.Parameter(torch.ones(10, dtype=torch.bfloat16))
+    optimizer = optimizer_of(Shared([p, q]))
+    takes = WHOLE[whole]()
+    q.grad_dtype = None
+    for _ in range(2):
+        q.grad = memory_of_both[:10]
+        assert takes(optimizer)
+        q.grad = memory_of_both.view(torch.float32)
+        assert not takes(optimizer)
+
+
+@once
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_columns_of_one_matrix_are_a_parameter_and_its_state(backend: str) -> None:
     """Ranges overlap, elements do not: nothing is refused, and the step is that of tensors apart."""
