@@ -362,6 +362,16 @@ def apart(param: Tensor, ordinal: int) -> None:
         raise _sharing(param, f"parameter {ordinal}", "give it memory of its own (.clone())")
 
 
+def shared_in_backward(one: int, other: int) -> ValueError:
+    """What to raise where two parameters (ordinals) share memory that their gradients entered one by one."""
+    return ValueError(
+        f"parameters {one} and {other} share memory (weights, or one exp_avg for both): with in_backward=True their "
+        "gradients enter it in the order in which they arrive, which is not that of a plain step. Give each memory of "
+        "its own (tie weights by using one Parameter in both places), or leave out in_backward; load_state_dict() goes "
+        "back"
+    )
+
+
 def _sharing(x: Tensor, where: str | _Named, advice: str) -> ValueError:
     return ValueError(
         f"{where} has strides {tuple(x.stride())}, with which elements may share memory (as after expand()): {advice}"

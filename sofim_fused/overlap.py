@@ -554,6 +554,12 @@ class Overlap:
                 torch.cuda.current_stream(device).wait_stream(stream)
         optimizer._compare_ranks(guarded=False)
         lanes = optimizer._lanes_of(present)
+        decays = self._latched is not None and any(group["weight_decay"] for group in self._latched)
+        for lane in lanes:
+            pairs = getattr(lane.passes, "pairs", {})
+            pair = pairs.get("state") or (pairs.get("w") if decays and groups[0]["numerator"] == "gradient" else None)
+            if pair is not None:
+                raise checks.shared_in_backward(*(lane.tiles.ordinals[i] for i in pair))
         sums = [self._sums_of(lane.tiles.device, lane.tiles.ordinals) for lane in lanes]
         schedule.after_backward(lanes, groups, sums)
         written(entry.param for entry in present)

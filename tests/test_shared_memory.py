@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -327,6 +328,33 @@ def test_in_the_backward_pass_tied_weights_are_taken_in_turn(numerator: Any, run
             optimizer.zero_grad()
         results.append([p.detach() for p in params])
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("numerator", "decay", "one_moment"), [("moment", 0.0, True), ("gradient", 0.0, True), ("gradient", 0.1, False)]
+)
+def test_in_the_backward_pass_what_depends_on_the_order_is_refused(
+    numerator: Any, decay: float, one_moment: bool, run: Run
+) -> None:
+    """The order is that in which gradients arrive, not that of parameters: a plain step's result cannot be had."""
+    params = [nn.Parameter(torch.ones(8, device=run.device)) for _ in range(3)]
+    options: dict[str, Any] = {"numerator": numerator, "weight_decay": decay, "backend": run.backend}
+    optimizer = SOFIM(params, in_backward=True, **options)
+    give_state(optimizer)
+    if one_moment:
+        optimizer.state[params[2]]["exp_avg"] = optimizer.state[params[0]]["exp_avg"]
+    else:
+        params[2].data = params[0].data
+    saved = copy.deepcopy(optimizer.state_dict())
+    sum((p * (i + 1)).sum() for i, p in enumerate(params)).backward()  # type: ignore[union-attr]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"parameters 0 and 2 share memory .* with in_backward=True"):
+            optimizer.step()
+    optimizer.load_state_dict(saved)  # which gives each parameter a moment of its own
+    optimizer.zero_grad()
+    if one_moment:
+        sum((p * (i + 1)).sum() for i, p in enumerate(params)).backward()  # type: ignore[union-attr]
+        optimizer.step()
 
 
 # What is left to Python, and what is not

@@ -8,7 +8,7 @@ backend's passes so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
 
@@ -51,7 +51,7 @@ def apart(tiles: Tiles, passes: Passes) -> tuple[Tiles, Passes]:
     if torch.compiler.is_compiling() or not _have_addresses(tiles):
         return tiles, passes
     written = memory.Written(tiles.params, tiles.exp_avgs, tiles.kahans, tiles.steps)
-    before = _last_shared(written, tiles)
+    before, pairs = _shared(written, tiles)
     shared = {*before, *before.values()}
     copied = {
         i: g.detach().clone()
@@ -66,7 +66,7 @@ def apart(tiles: Tiles, passes: Passes) -> tuple[Tiles, Passes]:
     for i in range(len(tiles)):
         if before.get(i, -1) >= bounds[-1]:
             bounds.append(i)
-    return tiles, InTurn(passes, [*bounds, len(tiles)])
+    return tiles, InTurn(passes, [*bounds, len(tiles)], pairs)
 
 
 class InTurn:
@@ -78,12 +78,15 @@ class InTurn:
         passes: the backend's.
         bounds: where the runs begin, and where the last one ends: indices of tensors, from 0 to their number. No two
             tensors of a run share memory.
+        pairs: of tensors that share elements, by the role of both, ``"w"``, or ``"state"`` if either's is another: the
+            first pair of each kind that there is, as indices of tensors.
     """
 
-    def __init__(self, passes: Passes, bounds: Sequence[int]) -> None:
+    def __init__(self, passes: Passes, bounds: Sequence[int], pairs: Mapping[str, tuple[int, int]]) -> None:
         self.name = passes.name
         self.emulated = passes.emulated
         self._passes = passes
+        self.pairs = pairs
         self._runs = [slice(begin, end) for begin, end in pairwise(bounds)]
 
     def accumulate(self, tiles: Tiles, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
@@ -153,8 +156,8 @@ def _have_addresses(tiles: Tiles) -> bool:
     return tiles.device.type not in memory.WITHOUT_ADDRESSES and memory.all_plain(tensors)
 
 
-def _last_shared(written: memory.Written, tiles: Tiles) -> dict[int, int]:
-    """For each tensor that shares memory with earlier ones, the last of these.
+def _shared(written: memory.Written, tiles: Tiles) -> tuple[dict[int, int], dict[str, tuple[int, int]]]:
+    """For each tensor that shares memory with earlier ones, the last of these; and pairs as :class:`InTurn` takes them.
 
     Raises:
         ValueError: two roles of one parameter share elements, or a step count shares memory.
@@ -166,13 +169,17 @@ def _last_shared(written: memory.Written, tiles: Tiles) -> dict[int, int]:
         "step": tiles.steps,
     }
     before: dict[int, int] = {}
+    pairs: dict[str, tuple[int, int]] = {}
     for one, other in written.pairs():
-        if one.tensor != other.tensor and "step" not in (one.role, other.role):
-            before[other.tensor] = max(before.get(other.tensor, -1), one.tensor)
-            continue
         a, b = of[one.role][one.tensor], of[other.role][other.tensor]
         assert a is not None
         assert b is not None
+        if one.tensor != other.tensor and "step" not in (one.role, other.role):
+            before[other.tensor] = max(before.get(other.tensor, -1), one.tensor)
+            kind = "w" if one.role == other.role == "w" else "state"
+            if kind not in pairs and not memory.apart(a, b):
+                pairs[kind] = one.tensor, other.tensor
+            continue
         if not memory.apart(a, b):
             mine, theirs = (one, other) if other.role == "w" else (other, one)
             raise checks.shared(
@@ -182,4 +189,4 @@ def _last_shared(written: memory.Written, tiles: Tiles) -> dict[int, int]:
                 tiles.ordinals[theirs.tensor],
                 theirs.role,
             )
-    return before
+    return before, pairs
