@@ -101,16 +101,16 @@ def find_torch() -> tuple[Any, type[build_ext]]:
         command = importlib.import_module("torch.utils.cpp_extension").BuildExtension
     except Exception as error:  # a broken installation may raise anything
         problem = (
-            f"torch cannot be imported where {PACKAGE} is built ({type(error).__name__}: {error}). pip builds in an "
-            "environment of its own, without torch, unless it is told not to."
+            f"torch cannot be imported where {PACKAGE} is built ({type(error).__name__}: {error}). By default pip "
+            "builds in a separate environment, which has no torch."
         )
     else:
         if release(torch.__version__) >= release(OLDEST_TORCH):
             return torch, command
-        problem = f"{PACKAGE} is built for the torch that is installed, and torch {torch.__version__} is too old."
+        problem = f"{PACKAGE} is compiled for the installed torch, and torch {torch.__version__} is too old."
     raise UnusableTorchError(
-        f"{problem} Run this, with what you install in the place of the dot:\n\n{INSTALL}\n\n"
-        "With SOFIM_BUILD_CPU=0 in the environment it is installed without C++: in pure PyTorch, many times slower."
+        f"{problem} Run this instead (the dot at the end stands for what you install):\n\n{INSTALL}\n\n"
+        "To install without the C++ part, set SOFIM_BUILD_CPU=0: it then runs in pure PyTorch, many times slower."
     ) from None
 
 
@@ -363,8 +363,8 @@ def plan() -> tuple[list[Extension], type[build_ext], dict[str, Any], str | None
 
 if release(setuptools.__version__) < release(OLDEST_SETUPTOOLS):  # which would complain of pyproject.toml
     raise SystemExit(
-        f"error: setuptools {setuptools.__version__} is too old to build {PACKAGE}. Run this, with what you install in "
-        f"the place of the dot:\n\n{INSTALL}\n"
+        f"error: setuptools {setuptools.__version__} is too old to build {PACKAGE}. Run this (the dot at the end "
+        f"stands for what you install):\n\n{INSTALL}\n"
     )
 
 # pip runs this file with the PATH of whoever calls it; ninja may be in the environment of this Python.
