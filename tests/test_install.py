@@ -141,7 +141,7 @@ def test_with_torch_a_compiler_may_be_missing(source: Path, tmp_path: Path) -> N
     ("content", "text"),
     [
         ("raise OSError('libtorch_cpu.so: cut off')", "is built (OSError: libtorch_cpu.so: cut off). "),
-        ("__version__ = '2.4.1+cpu'", "the torch that is installed, and torch 2.4.1+cpu is too old. "),
+        ("__version__ = '2.4.1+cpu'", "the installed torch, and torch 2.4.1+cpu is too old. "),
     ],
     ids=["broken", "too old"],
 )
