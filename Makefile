@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# The tests and figures were made with this version. Which others the package takes is in pyproject.toml.
+# The version that tests and figures use. pyproject.toml says which others the package supports.
 TORCH ?= torch==2.13.0
 NUMPY ?= numpy>=1.26
 
@@ -38,7 +38,7 @@ SPREAD = -n $(JOBS) --dist worksteal
 help:
 	@echo "make demo      train LeNet-5 on real images with SOFIM and with SGD-momentum"
 	@echo "make test      run the tests"
-	@echo "make against   run the tests with another torch, in an environment of its own: TORCH=torch==2.10.0"
+	@echo "make against   run the tests with another torch, in a separate environment: TORCH=torch==2.10.0"
 	@echo "make deep      for minutes: random steps, states and faults by the thousand, then 10^5 steps beside the oracle"
 	@echo "make convergence  compare optimizers: in miniature, or ARGS='compare --task digits-lenet5' and so on"
 	@echo "make coverage  run the tests, also as interpreter and emulated do, and report the lines that none of them reaches"
@@ -65,9 +65,9 @@ demo: $(READY) $(NATIVE)
 test: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
-# Of the sources as they are packed (so these have all that the tests need), compiled for that torch. Neither .venv nor
-# what was built here is touched. With torch 2.10, NUMPY='numpy<2.4': the interpreter of its Triton, 3.6, takes no later one.
-# A torch that is older than pyproject.toml allows is refused by pip and by setup.py.
+# Tests the source distribution (which shows that it has all that the tests need), compiled for that torch. It changes
+# neither .venv nor the native parts in this folder. With torch 2.10 set NUMPY='numpy<2.4': its Triton, 3.6, has an
+# interpreter that does not work with later ones. pip and setup.py refuse a torch older than pyproject.toml allows.
 against:
 	mkdir -p $(AGAINST)
 	test -x $(AGAINST)/venv/bin/python || $(PYTHON) -m venv $(AGAINST)/venv

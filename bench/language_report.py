@@ -1,4 +1,4 @@
-"""What the runs of bench.language_model came to: a document and a figure."""
+"""The results of bench.language_model: a document and a figure."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STYLES = {
 
 
 class Entry(NamedTuple):
-    """An optimizer, and what it came to.
+    """An optimizer and its results.
 
     Attributes:
         name: of the contender.
@@ -104,27 +104,28 @@ def markdown(plan: Plan, done: Mapping[str, Any], machines: Sequence[Mapping[str
         f"{size.depth} layers of width {size.width}, context {size.context}; {precision}"
         f"{', torch.compile' if plan.compiled else ''}; {plan.steps} steps of {plan.batch} x {size.context} bytes,"
         f" {tokens / 1e6:.1f} M in all, the same for every optimizer; gradients are clipped to norm {plan.clip:g};"
-        f" {schedule}. Losses are mean cross-entropies of the next byte, in nats. Plays are in one part alone.",
-        "What is called a prototype is an experiment of this benchmark in plain PyTorch, no part of the package: its"
-        " losses count, its times say nothing of a fused step.",
+        f" {schedule}. Losses are mean cross-entropies of the next byte, in nats. Each play is in one part of the text"
+        " only: training, validation or test.",
+        "Prototypes are experiments of this benchmark in plain PyTorch, not part of the package: their losses are"
+        " meaningful, their times say nothing about a fused step.",
         "## Losses",
-        f"Rates are chosen by the validation loss of runs of {plan.tuning_steps} steps from a seed of their own; \\*:"
-        " the lowest or highest that was tried. Test losses after the last step, mean ± standard deviation over the"
-        " seeds;"
+        f"Learning rates are chosen by the validation loss of runs of {plan.tuning_steps} steps with a separate seed;"
+        " \\* marks the lowest or highest rate that was tried. Test losses are those after the last step: mean ±"
+        " standard deviation over the seeds;"
         + (
             f" differences to {CONTENDERS[beside.name].label} (the AdamW that tuning prefers)"
             if beside
             else " differences"
         )
-        + ", seed by seed, with their 95 % interval (Student's t) from two seeds on.",
+        + " are taken seed by seed, with their 95 % interval (Student's t) if there are two seeds or more.",
         table(
             ["", "rate", "validation loss, last", "test loss", "each seed", "minus AdamW's [95 %]"],
             [_losses(entry, beside) for entry in found],
         ),
         "## Cost",
-        "Medians over an optimizer's runs. An optimizer's step without the clipping, the median of a run, by events in"
-        " the device's queue: where Python is late it includes the wait. Memory at its peak, with the network, its"
-        " activations and gradients.",
+        "Medians over an optimizer's runs. The time of an optimizer step is without clipping; it is the median of a"
+        " run, measured by events in the device's queue, and includes the time that the device waits for Python. Peak memory"
+        " includes the network, its activations and gradients.",
         table(
             ["", "ms per optimizer step", "tokens/s in training", "state, bytes per parameter", "peak memory, GiB"],
             [_cost(entry) for entry in found],

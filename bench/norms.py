@@ -2,7 +2,7 @@
 
     python -m bench.norms 124000000
 
-PyTorch adds up the squares of a float32 tensor on the CPU in float32, and loses the smaller ones where there are many.
+On a CPU, PyTorch adds up the squares of a float32 tensor in float32, and loses small ones if there are many.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Norms(NamedTuple):
 
 
 def norms(elements: int, backend: str = "auto") -> Norms:
-    """The norms of one float32 gradient with so many normally distributed elements.
+    """The norms of one float32 gradient with normally distributed elements.
 
     Args:
         elements: how many, in one tensor.
@@ -55,7 +55,7 @@ def norms(elements: int, backend: str = "auto") -> Norms:
 
 
 def main() -> None:
-    """Print the norms of gradients of the sizes that are given."""
+    """Print the norms of gradients of the sizes on the command line."""
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for elements in map(int, sys.argv[1:] or ["1000000", "124000000"]):
         found = norms(elements)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# torch 2.13.0, CPU: SGD(fused=True) leaves most of a bfloat16 or float16 parameter as it was.
+# torch 2.13.0, CPU: SGD(fused=True) does not update most elements of a bfloat16 or float16 parameter.
 #
-# Of n elements, only the last n % 16 are updated (with AVX2 or AVX-512): 64 elements stay whole, of 17 one moves. There
-# is no error and no warning, and float32 is right. So the fused SGD of this version is no baseline for 16-bit weights
-# on a CPU: what it does not write costs no time either.
+# Of n elements, only the last n % 16 are updated (with AVX2 or AVX-512): of 64 elements none changes, of 17 one does.
+# There is no error and no warning, and float32 is right. So the fused SGD of this version is no baseline for the speed of
+# 16-bit weights on a CPU: it skips most of the work.
 #
-# Output seen (AVX-512; elements that moved, all of which should have):
+# Output seen (AVX-512; number of elements that changed, where all of them should have):
 #     torch 2.13.0+cpu
 #     bfloat16 fused: 1 of 1, 0 of 16, 1 of 17, 0 of 64
 #     float16  fused: 1 of 1, 0 of 16, 1 of 17, 0 of 64

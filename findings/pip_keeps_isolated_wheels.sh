@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# pip 25.3, setuptools 80.9.0, Python 3.11: pip keeps the wheel that it built from an archive of sources, and installs it
-# again where the build would now come out differently: --no-build-isolation is no part of the key of its cache.
+# pip 25.3, setuptools 80.9.0, Python 3.11: pip caches the wheel that it built from a source archive, and installs it again
+# even if the build would now give a different result: the key of its cache does not include --no-build-isolation.
 #
-# A package that compiles against an installed one (as extensions do against torch) and goes on without where that is
-# missing, is built without it at the first plain "pip install". "pip install --no-build-isolation", which would find it,
-# installs the kept wheel, with --force-reinstall too. Only --no-cache-dir builds anew, and the old wheel stays.
-# So it is for a requirement with a name, as from an index or "demo @ file:...". A path alone (pip install ., or an
-# archive) is built anew each time.
+# Take a package that compiles against an installed one (as extensions do against torch), and is built without it if that
+# one is missing. The first plain "pip install" builds it without. "pip install --no-build-isolation", which would find
+# the other package, installs the cached wheel all the same, with --force-reinstall too. Only --no-cache-dir builds again,
+# and the old wheel stays in the cache.
+# This holds for a requirement with a name, as from an index or as "demo @ file:...". A path alone (pip install ., or an
+# archive) is built again each time.
 #
-# Seen, in short (its whole output has a line for each installation):
+# Output seen, in short (the whole output has a line for each installation):
 #   pip install "demo @ file:///demo-1.0.tar.gz"                                            without it
 #   pip install --no-build-isolation --force-reinstall "demo @ ..."                         without it
 #   pip install --no-build-isolation --no-cache-dir --force-reinstall "demo @ ..."          with it
 #
-# Fails where that is different. Takes a minute and the network.
+# Exits with an error if the output differs. Takes a minute, and needs the network.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -43,7 +44,7 @@ END
 tar czf demo-1.0.tar.gz demo-1.0
 
 failed=0
-expect() { # what it should come to; then what to install, and options
+expect() { # the result to expect; then what to install, and options
     local expected=$1
     shift
     venv/bin/python -m pip install -q "$@"

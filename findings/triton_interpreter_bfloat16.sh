@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Triton 3.9.0: what TRITON_INTERPRET=1 computes in bfloat16 is not what the compiled kernel computes.
+# Triton 3.9.0: in bfloat16, TRITON_INTERPRET=1 and the compiled kernel give different results.
 #
-# A conversion from float32 to bfloat16, or a store that makes one, cuts the lower 16 bits off in the interpreter; compiled
-# for a GPU it rounds to nearest, ties to even (PTX: cvt.rn). The results differ for half
-# of all numbers, always towards zero, so that errors add up over steps instead of cancelling. A test that compares
-# interpreted kernels with a reference to the bit needs to round by itself, on integers.
+# The interpreter converts float32 to bfloat16 (also where a store converts) by cutting off the lower 16 bits; the compiled
+# kernel rounds to nearest, ties to even (PTX: cvt.rn). The results differ for half of all numbers, always towards zero, so
+# that errors add up over steps instead of cancelling. A test that compares interpreted kernels with a reference bit for
+# bit has to do the rounding itself, on integers.
 #
 # Output seen:
 #     triton 3.9.0, torch 2.13.0+cpu

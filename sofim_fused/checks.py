@@ -54,7 +54,7 @@ STATE = ("exp_avg", "step", "kahan")  # what SOFIM keeps for a parameter; other 
 # What other optimizers keep for a parameter, or in a group, and whose it is.
 OTHER_STATES = {
     ("momentum_buffer",): "SGD",
-    ("exp_avg_sq",): "Adam and others like it",
+    ("exp_avg_sq",): "Adam and its variants",
     ("square_avg",): "RMSprop and Adadelta",
     ("step", "sum"): "Adagrad",
 }
@@ -165,8 +165,8 @@ def some_parameter(groups: Sequence[Mapping[str, Any]]) -> None:
     """Check that there is at least one parameter in all groups together."""
     if not any(group["params"] for group in groups):
         raise ValueError(
-            "params is empty: pass model.parameters(), or group dicts with at least one parameter; where other ranks "
-            "have them all, pass shard_group= the process group of these ranks"
+            "params is empty: pass model.parameters(), or group dicts with at least one parameter; if other ranks "
+            "hold all of them, pass the process group of these ranks as shard_group="
         )
 
 
@@ -248,7 +248,7 @@ def shared_with_sam(values: Mapping[str, Any], index: int) -> str:
         return ""
     return (
         f"parameter group {index} has rho={values['rho']!r} beside 'adaptive', as the groups of SAM (sharpness-aware "
-        "minimization) have: SAM's radius would be SOFIM's rho as well. docs/from_sgd.md shows how to give each its own"
+        "minimization) have: SOFIM would use SAM's radius as its rho. docs/from_sgd.md ('Under SAM') shows the remedy"
     )
 
 
@@ -485,8 +485,8 @@ def _convertible(value: Tensor, param: Tensor) -> bool:
 
 
 _MOVED = (
-    "moved or cast, or its group's state_dtype changed; optimizer.load_state_dict(optimizer.state_dict()) brings the "
-    "state to where the parameters are now, in the right dtype"
+    "moved or cast, or its group's state_dtype changed; optimizer.load_state_dict(optimizer.state_dict()) moves and "
+    "casts the state to match"
 )
 _RESIZED = (
     "resized, or made complex or real, or its state was replaced: delete the parameter's state to start it anew "
@@ -649,12 +649,12 @@ def _whose(group: Mapping[str, Any]) -> str:
     """What is to be said of a group that is not SOFIM's."""
     if "dampening" in group and "nesterov" in group:
         return (
-            "it is another optimizer's, torch.optim.SGD's by its dampening and nesterov: load it into an SGD "
-            "optimizer, and take that over with SOFIM.from_sgd()"
+            "it comes from another optimizer (it has torch.optim.SGD's dampening and nesterov): load it into an SGD "
+            "optimizer, and convert that with SOFIM.from_sgd()"
         )
     if "betas" in group:
-        return "it is another optimizer's, Adam's or one like it by its betas: start SOFIM without it"
-    return "it is another optimizer's, or damaged"
+        return "it comes from another optimizer (it has betas, as Adam and its variants): start SOFIM without it"
+    return "it comes from another optimizer, or is damaged"
 
 
 def saved_entries(known: Mapping[str, Any]) -> dict[str, Any]:
@@ -677,7 +677,7 @@ def _others_state(known: Mapping[str, Any], entries: Mapping[str, Any]) -> str:
         return ""
     for names, whose in OTHER_STATES.items():
         if all(name in known for name in names) and not ("exp_avg" in entries and names == ("momentum_buffer",)):
-            return f"has {' and '.join(names)} as {whose}: it is another optimizer's"
+            return f"has {' and '.join(names)}, as {whose}: it comes from another optimizer"
     return ""
 
 
@@ -698,7 +698,7 @@ def _saved_state(known: Any, param: Tensor, key: Any) -> None:
         if name not in entries:
             raise ValueError(
                 f"{where} has the entries {sorted(map(str, known))} and lacks {name}: "
-                "it is another optimizer's, or damaged"
+                "it comes from another optimizer, or is damaged"
             )
     optimizable(param, where, None)
     for name, value in entries.items():

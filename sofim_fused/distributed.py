@@ -170,9 +170,9 @@ def spread_of(optimizer: Any, params: Sequence[Tensor], fisher: str, shard_group
     for ordinal, param in enumerate(params):
         if fisher == "parameter" and is_flattened(param) and getattr(param, "_num_params", 1) > 1:
             raise ValueError(
-                f"parameter {ordinal} is a flat parameter of FullyShardedDataParallel, {param._num_params} parameters "  # type: ignore[attr-defined]
-                "in one: with fisher='parameter' they would share a Fisher matrix. Pass use_orig_params=True to "
-                "FullyShardedDataParallel, or fisher='model' or 'group'"
+                f"parameter {ordinal} is a flat parameter of FullyShardedDataParallel, with {param._num_params} "  # type: ignore[attr-defined]
+                "parameters in it: with fisher='parameter' they would share a Fisher matrix. Pass use_orig_params=True "
+                "to FullyShardedDataParallel, or fisher='model' or 'group'"
             )
     along = [groups_of(param) for param in params]
     if not _several_ranks():
@@ -228,15 +228,15 @@ def _flattened(params: Sequence[Tensor], shard_group: ProcessGroup | None) -> di
             if shard_group is not None:
                 continue
             raise ValueError(
-                f"parameter {ordinal} is marked as one of FullyShardedDataParallel's, and no module of this process has"
-                " it: pass shard_group= the process group over which it is sharded, or make the optimizer from "
-                "model.parameters() after the model was wrapped"
+                f"parameter {ordinal} is marked as one of FullyShardedDataParallel's, but no module in this process has"
+                " it: pass shard_group= with the process group over which it is sharded, or make the optimizer from "
+                "model.parameters() after wrapping the model"
             )
         handle, between = handles[id(param)]
         if any(extension is not None for extension in handle.flat_param._param_extensions):
             raise ValueError(
-                f"parameter {ordinal} is spread by FullyShardedDataParallel and by tensor parallelism, and which of its"
-                " elements are replicas cannot be known: shard the model with fully_shard(), which says it"
+                f"parameter {ordinal} is sharded both by FullyShardedDataParallel and by tensor parallelism, and SOFIM "
+                "cannot tell which of its elements are replicas: shard the model with fully_shard() instead"
             )
         group = handle.process_group if handle.process_group.size() > 1 else None
         if not handle.uses_sharded_strategy:
@@ -266,9 +266,10 @@ def _holders_around(optimizer: Any) -> tuple[ProcessGroup | None, bool]:
             parts = known.get("dp_process_group")
             if known.get("optimizer") is optimizer and parts is not None and parts.size() > 1:
                 raise ValueError(
-                    f"DeepSpeed ({kind.__name__}) gives each rank a part of the parameters, and a Fisher matrix and a "
-                    "norm would be of that part alone: pass shard_group= the group of the ranks that hold them, "
-                    "torch.distributed.group.WORLD unless the model is parallel in other ways too"
+                    f"DeepSpeed ({kind.__name__}) gives each rank a part of the parameters, and the Fisher matrix and "
+                    "the gradient norm would cover that part alone: pass shard_group= with the process group of all "
+                    "ranks that hold a part (torch.distributed.group.WORLD, unless the model is parallel in other ways "
+                    "too)"
                 )
     return None, False
 
@@ -314,9 +315,9 @@ def _warn_of_others(params: Sequence[Tensor]) -> None:
     if differs:
         told.warned = True
         warnings.warn(
-            f"SOFIM steps on parameters of other shapes on rank {rank} than on rank {differs[0]}. Are these parts of "
-            "one model? Then each part gets a Fisher matrix and a gradient norm of its own: pass shard_group= the group"
-            " of the ranks that hold them. If the ranks train models of their own, all is well",
+            f"SOFIM has parameters of other shapes on rank {rank} than on rank {differs[0]}. If these are parts of one "
+            "model, each part gets its own Fisher matrix and gradient norm: pass shard_group= with the process group of"
+            " the ranks that hold the parts. If each rank trains its own model, ignore this warning",
             UserWarning,
             stacklevel=2,
         )
@@ -346,17 +347,17 @@ def _holders_besides(shard_group: ProcessGroup, along: list[Groups], replicas: l
         shared = ranks.intersection(distributed.get_process_group_ranks(group))
         if len(shared) > 1:
             raise ValueError(
-                f"shard_group has the ranks {sorted(shared)}, which are replicas of parameter {ordinal}: sums would"
-                " count them several times. Leave shard_group out, or pass one that has one rank of each part of the "
-                "model (of pipeline stages: the group of the stages)"
+                f"shard_group has the ranks {sorted(shared)}, which hold copies of parameter {ordinal}: sums would"
+                " count them several times. Leave shard_group out, or pass a group that has one rank of each part of "
+                "the model (with pipeline stages: the group of the stages)"
             )
     for group in spread:
         theirs = set(distributed.get_process_group_ranks(group))
         if len(ranks & theirs) > 1 and not theirs <= ranks:
             raise ValueError(
                 f"shard_group has the ranks {sorted(ranks & theirs)} of {sorted(theirs)}, over which parameters are "
-                "sharded: sums would count them several times. Leave shard_group out, or pass one that has all of "
-                "these ranks, or of each part of the model one (of pipeline stages: the group of the stages)"
+                "sharded: sums would count them several times. Leave shard_group out, or pass a group that has all of "
+                "these ranks, or one rank of each part of the model (with pipeline stages: the group of the stages)"
             )
         if theirs == ranks:
             return None

@@ -33,7 +33,7 @@ def lines() -> Iterator[str]:
             found = passes_for(device)
             yield f"  {'*' if backend == chosen else ' '} {backend:<10} {found if isinstance(found, str) else 'ok'}"
         if chosen == "reference" and backends.missing(device):
-            yield f"  Pure PyTorch is many times slower than native kernels. To have these: {native.remedy()}"
+            yield f"  Pure PyTorch is many times slower than native kernels. To build them: {native.remedy()}"
 
 
 def _version(module: str) -> str:

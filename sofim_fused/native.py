@@ -55,7 +55,7 @@ def remedy() -> str:
     # Where pip has kept a wheel of an earlier build, it installs that one, whatever has changed since.
     sources = _RECORD.parents[1]
     what = f"-e {shlex.quote(str(sources))}" if Path(sources, "setup.py").is_file() else "."
-    where = "" if what != "." else ", where the sources of sofim_fused are"
+    where = "" if what != "." else " in the folder with the sources of sofim_fused"
     return f"{INSTALL} {what}{where}"
 
 

@@ -124,7 +124,7 @@ class Overlap:
             for place, param in enumerate(group["params"]):
                 where = f"parameter {place} of group {index}"
                 if id(param) in found:
-                    raise ValueError(f"{where} is {found[id(param)]} again: have each parameter in one place")
+                    raise ValueError(f"{where} is also {found[id(param)]}: list each parameter once")
                 found[id(param)] = where
         self.watch()
         for key in [key for key in self._hooks if key not in found]:
@@ -448,9 +448,9 @@ class Overlap:
         if self._are_others():
             if taken:
                 raise RuntimeError(
-                    "param_groups were edited between backward() and step(): with in_backward=True gradients were "
-                    "taken for the parameters that were there, in their order. Put the groups back as they were and "
-                    "call step(), then edit them; or go back with load_state_dict()"
+                    "param_groups were edited between backward() and step(): with in_backward=True the backward pass "
+                    "has already used the gradients, for the groups as they were. Restore the groups and call step() "
+                    "before editing them, or return to a saved state with load_state_dict()"
                 )
             self._forget()  # of other groups
             self._survey()
@@ -471,8 +471,8 @@ class Overlap:
                 self._forget()
                 raise RuntimeError(
                     f"the state of {where} was deleted between backward() and step(): with in_backward=True its moment "
-                    "had this step's gradient. The step is not taken, and the next backward pass begins a new one; "
-                    "delete state before backward() or after step()"
+                    "already included this step's gradient. The step is not taken, and the next backward pass begins a "
+                    "new one; delete state before backward() or after step()"
                 )
 
     def _where(self, ordinal: int) -> str:
@@ -497,7 +497,7 @@ class Overlap:
 
     def _what_was_done(self, ordinal: int, param: Tensor) -> str:
         if self.release:
-            return "given anew"
+            return "set again"
         return "removed" if param.grad is None else "replaced or changed"
 
     def _take_the_rest(self) -> None:
@@ -675,11 +675,11 @@ def _is_part(x: Tensor) -> bool:
 def _after_the_fact(param: Tensor, where: str, what: str) -> RuntimeError:
     return RuntimeError(
         f"the gradient of {where} (shape {tuple(param.shape)}) was {what} between backward() and step(): with "
-        "in_backward=True it was in its moment by then, and what is done to it has no effect. To clip, leave out "
+        "in_backward=True its moment already included it, and the change would have no effect. To clip, leave out "
         "in_backward and pass max_grad_norm= to SOFIM, and switch off the clipping of a Trainer (max_grad_norm=0, "
         "gradient_clip_val=None); to average, unscale or edit gradients, or to call zero_grad() before step(), leave "
-        "out in_backward. Nothing else was changed: a second step() goes on with the gradients as they were taken, "
-        "load_state_dict() goes back"
+        "out in_backward. Nothing else was changed: call step() again to use the gradients of the backward pass, or "
+        "load_state_dict() to return to a saved state"
     )
 
 
@@ -762,8 +762,8 @@ def check_not_replicated(params: Iterable[Tensor]) -> None:
     if any(is_flattened(param) for param in params):
         raise ValueError(
             "in_backward=True under FullyShardedDataParallel is impossible: gradients would enter their moments before "
-            "they are averaged over the ranks and each has its shard of them. Leave out in_backward, or shard the model"
-            " with fully_shard(), whose hooks see averaged gradients"
+            "they are averaged over the ranks and sharded. Leave out in_backward, or shard the model with fully_shard()"
+            ", whose hooks see averaged gradients"
         )
     mine = {id(param) for param in params}
     zero: Any = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
@@ -771,7 +771,7 @@ def check_not_replicated(params: Iterable[Tensor]) -> None:
         if issubclass(type(thing), DistributedDataParallel) and any(id(param) in mine for param in thing.parameters()):
             raise ValueError(
                 "in_backward=True under DistributedDataParallel is impossible: gradients would enter their moments "
-                "before they are averaged over the replicas, which would part. Leave out in_backward"
+                "before they are averaged over the replicas, which would then differ. Leave out in_backward"
             )
         if zero is not None and issubclass(type(thing), zero.ZeroRedundancyOptimizer):
             groups = vars(thing).get("param_groups", ())

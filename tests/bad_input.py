@@ -624,7 +624,7 @@ STATE = "state of parameter 1"
 SINCE = "after its first step the parameter was"
 MOVED = (
     f"{SINCE} moved or cast, or its group's state_dtype changed; optimizer.load_state_dict(optimizer.state_dict()) "
-    "brings the state to where the parameters are now, in the right dtype"
+    "moves and casts the state to match"
 )
 RESIZED = f"{SINCE} resized, … delete the parameter's state to start it anew (del optimizer.state[param])"
 DENSE = "SOFIM takes dense gradients (nn.Embedding(sparse=False), to_dense())"
@@ -953,7 +953,7 @@ def _for_float64(_: str) -> Case:
 
 
 OURS = "pass what SOFIM.state_dict() returned"
-ANOTHERS = "it is another optimizer's, or damaged"
+ANOTHERS = "it comes from another optimizer, or is damaged"
 OTHER_MODEL = "it was saved for another model"
 DAMAGED = "the state dict is damaged"
 STATE_0 = "state_dict: state of parameter 0 (shape (4,), float32, cpu)"
@@ -965,15 +965,15 @@ STATE_DICTS = [
         "of SGD's",
         _another(torch.optim.SGD, momentum=0.9),
         ValueError,
-        "state_dict: parameter group 0 lacks rho: it is another optimizer's, torch.optim.SGD's by its dampening and "
-        "nesterov: load it into an SGD optimizer, and take that over with SOFIM.from_sgd()",
+        "state_dict: parameter group 0 lacks rho: it comes from another optimizer (it has torch.optim.SGD's dampening "
+        "and nesterov): load it into an SGD optimizer, and convert that with SOFIM.from_sgd()",
     ),
     _loaded(
         "of Adam's",
         _another(torch.optim.Adam),
         ValueError,
-        "state_dict: parameter group 0 lacks momentum, rho: it is another optimizer's, Adam's or one like it by its "
-        "betas: start SOFIM without it",
+        "state_dict: parameter group 0 lacks momentum, rho: it comes from another optimizer (it has betas, as Adam and "
+        "its variants): start SOFIM without it",
     ),
     _loaded("of a list", lambda _: [1], TypeError, f"state_dict is of type list: {OURS}"),
     _loaded("of a number", lambda _: 5, TypeError, f"state_dict is of type int: {OURS}"),
@@ -1025,7 +1025,7 @@ STATE_DICTS = [
         "with an empty group that has settings of Adam's",
         _with("param_groups", 0, {"params": [], "lr": 0.1, "betas": (0.9, 0.999)}),
         ValueError,
-        "state_dict: parameter group 0 lacks momentum, rho: it is another optimizer's, Adam's or one like it",
+        "state_dict: parameter group 0 lacks momentum, rho: it comes from another optimizer (it has betas",
     ),
     _loaded(
         "with a moment in float16",
@@ -1068,13 +1068,13 @@ STATE_DICTS = [
         "with Adam's state in SOFIM's groups",
         _with("state", 0, {"step": torch.tensor(1.0), "exp_avg": torch.ones(4), "exp_avg_sq": torch.ones(4)}),
         ValueError,
-        f"{STATE_0} has exp_avg_sq as Adam and others like it: it is another optimizer's",
+        f"{STATE_0} has exp_avg_sq, as Adam and its variants: it comes from another optimizer",
     ),
     _loaded(
         "with SGD's state in SOFIM's groups",
         _with("state", 0, {"momentum_buffer": torch.ones(4)}),
         ValueError,
-        f"{STATE_0} has momentum_buffer as SGD: it is another optimizer's",
+        f"{STATE_0} has momentum_buffer, as SGD: it comes from another optimizer",
     ),
     _loaded(
         "without a moment",
@@ -1235,8 +1235,8 @@ TOO_LATE = [
         lambda _, params: nn.utils.clip_grad_norm_(params, 1e9),
         RuntimeError,
         "the gradient of parameter 0 of group 0 (shape (4,)) was replaced or changed between backward() and step(): "
-        "… To clip, leave out in_backward and pass max_grad_norm= to SOFIM … a second step() goes on with the "
-        "gradients as they were taken, load_state_dict() goes back",
+        "… To clip, leave out in_backward and pass max_grad_norm= to SOFIM … call step() again to use the gradients "
+        "of the backward pass, or load_state_dict() to return to a saved state",
     ),
     _too_late(
         "`zero_grad()`",
@@ -1249,15 +1249,15 @@ TOO_LATE = [
         "a new gradient, with `release_grads=True`",
         lambda _, params: setattr(params[1], "grad", torch.ones(2, 3)),
         RuntimeError,
-        "the gradient of parameter 1 of group 0 (shape (2, 3)) was given anew between backward() and step(): …",
+        "the gradient of parameter 1 of group 0 (shape (2, 3)) was set again between backward() and step(): …",
         release=True,
     ),
     _too_late(
         "a parameter taken out of its group",
         lambda optimizer, _: optimizer.param_groups[0]["params"].pop(),
         RuntimeError,
-        "param_groups were edited between backward() and step(): … Put the groups back as they were and call step(), "
-        "then edit them; or go back with load_state_dict()",
+        "param_groups were edited between backward() and step(): … Restore the groups and call step() before "
+        "editing them, or return to a saved state with load_state_dict()",
     ),
     _too_late(
         "a group's `max_grad_norm` set",
@@ -1276,7 +1276,7 @@ TOO_LATE = [
         "a parameter in two groups, put there by hand",
         _in_two_places,
         ValueError,
-        "parameter 0 of group 1 is parameter 0 of group 0 again: have each parameter in one place",
+        "parameter 0 of group 1 is also parameter 0 of group 0: list each parameter once",
         taken=False,
     ),
 ]

@@ -113,7 +113,7 @@ def test_state_is_brought_to_where_its_parameter_is_now(change: Callable[..., No
     step(optimizer, params)
     for p in params:
         change(optimizer, p)
-    with pytest.raises(ValueError, match=r"optimizer\.load_state_dict\(optimizer\.state_dict\(\)\) brings the state"):
+    with pytest.raises(ValueError, match=r"optimizer\.load_state_dict\(optimizer\.state_dict\(\)\) moves and casts"):
         step(optimizer, params)
     moments = [optimizer.state[p]["exp_avg"].double() for p in params]
     optimizer.load_state_dict(optimizer.state_dict())

@@ -283,11 +283,11 @@ def test_a_new_gradient_where_one_was_released(numerator: str, run: Run) -> None
         p = next(p for p, g in zip(pair.params, grads, strict=True) if g is not None)
         p.grad = torch.ones_like(p)
         before = snapshot(pair.optimizer)
-        with pytest.raises(RuntimeError, match=REFUSED.format("given anew")):
+        with pytest.raises(RuntimeError, match=REFUSED.format("set again")):
             pair.optimizer.step()
         assert same_bits(before, snapshot(pair.optimizer))
         p.grad = None
-        with pytest.raises(RuntimeError, match=REFUSED.format("given anew")):
+        with pytest.raises(RuntimeError, match=REFUSED.format("set again")):
             pair.optimizer.step()  # what was there at the refusal is gone
         pair.step()
     assert pair.alike()
@@ -326,7 +326,7 @@ def test_back_to_before_the_backward_pass(numerator: str, run: Run) -> None:
     saved = {**saved, "state": {key: {k: x.clone() for k, x in v.items()} for key, v in saved["state"].items()}}
     pair.backward(batches[4])
     nn.utils.clip_grad_norm_(pair.params, 0.1)
-    with pytest.raises(RuntimeError, match=r"load_state_dict\(\) goes back"):
+    with pytest.raises(RuntimeError, match=r"load_state_dict\(\) to return to a saved state"):
         pair.optimizer.step()
     with torch.no_grad():
         for p, weight in zip(pair.params, weights, strict=True):

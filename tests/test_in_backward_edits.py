@@ -246,7 +246,7 @@ def test_a_parameter_that_is_there_twice(run: Run) -> None:
     twins.step()
     group = twins.optimizer.param_groups[2]["params"]
     group.append(twins.params[0][1])
-    with pytest.raises(ValueError, match=r"parameter 2 of group 2 is parameter 1 of group 0 again: have each"):
+    with pytest.raises(ValueError, match=r"parameter 2 of group 2 is also parameter 1 of group 0: list each"):
         twins.backward()
     del group[-1]
     before = snapshot(twins.plain)

@@ -141,7 +141,7 @@ def test_with_torch_a_compiler_may_be_missing(source: Path, tmp_path: Path) -> N
     ("content", "text"),
     [
         ("raise OSError('libtorch_cpu.so: cut off')", "is built (OSError: libtorch_cpu.so: cut off). "),
-        ("__version__ = '2.4.1+cpu'", "the torch that is installed, and torch 2.4.1+cpu is too old. "),
+        ("__version__ = '2.4.1+cpu'", "the installed torch, and torch 2.4.1+cpu is too old. "),
     ],
     ids=["broken", "too old"],
 )
@@ -319,19 +319,19 @@ def test_who_asks_for_native_code_is_told_the_same() -> None:
     """But not where it lies here: reports of other machines have these messages."""
     with pytest.raises(
         RuntimeError,
-        match=r"there is no C\+\+ compiler.* mend that: pip install --no-build-isolation --no-cache-dir \.$",
+        match=r"no C\+\+ compiler.* build the package again: pip install --no-build-isolation --no-cache-dir \.$",
     ):
         SOFIM(parameter(), fused=True)
     with pytest.raises(RuntimeError) as other:
         backends.choose("cuda", CPU)
-    assert "mend that" not in str(other.value)  # nothing brings that one to a CPU
+    assert "build the package again" not in str(other.value)  # nothing brings that one to a CPU
 
 
 def test_the_remedy_fits_the_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was installed from a folder that is still in use (``-e``) stays so; otherwise the folder is not known."""
     (tmp_path / "a b").mkdir()
     monkeypatch.setattr(native, "_RECORD", tmp_path / "a b" / "sofim_fused" / "_build.json")
-    assert native.remedy() == f"{COMMAND}, where the sources of sofim_fused are"
+    assert native.remedy() == f"{COMMAND} in the folder with the sources of sofim_fused"
     (tmp_path / "a b" / "setup.py").touch()
     assert native.remedy() == f"{COMMAND[:-1]}-e '{tmp_path}/a b'"
 

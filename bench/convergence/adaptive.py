@@ -1,6 +1,6 @@
 """An experiment of this benchmark: SOFIM with a diagonal that adapts to the gradients, in plain PyTorch.
 
-It is no part of the package, and nothing here is fast: it is there to see what such a step would reach.
+It is not part of the package, and it is not fast: it shows which losses such a step would reach.
 """
 
 from __future__ import annotations

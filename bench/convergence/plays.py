@@ -1,4 +1,4 @@
-"""Shakespeare's plays as bytes, each play in one part alone: to train on, to choose settings by, to compare by."""
+"""Shakespeare's plays as bytes, each play in one part only: training, validation (for tuning) or test (to compare)."""
 
 from __future__ import annotations
 

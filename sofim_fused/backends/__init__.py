@@ -99,8 +99,8 @@ def choose(backend: str, device: torch.device) -> Passes:
         return passes
     asked = "fused=True" if backend == NATIVE else f"backend={backend!r}"
     built = {*reasons} & {*_NATIVE_ON.get(device.type, ())} - {"triton"}  # those that a new installation may bring
-    mend = f", or mend that: {native.INSTALL} ." if built else ""
-    raise RuntimeError(f"{asked} cannot run on {device} ({_listed(reasons)}): take backend='auto'{mend}")
+    rebuild = f", or build the package again: {native.INSTALL} ." if built else ""
+    raise RuntimeError(f"{asked} cannot run on {device} ({_listed(reasons)}): take backend='auto'{rebuild}")
 
 
 def best(backend: str, device: torch.device) -> tuple[Passes | None, dict[str, str]]:
@@ -138,9 +138,9 @@ def _tell(device: torch.device, reasons: dict[str, str]) -> None:
         frame, level = frame.f_back, level + 1
     relevant = {name: reason for name, reason in reasons.items() if name in _NATIVE_ON[device.type]}
     warnings.warn(
-        f"SOFIM runs in pure PyTorch on {device.type}, many times slower than by its native kernels: "
-        f"{_listed(relevant)}. Once nothing is missing, this builds them anew: {native.remedy()}. "
-        "python -m sofim_fused.info tells what is used; backend='reference' asks for pure PyTorch, unwarned.",
+        f"SOFIM runs in pure PyTorch on {device.type}, many times slower than with its native kernels, which cannot be "
+        f"used: {_listed(relevant)}. Install what is missing, then build them with: {native.remedy()}. "
+        "python -m sofim_fused.info shows what is used; backend='reference' selects pure PyTorch without this warning.",
         UserWarning,
         stacklevel=level,
     )
