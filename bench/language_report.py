@@ -124,8 +124,8 @@ def markdown(plan: Plan, done: Mapping[str, Any], machines: Sequence[Mapping[str
         ),
         "## Cost",
         "Medians over an optimizer's runs. The time of an optimizer step is without clipping; it is the median of a"
-        " run, measured by events in the device's queue, and includes the time that the device waits for Python. Peak memory"
-        " includes the network, its activations and gradients.",
+        " run, measured by events in the device's queue, and includes the time that the device waits for Python. Peak"
+        " memory includes the network, its activations and gradients.",
         table(
             ["", "ms per optimizer step", "tokens/s in training", "state, bytes per parameter", "peak memory, GiB"],
             [_cost(entry) for entry in found],
