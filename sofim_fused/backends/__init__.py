@@ -139,7 +139,7 @@ def _tell(device: torch.device, reasons: dict[str, str]) -> None:
     relevant = {name: reason for name, reason in reasons.items() if name in _NATIVE_ON[device.type]}
     warnings.warn(
         f"SOFIM runs in pure PyTorch on {device.type}, many times slower than with its native kernels, which cannot be "
-        f"used: {_listed(relevant)}. Install what is missing, then build them with: {native.remedy()}. "
+        f"used ({_listed(relevant)}). Install what is missing, if anything, then build them: {native.remedy()}. "
         "python -m sofim_fused.info shows what is used; backend='reference' selects pure PyTorch without this warning.",
         UserWarning,
         stacklevel=level,
