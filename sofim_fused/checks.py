@@ -46,12 +46,12 @@ PER_GROUP = (
     "kahan",
 )
 WHOLE = ("numerator", "fisher", "max_grad_norm", "skip_nonfinite")
-IDENTITY = ("lr", "momentum", "rho")  # groups of every version have these; without one they are another optimizer's
-ADDED_LATER = tuple(name for name in PER_GROUP + WHOLE if name not in IDENTITY)  # or may have been
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by the names that state dicts have
+IDENTITY = ("lr", "momentum", "rho")  # in the groups of every version; a group that lacks one is another optimizer's
+ADDED_LATER = tuple(name for name in PER_GROUP + WHOLE if name not in IDENTITY)  # what older versions may lack
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by their names in state dicts
 
 STATE = ("exp_avg", "step", "kahan")  # what SOFIM keeps for a parameter; other entries are a user's own
-# What other optimizers keep for a parameter, or in a group, and whose it is.
+# What other optimizers keep for a parameter, and which optimizers these are.
 OTHER_STATES = {
     ("momentum_buffer",): "SGD",
     ("exp_avg_sq",): "Adam and its variants",
@@ -108,8 +108,8 @@ def group(values: Mapping[str, Any], index: int | None = None, saved: bool = Fal
     Args:
         values: the group.
         index: its index.
-        saved: it is a state dict's. What schedulers write need not be in range then: after its last step a linear
-            OneCycleLR leaves a negative learning rate. The next step looks at it.
+        saved: whether it comes from a state dict. Then what schedulers write may be out of range: after its last step
+            a linear OneCycleLR leaves a negative learning rate. The next step checks it.
 
     Raises:
         TypeError: a value is of the wrong type.
@@ -243,7 +243,7 @@ def group_dict(values: Any, index: int) -> Mapping[str, Any]:
 
 
 def shared_with_sam(values: Mapping[str, Any], index: int) -> str:
-    """What to warn of where a group comes from a wrapper that keeps something else under ``rho``; else nothing."""
+    """The warning for a group of a SAM wrapper, whose ``rho`` has another meaning; for other groups an empty string."""
     if "rho" not in values or "adaptive" not in values:
         return ""
     return (
@@ -255,7 +255,7 @@ def shared_with_sam(values: Mapping[str, Any], index: int) -> str:
 def agreement(groups: Sequence[Mapping[str, Any]], start: int = 1) -> None:
     """Check that the options of the optimizer as a whole have one value in all groups.
 
-    ``start``: the index of the second one, for the message.
+    ``start``: the index of the second group, for the message.
     """
     for index, values in enumerate(groups[1:], start=start):
         for name in WHOLE:
@@ -303,7 +303,7 @@ def parameters(params: Any, index: int, taken: Mapping[Tensor, int], state_dtype
 
 
 def _parameter(param: Tensor, where: str, state_dtype: Any) -> None:
-    """Check a parameter that is given to the optimizer; of frozen ones, which get no gradient, little is asked."""
+    """Check a parameter passed to the optimizer; of a frozen one, which gets no gradient, little is required."""
     if is_lazy(param):
         raise ValueError(f"{where} is not initialised yet: run one forward pass before making the optimizer")
     if is_sharded(param):
@@ -338,15 +338,15 @@ _FREEZE = "leave it out, or freeze it (requires_grad_(False)) and clear its grad
 
 
 def first_gradient(param: Tensor, ordinal: int, state_dtype: Any) -> None:
-    """Check a parameter that gets state: it may have been frozen when the optimizer was made, and replaced since."""
-    if torch.compiler.is_compiling():  # what kind of tensor it is cannot be traced
+    """Check a parameter at its first gradient: when the optimizer was made, it may have been frozen, or another one."""
+    if torch.compiler.is_compiling():  # checks of the kind of tensor cannot be traced
         state_dtype_suits(param, f"parameter {ordinal}", state_dtype)
     else:
         optimizable(param, _Named(param, ordinal), state_dtype)
 
 
 class _Named:
-    """A parameter as messages name it, written for these alone: torch.compile cannot trace how a shape is written."""
+    """A parameter's name in messages, formatted only when needed: torch.compile cannot trace formatting a shape."""
 
     def __init__(self, param: Tensor, ordinal: int) -> None:
         self.param = param
@@ -429,7 +429,7 @@ def gradient(param: Tensor, grad: Tensor, index: int, place: int) -> None:
 
 
 _CAST = "cast it (param.grad = param.grad.to(param.dtype)), or call zero_grad() and backward() again"
-# Until its grad_dtype is set to another one, a parameter cannot be given the gradient that was cast.
+# As long as grad_dtype is not changed, a parameter does not accept the cast gradient.
 _CAST_UNSET = (
     "set param.grad_dtype = param.dtype before backward(), or cast the gradient after it "
     "(param.grad_dtype = None, then param.grad = param.grad.to(param.dtype))"
@@ -500,10 +500,10 @@ _REPLACE = "put a tensor like it in its place, or delete the parameter's state t
 
 
 def shared(param: Tensor, ordinal: int, name: str, other: int, other_name: str) -> ValueError:
-    """What is wrong where an entry of a parameter's state has memory of another tensor that the step writes.
+    """The error for an entry of a parameter's state that shares memory with another tensor that the step writes.
 
     Args:
-        param: whose state it is.
+        param: the owner of the state.
         ordinal: its place among all parameters.
         name: of the entry.
         other: the place of the other tensor's parameter.
@@ -547,10 +547,10 @@ def state_dict(saved: Any, groups: Sequence[Mapping[str, Any]], defaults: Mappin
     Args:
         saved: the state dict, which is left as it is.
         groups: the optimizer's.
-        defaults: the constructor's, for options that the version that saved it did not have.
+        defaults: the constructor's, for options that were added after the version that saved it.
 
     Returns:
-        It, with complete groups and dtypes in the place of their names.
+        A copy with complete groups, and with dtypes instead of their names.
 
     Raises:
         TypeError: it, or one of its parts, is of the wrong type.
@@ -596,11 +596,11 @@ def state_dict(saved: Any, groups: Sequence[Mapping[str, Any]], defaults: Mappin
 
 
 def _completed(theirs: Any, ours: Mapping[str, Any], groups: Sequence[Any], defaults: Mapping[str, Any]) -> Any:
-    """A saved group with what can be known of what it lacks, as a copy; what is no group stays what it is.
+    """A copy of a saved group, with missing options filled in where possible; what is not a dict is returned as it is.
 
-    An option that it lacks came with a later version, and has the constructor's default: so it was when it was saved.
-    An empty group may be nothing else (torch.distributed.checkpoint leaves its settings out); then it keeps what it has
-    here, but for what holds for the optimizer as a whole.
+    An option that it lacks was added in a later version, and gets the constructor's default, which is how the older
+    version behaved. torch.distributed.checkpoint leaves all settings of an empty group out; such a group gets this
+    optimizer's settings for it, except those that hold for the optimizer as a whole.
     """
     if not isinstance(theirs, dict):
         return theirs
@@ -646,7 +646,7 @@ def _saved_group(theirs: Any, ours: Mapping[str, Any], index: int) -> None:
 
 
 def _whose(group: Mapping[str, Any]) -> str:
-    """What is to be said of a group that is not SOFIM's."""
+    """What an error says about a group that is not SOFIM's: where it comes from, and what to do."""
     if "dampening" in group and "nesterov" in group:
         return (
             "it comes from another optimizer (it has torch.optim.SGD's dampening and nesterov): load it into an SGD "
@@ -658,9 +658,9 @@ def _whose(group: Mapping[str, Any]) -> str:
 
 
 def saved_entries(known: Mapping[str, Any]) -> dict[str, Any]:
-    """SOFIM's entries of a parameter's saved state; none: it has none yet.
+    """SOFIM's entries of a parameter's saved state; an empty dict: it has none yet.
 
-    torch.distributed.checkpoint puts an empty dict for an entry that a flattened state dict does not have.
+    torch.distributed.checkpoint puts an empty dict in place of an entry that a flattened state dict lacks.
     """
     return {name: known[name] for name in STATE if name in known and not _empty(known[name])}
 
@@ -670,7 +670,7 @@ def _empty(value: Any) -> bool:
 
 
 def _others_state(known: Mapping[str, Any], entries: Mapping[str, Any]) -> str:
-    """What a saved state has of another optimizer's, and whose: an empty string if it is SOFIM's or a user's own."""
+    """Which entries of a saved state are another optimizer's, and which one's; an empty string if none are."""
     step = entries.get("step")
     counted = isinstance(step, Tensor) and not step.is_floating_point()  # others count in float32
     if "exp_avg" in entries and counted:
@@ -703,7 +703,7 @@ def _saved_state(known: Any, param: Tensor, key: Any) -> None:
     optimizable(param, where, None)
     for name, value in entries.items():
         if name == "step" and isinstance(value, Real) and not isinstance(value, bool):
-            continue  # as other optimizers, and checkpoints that were converted, have counts
+            continue  # other optimizers, and converted checkpoints, have such counts
         if not isinstance(value, Tensor):
             raise TypeError(f"{where}: {name} is of type {type(value).__name__}, not a tensor: it is damaged")
         _readable(value, param, f"{where}: {name}")
@@ -727,7 +727,7 @@ def _saved_state(known: Any, param: Tensor, key: Any) -> None:
 
 
 def _is_count(value: Any) -> bool:
-    """Whether a real number is whole, and can be counted on from."""
+    """Whether a real number is a possible step count: whole, not negative, and not too large."""
     return bool(0 <= value < MOST_STEPS and value == int(value))
 
 
@@ -762,7 +762,7 @@ def _number(
 ) -> None:
     """Check that ``value`` is a real number in the range; a tensor is looked into only where that needs no waiting.
 
-    Without ``low`` and ``below`` it has to be finite alone.
+    Without ``low`` and ``below`` it only has to be finite.
     """
     if tensor and isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:

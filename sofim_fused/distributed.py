@@ -77,7 +77,7 @@ def groups_of(param: Tensor) -> Groups:
 
 
 def placement(param: Tensor) -> tuple[object, ...]:
-    """Where a parameter lies; equal for the same parameter as long as that is the same. It does not keep it alive."""
+    """A parameter's identity, device and sharding, to compare later. It does not keep the parameter alive."""
     if not is_sharded(param):
         return id(param), param.device, is_flattened(param)
     return id(param), param.device, param.device_mesh, param.placements  # type: ignore[attr-defined]
@@ -110,7 +110,7 @@ def written(params: Iterable[Tensor]) -> None:
 
 
 def _first_among(holders: ProcessGroup, group: ProcessGroup) -> bool:
-    """Whether no rank of a group but this one is among holders of other parameters, or this one is its first."""
+    """Whether this rank contributes a group's total to ``holders``: it is the first of the group, or alone there."""
     from torch import distributed
 
     ranks = distributed.get_process_group_ranks(group)
@@ -127,7 +127,7 @@ def device_of(group: ProcessGroup) -> torch.device:
     return torch.device("cpu")
 
 
-# Plain tensors of which something else knows how they are spread: FSDP1, ZeroRedundancyOptimizer, DeepSpeed
+# Plain tensors that a wrapper spreads over ranks: FSDP1, ZeroRedundancyOptimizer, DeepSpeed
 
 
 class Spread(NamedTuple):
@@ -136,7 +136,7 @@ class Spread(NamedTuple):
     Attributes:
         along: by ordinal, the process groups whose ranks hold other elements of a parameter.
         holders: the ranks that hold other parameters, or ``None``.
-        flattened: whether FSDP1 spreads some of them.
+        flattened: whether FSDP1 shards some of them.
     """
 
     along: list[Groups]
@@ -153,13 +153,13 @@ def is_flattened(param: Tensor) -> bool:
 
 
 def spread_of(optimizer: Any, params: Sequence[Tensor], fisher: str, shard_group: ProcessGroup | None) -> Spread:
-    """Find out how an optimizer's parameters are spread, from themselves and from what shards them.
+    """Find out how an optimizer's parameters are spread over ranks.
 
-    ``DTensor`` parameters say it. Those of FSDP1 (``FullyShardedDataParallel``) carry a mark, and their module has the
-    process group. A ``ZeroRedundancyOptimizer`` around the optimizer has one too.
+    ``DTensor`` parameters have this information themselves. Those of FSDP1 (``FullyShardedDataParallel``) have a mark,
+    and their module has the process group. A ``ZeroRedundancyOptimizer`` around the optimizer has one too.
 
     Args:
-        optimizer: whose they are.
+        optimizer: the owner of the parameters.
         params: in the order of its groups.
         fisher: as the optimizer's.
         shard_group: as the constructor's.
@@ -199,7 +199,7 @@ def _several_ranks() -> bool:
 
 
 def _replicas_of(param: Tensor) -> Groups:
-    """The process groups whose ranks hold the same elements of a ``DTensor`` as this one does."""
+    """The process groups whose ranks hold the same elements of a ``DTensor`` as this rank does."""
     if not is_sharded(param):
         return ()
     mesh: Any = param.device_mesh  # type: ignore[attr-defined]
@@ -209,13 +209,13 @@ def _replicas_of(param: Tensor) -> Groups:
 
 
 def _flattened(params: Sequence[Tensor], shard_group: ProcessGroup | None) -> dict[int, tuple[Groups, Groups]]:
-    """By ordinal, the groups along which FSDP1 spreads a parameter, and those along which it has replicas of it."""
+    """By ordinal, the groups over which FSDP1 shards a parameter, and those over which it replicates it."""
     handles: dict[int, tuple[Any, Any]] = {}
     module: Any = sys.modules.get("torch.distributed.fsdp")
     for thing in gc.get_objects() if module is not None else ():
         if issubclass(type(thing), module.FullyShardedDataParallel):
             handle = getattr(thing, "_handle", None)
-            if handle is None:  # all of its parameters are in modules inside of it
+            if handle is None:  # all of its parameters belong to modules inside it
                 continue
             flat = handle.flat_param
             for param in (flat, *(flat._params or ()), *(flat._shared_params or ())):
@@ -251,7 +251,7 @@ def _holders_around(optimizer: Any) -> tuple[ProcessGroup | None, bool]:
     """The ranks of a ``ZeroRedundancyOptimizer`` that uses this optimizer for its own part, and whether there is one.
 
     Raises:
-        ValueError: DeepSpeed does, whose parts have no mark, and may be spread over more ranks than it says.
+        ValueError: DeepSpeed uses it in this way; its parts have no mark, and may be on more ranks than it knows of.
     """
     zero: Any = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     deepspeed = "deepspeed" in sys.modules
@@ -275,10 +275,10 @@ def _holders_around(optimizer: Any) -> tuple[ProcessGroup | None, bool]:
 
 
 class _Told:
-    """What this process has told the others of a default process group: the shapes that its optimizers step on."""
+    """What this process has published in a default process group: the shapes of its optimizers' parameters."""
 
     MOST = 16
-    """Optimizers; programs that make one after another need not go on."""
+    """How many optimizers at most, for programs that make very many."""
 
     def __init__(self, store: Any) -> None:
         self.store = store
@@ -290,11 +290,11 @@ _told: list[_Told] = []  # at most one
 
 
 def _warn_of_others(params: Sequence[Tensor]) -> None:
-    """Warn, once, if a neighbouring rank steps on parameters of other shapes, as where each has a part of a model.
+    """Warn, once, if a neighbouring rank has parameters of other shapes: each may have a part of one model.
 
-    Nobody is waited for: a rank writes its shapes to the default process group's store and looks at what its
-    neighbours have written there; of two that differ, at least the later one sees it. The n-th optimizer of one rank
-    is compared with the n-th of the other, and those that the other has at another place are passed over.
+    No rank waits for another: it writes its shapes to the default process group's store, and reads what its neighbours
+    have written there; if two ranks differ, at least the later one notices. The n-th optimizer of one rank is compared
+    with the n-th of the other, and optimizers that the other rank has at another position are ignored.
     """
     from torch import distributed
 
@@ -324,7 +324,7 @@ def _warn_of_others(params: Sequence[Tensor]) -> None:
 
 
 def _differ(mine: list[str], store: Any, other: int) -> bool:
-    """Whether another rank's optimizer is not the last of this one's, and neither has one like it elsewhere."""
+    """Whether this rank's newest optimizer and the other rank's at that position both have no counterpart."""
     key = f"sofim_fused/{other}"
     if not store.check([key]):
         return False
@@ -333,10 +333,10 @@ def _differ(mine: list[str], store: Any, other: int) -> bool:
 
 
 def _holders_besides(shard_group: ProcessGroup, along: list[Groups], replicas: list[Groups]) -> ProcessGroup | None:
-    """The ``shard_group`` that sums are taken over after those along shards; ``None``: there are no other ranks in it.
+    """The ``shard_group`` to sum over after the sums over shards; ``None`` if it has no other ranks than those.
 
     Raises:
-        ValueError: it has replicas in it, or a part of the ranks over which a parameter is spread.
+        ValueError: it contains replicas, or only some of the ranks over which a parameter is sharded.
     """
     from torch import distributed
 
@@ -364,17 +364,17 @@ def _holders_besides(shard_group: ProcessGroup, along: list[Groups], replicas: l
     return shard_group
 
 
-# What torch.distributed.checkpoint asks of an optimizer
+# Calls from torch.distributed.checkpoint
 
 
 def checkpoint_calls(function: str) -> bool:
-    """Whether this function of ``torch.distributed.checkpoint.state_dict`` is what calls us, however far up.
+    """Whether this function of ``torch.distributed.checkpoint.state_dict`` is anywhere among our callers.
 
     - ``_init_optim_state``: ``get_state_dict`` and ``set_state_dict`` call ``step()`` before the first step, with
-      gradients of zero and a learning rate of zero, to have the state made. Taken as a step it would raise step counts,
-      and bias correction would be wrong from then on.
-    - ``_get_optim_state_dict``: where a gradient is set they leave that out. The state dict would have no state in it,
-      and a checkpoint's would not be loaded into it.
+      gradients of zero and a learning rate of zero, so that the state is created. As an ordinary step, this would raise
+      step counts, and bias correction would be wrong from then on.
+    - ``_get_optim_state_dict``: if a gradient is set, they skip that call. The state dict would then have no state, and
+      that of a checkpoint would not be loaded.
     """
     module: Any = sys.modules.get("torch.distributed.checkpoint.state_dict")
     known = getattr(module, function, None)
@@ -400,8 +400,8 @@ class Shards:
         spread: :func:`groups_of` each parameter, by ordinal.
         device: of the sums.
         holders: the ranks that hold other parameters. They may include all ranks of a group of ``spread``: these have
-            the same totals by then, which the first of them hands on.
-        flattened: whether FSDP1 spreads some of them.
+            the same totals at that point, and only the first of them contributes these.
+        flattened: whether FSDP1 shards some of them.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ def lines() -> Iterator[str]:
     yield f"native CUDA part {_built_cuda()}"
     module = native.cpu()
     used = "not in use" if isinstance(module, str) else f"{native.instruction_set()} in use"
-    yield f"instruction set  {used}; PyTorch takes this CPU for {torch.backends.cpu.get_cpu_capability()}"
+    yield f"instruction set  {used}; PyTorch uses {torch.backends.cpu.get_cpu_capability()}"
     yield f"threads          {torch.get_num_threads()}"
     for device, name in _devices():
         yield ""

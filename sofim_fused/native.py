@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 _RECORD = Path(__file__).with_name("_build.json")  # setup.py writes it
-INSTALL = "pip install --no-build-isolation --no-cache-dir"  # and what: a folder
+INSTALL = "pip install --no-build-isolation --no-cache-dir"  # followed by a folder
 # What a processor runs, by what PyTorch says of it, the best first; any other runs the default.
 _RUNS = {"AVX512": ("avx512", "avx2", "default"), "AVX2": ("avx2", "default")}
 
@@ -25,8 +25,8 @@ _RUNS = {"AVX512": ("avx512", "avx2", "default"), "AVX2": ("avx2", "default")}
 def build() -> dict[str, Any]:
     """The record of the build.
 
-    Keys: ``reason`` (why the CPU part was not built, ``None`` if it was), ``expected`` (``False`` where it was left out
-    on purpose, or was not written for the system), ``torch`` and ``python`` (the versions it was built for),
+    Keys: ``reason`` (why the CPU part was not built, ``None`` if it was), ``expected`` (``False`` if it was left out on
+    purpose, or the system is not supported), ``torch`` and ``python`` (the versions it was built for),
     ``compiler``, ``instruction_sets``, ``sanitizers``, and ``cuda``, the record of the CUDA part: its ``reason``,
     ``compiler``, ``architectures`` ("sm_90", or "compute_80" for PTX) and ``emulated`` (its kernels are run by the
     CPU). What cannot be read is all ``reason``.
@@ -51,8 +51,8 @@ def build() -> dict[str, Any]:
 
 
 def remedy() -> str:
-    """The command that builds the native parts anew, for the environment that this process runs in."""
-    # Where pip has kept a wheel of an earlier build, it installs that one, whatever has changed since.
+    """The command that builds the native parts again, for the environment that this process runs in."""
+    # --no-cache-dir, because pip may otherwise install a wheel of an earlier build that it has cached.
     sources = _RECORD.parents[1]
     what = f"-e {shlex.quote(str(sources))}" if Path(sources, "setup.py").is_file() else "."
     where = "" if what != "." else " in the folder with the sources of sofim_fused"

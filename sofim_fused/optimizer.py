@@ -94,7 +94,7 @@ class SOFIM(Optimizer):
         capturable: a step may be captured in a CUDA graph, after one like it was taken. A replay takes gradients from
             where they were, ``lr`` and ``rho`` from their tensors if these are on the device, and every number as it
             was when the graph was captured. Step counts are on the device in any case.
-        amp_fused: under a ``torch.amp.GradScaler`` the step itself takes the scale off the gradients, in passes that
+        amp_fused: under a ``torch.amp.GradScaler`` the step itself unscales the gradients, in passes that
             read them anyway, and changes nothing if an infinity or a NaN was found in them, which
             :attr:`skipped_steps` counts; nothing waits for the device. Gradients of float16 are taken too.
             ``False``: GradScaler unscales the gradients in memory before the step, and waits to see whether to call it.
@@ -102,17 +102,17 @@ class SOFIM(Optimizer):
             cache; :meth:`step` has little left to do. The result is that of a plain step. Settings are read at the
             first gradient of a step; in the moment form ``lr``, ``rho`` and decoupled decay only in :meth:`step`.
             Moments, and in the gradient form parameters, change before :meth:`step` does, and a backward pass cannot
-            be undone: :meth:`step` raises if gradients or groups were changed in between (on a GPU, if version counters
-            show it), or state was deleted. Several for one step: :meth:`accumulate_grads`. Not with ``max_grad_norm``,
-            ``skip_nonfinite``, GradScaler, DistributedDataParallel, FullyShardedDataParallel (``fully_shard`` it is
-            with) or ZeroRedundancyOptimizer, nor with 16-bit parameters in the gradient form.
-        release_grads: let go of each gradient as soon as it has entered its moment (``in_backward=True``): memory for
-            all of them at once is never needed. Clipping and the like then find no gradients, and are not noticed.
+            be undone: :meth:`step` raises if gradients or groups were changed in between (on a GPU, only if version
+            counters show it) or state was deleted. For several backward passes per step: :meth:`accumulate_grads`. Does not work
+            with ``max_grad_norm``, ``skip_nonfinite``, GradScaler, DistributedDataParallel, FullyShardedDataParallel
+            (``fully_shard`` works) or ZeroRedundancyOptimizer, nor with 16-bit parameters in the gradient form.
+        release_grads: free each gradient as soon as it has entered its moment (``in_backward=True``): memory for all
+            of them at once is never needed. Clipping then finds no gradients and has no effect, without an error.
         differentiable: refused: the update is made in place.
         shard_group: the ranks that hold other parameters of the same model, as with pipeline stages or DeepSpeed's
             ZeRO: sums are taken over all of them, and a rank may have no parameter at all. ``None``: this rank has all
-            parameters, or what shards them is found: ``DTensor`` and FullyShardedDataParallel parameters know their
-            ranks, and a ZeroRedundancyOptimizer around this optimizer is recognised at the first step.
+            parameters, or SOFIM recognises how they are sharded: as ``DTensor``, by FullyShardedDataParallel, or by a
+            ZeroRedundancyOptimizer around this optimizer (at the first step).
         backend: ``"auto"``, ``"cpu"`` (C++), ``"cuda"`` (CUDA C++), ``"triton"`` or ``"reference"`` (PyTorch). Never
             saved with the state; :attr:`backends` tells what is used.
 
@@ -195,7 +195,7 @@ class SOFIM(Optimizer):
         self._scalars_of: dict[torch.device, Scalars] = {}
         self._step_in_one_call: NativeStep | None = None
         self._may_not_capture = False
-        # What guarded steps saw, by name. Not attributes: under torch.compile, 2.10's for one, a step may set none.
+        # What guarded steps recorded, by name. Not attributes: torch 2.10's compiler cannot trace a step that sets any.
         self._seen: dict[str, Tensor] = {}
         # Nothing at all counts as an empty group: a group may be empty, all of them may not.
         super().__init__(checks.groups(params) or [{"params": []}], defaults)
@@ -256,8 +256,8 @@ class SOFIM(Optimizer):
 
         Raises:
             ValueError: a gradient or a hyperparameter cannot be taken; nothing was changed.
-            RuntimeError: with ``in_backward=True``, something was done since ``backward()`` that came too late; a
-                second call takes the step with the gradients as they were taken.
+            RuntimeError: with ``in_backward=True``, gradients, groups or state were changed after ``backward()``. If
+                it was a gradient, a second call takes the step with the gradients of the backward pass.
         """
         loss = None
         if closure is not None:
@@ -304,7 +304,7 @@ class SOFIM(Optimizer):
         return step
 
     def _in_one_call(self) -> tuple[Tensor, bool | Tensor | None] | Literal[True] | None:
-        """A step as :data:`NativeStep` takes it."""
+        """Take the step with :data:`NativeStep`, and return its result."""
         native_step = self._native_step()
         if self._may_not_capture and backends.capturing():
             raise RuntimeError("a step is captured in a CUDA graph: make the optimizer with capturable=True")
@@ -345,7 +345,7 @@ class SOFIM(Optimizer):
 
     @torch.no_grad()
     def _made_state_for(self, caller: str) -> bool:
-        """Make all state, as first gradients would, and nothing else, if that is what a caller wants."""
+        """If ``caller`` is among our callers, create all state, as first gradients would, and nothing else."""
         if torch.compiler.is_compiling() or not checkpoint_calls(caller):
             return False
         params = [(index, param) for index, group in enumerate(self.param_groups) for param in group["params"]]
@@ -382,7 +382,7 @@ class SOFIM(Optimizer):
         written(entry.param for entry in entries)
         try:
             return self._lanes_of(entries)
-        except ValueError:  # of memory that the step must not share
+        except ValueError:  # tensors share memory in a way that is refused: restore the state
             for entry, known in zip(entries, before, strict=True):
                 if known:
                     self.state[entry.param] = known
@@ -426,13 +426,13 @@ class SOFIM(Optimizer):
         return self._spread
 
     def look_again(self) -> bool:
-        """Forget what was found out about where parameters lie, if they are others now or lie elsewhere.
+        """Forget how parameters are sharded and on which devices they are, if any parameter was replaced or moved.
 
-        After ``fully_shard()``, for one, users put ``DTensor``s into the groups. A native step needs no such look: it
-        leaves to Python whatever does not lie as it did.
+        For example, users put ``DTensor``s into the groups after ``fully_shard()``. A native step needs no such check:
+        it leaves a step to Python if anything has changed.
 
         Returns:
-            Whether there was something to forget.
+            Whether there was anything to forget.
         """
         placed = [placement(param) for group in self.param_groups for param in group["params"]]
         before, self._placed = self._placed, placed
@@ -452,7 +452,7 @@ class SOFIM(Optimizer):
 
     def _first_device(self) -> torch.device:
         params = [param for group in self.param_groups for param in group["params"]]
-        # Frozen parameters may lie anywhere; steps are taken where the others are.
+        # Frozen parameters may be on any device; steps run on that of the others.
         first = next((param.device for param in params if param.requires_grad), None)
         if first is None and params:
             first = params[0].device
@@ -488,8 +488,8 @@ class SOFIM(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """What a ``torch.amp.GradScaler`` asks: whether :meth:`step` itself takes the scale off the gradients.
 
-        Not under FSDP1: its ``ShardedGradScaler`` tells the ranks of each other's infinities only where it unscales
-        the gradients itself, and else their scales would part.
+        Not under FSDP1: its ``ShardedGradScaler`` tells all ranks about an infinity on one of them only if it unscales
+        the gradients itself; otherwise the ranks would have different scales.
         """
         if self._in_backward:
             return True  # to say that it cannot
@@ -571,7 +571,7 @@ class SOFIM(Optimizer):
             self._overlap.must_not_be_under_way("add_param_group()")
         try:
             super().add_param_group({**param_group, "params": params, "state_dtype": group["state_dtype"]})
-        except ValueError:  # a parameter is in two groups, nearly always: to look for it at each call would take long
+        except ValueError:  # nearly always a parameter in two groups; looking for it at each call would be slow
             taken = {param: at for at, other in enumerate(self.param_groups) for param in other["params"]}
             checks.parameters(params, index, taken, group["state_dtype"])
             raise
@@ -582,8 +582,8 @@ class SOFIM(Optimizer):
     def state_dict(self) -> StateDict:
         """As every optimizer's: groups by number of parameter, and the state of each.
 
-        Groups hold plain values, which all formats of files and :mod:`torch.distributed.checkpoint` take: a
-        ``state_dtype`` by its name, and numbers of other types (NumPy's, say) as Python's.
+        Groups hold plain values, which all file formats and :mod:`torch.distributed.checkpoint` accept: ``state_dtype``
+        as its name, and numbers of other types (such as NumPy's) as Python numbers.
 
         Raises:
             RuntimeError: with ``in_backward=True``, between a backward pass and the step.
@@ -593,7 +593,7 @@ class SOFIM(Optimizer):
         if not self.state:
             self._made_state_for("_get_optim_state_dict")
         made = super().state_dict()
-        if isinstance(made, dict) and isinstance(made.get("param_groups"), list):  # a user's hook may have changed that
+        if isinstance(made, dict) and isinstance(made.get("param_groups"), list):  # a user's hook may return anything
             made = {**made, "param_groups": [_plain(group) for group in made["param_groups"]]}
         return made
 
@@ -601,9 +601,9 @@ class SOFIM(Optimizer):
         """Take over state and hyperparameters from :meth:`state_dict`; nothing is shared with it afterwards.
 
         Moments keep the dtype that the loaded group's ``state_dtype`` gives them, whatever the parameter's. A parameter
-        whose saved state has none of SOFIM's entries starts anew; other entries are kept as they are. Options that the
-        version that saved a group did not have get the constructor's default, and unknown ones are kept. Learning
-        rates and momenta may be what a scheduler left there: the next step looks at their range.
+        whose saved state has none of SOFIM's entries starts anew; other entries are kept as they are. Options that an
+        older version did not save get the constructor's default, and unknown ones are kept. Learning rates and momenta
+        may be out of range, as schedulers may leave them: the next step checks them.
 
         Raises:
             TypeError, ValueError: it is damaged, or of another model or optimizer; nothing was changed.
@@ -643,7 +643,7 @@ class SOFIM(Optimizer):
         self.__dict__.setdefault("_release_grads", False)
         self.__dict__.setdefault("_seen", {})
         self.__dict__.setdefault("_shard_group", None)
-        for group in (*self.param_groups, self.defaults):  # of an older version, or loaded past load_state_dict()
+        for group in (*self.param_groups, self.defaults):  # from an older version, or set without load_state_dict()
             for name in checks.ADDED_LATER:
                 group.setdefault(name, _DEFAULTS[name])
             group["state_dtype"] = checks.dtype_named(group["state_dtype"])
@@ -682,19 +682,19 @@ class SOFIM(Optimizer):
         twin._shard_group = self._shard_group
         for ours, theirs in zip(self.param_groups, twin.param_groups, strict=True):
             for param, copied in zip(ours["params"], theirs["params"], strict=True):
-                if is_flattened(param):  # a copy loses the mark, and its step would not be known to be a shard's
+                if is_flattened(param):  # a copy loses the mark; without it, nothing shows that it is a shard
                     copied._fsdp_flattened = True
         return twin
 
 
-# What holds where a group, saved by an older version, lacks an option.
+# The defaults for options that a group, saved by an older version, lacks.
 _DEFAULTS = {
     name: inspect.signature(SOFIM.__init__).parameters[name].default for name in checks.PER_GROUP + checks.WHOLE
 }
 
 
 def _plain(group: Any) -> Any:
-    """A group of a state dict with values of Python's own types for the options, and learning rates of schedulers."""
+    """A group of a state dict, with its options, and what schedulers add, as values of Python's own types."""
     if not isinstance(group, dict):
         return group
     known = (*checks.PER_GROUP, *checks.WHOLE, *sgd.RATES, "base_momentum", "max_momentum")

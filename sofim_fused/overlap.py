@@ -44,7 +44,7 @@ class Overlap:
 
     Args:
         optimizer: whose parameters get hooks; not kept alive.
-        release: let go of each gradient as soon as it was taken.
+        release: free each gradient as soon as it was taken.
     """
 
     def __init__(self, optimizer: SOFIM, release: bool) -> None:
@@ -52,12 +52,12 @@ class Overlap:
         self.release = release
         self._depth = 0  # of accumulate_grads()
         self._met = False  # any gradient
-        self._searched = False  # for replicas, when a gradient looked like one of theirs
+        self._searched = False  # for DistributedDataParallel, when a gradient looked like a part of its buckets
         self._removed = False  # the hooks
-        self._hooks: dict[int, _Watch] = {}  # by id of the parameter; who goes takes its own along
+        self._hooks: dict[int, _Watch] = {}  # by id of the parameter; goes when the parameter goes
         weakref.finalize(self, _remove, self._hooks).atexit = False
-        # Of the parameters as they were last surveyed, by ordinal. No reference to them is kept: that would keep them
-        # alive, and torch.utils.swap_tensors() refuses tensors that even have weak ones.
+        # About the parameters at the last survey, by ordinal. No reference to them is kept: it would keep them alive,
+        # and torch.utils.swap_tensors() refuses even tensors that have weak references.
         self._stale = True
         self._ids: list[int] = []
         self._watched = 0  # how many have hooks
@@ -104,7 +104,9 @@ class Overlap:
         unwatched = []
         for index, group in enumerate(self._optimizer.param_groups[since:], start=since):
             for place, param in enumerate(group["params"]):
-                if param.requires_grad and id(param) not in self._hooks:  # of others, step() takes what may come
+                if (
+                    param.requires_grad and id(param) not in self._hooks
+                ):  # for frozen ones, step() takes gradients if there are any
                     where = f"parameter {place} of group {index}"
                     checks.in_backward_parameter(param, where, group["numerator"])
                     check_unwatched(param, where, self)
@@ -113,7 +115,7 @@ class Overlap:
             self._hooks[id(param)] = _Watch(self, param)
 
     def _survey(self) -> None:
-        """Find out which parameters there are, and put hooks on them and no others: groups are lists that users edit.
+        """Find out which parameters are in the groups, which users may edit, and put hooks on these and no others.
 
         Raises:
             ValueError: a parameter is in the groups twice, or another optimizer takes its gradients.
@@ -161,17 +163,17 @@ class Overlap:
         self._steps.clear()
 
     def _hooks_are_gone(self) -> bool:
-        """Whether one went, with its parameter or without; another parameter may have the address by now."""
+        """Whether any hook is gone, alone or with its parameter; another parameter may have that address by now."""
         return self._stale or len(self._hooks) != self._watched
 
     def _are_others(self) -> bool:
-        """Whether the parameters in the groups, or their order, are not those that were surveyed."""
+        """Whether the parameters in the groups, or their order, differ from the last survey."""
         if self._hooks_are_gone():
             return True
         groups = self._optimizer.param_groups
         return (
             self._ids != [id(param) for group in groups for param in group["params"]]
-            # Between groups parameters may have moved without a change of order.
+            # Parameters may have moved between groups without a change of their order.
             or self._group_of != [index for index, group in enumerate(groups) for _ in group["params"]]
         )
 
@@ -222,14 +224,14 @@ class Overlap:
         """Take the gradient that a parameter has now: the last one of this step, unless more are to come."""
         if self._latched is None:
             if self._depth and not self.release:
-                return  # gradients add up where they are, until the last one is there
+                return  # gradients add up in param.grad until the last one is there
             self._latch()
         ordinal = place.ordinal
-        if ordinal is None:  # it is in no group any more
+        if ordinal is None:  # it is no longer in any group
             return
         progress = self._progress[ordinal]
         if progress == _WHOLE:
-            self._mark(ordinal, param)  # the first one was named, and is what the step goes on with
+            self._mark(ordinal, param)  # so that step() can still take the first gradient after this error
             raise RuntimeError(
                 f"a second gradient of parameter {ordinal} before step(): with in_backward=True the first one is in "
                 "its moment already. Call step() after each backward(), or run all but the last one of a step under "
@@ -296,7 +298,7 @@ class Overlap:
         assert param.grad is not None
         checks.gradient(param, param.grad, group, ordinal - self._group_of.index(group))
         checks.in_backward_parameter(param, f"parameter {ordinal}", settings["numerator"])
-        if not self._searched and _is_part(local(param.grad)):  # as of DistributedDataParallel's buckets
+        if not self._searched and _is_part(local(param.grad)):  # such as DistributedDataParallel's buckets
             check_not_replicated(param for group in optimizer.param_groups for param in group["params"])
             self._searched = True
             if self._native is not None:
@@ -422,8 +424,8 @@ class Overlap:
         """The step, from gradients that were taken, and from those that no hook has seen.
 
         Raises:
-            RuntimeError: more gradients are announced (:meth:`more_to_come`); or since they were taken something was
-                done to gradients, groups or state that would have made another step.
+            RuntimeError: more gradients are announced (:meth:`more_to_come`); or gradients, groups or state were
+                changed, since gradients were taken, in a way that would have made a different step.
             ValueError: a gradient or a hyperparameter cannot be taken.
         """
         if self._depth:
@@ -443,7 +445,7 @@ class Overlap:
     finish_untraced = untraced(finish)
 
     def _check_that_nothing_was_done(self) -> None:
-        """Check that gradients, groups and state are what they were when gradients were taken."""
+        """Check that gradients, groups and state are unchanged since gradients were taken."""
         taken = self._any_taken()
         if self._are_others():
             if taken:
@@ -462,7 +464,7 @@ class Overlap:
         if changed is not None:
             check_not_replicated(params)
             what = self._what_was_done(changed, params[changed])
-            for ordinal, param in whole:  # so that a second try goes on
+            for ordinal, param in whole:  # so that a second call goes on
                 self._mark(ordinal, param)
             raise _after_the_fact(params[changed], self._where(changed), what)
         for ordinal, progress in enumerate(self._progress):
@@ -480,7 +482,7 @@ class Overlap:
         return f"parameter {ordinal - self._group_of.index(index)} of group {index}"
 
     def _fits(self, ordinal: int, param: Tensor) -> bool:
-        """Whether a gradient that was taken is, as far as can be seen, what it was then."""
+        """Whether a gradient that was taken is unchanged since, as far as can be checked."""
         mark = self._marks.get(ordinal)
         if mark is not None:
             return mark.fits(param.grad)
@@ -488,7 +490,7 @@ class Overlap:
         return self._native.fits(param, ordinal)
 
     def _mark(self, ordinal: int, param: Tensor) -> None:
-        """Take what is now in a gradient's place for what was taken."""
+        """Record what is now in ``param.grad`` as the gradient that was taken."""
         if ordinal in self._marks:
             self._marks[ordinal] = _Mark(param.grad)
         else:
@@ -614,17 +616,17 @@ class _Batch:
 
 
 class _Mark:
-    """What a gradient was like when it was taken, to notice by the end of the step that something was done to it since.
+    """A record of a gradient when it was taken, to notice at the end of the step whether it was changed since.
 
-    Most of what writes to a tensor raises its version counter. All-reduces, ``.data`` and NumPy do not: on a CPU they
-    are seen in a few elements. (For gradients that are taken natively, csrc/module.cpp does this.)
+    Most writes to a tensor raise its version counter. All-reduces, ``.data`` and NumPy do not: on a CPU these are
+    noticed by comparing a few elements. (For gradients that are taken natively, csrc/module.cpp does this.)
     """
 
     def __init__(self, grad: Tensor | None) -> None:
         self._seen = [(weakref.ref(x), _version(x), _place(x), _bits(x)) for x in _parts(grad)]
 
     def fits(self, grad: Tensor | None) -> bool:
-        """Whether this is the same gradient, and as far as can be seen the same values."""
+        """Whether this is the same gradient, with the same values as far as can be checked."""
         parts = _parts(grad)
         return len(parts) == len(self._seen) and all(
             x is seen() and _version(x) == version and _place(x) == place and torch.equal(_bits(x), bits)
@@ -639,7 +641,7 @@ def _parts(grad: Tensor | None) -> list[Tensor]:
 
 
 def _version(x: Tensor) -> int | None:
-    # Parts of one larger memory, as FSDP2's gradients are, share a counter: a write to another one is none to this.
+    # Parts of one larger memory, such as FSDP2's gradients, share a counter: it counts writes to other parts too.
     return None if x.is_inference() or (type(x) is Tensor and _is_part(x)) else x._version
 
 
@@ -649,13 +651,13 @@ def _place(x: Tensor) -> int | None:
 
 @torch.no_grad()
 def _bits(x: Tensor) -> Tensor:
-    """The bits of a few elements, from the first to the last, where they can be looked at without waiting."""
+    """The bits of a few elements, from the first to the last; empty where reading them would have to wait."""
     if type(x) is not Tensor or x.device.type != "cpu" or x.layout != torch.strided or not x.numel():
         return torch.empty(0)
     if not x.untyped_storage().nbytes():  # given back
         return torch.empty(0)
     x = x.detach().resolve_conj().resolve_neg()
-    for count in (8, 64):  # zeros stay zeros under many a change
+    for count in (8, 64):  # many changes leave zeros as they are, so look at more
         if x.is_contiguous():
             places = [(x.numel() - 1) * i // (count - 1) for i in range(count)]
             chosen = x.view(-1)[places]
@@ -705,7 +707,7 @@ class _Hook(_Place):
 
 
 class _Watch:
-    """A hook that was put on a parameter. The parameter alone keeps it: when it goes, so does the optimizer's entry."""
+    """A hook on a parameter. Only the parameter keeps it alive: when that goes, so does the optimizer's entry."""
 
     def __init__(self, overlap: Overlap, param: Tensor) -> None:
         hook = _Hook(overlap)
@@ -713,7 +715,7 @@ class _Watch:
         self._hook = weakref.ref(hook, functools.partial(_gone, overlap._hooks, id(param)))
 
     def place(self, ordinal: int | None) -> None:
-        """Say where in the groups the parameter is."""
+        """Set where in the groups the parameter is."""
         hook = self._hook()
         if hook is not None:
             hook.ordinal = ordinal
@@ -728,7 +730,7 @@ def _gone(hooks: dict[int, _Watch], key: int, _: object) -> None:
 
 
 def check_unwatched(param: Tensor, where: str, mine: Overlap | None) -> None:
-    """Check that no other optimizer than that of ``mine`` takes a parameter's gradients in the backward pass.
+    """Check that no optimizer except that of ``mine`` takes a parameter's gradients in the backward pass.
 
     Raises:
         ValueError: one does; both would change the parameter.
@@ -747,12 +749,12 @@ def _watched(param: Tensor, mine: Overlap | None) -> bool:
 
 
 def check_not_replicated(params: Iterable[Tensor]) -> None:
-    """Check that hooks see gradients as the step would: no module of this process averages them later.
+    """Check that hooks see the same gradients as the step: that no module of this process averages them later.
 
     Raises:
         ValueError: a parameter is in a DistributedDataParallel or FullyShardedDataParallel module, or in a
             ZeroRedundancyOptimizer; hooks see gradients before they are averaged over the ranks, and replicas would
-            part.
+            become different.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return

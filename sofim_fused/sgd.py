@@ -98,7 +98,7 @@ def _renamed(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unwrapped(name: str, value: Any) -> Any:
-    """A number in the place of a one-element tensor, which SGD takes for these and SOFIM does not."""
+    """A number instead of a one-element tensor, which SGD accepts for these options and SOFIM does not."""
     if name in ("momentum", "dampening", "weight_decay") and isinstance(value, Tensor) and value.numel() == 1:
         return value if value.is_meta or value.is_complex() else float(value.detach())
     return value

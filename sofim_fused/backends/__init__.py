@@ -51,9 +51,9 @@ _REGISTRY: dict[str, Callable[[torch.device], Passes | str]] = {
     "reference": lambda device: ReferencePasses(),
 }
 NATIVE = "native"  # what fused=True asks for: the best backend that is not pure PyTorch
-# The backends that a user may count on, by the kind of device. Other kinds have none but the reference.
+# The backends that a user may expect, by the kind of device. Other kinds have only the reference.
 _NATIVE_ON = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-_TOLD: set[str] = set()  # kinds of devices for which a warning has said that they have to do without
+_TOLD: set[str] = set()  # kinds of devices for which the warning was given
 
 
 def names() -> list[str]:
@@ -86,8 +86,8 @@ def requested(backend: str, foreach: bool | None, fused: bool | None) -> str:
 def choose(backend: str, device: torch.device) -> Passes:
     """The passes for ``device``: those of ``backend``, or the best that can run (``"auto"``; ``NATIVE``: natively).
 
-    Where ``"auto"`` comes to the reference and a native backend was to be expected, a ``UserWarning`` says why there is
-    none and how to get it: once per process and kind of device.
+    If ``"auto"`` falls back to the reference where a native backend is expected, a ``UserWarning`` says why there is
+    none and how to build it: once per process and kind of device.
 
     Raises:
         RuntimeError: the backend cannot run on this device; the message has its reason.
@@ -98,13 +98,13 @@ def choose(backend: str, device: torch.device) -> Passes:
             _tell(device, reasons)
         return passes
     asked = "fused=True" if backend == NATIVE else f"backend={backend!r}"
-    built = {*reasons} & {*_NATIVE_ON.get(device.type, ())} - {"triton"}  # those that a new installation may bring
+    built = {*reasons} & {*_NATIVE_ON.get(device.type, ())} - {"triton"}  # those that building again may provide
     rebuild = f", or build the package again: {native.INSTALL} ." if built else ""
     raise RuntimeError(f"{asked} cannot run on {device} ({_listed(reasons)}): take backend='auto'{rebuild}")
 
 
 def best(backend: str, device: torch.device) -> tuple[Passes | None, dict[str, str]]:
-    """As :func:`choose`, but in silence: the passes, if any can run, and by backend why better ones cannot."""
+    """As :func:`choose`, without warning or error: the passes, if any can run, and why each better backend cannot."""
     candidates = {"auto": list(_REGISTRY), NATIVE: [name for name in _REGISTRY if name != "reference"]}
     reasons = {}
     for name in candidates.get(backend, [backend]):
@@ -119,10 +119,10 @@ def best(backend: str, device: torch.device) -> tuple[Passes | None, dict[str, s
 
 
 def missing(device: torch.device) -> bool:
-    """Whether a native backend is to be expected on ``device``, where none can run.
+    """Whether a native backend is expected on ``device``, given that none can run there.
 
-    Not on kinds of devices that have none, nor on a GPU that is not there (in fake tensors), nor on the CPU if the
-    native part was left out on purpose.
+    ``False`` for kinds of devices that have none, for a GPU that does not exist (of fake tensors), and for the CPU if
+    the native part was left out on purpose.
     """
     if device.type == "cpu":
         return bool(native.build()["expected"])
@@ -130,7 +130,7 @@ def missing(device: torch.device) -> bool:
 
 
 def _tell(device: torch.device, reasons: dict[str, str]) -> None:
-    """Warn, unless that was done, at the line that called this package."""
+    """Warn, once for a kind of device, with the line that called this package as the place."""
     if device.type in _TOLD or not missing(device):
         return
     frame, level, inside = sys._getframe(), 1, ("sofim_fused", "torch")
@@ -139,12 +139,12 @@ def _tell(device: torch.device, reasons: dict[str, str]) -> None:
     relevant = {name: reason for name, reason in reasons.items() if name in _NATIVE_ON[device.type]}
     warnings.warn(
         f"SOFIM runs in pure PyTorch on {device.type}, many times slower than with its native kernels, which cannot be "
-        f"used: {_listed(relevant)}. Install what is missing, then build them with: {native.remedy()}. "
+        f"used ({_listed(relevant)}). Install what is missing, if anything, then build them: {native.remedy()}. "
         "python -m sofim_fused.info shows what is used; backend='reference' selects pure PyTorch without this warning.",
         UserWarning,
         stacklevel=level,
     )
-    _TOLD.add(device.type)  # not if the warning was made an error
+    _TOLD.add(device.type)  # not reached if warnings are errors
 
 
 def _listed(reasons: dict[str, str]) -> str:

@@ -1,9 +1,9 @@
-"""Tensors of a step that share memory: found, and then worked on one after the other.
+"""Finds tensors of a step that share memory, and updates these one after the other.
 
-A pass works on all tensors at once. Where one tensor's memory is another's as well (weights tied through ``.data``,
-views of one buffer, one moment for two parameters), two threads would write the same elements. Such a step is defined
-as one that takes the tensors in order: each pass over the first of them, then over the next. :class:`InTurn` runs any
-backend's passes so.
+A pass works on all tensors at once. If two tensors share memory (weights tied through ``.data``, views of one buffer,
+one moment for two parameters), two threads would write the same elements. Such a step is defined as one that handles
+the tensors in order: each pass over the first of them, then over the next. :class:`InTurn` runs any backend's passes
+in this way.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from sofim_fused.backends.protocol import (
 
 
 def apart(tiles: Tiles, passes: Passes) -> tuple[Tiles, Passes]:
-    """Make a step right whose tensors share memory; a step whose tensors do not gets back what it gave.
+    """Prepare a step whose tensors may share memory. If none do, the arguments are returned as they are.
 
-    Two tensors count as sharing where their ranges of addresses overlap, even if their elements lie between each other:
-    to take them in turn is right in any case. Gradients may lie in each other's memory, and a gradient in that of its
-    own parameter, element by element. One that shares any other memory that the step writes is copied, so that the
-    step sees it as it was before.
+    Two tensors count as sharing if their address ranges overlap, even if their elements only interleave: handling them
+    in turn is right in either case. Gradients may share memory with each other, and a gradient with its own parameter,
+    element by element. A gradient that shares any other memory that the step writes is copied, so that the step uses
+    its values from before.
 
     Args:
-        tiles: the tensors of a step. Where they have no addresses, as in tracing, nothing is looked for.
+        tiles: the tensors of a step. If they have no addresses, as in tracing, nothing is checked.
         passes: of a backend.
 
     Returns:
         The tensors, and the passes to call with them.
 
     Raises:
-        ValueError: a parameter and its own state share elements, or a step count shares memory with anything; the
+        ValueError: a parameter and its own state share elements, or a step count shares memory with any tensor; the
             message names both. Nothing was changed.
     """
     if torch.compiler.is_compiling() or not _have_addresses(tiles):
@@ -70,7 +70,7 @@ def apart(tiles: Tiles, passes: Passes) -> tuple[Tiles, Passes]:
 
 
 class InTurn:
-    """The passes of a backend, over one run of tensors after the other.
+    """The passes of a backend, over consecutive runs of tensors, one run after the other.
 
     See :class:`sofim_fused.backends.protocol.Passes`.
 
@@ -157,10 +157,10 @@ def _have_addresses(tiles: Tiles) -> bool:
 
 
 def _shared(written: memory.Written, tiles: Tiles) -> tuple[dict[int, int], dict[str, tuple[int, int]]]:
-    """For each tensor that shares memory with earlier ones, the last of these; and pairs as :class:`InTurn` takes them.
+    """For each tensor that shares memory with earlier ones, the index of the last of these; and pairs for :class:`InTurn`.
 
     Raises:
-        ValueError: two roles of one parameter share elements, or a step count shares memory.
+        ValueError: two tensors of one parameter share elements, or a step count shares memory.
     """
     of: dict[str, Sequence[Tensor | None]] = {
         "w": tiles.params,

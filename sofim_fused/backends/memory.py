@@ -1,4 +1,4 @@
-"""Where tensors lie in memory, and which of them share some."""
+"""The addresses of tensors, and which tensors share memory."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def plain(x: Tensor) -> bool:
-    """Memory is all there is to it: no subclass with ways of its own, no traced or functionalized tensor."""
+    """Whether a tensor is nothing but its memory: no subclass with its own behaviour, not traced or functionalized."""
     keys, key = torch._C._dispatch_keys(x), torch._C.DispatchKey
     return not any(map(keys.has, (key.Python, key.Functionalize, key.FuncTorchBatched, key.FuncTorchGradWrapper)))
 
 
 def all_plain(tensors: Iterator[Tensor]) -> bool:
-    """Whether :func:`plain` holds for all, nearly always without asking."""
+    """Whether :func:`plain` holds for all; nearly always the type alone tells."""
     return all(type(x) in _PLAIN or plain(x) for x in tensors)
 
 
@@ -40,7 +40,7 @@ def extent(x: Tensor) -> int:
 
 
 class Range(NamedTuple):
-    """Addresses of a tensor that a step writes.
+    """The address range of a tensor that a step writes.
 
     Attributes:
         begin: the first.
@@ -60,7 +60,7 @@ class Written:
 
     Args:
         params, exp_avgs, kahans, steps: the tensors that it writes, index by index; ``None`` where there is none. They
-            have addresses (:func:`plain`, and no device of :data:`WITHOUT_ADDRESSES`).
+            must have addresses: be :func:`plain`, and not on a device of :data:`WITHOUT_ADDRESSES`.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Written:
         self._reach = list(accumulate((end for _, end, _, _ in found), max))
 
     def pairs(self) -> Iterator[tuple[Range, Range]]:
-        """Those that overlap, of each pair the one of the earlier parameter first."""
+        """The pairs of ranges that overlap; in each pair, that of the earlier parameter is first."""
         if all(end <= begin for end, begin in zip(self._reach, self._begins[1:], strict=False)):
             return
         reaching: list[Range] = []
@@ -106,10 +106,11 @@ class Written:
 
 
 def apart(a: Tensor, b: Tensor) -> bool:
-    """Whether it is plain to see that no two elements share memory: those of one lie in gaps that the other leaves.
+    """Whether no two elements share memory because the elements of one tensor are in gaps between those of the other.
 
-    Seen from one stride, an element's address is a multiple of it and an offset. If the offsets of two tensors, modulo
-    the stride, are intervals that do not meet, neither do the tensors.
+    ``False`` does not mean that they do share memory. For a given stride, an element's address is a multiple of the
+    stride plus an offset. If the offsets of the two tensors, modulo the stride, are disjoint intervals, then the
+    tensors share no element.
     """
     strides = [stride * x.element_size() for x in (a, b) for stride in x.stride() if stride > 0]
     for modulus in {*strides, gcd(*strides)} - {0}:

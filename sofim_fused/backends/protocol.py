@@ -100,8 +100,8 @@ NativeStep = Callable[
 ``found_inf`` as :func:`sofim_fused.schedule.guarded` has them, or ``None``: ``True`` when a plain step was taken, of a
 guarded one the gradients' norm and whether it was skipped (on the device: 0-dimensional int64, 1 if so). The last
 argument is the counter of skipped steps, or ``None`` as long as there is none: a backend may raise it itself, and then
-answers ``None`` in the place of that. ``None`` alone: it cannot take this step, and has changed nothing; the passes
-can, or a check will say what is wrong."""
+returns ``None`` instead of whether the step was skipped. A result of ``None``: it cannot take this step, and has
+changed nothing; the passes can, or a check will say what is wrong."""
 
 
 class NativeOverlap(Protocol):
@@ -111,12 +111,12 @@ class NativeOverlap(Protocol):
     """
 
     def watch(self, groups: list[list[Tensor]]) -> None:
-        """Name the parameters of the steps that follow, by group, without keeping them alive."""
+        """Set the parameters of the following steps, by group, without keeping them alive."""
 
     def latch(self, param_groups: list[dict[str, Any]], release: bool) -> bool:
         """Take over the settings that hold for the gradients of this step, and forget the last step's.
 
-        ``release``: gradients that were taken are let go. ``False`` too if the parameters are not those watched.
+        ``release``: each gradient is freed once it was taken. Also ``False`` if the parameters are not those watched.
         """
 
     def take(self, param: Tensor, state: MutableMapping[Tensor, Any], group: int, ordinal: int, again: bool) -> bool:
@@ -126,13 +126,13 @@ class NativeOverlap(Protocol):
         """
 
     def allow_parts(self) -> None:
-        """From now on take gradients, too, whose memory is a part of a larger one."""
+        """From now on, also take gradients whose memory is a part of a larger one."""
 
     def mark(self, param: Tensor, ordinal: int) -> None:
-        """Note what is now in the place of a gradient that was taken; :meth:`take` has done that before."""
+        """Record what is now in ``param.grad`` as the gradient that was taken, as :meth:`take` does."""
 
     def fits(self, param: Tensor, ordinal: int) -> bool:
-        """Whether a parameter's gradient is the one noted, with the same values as far as can be seen."""
+        """Whether a parameter's gradient is the recorded one, with the same values as far as can be checked."""
 
     def taken(self, ordinal: int) -> tuple[float, float, float] | None:
         """The sums (mm, mg, mw) of a parameter whose gradient was taken in this step, the last two where needed."""
@@ -145,8 +145,8 @@ class NativeOverlap(Protocol):
     ) -> bool:
         """Take the rest of the step over all that were taken, with the settings of ``param_groups``.
 
-        ``False`` too if another parameter has a gradient, if a taken one is not what it was, or if the parameters of
-        ``current``, the optimizer's own groups, are not those watched.
+        Also ``False`` if another parameter has a gradient, if a gradient has changed since it was taken, or if the
+        parameters of ``current``, the optimizer's own groups, are not those watched.
         """
 
     def forget(self) -> None:

@@ -489,7 +489,7 @@ class _Members:
             kept: gets the copies of what is only read.
 
         Raises:
-            ValueError: what a step writes shares memory: Python takes such tensors one after the other.
+            ValueError: tensors that a step writes share memory: Python code handles these one after the other.
         """
         tensors = [*self.params, *grads, *self.exp_avgs, *self.kept, *self.steps]
         # First, as it refuses what has no memory; the check below ends the process where there are no strides.
