@@ -309,8 +309,11 @@ def ready(provider: Provider, work: Workload, alive: Callable[[], object] = lamb
 def _optimizer(provider: Provider, params: list[Tensor]) -> Optimizer:
     if provider.peer:
         module, _, name = provider.peer.partition(":")
+        options = dict(provider.options)
+        if name == "FlashSGD" and params[0].dtype == torch.float32:
+            options["master_weight_bits"] = None  # by default it keeps more bits than float32 has, which it refuses
         try:
-            made: Optimizer = getattr(importlib.import_module(module), name)(params, **provider.options)
+            made: Optimizer = getattr(importlib.import_module(module), name)(params, **options)
         except ImportError as error:
             raise UnavailableError(f"{module} cannot be imported ({error})") from None
         return made

@@ -103,9 +103,10 @@ class SOFIM(Optimizer):
             first gradient of a step; in the moment form ``lr``, ``rho`` and decoupled decay only in :meth:`step`.
             Moments, and in the gradient form parameters, change before :meth:`step` does, and a backward pass cannot
             be undone: :meth:`step` raises if gradients or groups were changed in between (on a GPU, only if version
-            counters show it) or state was deleted. For several backward passes per step: :meth:`accumulate_grads`. Does not work
-            with ``max_grad_norm``, ``skip_nonfinite``, GradScaler, DistributedDataParallel, FullyShardedDataParallel
-            (``fully_shard`` works) or ZeroRedundancyOptimizer, nor with 16-bit parameters in the gradient form.
+            counters show it) or state was deleted. For several backward passes per step: :meth:`accumulate_grads`.
+            Does not work with ``max_grad_norm``, ``skip_nonfinite``, GradScaler, DistributedDataParallel,
+            FullyShardedDataParallel (``fully_shard`` works) or ZeroRedundancyOptimizer, nor with 16-bit parameters in
+            the gradient form.
         release_grads: free each gradient as soon as it has entered its moment (``in_backward=True``): memory for all
             of them at once is never needed. Clipping then finds no gradients and has no effect, without an error.
         differentiable: refused: the update is made in place.

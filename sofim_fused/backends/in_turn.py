@@ -157,7 +157,7 @@ def _have_addresses(tiles: Tiles) -> bool:
 
 
 def _shared(written: memory.Written, tiles: Tiles) -> tuple[dict[int, int], dict[str, tuple[int, int]]]:
-    """For each tensor that shares memory with earlier ones, the index of the last of these; and pairs for :class:`InTurn`.
+    """For each tensor that shares memory with earlier ones, the index of the last; and pairs for :class:`InTurn`.
 
     Raises:
         ValueError: two tensors of one parameter share elements, or a step count shares memory.
