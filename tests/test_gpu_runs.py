@@ -375,7 +375,10 @@ def test_adamw_is_timed_beside_some_models(dtype: torch.dtype, moved: int, own: 
 
 def test_other_packages_are_timed_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     class Peer(torch.optim.SGD):
-        pass
+        def __init__(self, params: Any, master_weight_bits: int | None = 24, **options: Any) -> None:
+            if master_weight_bits is not None and params[0].dtype == torch.float32:
+                raise ValueError("master_weight_bits has no effect when all parameters are fp32")  # as FlashSGD does
+            super().__init__(params, **options)
 
     work = Workload([(4, 3)], torch.float32, CPU, 1)
     flash, other = [p for p in providers(["reference"], torch.float32, "gpt2-small") if p.peer]
