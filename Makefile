@@ -9,7 +9,7 @@ NUMPY ?= numpy>=1.26
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := $(VENV)/.native
-SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+SOURCES := setup.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
 SANITIZED := build/sanitized
 SANITIZE_TESTS ?= tests/test_native.py tests/test_passes.py
@@ -169,11 +169,11 @@ threads: $(THREADS)/threads
 	TSAN_OPTIONS=exitcode=0:symbolize=0 $(FIXED_ADDRESSES) $(THREADS)/threads --races 2> $(THREADS)/races.log
 FIXED_ADDRESSES = $$(setarch $$(uname -m) -R true 2> /dev/null && echo setarch $$(uname -m) -R)
 
-$(THREADS)/threads: $(READY) $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp tests/threads/*.cpp tests/threads/*/*.h)
+$(THREADS)/threads: $(READY) $(wildcard csrc/*/*.h csrc/cpu/*.cpp tests/threads/*.cpp tests/threads/*/*.h)
 	@mkdir -p $(THREADS)
 	$${CXX:-c++} -std=c++17 -O1 -g1 -fsanitize=thread -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror -Wno-psabi \
 	    $(ONE_SET_FLAGS) -Itests/threads -Icsrc $$($(BIN)/python $(INCLUDES)) -o $@ \
-	    tests/threads/threads.cpp csrc/cpu/sweep.cpp csrc/cpu/passes.cpp -pthread
+	    tests/threads/threads.cpp csrc/cpu/parallel.cpp csrc/cpu/kernels.cpp -pthread
 ONE_SET_FLAGS = $$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo -mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 \
     -DCPU_CAPABILITY_AVX2 || echo -DCPU_CAPABILITY=DEFAULT -DCPU_CAPABILITY_DEFAULT)
 
@@ -182,8 +182,8 @@ ONE_SET_FLAGS = $$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo -mavx2 -mfma
 tidy: $(READY)
 	@if ! command -v clang-tidy > /dev/null; then echo "clang-tidy is not there: csrc is not checked"; exit 0; fi; \
 	torch=$$($(BIN)/python $(INCLUDES)) && \
-	for source in csrc/*.cpp csrc/cpu/*.cpp csrc/cuda/*.cpp csrc/cuda/*.cu; do \
-	    case $$source in */passes.*) checks=--checks=-clang-analyzer-*;; *) checks=;; esac; \
+	for source in csrc/gather/*.cpp csrc/cpu/*.cpp csrc/cuda/*.cpp csrc/cuda/*.cu; do \
+	    case $$source in */kernels.*) checks=--checks=-clang-analyzer-*;; *) checks=;; esac; \
 	    case $$source in \
 	        csrc/cpu/*) own="-DTORCH_EXTENSION_NAME=_cpu $(ONE_SET_FLAGS)";; \
 	        csrc/cuda/*) own="-DTORCH_EXTENSION_NAME=_cuda -DSOFIM_EMULATED -Wno-unknown-pragmas -Itests/emulator";; \

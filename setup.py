@@ -47,11 +47,14 @@ INSTRUCTION_SETS = {  # flags by instruction set, the best first
     "avx2": _AVX2,
     "default": [],
 }
-# Of passes.cpp: GCC warns in its own AVX-512 headers, and of vectors as parameters, which are all inlined.
+# Of kernels.cpp: GCC warns in its own AVX-512 headers, and of vectors as parameters, which are all inlined.
 QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 # What _cuda is made of: everything in csrc/cuda, and of the rest what knows of no CPU.
-KERNELS = Path("csrc/cuda/passes.cu")
-SHARED = [Path("csrc", name) for name in ("lists.cpp", "reader.cpp", "roster.cpp", "cpu/sweep.cpp")]
+KERNELS = Path("csrc/cuda/kernels.cu")
+SHARED = [
+    *(Path("csrc/gather", f"{name}.cpp") for name in ("op_arguments", "param_groups", "step_tensors")),
+    Path("csrc/cpu/parallel.cpp"),
+]
 EMULATOR = Path("tests/emulator")
 GPUS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # compute capabilities to compile for, unless told otherwise
 # The kernels use what the first of them has, and less has no bfloat16. So the compiler's front end, which takes most of
@@ -181,7 +184,7 @@ def cpu_extensions(record: dict[str, Any]) -> list[Extension]:
     result = [
         extension(
             f"_cpu_{name}",
-            [Path("csrc/cpu/module.cpp"), Path("csrc/cpu/passes.cpp")],
+            [Path("csrc/cpu/module.cpp"), Path("csrc/cpu/kernels.cpp")],
             record,
             [
                 *flags,
@@ -193,7 +196,9 @@ def cpu_extensions(record: dict[str, Any]) -> list[Extension]:
         )
         for name in record["instruction_sets"]
     ]
-    return [*result, extension("_C", [*sorted(Path("csrc").glob("*.cpp")), Path("csrc/cpu/sweep.cpp")], record, flags)]
+    every = {*Path("csrc/gather").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")}
+    rest = sorted(every - {Path("csrc/cpu", f"{name}.cpp") for name in ("module", "kernels")})
+    return [*result, extension("_C", rest, record, flags)]
 
 
 def find_nvcc(home: str | None, torch_cuda: str) -> tuple[str, str]:

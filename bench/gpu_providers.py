@@ -339,13 +339,13 @@ def _second_pass(optimizer: Optimizer, params: list[Tensor]) -> Callable[[], obj
     assert isinstance(optimizer, SOFIM)
     for param in params:
         param.requires_grad_(False)  # a step runs under no_grad
-    (lane,) = optimizer._lanes()
+    (share,) = optimizer._shares()
     n = len(params)
     decay = Decay(moment=[0.9] * n, gradient=[0.1] * n, weight=None, cross=False)
-    rate = torch.full((n,), -OURS["lr"], dtype=torch.float64, device=lane.tiles.device)
+    rate = torch.full((n,), -OURS["lr"], dtype=torch.float64, device=share.tensors.device)
     coefficients = Coefficients(moment=rate)
-    lane.passes.accumulate(lane.tiles, decay)  # so that the pass meets no zero moment
-    return lambda: lane.passes.apply(lane.tiles, coefficients)
+    share.passes.accumulate(share.tensors, decay)  # so that the pass meets no zero moment
+    return lambda: share.passes.apply(share.tensors, coefficients)
 
 
 def _captured(optimizer: Optimizer, pool: Any) -> Callable[[], object]:

@@ -27,8 +27,8 @@ from torch import nn
 from bench import shapes
 from bench.timing import Timing, compare
 from sofim_fused import SOFIM, native
-from sofim_fused.backends import table
-from sofim_fused.backends.triton import TritonStep
+from sofim_fused.backends.triton import pack
+from sofim_fused.backends.triton.launch import TritonStep
 
 RESULTS = Path(__file__).parent / "results" / "host"
 
@@ -92,11 +92,11 @@ def renew(params: list[nn.Parameter]) -> None:
 
 def measured(count: int, seconds: float) -> list[Row]:
     """Every table and torch's fused SGD, in turns, with gradients kept and made anew."""
-    kernels = importlib.import_module("sofim_fused.backends.triton_kernels")
-    tables: dict[str, Any] = {"Triton, Python": table.Table}
+    kernels = importlib.import_module("sofim_fused.backends.triton.kernels")
+    tables: dict[str, Any] = {"Triton, Python": pack.Table}
     module = native.cpu()
     if not isinstance(module, str):
-        tables["Triton, C++"] = module.Table
+        tables["Triton, C++"] = module.PackedStep
     providers: dict[str, Callable[[], object]] = {}
     params: dict[str, list[nn.Parameter]] = {}
     counters = {}

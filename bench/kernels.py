@@ -39,9 +39,9 @@ import torch
 
 from bench import kernels_cuda
 from bench.kernels_cuda import SHIPPED, Instance, kind_of
-from sofim_fused.backends import table
-from sofim_fused.backends import triton as backend
-from sofim_fused.backends.triton import Form, Sheet, launch_first, launch_second, launch_single
+from sofim_fused.backends.triton import launch as backend
+from sofim_fused.backends.triton import pack
+from sofim_fused.backends.triton.launch import Form, Sheet, launch_first, launch_second, launch_single
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 MAIN_TARGET = "sm_90"
@@ -77,18 +77,18 @@ class Case:
 
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = (
-    table.TYPES[dtype] for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    pack.TYPES[dtype] for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 )
 KINDS = {
     "fp32": FLOAT32,
-    "fp32, bf16 moment": FLOAT32 | table.ROUNDS,
-    "bf16, Kahan": BFLOAT16 | table.KEEPS,
-    "bf16, bf16 moment, Kahan": BFLOAT16 | table.ROUNDS | table.KEEPS,
-    "bf16, bf16 moment": BFLOAT16 | table.ROUNDS,
-    "bf16, fp32 gradient, Kahan": BFLOAT16 | table.WIDE | table.KEEPS,
-    "fp16, Kahan": FLOAT16 | table.KEEPS,
+    "fp32, bf16 moment": FLOAT32 | pack.ROUNDS,
+    "bf16, Kahan": BFLOAT16 | pack.KEEPS,
+    "bf16, bf16 moment, Kahan": BFLOAT16 | pack.ROUNDS | pack.KEEPS,
+    "bf16, bf16 moment": BFLOAT16 | pack.ROUNDS,
+    "bf16, fp32 gradient, Kahan": BFLOAT16 | pack.WIDE | pack.KEEPS,
+    "fp16, Kahan": FLOAT16 | pack.KEEPS,
     "fp64": FLOAT64,
-    "fp32, unaligned": FLOAT32 | table.UNALIGNED,
+    "fp32, unaligned": FLOAT32 | pack.UNALIGNED,
 }
 # In CUDA C++, whether bits are kept is found out at run time: kinds that keep none have the code of those that do.
 CUDA_KINDS = {
@@ -176,9 +176,9 @@ def table_bytes(case: Case, kernels: ModuleType) -> tuple[int, int]:
     """Bytes per parameter that a case has to read and to write, from the table of passes in docs/method.md."""
     kind = case.form.kinds[0]
     w = 8 if kind & 3 == FLOAT64 else 4 if kind & 3 == FLOAT32 else 2
-    g = 4 if kind & table.WIDE else w
-    m = 2 if kind & table.ROUNDS else max(w, 4)
-    kahan = w if kind & table.KEEPS else 0
+    g = 4 if kind & pack.WIDE else w
+    m = 2 if kind & pack.ROUNDS else max(w, 4)
+    kahan = w if kind & pack.KEEPS else 0
     l2, cross = case.form.l2, case.form.cross
     step = case.with_step
     passes = {
@@ -211,9 +211,9 @@ class Launch:
 
 def launched(case: Case, kernels: ModuleType) -> Launch:
     """What the backend passes to Triton for a case."""
-    rows = torch.zeros(1, table.COLUMNS, dtype=torch.int64)
-    rows[0, table.NUMEL], rows[0, table.KIND] = kernels.TILE, case.form.kinds[0]
-    sheet = Sheet(kernels, torch.device("cpu"), rows, torch.zeros(1, table.HYPERS, dtype=torch.float64), 1, [0, 1])
+    rows = torch.zeros(1, pack.COLUMNS, dtype=torch.int64)
+    rows[0, pack.NUMEL], rows[0, pack.KIND] = kernels.TILE, case.form.kinds[0]
+    sheet = Sheet(kernels, torch.device("cpu"), rows, torch.zeros(1, pack.HYPERS, dtype=torch.float64), 1, [0, 1])
     noted = {name: Launch(getattr(kernels, name)) for name in ("first", "second", "single")}
     spy: Any = SimpleNamespace(**{**vars(kernels), **noted})
     if case.launch == "first":
@@ -309,7 +309,7 @@ def examined(case: Case, label: str, target: str, kernels: ModuleType) -> Row:
     )  # fmt: skip
     single = case.launch == "single"
     needed = backend.programs_per_multiprocessor(case.form, hip=not nvidia) if single else 0
-    if case.form.kinds[0] & table.UNALIGNED:
+    if case.form.kinds[0] & pack.UNALIGNED:
         row.wrong = list(_wrong(row, needed))
     else:
         row.wrong = list(_wrong(row, needed, table_bytes(case, kernels), NARROWEST))
@@ -332,7 +332,7 @@ def examined_cuda(
         targets: of NVIDIA's, such as it knows.
         kinds: labels of ``CUDA_KINDS``, and of kernels as they are shipped.
         kernels: the Triton kernels, whose cases these are.
-        source: of the kernels; ``None``: csrc/cuda/passes.cu.
+        source: of the kernels; ``None``: csrc/cuda/kernels.cu.
         names: of the cases; ``None``: all.
         shipped_for: targets of kernels as they are shipped; ``None``: ``targets``.
     """
@@ -549,7 +549,7 @@ def _figure(value: float | None, how: str) -> str:
 
 
 def _examined(index: int, targets: Iterable[str]) -> list[Row]:
-    kernels = importlib.import_module("sofim_fused.backends.triton_kernels")
+    kernels = importlib.import_module("sofim_fused.backends.triton.kernels")
     label, case = list(cases(kernels))[index]
     return [examined(case, label, target, kernels) for target in targets]
 
@@ -565,7 +565,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)
-    kernels = importlib.import_module("sofim_fused.backends.triton_kernels")
+    kernels = importlib.import_module("sofim_fused.backends.triton.kernels")
     chosen = [i for i, (label, _) in enumerate(cases(kernels)) if label in args.kinds]
     targets_of = covering(kernels, args.targets) if args.covering else [args.targets] * len(list(cases(kernels)))
     with ProcessPoolExecutor() as pool:

@@ -1,4 +1,4 @@
-"""The kernels of csrc/cuda/passes.cu, compiled without a GPU and read: the CUDA C++ part of bench.kernels.
+"""The kernels of csrc/cuda/kernels.cu, compiled without a GPU and read: the CUDA C++ part of bench.kernels.
 
 What is shipped is compiled for sets of storage types, with a branch per tile, so that bytes per parameter cannot be
 read from it: of these kernels, widths of accesses, registers and spills are known. For bytes, :func:`instantiated`
@@ -26,7 +26,7 @@ SHIPPED = {  # the sets of storage types
     "Any": "any weights, as shipped",
 }
 COPY = "arguments to a table"  # the kernel that touches no tensor
-SOURCE = Path(__file__).parent.parent / "csrc" / "cuda" / "passes.cu"
+SOURCE = Path(__file__).parent.parent / "csrc" / "cuda" / "kernels.cu"
 LAUNCHES = "\n// Launches\n"  # where the kernels end, in the source
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-lineinfo")  # as in setup.py
 ARCHITECTURE = "compute_80"  # of the PTX, from which it makes the code for each GPU
@@ -130,7 +130,7 @@ def compiled(
     """Compile a source and read what comes out.
 
     Args:
-        source: like csrc/cuda/passes.cu.
+        source: like csrc/cuda/kernels.cu.
         targets: "sm_80" and the like.
         nvcc: the compiler.
         tools: the folder of cuobjdump and nvdisasm.

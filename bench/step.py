@@ -117,17 +117,17 @@ def one_pass(name: str, work: Workload, backend: str = "auto") -> Provider:
     for param in params:
         param.requires_grad_(False)  # a step runs under no_grad
     optimizer = SOFIM(params, **OURS, backend=backend)
-    (lane,) = optimizer._lanes()
-    passes, tiles, n = lane.passes, lane.tiles, len(params)
+    (share,) = optimizer._shares()
+    passes, tensors, n = share.passes, share.tensors, len(params)
     decay = Decay(moment=[0.9] * n, gradient=[0.1] * n, weight=None, cross=False)
     plain = Coefficients(moment=torch.full((n,), -OURS["lr"], dtype=torch.float64))
     guarded = plain._replace(gain=torch.tensor(0.5, dtype=torch.float64), skip=torch.tensor(False))
-    passes.accumulate(tiles, decay)  # so that no pass meets a zero moment
+    passes.accumulate(tensors, decay)  # so that no pass meets a zero moment
     calls: dict[str, Callable[[], object]] = {
-        "accumulate": lambda: passes.accumulate(tiles, decay),
-        "apply": lambda: passes.apply(tiles, plain),
-        "dots": lambda: passes.dots(tiles, decay),
-        "commit": lambda: passes.commit(tiles, decay, guarded),
+        "accumulate": lambda: passes.accumulate(tensors, decay),
+        "apply": lambda: passes.apply(tensors, plain),
+        "dots": lambda: passes.dots(tensors, decay),
+        "commit": lambda: passes.commit(tensors, decay, guarded),
     }
     return Provider(calls[name], params, optimizer)
 

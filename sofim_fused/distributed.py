@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = [
-    "Shards",
-    "Spread",
+    "RankSums",
+    "Sharding",
+    "bump_versions",
     "checkpoint_calls",
     "device_of",
+    "find_sharding",
     "groups_of",
     "is_flattened",
     "is_sharded",
@@ -35,8 +37,6 @@ __all__ = [
     "on_one_mesh",
     "placed_as",
     "placement",
-    "spread_of",
-    "written",
 ]
 
 Groups = tuple["ProcessGroup", ...]
@@ -104,7 +104,7 @@ def _arrived(grad: Any) -> Tensor:
     return arrived
 
 
-def written(params: Iterable[Tensor]) -> None:
+def bump_versions(params: Iterable[Tensor]) -> None:
     """Raise the version counters of parameters whose local tensors were written to: a ``DTensor`` has its own."""
     torch.autograd.graph.increment_version([param for param in params if is_sharded(param)])
 
@@ -130,7 +130,7 @@ def device_of(group: ProcessGroup) -> torch.device:
 # Plain tensors that a wrapper spreads over ranks: FSDP1, ZeroRedundancyOptimizer, DeepSpeed
 
 
-class Spread(NamedTuple):
+class Sharding(NamedTuple):
     """How an optimizer's parameters are spread over ranks.
 
     Attributes:
@@ -152,7 +152,7 @@ def is_flattened(param: Tensor) -> bool:
     return bool(getattr(param, "_fsdp_flattened", False))
 
 
-def spread_of(optimizer: Any, params: Sequence[Tensor], fisher: str, shard_group: ProcessGroup | None) -> Spread:
+def find_sharding(optimizer: Any, params: Sequence[Tensor], fisher: str, shard_group: ProcessGroup | None) -> Sharding:
     """Find out how an optimizer's parameters are spread over ranks.
 
     ``DTensor`` parameters have this information themselves. Those of FSDP1 (``FullyShardedDataParallel``) have a mark,
@@ -176,7 +176,7 @@ def spread_of(optimizer: Any, params: Sequence[Tensor], fisher: str, shard_group
             )
     along = [groups_of(param) for param in params]
     if not _several_ranks():
-        return Spread(along, shard_group)
+        return Sharding(along, shard_group)
     replicas = [_replicas_of(param) for param in params]
     flattened = any(is_flattened(param) for param in params)
     if flattened:
@@ -186,10 +186,10 @@ def spread_of(optimizer: Any, params: Sequence[Tensor], fisher: str, shard_group
         around, found = untraced(_holders_around)(optimizer)
         if not found:
             untraced(_warn_of_others)(params)
-        return Spread(along, around)
+        return Sharding(along, around)
     if shard_group is not None:
         shard_group = _holders_besides(shard_group, along, replicas)
-    return Spread(along, shard_group, flattened)
+    return Sharding(along, shard_group, flattened)
 
 
 def _several_ranks() -> bool:
@@ -274,7 +274,7 @@ def _holders_around(optimizer: Any) -> tuple[ProcessGroup | None, bool]:
     return None, False
 
 
-class _Told:
+class _Warned:
     """What this process has published in a default process group: the shapes of its optimizers' parameters."""
 
     MOST = 16
@@ -286,7 +286,7 @@ class _Told:
         self.warned = False
 
 
-_told: list[_Told] = []  # at most one
+_warned: list[_Warned] = []  # at most one
 
 
 def _warn_of_others(params: Sequence[Tensor]) -> None:
@@ -300,9 +300,9 @@ def _warn_of_others(params: Sequence[Tensor]) -> None:
 
     try:
         store = distributed.distributed_c10d._get_default_store()
-        if not _told or _told[0].store is not store:
-            _told[:] = [_Told(store)]
-        told = _told[0]
+        if not _warned or _warned[0].store is not store:
+            _warned[:] = [_Warned(store)]
+        told = _warned[0]
         if told.warned or len(told.digests) == told.MOST:
             return
         shapes = repr([tuple(param.shape) for param in params])
@@ -390,7 +390,7 @@ def checkpoint_calls(function: str) -> bool:
 # All tensors of an optimizer
 
 
-class Shards:
+class RankSums:
     """How all parameters of an optimizer are spread over ranks, and the totals of their sums.
 
     Parameters that are spread over the same process groups are a class: their sums travel together. Classes are in the

@@ -21,20 +21,21 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from sofim_fused import backends, checks, schedule, sgd, tiles
+from sofim_fused import backends, checks, from_sgd
 from sofim_fused.backends import NativeStep, Passes
 from sofim_fused.distributed import (
-    Shards,
-    Spread,
+    RankSums,
+    Sharding,
+    bump_versions,
     checkpoint_calls,
     device_of,
+    find_sharding,
     is_flattened,
     placement,
-    spread_of,
-    written,
 )
-from sofim_fused.overlap import Overlap, check_unwatched
-from sofim_fused.scalars import Scalars
+from sofim_fused.in_backward import InBackward, check_unwatched
+from sofim_fused.step import gather, schedule
+from sofim_fused.step.solve import Solver
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -188,22 +189,22 @@ class SOFIM(Optimizer):
             checks.in_backward([defaults])
         checks.shard_group(shard_group, self._in_backward)
         self._shard_group = shard_group
-        self._spread: Shards | Literal[False] | None = None
-        self._spread_before: tuple[Spread, Shards] | None = None
+        self._rank_sums_known: RankSums | Literal[False] | None = None
+        self._rank_sums_before: tuple[Sharding, RankSums] | None = None
         self._placed: list[tuple[object, ...]] | None = None
-        self._overlap: Overlap | None = None
+        self._backward: InBackward | None = None
         self._passes_of: dict[torch.device, Passes] = {}
-        self._scalars_of: dict[torch.device, Scalars] = {}
+        self._solver_of: dict[torch.device, Solver] = {}
         self._step_in_one_call: NativeStep | None = None
         self._may_not_capture = False
         # What guarded steps recorded, by name. Not attributes: torch 2.10's compiler cannot trace a step that sets any.
-        self._seen: dict[str, Tensor] = {}
+        self._recorded: dict[str, Tensor] = {}
         # Nothing at all counts as an empty group: a group may be empty, all of them may not.
         super().__init__(checks.groups(params) or [{"params": []}], defaults)
         if shard_group is None:  # else a rank may have none
             checks.some_parameter(self.param_groups)
         if self._in_backward:
-            self._overlap = Overlap(self, self._release_grads)
+            self._backward = InBackward(self, self._release_grads)
 
     @classmethod
     def from_sgd(
@@ -233,9 +234,9 @@ class SOFIM(Optimizer):
             TypeError, ValueError: the SGD optimizer or an argument cannot be taken, or comes from the SGD optimizer
                 (``lr``, ``momentum``, ``weight_decay``, ``maximize``); the message says which and what to do.
         """
-        taken = sgd.taken(optimizer, steps, options)
+        taken = from_sgd.taken(optimizer, steps, options)
         ours = cls(taken.groups, rho=rho, **taken.defaults, **options)
-        sgd.convert(taken, ours.param_groups, ours.defaults, ours.state)
+        from_sgd.convert(taken, ours.param_groups, ours.defaults, ours.state)
         return ours
 
     # One step
@@ -264,21 +265,21 @@ class SOFIM(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._overlap is not None:
+        if self._backward is not None:
             checks.unscaled(self)
             if not self.state and self._made_state_for("_init_optim_state"):
                 return loss
-            (self._overlap.finish_untraced if torch.compiler.is_compiling() else self._overlap.finish)()
+            (self._backward.finish_untraced if torch.compiler.is_compiling() else self._backward.finish)()
             return loss
         outcome = None
         if not torch.compiler.is_compiling():
             outcome = self._in_one_call()
-            if outcome is None and self.look_again():
+            if outcome is None and self.refresh_placement():
                 outcome = self._in_one_call()
         if outcome is None:
             self._step_by_passes()
         elif outcome is not True:
-            self._saw(*outcome)
+            self._record_guard(*outcome)
         return loss
 
     @staticmethod
@@ -314,15 +315,15 @@ class SOFIM(Optimizer):
             self.state,
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
-            self._seen.get("skipped_steps"),
+            self._recorded.get("skipped_steps"),
         )
 
     def _native_step(self) -> NativeStep:
         """The step in one call of the first parameter's device; a model on several devices it leaves to the passes."""
         if self._step_in_one_call is None:
             device = self._first_device()
-            self.look_again()
-            self._step_in_one_call = _no_native_step if self._shards() else self._passes_for(device).native_step()
+            self.refresh_placement()
+            self._step_in_one_call = _no_native_step if self._rank_sums() else self._passes_for(device).native_step()
             self._may_not_capture = device.type == "cuda" and not self._capturable
         return self._step_in_one_call
 
@@ -334,15 +335,15 @@ class SOFIM(Optimizer):
         whole = self.param_groups[0]
         limit, skip = whole["max_grad_norm"], whole["skip_nonfinite"]
         guarded = limit is not None or skip or grad_scale is not None or found_inf is not None
-        lanes = self._lanes(guarded)
-        if not lanes:
+        shares = self._shares(guarded)
+        if not shares:
             return
         if not guarded:
-            schedule.plain(lanes, self.param_groups)
+            schedule.plain(shares, self.param_groups)
             return
         if skip or found_inf is not None:
             _ = self.skipped_steps  # once the step is taken there may be no memory for it
-        self._saw(*schedule.guarded(lanes, self.param_groups, limit, skip, grad_scale, found_inf))
+        self._record_guard(*schedule.guarded(shares, self.param_groups, limit, skip, grad_scale, found_inf))
 
     @torch.no_grad()
     def _made_state_for(self, caller: str) -> bool:
@@ -351,14 +352,14 @@ class SOFIM(Optimizer):
             return False
         params = [(index, param) for index, group in enumerate(self.param_groups) for param in group["params"]]
         entries = [
-            tiles.Entry(index, ordinal, param, param)
+            gather.Entry(index, ordinal, param, param)
             for ordinal, (index, param) in enumerate(params)
             if param.requires_grad
         ]
         for entry in entries:
-            tiles.check_state(entry, self.param_groups[entry.group], self.state)
+            gather.check_state(entry, self.param_groups[entry.group], self.state)
         for entry in entries:
-            tiles.ensure_state(entry, self.param_groups[entry.group], self.state)
+            gather.ensure_state(entry, self.param_groups[entry.group], self.state)
         return True
 
     def _scaling(self) -> tuple[Tensor | float | None, Tensor | float | None]:
@@ -367,22 +368,22 @@ class SOFIM(Optimizer):
         checks.scaling("grad_scale", grad_scale)
         checks.scaling("found_inf", found_inf)
         # What is on the CPU can be read: if nothing was found, a step may be a plain one, unless another rank found it.
-        known = not self._shards() and (not isinstance(found_inf, Tensor) or found_inf.device.type == "cpu")
+        known = not self._rank_sums() and (not isinstance(found_inf, Tensor) or found_inf.device.type == "cpu")
         return grad_scale, None if known and not found_inf else found_inf
 
-    def _lanes(self, guarded: bool = False) -> list[schedule.Lane]:
+    def _shares(self, guarded: bool = False) -> list[schedule.DeviceShare]:
         """The tensors of this step by device, everything checked, and state made where a gradient is the first."""
         for index, group in enumerate(self.param_groups):
             checks.group(group, index)
         checks.agreement(self.param_groups)
-        entries = tiles.with_gradients(self.param_groups)
+        entries = gather.with_gradients(self.param_groups)
         for entry in entries:
-            tiles.check_state(entry, self.param_groups[entry.group], self.state)
+            gather.check_state(entry, self.param_groups[entry.group], self.state)
         self._compare_ranks(guarded)
-        before = [tiles.ensure_state(entry, self.param_groups[entry.group], self.state) for entry in entries]
-        written(entry.param for entry in entries)
+        before = [gather.ensure_state(entry, self.param_groups[entry.group], self.state) for entry in entries]
+        bump_versions(entry.param for entry in entries)
         try:
-            return self._lanes_of(entries)
+            return self._shares_of(entries)
         except ValueError:  # tensors share memory in a way that is refused: restore the state
             for entry, known in zip(entries, before, strict=True):
                 if known:
@@ -391,42 +392,42 @@ class SOFIM(Optimizer):
                     del self.state[entry.param]
             raise
 
-    def _lanes_of(self, entries: list[tiles.Entry]) -> list[schedule.Lane]:
-        if self._shards():
-            return [self._lane(self._first_device(), entries)]  # also without any: other ranks wait for this one
-        return [self._lane(device, mine) for device, mine in tiles.by_device(entries)]
+    def _shares_of(self, entries: list[gather.Entry]) -> list[schedule.DeviceShare]:
+        if self._rank_sums():
+            return [self._share(self._first_device(), entries)]  # also without any: other ranks wait for this one
+        return [self._share(device, mine) for device, mine in gather.by_device(entries)]
 
-    def _lane(self, device: torch.device, entries: list[tiles.Entry]) -> schedule.Lane:
+    def _share(self, device: torch.device, entries: list[gather.Entry]) -> schedule.DeviceShare:
         sizes = [0] * len(self.param_groups)
         for entry in entries:
             sizes[entry.group] += 1
         whole = self.param_groups[0]
-        scalars = self._scalars_of.get(device)
+        scalars = self._solver_of.get(device)
         if scalars is None or not scalars.serves(sizes, whole["numerator"], whole["fisher"]):
-            scalars = self._scalars_of[device] = Scalars(device, sizes, whole["numerator"], whole["fisher"])
-        laid = tiles.laid_out(device, entries, self.param_groups, self.state)
+            scalars = self._solver_of[device] = Solver(device, sizes, whole["numerator"], whole["fisher"])
+        laid = gather.lay_out(device, entries, self.param_groups, self.state)
         laid, passes = backends.apart(laid, self._passes_for(device))
-        return schedule.Lane(laid, passes, scalars, self._shards() or None)
+        return schedule.DeviceShare(laid, passes, scalars, self._rank_sums() or None)
 
-    def _shards(self) -> Shards | Literal[False]:
+    def _rank_sums(self) -> RankSums | Literal[False]:
         """How the parameters are spread over ranks; ``False``: this one has all of them."""
-        if self._spread is None:
+        if self._rank_sums_known is None:
             params = [param for group in self.param_groups for param in group["params"]]
-            spread = spread_of(self, params, self.param_groups[0]["fisher"], self._shard_group)
+            spread = find_sharding(self, params, self.param_groups[0]["fisher"], self._shard_group)
             if spread:
                 checks.one_device(params)
-                made = Shards(spread.along, self._first_device(), spread.holders, spread.flattened)
-                before = self._spread_before
+                made = RankSums(spread.along, self._first_device(), spread.holders, spread.flattened)
+                before = self._rank_sums_before
                 if before is not None and before[0] == spread and before[1].device == made.device:
                     made = before[1]  # what ranks have compared: one that alone did so again would wait for the others
-                self._spread, self._spread_before = made, (spread, made)
+                self._rank_sums_known, self._rank_sums_before = made, (spread, made)
             elif torch.compiler.is_compiling():
-                return False  # see _seen
+                return False  # see _recorded
             else:
-                self._spread = False
-        return self._spread
+                self._rank_sums_known = False
+        return self._rank_sums_known
 
-    def look_again(self) -> bool:
+    def refresh_placement(self) -> bool:
         """Forget how parameters are sharded and on which devices they are, if any parameter was replaced or moved.
 
         For example, users put ``DTensor``s into the groups after ``fully_shard()``. A native step needs no such check:
@@ -439,17 +440,17 @@ class SOFIM(Optimizer):
         before, self._placed = self._placed, placed
         if placed == before:
             return False
-        self._spread = None
+        self._rank_sums_known = None
         if before is not None:
             self._step_in_one_call = None
         return before is not None
 
     def _compare_ranks(self, guarded: bool) -> None:
         """Check that all ranks are about to take the same kind of step."""
-        shards = self._shards()
-        if shards:
+        sums = self._rank_sums()
+        if sums:
             whole = self.param_groups[0]
-            shards.compare(whole["numerator"], whole["fisher"], len(self.param_groups), guarded)
+            sums.compare(whole["numerator"], whole["fisher"], len(self.param_groups), guarded)
 
     def _first_device(self) -> torch.device:
         params = [param for group in self.param_groups for param in group["params"]]
@@ -468,9 +469,9 @@ class SOFIM(Optimizer):
             found = self._passes_of[device] = backends.choose(self._backend, device)
         return found
 
-    def _saw(self, norm: Tensor, skip: Tensor | bool | None) -> None:
-        """Keep what a guarded step saw (:class:`sofim_fused.schedule.Guard`)."""
-        self._seen["grad_norm"] = norm
+    def _record_guard(self, norm: Tensor, skip: Tensor | bool | None) -> None:
+        """Keep what a guarded step saw (:class:`sofim_fused.step.schedule.Guard`)."""
+        self._recorded["grad_norm"] = norm
         if isinstance(skip, Tensor):
             counter = self.skipped_steps
             counter += skip.to(counter.device)
@@ -494,7 +495,7 @@ class SOFIM(Optimizer):
         """
         if self._in_backward:
             return True  # to say that it cannot
-        return self._amp_fused and not ((shards := self._shards()) and shards.flattened)
+        return self._amp_fused and not ((sums := self._rank_sums()) and sums.flattened)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -503,7 +504,7 @@ class SOFIM(Optimizer):
         ``None`` before the first step with ``max_grad_norm`` or ``skip_nonfinite``, or on scaled gradients: of these it
         is the norm without their scale. Reading its value waits for the device.
         """
-        return self._seen.get("grad_norm")
+        return self._recorded.get("grad_norm")
 
     @property
     def skipped_steps(self) -> Tensor:
@@ -513,11 +514,11 @@ class SOFIM(Optimizer):
         or a NaN (with ``amp_fused=False`` it leaves these steps out itself, and they are not counted).
         It is the counter itself, which later steps raise; clone it to keep a value. Not part of :meth:`state_dict`.
         """
-        if "skipped_steps" not in self._seen:
+        if "skipped_steps" not in self._recorded:
             device = self._first_device()
             with torch.inference_mode(False):  # or no later step could write to it
-                self._seen["skipped_steps"] = torch.zeros((), dtype=torch.int64, device=device)
-        return self._seen["skipped_steps"]
+                self._recorded["skipped_steps"] = torch.zeros((), dtype=torch.int64, device=device)
+        return self._recorded["skipped_steps"]
 
     # Gradients in the backward pass
 
@@ -536,12 +537,12 @@ class SOFIM(Optimizer):
             >>> loss_of(batches[-1]).backward()
             >>> optimizer.step()
         """
-        return contextlib.nullcontext() if self._overlap is None else self._overlap.more_to_come()
+        return contextlib.nullcontext() if self._backward is None else self._backward.accumulating()
 
     def remove_hooks(self) -> None:
         """Take the hooks of ``in_backward=True`` off the parameters: from now on :meth:`step` takes all gradients."""
-        if self._overlap is not None:
-            self._overlap.remove()
+        if self._backward is not None:
+            self._backward.remove()
 
     # Groups and state
 
@@ -567,18 +568,18 @@ class SOFIM(Optimizer):
             if self._in_backward and param.requires_grad:
                 where = f"parameter {place} of group {index}"
                 checks.in_backward_parameter(param, where, group["numerator"])
-                check_unwatched(param, where, self._overlap)
-        if self._overlap is not None:
-            self._overlap.must_not_be_under_way("add_param_group()")
+                check_unwatched(param, where, self._backward)
+        if self._backward is not None:
+            self._backward.check_not_under_way("add_param_group()")
         try:
             super().add_param_group({**param_group, "params": params, "state_dtype": group["state_dtype"]})
         except ValueError:  # nearly always a parameter in two groups; looking for it at each call would be slow
             taken = {param: at for at, other in enumerate(self.param_groups) for param in other["params"]}
             checks.parameters(params, index, taken, group["state_dtype"])
             raise
-        self._spread = self._step_in_one_call = None
-        if self._overlap is not None:
-            self._overlap.watch(since=index)
+        self._rank_sums_known = self._step_in_one_call = None
+        if self._backward is not None:
+            self._backward.watch(since=index)
 
     def state_dict(self) -> StateDict:
         """As every optimizer's: groups by number of parameter, and the state of each.
@@ -589,8 +590,8 @@ class SOFIM(Optimizer):
         Raises:
             RuntimeError: with ``in_backward=True``, between a backward pass and the step.
         """
-        if self._overlap is not None:
-            self._overlap.must_not_be_under_way("state_dict()")
+        if self._backward is not None:
+            self._backward.check_not_under_way("state_dict()")
         if not self.state:
             self._made_state_for("_get_optim_state_dict")
         made = super().state_dict()
@@ -619,7 +620,7 @@ class SOFIM(Optimizer):
                         where = f"state_dict: parameter {place} of group {index}"
                         if param.requires_grad:
                             checks.in_backward_parameter(param, where, saved["param_groups"][index]["numerator"])
-            self._restored = tiles.restored_states(saved, self.param_groups)
+            self._restored = gather.restored_states(saved, self.param_groups)
             # What is left for torch to copy: groups, and what belongs to no parameter.
             keys = {key for group in saved["param_groups"] for key in group["params"]}
             rest = {key: value for key, value in saved["state"].items() if key not in keys}
@@ -642,32 +643,32 @@ class SOFIM(Optimizer):
         self.__dict__.setdefault("_amp_fused", True)
         self.__dict__.setdefault("_in_backward", False)
         self.__dict__.setdefault("_release_grads", False)
-        self.__dict__.setdefault("_seen", {})
+        self.__dict__.setdefault("_recorded", {})
         self.__dict__.setdefault("_shard_group", None)
         for group in (*self.param_groups, self.defaults):  # from an older version, or set without load_state_dict()
             for name in checks.ADDED_LATER:
                 group.setdefault(name, _DEFAULTS[name])
             group["state_dtype"] = checks.dtype_named(group["state_dtype"])
         self._passes_of = {}
-        self._scalars_of = {}
-        self._step_in_one_call = self._spread = None
+        self._solver_of = {}
+        self._step_in_one_call = self._rank_sums_known = None
         self._placed = None
-        self.__dict__.setdefault("_spread_before", None)
+        self.__dict__.setdefault("_rank_sums_before", None)
         if "_restored" in self.__dict__:
             self.state.update({param: state for param, state in self._restored.items() if state})
             self.defaults.update({name: self.param_groups[0][name] for name in checks.WHOLE})
-        overlap: Overlap | None = self.__dict__.get("_overlap")
-        if overlap is not None:
-            overlap.start_anew()
+        backward: InBackward | None = self.__dict__.get("_backward")
+        if backward is not None:
+            backward.reset()
         else:  # hooks stay behind when parameters are copied
-            self._overlap = Overlap(self, self._release_grads) if self._in_backward else None
+            self._backward = InBackward(self, self._release_grads) if self._in_backward else None
 
     def __getstate__(self) -> dict[str, Any]:
         # The backend stays behind: what is unpickled may meet another machine.
-        if self._overlap is not None:
-            self._overlap.must_not_be_under_way("a copy")
+        if self._backward is not None:
+            self._backward.check_not_under_way("a copy")
         kept = {name: getattr(self, name) for name in _KEPT}
-        return {**super().__getstate__(), **kept, "_seen": dict(self._seen)}
+        return {**super().__getstate__(), **kept, "_recorded": dict(self._recorded)}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self._shard_group is not None:
@@ -698,7 +699,7 @@ def _plain(group: Any) -> Any:
     """A group of a state dict, with its options, and what schedulers add, as values of Python's own types."""
     if not isinstance(group, dict):
         return group
-    known = (*checks.PER_GROUP, *checks.WHOLE, *sgd.RATES, "base_momentum", "max_momentum")
+    known = (*checks.PER_GROUP, *checks.WHOLE, *from_sgd.RATES, "base_momentum", "max_momentum")
     return {name: _plain_value(value) if name in known else value for name, value in group.items()}
 
 

@@ -45,7 +45,7 @@ class Writings:
         return (self.moment, self.turn) == (moment, self.turns)
 
 
-MOMENTS = ("opened", "half written", "written", "renamed")
+MOMENTS = ("opened", "half written", "bump_versions", "renamed")
 
 
 def watch(writings: Writings) -> None:
@@ -67,7 +67,7 @@ def watch(writings: Writings) -> None:
             file.write(content)
 
     train.replacing = watched
-    os.fsync = lambda file: die() if writings.now("written") else fsync(file)
+    os.fsync = lambda file: die() if writings.now("bump_versions") else fsync(file)
 
     def rename(source: Path, target: Path) -> None:
         replace(source, target)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sofim_fused import SOFIM, tiles
+from sofim_fused import SOFIM
+from sofim_fused.step import gather
 from tests.oracle import Hyper, Oracle
 
 
@@ -156,7 +157,7 @@ def give_state(optimizer: SOFIM) -> None:
     ordinal = 0
     for index, group in enumerate(optimizer.param_groups):
         for p in group["params"]:
-            tiles.ensure_state(tiles.Entry(index, ordinal, p, p), group, optimizer.state)
+            gather.ensure_state(gather.Entry(index, ordinal, p, p), group, optimizer.state)
             ordinal += 1
 
 

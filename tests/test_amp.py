@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sofim_fused import SOFIM, schedule, tiles
+from sofim_fused import SOFIM
+from sofim_fused.step import gather, schedule
 from tests.problems import GUARDED, Problem, give, give_state, mixed_problem, ready_problem, same_bits, snapshot
 from tests.runs import GPU_BACKENDS, NO_GPU, Run, on_gpu, once
 from tests.test_passes import Transfers
@@ -285,7 +286,7 @@ def test_nothing_found_does_not_hide_a_nan_from_skip_nonfinite() -> None:
     """Where the verdict is not looked at before the step, as on a GPU."""
     optimizer, params = ready_problem("reference", [5, 40], skip_nonfinite=True)
     unscaled(params[1])[7] = float("nan")
-    guard = schedule.guarded(optimizer._lanes(), optimizer.param_groups, None, True, found_inf=torch.zeros(()))
+    guard = schedule.guarded(optimizer._shares(), optimizer.param_groups, None, True, found_inf=torch.zeros(()))
     assert guard.skip is not None
     assert guard.skip.item()
     assert params[0].isfinite().all()
@@ -308,11 +309,11 @@ def test_a_plain_step_stays_one_where_nothing_was_found() -> None:
 def test_over_several_devices(fisher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the parameters lay on two: one norm, one decision."""
     results = []
-    for lanes in (1, 2):
+    for shares in (1, 2):
         problem = mixed_problem(torch.float64, "l2")
         optimizer = SOFIM(problem.groups, fisher=fisher, max_grad_norm=0.5)
-        if lanes == 2:
-            monkeypatch.setattr(tiles, "by_device", lambda entries: [(CPU, entries[::2]), (CPU, entries[1::2])])
+        if shares == 2:
+            monkeypatch.setattr(gather, "by_device", lambda entries: [(CPU, entries[::2]), (CPU, entries[1::2])])
             optimizer._step_in_one_call = lambda *_: None
         for step, grads in enumerate(gradients(problem, 6)):
             give(problem.params, [None if g is None else 64 * g for g in grads])

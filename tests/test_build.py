@@ -157,7 +157,7 @@ def small(source: Path) -> Path:
         else:
             file.write_text("")
     (source / "csrc" / "cuda" / "module.cpp").write_text(MODULE)
-    (source / "csrc" / "cuda" / "passes.cu").write_text("#include <cuda_runtime.h>\nint answer() { return ANSWER; }\n")
+    (source / "csrc" / "cuda" / "kernels.cu").write_text("#include <cuda_runtime.h>\nint answer() { return ANSWER; }\n")
     emulator = source / "tests" / "emulator"
     emulator.mkdir(parents=True)
     (emulator / "cuda_runtime.h").write_text("#pragma unroll\n#define ANSWER 42\n")

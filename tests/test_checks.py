@@ -46,7 +46,7 @@ def everything(case: Case) -> list[Any]:
             entries = known.items() if isinstance(known, dict) else known
             found.append((id(p), [(bits(e[0]), bits(e[1])) if isinstance(e, tuple) else bits(e) for e in entries]))
         found.append([(key, bits(value)) for key, value in case.optimizer.defaults.items()])
-        found.append((bits(case.optimizer.grad_norm), bits(case.optimizer._seen.get("skipped_steps"))))
+        found.append((bits(case.optimizer.grad_norm), bits(case.optimizer._recorded.get("skipped_steps"))))
     return found
 
 

@@ -396,7 +396,7 @@ def warnings_of(shapes: list[list[int]], rank: int) -> list[str]:
     store = distributed.distributed_c10d._get_default_store()
     assert store.check([f"sofim_fused/{rank}"])
     store.delete_key(f"sofim_fused/{rank}")
-    sofim_fused.distributed._told.clear()
+    sofim_fused.distributed._warned.clear()
     return texts
 
 

@@ -26,8 +26,9 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from examples import train as example
-from sofim_fused import SOFIM, native, overlap, tiles
-from sofim_fused.backends import triton
+from sofim_fused import SOFIM, in_backward, native
+from sofim_fused.backends.triton import launch as triton
+from sofim_fused.step import gather
 from tests.faults_training import MOMENTS
 from tests.problems import GUARDED, OPTIONS, Problem, give, give_state, mixed_problem, same_bits, snapshot
 from tests.strategies import CHECKED
@@ -200,7 +201,7 @@ def whole(optimizer: SOFIM) -> bool:
     for group in optimizer.param_groups:
         for p in group["params"]:
             known = optimizer.state.get(p)
-            names = {"exp_avg", "step"} | ({"kahan"} if tiles.keeps_lost_bits(p, group["kahan"]) else set())
+            names = {"exp_avg", "step"} | ({"kahan"} if gather.keeps_lost_bits(p, group["kahan"]) else set())
             if known and (set(known) != names or any(bool(x.count_nonzero()) for x in known.values())):
                 return False
     return True
@@ -430,7 +431,7 @@ def test_no_memory_in_the_backward_pass(
     backend: str, numerator: str, batch: int, memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What has come until then can be stepped with, once: nothing is lost, and nothing enters twice."""
-    monkeypatch.setattr(overlap, "BATCH", batch)
+    monkeypatch.setattr(in_backward, "BATCH", batch)
     layouts = ["matrix", "vector", "scalar", "offset"]
 
     def twin_of(present: Sequence[bool]) -> list[Tensor]:
@@ -813,7 +814,7 @@ def test_a_cache_that_keeps_triton_from_the_gpu_is_a_reason(monkeypatch: pytest.
     jit = type("JITFunction", (), {})
     modules = {
         "triton": SimpleNamespace(__version__="3.6.0", runtime=SimpleNamespace(JITFunction=jit, driver=Driver())),
-        "sofim_fused.backends.triton_kernels": SimpleNamespace(first=jit()),
+        "sofim_fused.backends.triton.kernels": SimpleNamespace(first=jit()),
     }
     monkeypatch.setattr(triton.importlib, "import_module", modules.__getitem__)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
-from sofim_fused import SOFIM, native, sgd
+from sofim_fused import SOFIM, from_sgd, native
 from tests.oracle import Hyper, Oracle, real64
 from tests.problems import LAYOUTS, give, give_state, make_parameter, same_bits, snapshot
 
@@ -212,12 +212,12 @@ def test_at_a_moderate_rho_the_steps_are_sofim_s(dampening: float) -> None:
 @pytest.mark.parametrize("momentum", [1e-30, 0.1, 0.25, 0.5, 0.8, 0.9, 0.99, 0.999])
 def test_the_count_where_nothing_is_left_to_correct(momentum: float) -> None:
     """The smallest t with 1 - βᵗ = 1 in float64, in exact arithmetic: half of the gap below 1 is 2⁻⁵⁴."""
-    count = sgd.settled(momentum)
+    count = from_sgd.settled(momentum)
     exact, gap = Fraction(momentum), Fraction(1, 2**54)
     assert count == 1 or exact ** (count - 1) > gap
     assert exact**count <= gap
-    assert sgd.settled(0.0) == 1
-    assert sgd.settled(math.nextafter(1.0, 0.0)) < 2**62
+    assert from_sgd.settled(0.0) == 1
+    assert from_sgd.settled(math.nextafter(1.0, 0.0)) < 2**62
 
 
 def test_a_parameter_without_a_buffer_starts_as_any() -> None:
@@ -540,7 +540,7 @@ def test_the_state_is_laid_out_as_a_first_step_does(layout: str, dtype: torch.dt
             expected[name].device,
         )
     torch.testing.assert_close(known["exp_avg"], torch.full_like(known["exp_avg"], 0.5), rtol=0, atol=0)
-    assert int(known["step"]) == sgd.settled(0.5)
+    assert int(known["step"]) == from_sgd.settled(0.5)
     assert "kahan" not in known or not known["kahan"].any()
     if isinstance(native.cpu(), str):
         return

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from sofim_fused import SOFIM
-from sofim_fused.backends import table
+from sofim_fused.backends.triton import pack
 from tests.problems import same_bits, snapshot
 from tests.runs import once
 
@@ -130,7 +130,7 @@ def test_whole_steps_are_still_taken_natively(kind: str) -> None:
     assert seen == [True, True]
 
 
-@pytest.mark.parametrize("make", [table.Table, None], ids=["Python", "C++"])
+@pytest.mark.parametrize("make", [pack.Table, None], ids=["Python", "C++"])
 @pytest.mark.parametrize("kind", FROZEN)
 def test_tables_for_gpus_leave_them_out(kind: str, make: Any) -> None:
     from sofim_fused import _C  # type: ignore[attr-defined]
@@ -138,10 +138,10 @@ def test_tables_for_gpus_leave_them_out(kind: str, make: Any) -> None:
     params = trained()
     optimizer = SOFIM([params[0], FROZEN[kind](), params[1]])
     train(optimizer, params, 1)
-    gathered = (make or _C.Table)(1024)
+    gathered = (make or _C.PackedStep)(1024)
     assert gathered.gather(optimizer.param_groups, optimizer.state) is not None
     assert gathered.size == 2
-    assert gathered.rows[:, table.ORDINAL].tolist() == [0, 2]
+    assert gathered.rows[:, pack.ORDINAL].tolist() == [0, 2]
     gathered.finish(False, False, False)
 
 

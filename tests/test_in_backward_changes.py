@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.problems import give, give_state, same_bits, snapshot
 from tests.runs import INTERPRETED, Run
-from tests.test_overlap import NUMERATORS, Pair, alike, backward, made, on_cpu, overlap_of, plain
+from tests.test_overlap import NUMERATORS, Pair, alike, backward, in_backward_of, made, on_cpu, plain
 
 Grads = list[Tensor | None]
 
@@ -124,7 +124,7 @@ def test_gradients_that_waited_when_a_backward_pass_failed(numerator: str, run: 
 
     params = [[nn.Parameter(torch.full((n,), 2.0, device=run.device)) for n in (3, 4, 5)] for _ in range(2)]
     optimizers = [make(ours, run, numerator=numerator) for make, ours in zip((made, plain), params, strict=True)]
-    wait = overlap_of(optimizers[0])._native is None
+    wait = in_backward_of(optimizers[0])._native is None
     for ours, optimizer in zip(params, optimizers, strict=True):
         handle = ours[0].register_hook(fail)
         with pytest.raises(KeyError, match="on purpose"):

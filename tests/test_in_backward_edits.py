@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sofim_fused import SOFIM, overlap
+from sofim_fused import SOFIM, in_backward
 from tests.problems import give_state, same_bits, snapshot
 from tests.runs import Run
-from tests.test_overlap import FISHERS, NUMERATORS, alike, backward, hooks, made, on_cpu, overlap_of, plain
+from tests.test_overlap import FISHERS, NUMERATORS, alike, backward, hooks, in_backward_of, made, on_cpu, plain
 
 SHAPES = [(5,), (3, 4), (2,), (4, 2), (6,), (1,), (300,)]
 OPTIONS = ({}, {"lr": 0.05, "momentum": 0.7}, {"rho": 2.0, "weight_decay": 0.1})
@@ -330,9 +330,9 @@ def test_hooks_that_others_take_away(run: Run) -> None:
 def test_many_groups_are_added_without_going_over_all_of_them(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     looked_at: list[Tensor] = []
     surveys: list[None] = []
-    check, survey = overlap.check_unwatched, overlap.Overlap._survey
-    monkeypatch.setattr(overlap, "check_unwatched", lambda p, *more: (looked_at.append(p), check(p, *more)))
-    monkeypatch.setattr(overlap.Overlap, "_survey", lambda self: (surveys.append(None), survey(self)))
+    check, survey = in_backward.check_unwatched, in_backward.InBackward._find_parameters
+    monkeypatch.setattr(in_backward, "check_unwatched", lambda p, *more: (looked_at.append(p), check(p, *more)))
+    monkeypatch.setattr(in_backward.InBackward, "_find_parameters", lambda self: (surveys.append(None), survey(self)))
     twins = [[nn.Parameter(torch.full((2,), float(i))) for i in range(40)] for _ in range(2)]
     optimizers = [made(twins[0][:1], run), plain(twins[1][:1], run)]
     looked_at.clear()
@@ -351,7 +351,7 @@ def test_many_groups_are_added_without_going_over_all_of_them(run: Run, monkeypa
     assert len(surveys) == 1
     assert hooks(twins[0]) == [1] * 40
     assert alike(optimizers[0], optimizers[1], None if run.backend == "cpu" else 1e-6)
-    assert overlap_of(optimizers[0])._group_of == list(range(40))
+    assert in_backward_of(optimizers[0])._group_of == list(range(40))
 
 
 def test_copies_of_edited_groups(run: Run) -> None:

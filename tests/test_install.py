@@ -212,7 +212,7 @@ def test_documents_name_the_oldest_torch() -> None:
 @pytest.fixture(autouse=True)
 def _untold(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that has warned of nothing."""
-    monkeypatch.setattr(backends, "_TOLD", set())
+    monkeypatch.setattr(backends, "_WARNED", set())
 
 
 @pytest.fixture

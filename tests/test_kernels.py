@@ -15,7 +15,7 @@ from bench import kernels as report
 from bench import kernels_cuda as cuda
 from tests.runs import INTERPRETED
 
-triton_kernels = pytest.importorskip("sofim_fused.backends.triton_kernels")
+triton_kernels = pytest.importorskip("sofim_fused.backends.triton.kernels")
 if INTERPRETED:
     pytest.skip("kernels that are interpreted cannot be compiled", allow_module_level=True)
 

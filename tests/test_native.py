@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sofim_fused import SOFIM, backends, native
-from sofim_fused.backends import Coefficients, Decay, GradientStep, Tiles
+from sofim_fused.backends import Coefficients, Decay, GradientStep, StepTensors
 from sofim_fused.backends.reference import ReferencePasses
 from sofim_fused.backends.rounding import random_bits, round_stochastic
 from tests.problems import give, mixed_problem, same_bits, snapshot
 
 CPU = torch.device("cpu")
-TILE = 32_768  # kTile in csrc/cpu/passes.h
+TILE = 32_768  # kTile in csrc/cpu/kernels.h
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = native.cpu()
 pytestmark = pytest.mark.skipif(isinstance(MODULE, str), reason=f"{MODULE}")
@@ -74,10 +74,12 @@ class Memory:
         )
 
 
-def made_tiles(types: tuple[torch.dtype, torch.dtype, torch.dtype, bool], memory: Memory, sizes: list[int]) -> Tiles:
+def made_tensors(
+    types: tuple[torch.dtype, torch.dtype, torch.dtype, bool], memory: Memory, sizes: list[int]
+) -> StepTensors:
     w, g, m, kahan = types
     eps = torch.finfo(w).eps
-    return Tiles(
+    return StepTensors(
         CPU,
         params=[memory.integers(n, w) for n in sizes],
         grads=[memory.integers(n, g) for n in sizes],
@@ -106,23 +108,23 @@ def test_sizes_and_alignment(call: str, types: tuple[torch.dtype, torch.dtype, t
     for name in ("reference", "cpu"):
         passes = backends.choose(name, CPU)
         memory = Memory(torch.Generator().manual_seed(3), offset)
-        tiles = made_tiles(types, memory, sizes)
+        tensors = made_tensors(types, memory, sizes)
         sums = None
         if call == "accumulate":
-            sums = passes.accumulate(tiles, Decay(decay.moment, decay.gradient, None, cross=False))
+            sums = passes.accumulate(tensors, Decay(decay.moment, decay.gradient, None, cross=False))
         elif call == "accumulate cross":
-            sums = passes.accumulate(tiles, decay)
+            sums = passes.accumulate(tensors, decay)
         elif call == "accumulate step":
-            sums = passes.accumulate(tiles, decay, GradientStep(weight, gradient))
+            sums = passes.accumulate(tensors, decay, GradientStep(weight, gradient))
         elif call == "apply":
-            passes.apply(tiles, Coefficients(moment, weight, gradient))
-            passes.apply(tiles, Coefficients(moment))
+            passes.apply(tensors, Coefficients(moment, weight, gradient))
+            passes.apply(tensors, Coefficients(moment))
         elif call == "dots":
-            sums = passes.dots(tiles, decay)
+            sums = passes.dots(tensors, decay)
         else:
-            passes.commit(tiles, decay, Coefficients(moment, weight, gradient, torch.tensor(0.5).double()))
+            passes.commit(tensors, decay, Coefficients(moment, weight, gradient, torch.tensor(0.5).double()))
         assert memory.intact()
-        written = tiles.params + tiles.exp_avgs + tiles.grads + [k for k in tiles.kahans if k is not None]
+        written = tensors.params + tensors.exp_avgs + tensors.grads + [k for k in tensors.kahans if k is not None]
         results.append(([x + 0.0 for x in written], [x for x in sums or () if x is not None]))  # + 0.0: no -0.0
     (written, sums), (native_written, native_sums) = results
     assert same_bits(written, native_written)
@@ -132,10 +134,10 @@ def test_sizes_and_alignment(call: str, types: tuple[torch.dtype, torch.dtype, t
 
 def operator_samples() -> Iterator[tuple[str, tuple[Any, ...]]]:
     for types in (TYPES[1], TYPES[-1]):
-        tiles = made_tiles(types, Memory(torch.Generator().manual_seed(5), 0), [5, 33, 0])
-        lists = (tiles.params, tiles.grads, tiles.exp_avgs)
-        kahans = [torch.empty(0, dtype=types[0]) if k is None else k for k in tiles.kahans]
-        counts = (tiles.steps, tiles.ordinals)
+        tensors = made_tensors(types, Memory(torch.Generator().manual_seed(5), 0), [5, 33, 0])
+        lists = (tensors.params, tensors.grads, tensors.exp_avgs)
+        kahans = [torch.empty(0, dtype=types[0]) if k is None else k for k in tensors.kahans]
+        counts = (tensors.steps, tensors.ordinals)
         factors, decays = [0.5, 0.25, 1.0], [0.0, 0.5, 0.0]
         v = vector(3, 0.5, -1.0)
         yield "accumulate", (*lists, *counts, factors, factors, None, False)
@@ -610,7 +612,7 @@ def test_nonfinite_values_stay_where_they_are() -> None:
 
 def test_the_reference_takes_over_without_the_native_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends._REGISTRY, "cpu", lambda device: "the native part was not built: no compiler")
-    monkeypatch.setattr(backends, "_TOLD", set())
+    monkeypatch.setattr(backends, "_WARNED", set())
     p = nn.Parameter(torch.ones(2))
     with pytest.warns(UserWarning, match="SOFIM runs in pure PyTorch on cpu"):
         optimizer = SOFIM([p])

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sofim_fused import SOFIM, schedule
+from sofim_fused import SOFIM
 from sofim_fused.backends import Coefficients, Decay
-from sofim_fused.scalars import Scalars
+from sofim_fused.step import schedule
+from sofim_fused.step.solve import Solver
 from tests.oracle import DENSE, Hyper, Oracle
 from tests.problems import give, mixed_problem
 from tests.test_matrix import TOLERANCES, distance
@@ -48,8 +49,8 @@ def test_its_two_ways_agree(numerator: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def _coefficients(change: Callable[[Coefficients], Coefficients]) -> Callable[[pytest.MonkeyPatch], None]:
-    original = Scalars.coefficients
-    return lambda patch: patch.setattr(Scalars, "coefficients", lambda *args: change(original(*args)))
+    original = Solver.coefficients
+    return lambda patch: patch.setattr(Solver, "coefficients", lambda *args: change(original(*args)))
 
 
 def _negated_moment(c: Coefficients) -> Coefficients:
@@ -57,37 +58,37 @@ def _negated_moment(c: Coefficients) -> Coefficients:
 
 
 def _no_bias_correction(patch: pytest.MonkeyPatch) -> None:
-    original = Scalars.correction
-    patch.setattr(Scalars, "correction", lambda *args: torch.ones_like(original(*args)))
+    original = Solver.correction
+    patch.setattr(Solver, "correction", lambda *args: torch.ones_like(original(*args)))
 
 
 def _one_step_behind(patch: pytest.MonkeyPatch) -> None:
-    original = Scalars.correction
-    patch.setattr(Scalars, "correction", lambda self, steps: original(self, [step + 1 for step in steps]))
+    original = Solver.correction
+    patch.setattr(Solver, "correction", lambda self, steps: original(self, [step + 1 for step in steps]))
 
 
 def _swapped(first: str, second: str) -> Callable[[pytest.MonkeyPatch], None]:
-    original = Scalars.refresh
+    original = Solver.refresh
 
-    def refresh(self: Scalars, groups: Any) -> Decay:
+    def refresh(self: Solver, groups: Any) -> Decay:
         return original(self, [{**g, first: g[second], second: g[first]} for g in groups])
 
-    return lambda patch: patch.setattr(Scalars, "refresh", refresh)
+    return lambda patch: patch.setattr(Solver, "refresh", refresh)
 
 
 def _set(name: str, value: Any) -> Callable[[pytest.MonkeyPatch], None]:
-    original = Scalars.refresh
+    original = Solver.refresh
     return lambda patch: patch.setattr(
-        Scalars, "refresh", lambda self, groups: original(self, [{**g, name: value} for g in groups])
+        Solver, "refresh", lambda self, groups: original(self, [{**g, name: value} for g in groups])
     )
 
 
 def _no_rank_one_term(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Scalars, "_spread", lambda self, blocks: torch.zeros_like(blocks))
+    patch.setattr(Solver, "_per_tensor", lambda self, blocks: torch.zeros_like(blocks))
 
 
 def _blocks_not_added(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Scalars, "fold", lambda self, rows: rows)
+    patch.setattr(Solver, "fold", lambda self, rows: rows)
 
 
 def _steps_not_counted(patch: pytest.MonkeyPatch) -> None:

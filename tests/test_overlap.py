@@ -22,7 +22,7 @@ from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from sofim_fused import SOFIM, overlap
+from sofim_fused import SOFIM, in_backward
 from tests.oracle import real64
 from tests.problems import Problem, give, give_state, mixed_problem, same_bits, snapshot
 from tests.runs import EMULATED, INTERPRETED, Run, once
@@ -89,9 +89,9 @@ def both_ways(
     return alike(optimizers[0], optimizers[1], tolerance)
 
 
-def overlap_of(optimizer: SOFIM) -> overlap.Overlap:
-    assert optimizer._overlap is not None
-    return optimizer._overlap
+def in_backward_of(optimizer: SOFIM) -> in_backward.InBackward:
+    assert optimizer._backward is not None
+    return optimizer._backward
 
 
 class Pair:
@@ -251,8 +251,8 @@ class Reluctant:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._native, name)
 
-    def latch(self, *args: Any) -> bool:
-        return self._what != "latch" and bool(self._native.latch(*args))
+    def freeze_settings(self, *args: Any) -> bool:
+        return self._what != "freeze_settings" and bool(self._native.freeze_settings(*args))
 
     def take(self, param: Tensor, state: Any, group: int, ordinal: int, again: bool) -> bool:
         refused = self._what == "take" or (self._what == "half" and ordinal % 2 == 0)
@@ -263,7 +263,7 @@ class Reluctant:
 
 
 @once
-@pytest.mark.parametrize("what", ["latch", "take", "half", "finish"])
+@pytest.mark.parametrize("what", ["freeze_settings", "take", "half", "finish"])
 @pytest.mark.parametrize("fisher", FISHERS)
 @pytest.mark.parametrize(
     ("numerator", "dtype", "options"),
@@ -279,7 +279,7 @@ def test_what_is_not_taken_natively_is_taken_by_passes(
     """All of it or a part, to the same bits."""
     pair = Pair(Run("cpu", "cpu"), dtype, "l2", numerator=numerator, fisher=fisher, **options)
     pair.plain._step_in_one_call = lambda *_: None
-    mine = overlap_of(pair.optimizer)
+    mine = in_backward_of(pair.optimizer)
     mine._native = Reluctant(mine._native, what)
     for grads in pair.gradients(5):
         pair.backward(grads)
@@ -298,7 +298,7 @@ def test_on_a_cpu_all_of_it_is_native(numerator: str, release: bool, monkeypatch
         pair.step()
     called: list[str] = []
     for name in ("_take_later", "_finish_by_passes"):
-        monkeypatch.setattr(overlap.Overlap, name, lambda *_, name=name: called.append(name))
+        monkeypatch.setattr(in_backward.InBackward, name, lambda *_, name=name: called.append(name))
     for grads in pair.gradients(4):
         pair.backward(grads)
         pair.step()
@@ -880,7 +880,7 @@ def test_compiled(numerator: str, what: str, run: Run) -> None:
     def work(optimizer: SOFIM, model: Shared) -> None:
         torch._dynamo.reset()
         step: Callable[[], None] = optimizer.step
-        if what == "step" and optimizer._overlap:
+        if what == "step" and optimizer._backward:
             step = torch.compile(step, backend="eager")
 
         def train_on(x: Tensor) -> Tensor:
@@ -890,7 +890,7 @@ def test_compiled(numerator: str, what: str, run: Run) -> None:
             step()
             return loss
 
-        train = torch.compile(train_on, backend="eager") if what != "step" and optimizer._overlap else train_on
+        train = torch.compile(train_on, backend="eager") if what != "step" and optimizer._backward else train_on
         for count in range(4):
             train(torch.linspace(-1, count, 12).view(2, 6))
 
@@ -1054,7 +1054,7 @@ def test_groups_that_are_added_later(numerator: str, run: Run) -> None:
             present = params[: 2 + step // 2]
             optimizer.zero_grad()
             backward(present, [torch.linspace(0, 1 + step, p.numel()) for p in present])
-            assert optimizer._overlap is None or len(optimizer.state) == len(present)
+            assert optimizer._backward is None or len(optimizer.state) == len(present)
             optimizer.step()
 
     assert both_ways(run, start, work, numerator=numerator)
@@ -1536,7 +1536,7 @@ def test_settings_after_a_refusal(by_hand: bool, run: Run) -> None:
 def test_a_backward_pass_that_fails(what: str, release: bool, run: Run) -> None:
     """What has come until then can still be stepped with."""
     pair = Pair(run, decay="l2", release=release, numerator="gradient")
-    mine = overlap_of(pair.optimizer)
+    mine = in_backward_of(pair.optimizer)
     if mine._native is not None:
         mine._native = Reluctant(mine._native, what)
         pair.plain._step_in_one_call = (lambda *_: None) if what == "half" else None
@@ -1636,9 +1636,9 @@ def accumulates(optimizer: SOFIM, monkeypatch: pytest.MonkeyPatch) -> list[list[
     passes = optimizer._passes_for(optimizer.param_groups[0]["params"][0].device)
     take = passes.accumulate
 
-    def noted(tiles: Any, *args: Any) -> Any:
-        sizes.append([g.numel() for g in tiles.grads])
-        return take(tiles, *args)
+    def noted(tensors: Any, *args: Any) -> Any:
+        sizes.append([g.numel() for g in tensors.grads])
+        return take(tensors, *args)
 
     monkeypatch.setattr(passes, "accumulate", noted)
     return sizes
@@ -1679,7 +1679,7 @@ def test_small_gradients_are_taken_together(
 @on_cpu
 @pytest.mark.parametrize("numerator", NUMERATORS)
 def test_large_gradients_do_not_wait(numerator: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overlap, "BATCH", 100)
+    monkeypatch.setattr(in_backward, "BATCH", 100)
     sizes = [30, 200, 5, 60, 60, 1, 100, 3]
     sweeps: list[list[int]] = []
 
@@ -1695,7 +1695,7 @@ def test_large_gradients_do_not_wait(numerator: str, run: Run, monkeypatch: pyte
                 optimizer.zero_grad()
                 backward(params, [torch.linspace(0, step + 1, n) for n in sizes])
                 optimizer.step()
-        sweeps.extend(seen if optimizer._overlap else [])
+        sweeps.extend(seen if optimizer._backward else [])
 
     assert both_ways(run, start, work, numerator=numerator)
     assert len(sweeps) == (0 if run.backend == "cpu" else 3 * 4)
@@ -1705,7 +1705,7 @@ def test_large_gradients_do_not_wait(numerator: str, run: Run, monkeypatch: pyte
 @pytest.mark.parametrize("numerator", NUMERATORS)
 def test_released_gradients_are_gone(numerator: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """At any time there is one gradient, and where passes have launches what waits for one."""
-    monkeypatch.setattr(overlap, "BATCH", 250)
+    monkeypatch.setattr(in_backward, "BATCH", 250)
     seen: list[StorageWeakRef] = []
     most = 0
 
@@ -1731,12 +1731,12 @@ def test_released_gradients_are_gone(numerator: str, run: Run, monkeypatch: pyte
 @on_cpu
 def test_what_is_kept_does_not_grow_with_the_patterns_of_presence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that are left out at random make a new one in nearly every step."""
-    monkeypatch.setattr(overlap, "INDICES", 8)
+    monkeypatch.setattr(in_backward, "INDICES", 8)
     generator = torch.Generator().manual_seed(4)
     pair = Pair(run, decay="l2", numerator="gradient")
     for _ in range(40):
         present = torch.rand(len(pair.params), generator=generator) < 0.6
         pair.backward([torch.ones_like(p) if there else None for p, there in zip(pair.params, present, strict=True)])
         pair.step()
-        assert len(overlap_of(pair.optimizer)._indices) <= 8
+        assert len(in_backward_of(pair.optimizer)._indices) <= 8
     assert pair.alike()

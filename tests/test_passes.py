@@ -11,9 +11,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sofim_fused import SOFIM, backends, tiles
-from sofim_fused.backends import Coefficients, Decay, GradientStep, Passes, Tiles, reference
+from sofim_fused import SOFIM, backends
+from sofim_fused.backends import Coefficients, Decay, GradientStep, Passes, StepTensors, reference
 from sofim_fused.backends.reference import TILE, dot
+from sofim_fused.step import gather
 from tests.problems import give, mixed_problem, same_bits, snapshot
 from tests.runs import CPU_BACKENDS as BACKENDS
 from tests.runs import EMULATED, INTERPRETED, once
@@ -22,11 +23,11 @@ CPU = torch.device("cpu")
 SCHEDULES: list[dict[str, Any]] = [{}, {"max_grad_norm": 0.5, "skip_nonfinite": True}]
 
 
-def made_tiles(dtype: torch.dtype, generator: torch.Generator, sizes: tuple[int, ...] = (5, 64, 1)) -> Tiles:
+def made_tiles(dtype: torch.dtype, generator: torch.Generator, sizes: tuple[int, ...] = (5, 64, 1)) -> StepTensors:
     def normal() -> list[Tensor]:
         return [torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for n in sizes]
 
-    return Tiles(
+    return StepTensors(
         CPU,
         params=normal(),
         grads=normal(),
@@ -42,7 +43,7 @@ def vector(*values: float) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_backend_has_the_whole_protocol(backend: str) -> None:
+def test_a_backend_has_the_whole_interface(backend: str) -> None:
     passes = backends.choose(backend, CPU)
     assert isinstance(passes, Passes)
     assert passes.name == backend
@@ -142,9 +143,9 @@ def test_bits_do_not_depend_on_the_number_of_threads(
             for _ in range(2):
                 give(params, [torch.randn(n, generator=generator, dtype=dtype) for n in sizes])
                 optimizer.step()
-            (lane,) = optimizer._lanes()
+            (share,) = optimizer._shares()
             decay = Decay(*([factor] * len(sizes) for factor in (0.9, 0.1, 0.01)), cross=True)
-            results.append(snapshot(optimizer) + [x for x in lane.passes.dots(lane.tiles, decay) if x is not None])
+            results.append(snapshot(optimizer) + [x for x in share.passes.dots(share.tensors, decay) if x is not None])
     finally:
         torch.set_num_threads(threads)
     assert same_bits(results[0], results[1])
@@ -176,10 +177,10 @@ def test_gradients_are_resolved_before_a_backend_sees_them() -> None:
     q.grad = torch.tensor([1 + 2j, 3 - 1j]).conj().imag
     assert p.grad.is_conj()
     assert q.grad.is_neg()
-    (lane,) = optimizer._lanes()
-    assert not any(g.is_conj() or g.is_neg() for g in lane.tiles.grads)
-    assert torch.equal(lane.tiles.grads[0], torch.tensor([[1.0, -2.0], [3.0, 1.0]]))
-    assert torch.equal(lane.tiles.grads[1], torch.tensor([-2.0, 1.0]))
+    (share,) = optimizer._shares()
+    assert not any(g.is_conj() or g.is_neg() for g in share.tensors.grads)
+    assert torch.equal(share.tensors.grads[0], torch.tensor([[1.0, -2.0], [3.0, 1.0]]))
+    assert torch.equal(share.tensors.grads[1], torch.tensor([-2.0, 1.0]))
 
 
 @pytest.mark.parametrize("size", [0, 1, TILE - 1, TILE, TILE + 1, 3 * TILE + 5, 300 * TILE + 1])
@@ -256,13 +257,13 @@ def test_no_step_waits_for_a_gpu(options: dict[str, Any], numerator: str, fisher
 def test_fisher_blocks_span_devices(
     numerator: str, fisher: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The parameters dealt out to two lanes, as if they lay on two devices, take the steps that they take in one."""
+    """The parameters dealt out to two shares, as if they lay on two devices, take the steps that they take in one."""
     results = []
-    for lanes in (1, 2):
+    for shares in (1, 2):
         problem = mixed_problem(torch.float64, "l2")
         optimizer = SOFIM(problem.groups, numerator=numerator, fisher=fisher, **options)
-        if lanes == 2:
-            monkeypatch.setattr(tiles, "by_device", lambda entries: [(CPU, entries[::2]), (CPU, entries[1::2])])
+        if shares == 2:
+            monkeypatch.setattr(gather, "by_device", lambda entries: [(CPU, entries[::2]), (CPU, entries[1::2])])
         for _, grads in zip(range(6), problem.gradients(), strict=False):
             give(problem.params, grads)
             optimizer.step()

@@ -14,8 +14,9 @@ from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sofim_fused import SOFIM, scalars, tiles
+from sofim_fused import SOFIM
 from sofim_fused.backends import reference
+from sofim_fused.step import gather, solve
 from tests.oracle import Hyper, Oracle, real64
 from tests.problems import Problem, give, give_state, same_bits, snapshot
 from tests.runs import CPU_BACKENDS, once
@@ -113,7 +114,7 @@ class Bounds:
             bound = bound + 64 * ULP * h.lr * (1 + square) * right / math.sqrt(h.rho) + 1e-37
             if p.dtype in EPSILON:
                 once = EPSILON[p.dtype] * (after + bound)
-                kept = tiles.keeps_lost_bits(p, self.case.settings[self.case.group_of[i]].kahan)
+                kept = gather.keeps_lost_bits(p, self.case.settings[self.case.group_of[i]].kahan)
                 bound = bound + (2 * EPSILON[p.dtype] * once if kept else once) + SMALLEST[p.dtype]
             bounds[i] = bound
         return bounds
@@ -202,26 +203,26 @@ def test_each_step_is_the_oracles(data: st.DataObject, backend: str, schedule: s
 
 
 def _no_correction(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(scalars.Scalars, "correction", lambda self, steps: torch.ones(len(steps), dtype=torch.float64))
+    patch.setattr(solve.Solver, "correction", lambda self, steps: torch.ones(len(steps), dtype=torch.float64))
 
 
 def _a_coefficient_slightly_off(patch: pytest.MonkeyPatch) -> None:
-    right = scalars.Scalars.coefficients
+    right = solve.Solver.coefficients
 
-    def wrong(self: scalars.Scalars, blocks: Tensor, correction: Tensor) -> Any:
+    def wrong(self: solve.Solver, blocks: Tensor, correction: Tensor) -> Any:
         found = right(self, blocks, correction)
         return found._replace(moment=found.moment * (1 + 2e-5))
 
-    patch.setattr(scalars.Scalars, "coefficients", wrong)
+    patch.setattr(solve.Solver, "coefficients", wrong)
 
 
 def _decay_lost(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(scalars, "_l2", lambda group: 0.0)
-    patch.setitem(scalars._VECTORS, "l2", lambda group: 0.0)
+    patch.setattr(solve, "_l2", lambda group: 0.0)
+    patch.setitem(solve._VECTORS, "l2", lambda group: 0.0)
 
 
 def _groups_as_one(patch: pytest.MonkeyPatch) -> None:
-    def fold(self: scalars.Scalars, rows: Tensor) -> Tensor:
+    def fold(self: solve.Solver, rows: Tensor) -> Tensor:
         total = rows.sum(-1, keepdim=True)
         return (
             total
@@ -229,7 +230,7 @@ def _groups_as_one(patch: pytest.MonkeyPatch) -> None:
             else total.expand(-1, rows.shape[-1] if self.fisher == "parameter" else len(self.sizes))
         )
 
-    patch.setattr(scalars.Scalars, "fold", fold)
+    patch.setattr(solve.Solver, "fold", fold)
 
 
 def _bits_lost(patch: pytest.MonkeyPatch) -> None:
@@ -242,7 +243,7 @@ def _bits_lost(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_clipping(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("sofim_fused.schedule.clip_factor", lambda norm, limit: torch.ones_like(norm))
+    patch.setattr("sofim_fused.step.schedule.clip_factor", lambda norm, limit: torch.ones_like(norm))
 
 
 BROKEN = [_no_correction, _a_coefficient_slightly_off, _decay_lost, _groups_as_one, _bits_lost, _no_clipping]

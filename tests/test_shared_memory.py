@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sofim_fused import SOFIM, native
-from sofim_fused.backends import memory, table
+from sofim_fused.backends import memory
+from sofim_fused.backends.triton import pack
 from tests.problems import give_state
 from tests.runs import EMULATED, INTERPRETED, Run, once
 
@@ -372,7 +373,7 @@ def _native_table() -> Callable[[SOFIM], bool]:
     module = native.cpu()
     if isinstance(module, str):
         pytest.skip(module)
-    return _gathers(module.Table(1_024))
+    return _gathers(module.PackedStep(1_024))
 
 
 def _gathers(made: Any) -> Callable[[SOFIM], bool]:
@@ -384,7 +385,7 @@ def _gathers(made: Any) -> Callable[[SOFIM], bool]:
     return gathers
 
 
-WHOLE = {"step": _native_step, "table": _native_table, "table-in-python": lambda: _gathers(table.Table(1_024))}
+WHOLE = {"step": _native_step, "table": _native_table, "table-in-python": lambda: _gathers(pack.Table(1_024))}
 
 
 def optimizer_of(shared: Shared) -> SOFIM:

@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
 
-from sofim_fused import SOFIM, native, tiles
-from sofim_fused.backends import table
+from sofim_fused import SOFIM, native
+from sofim_fused.backends.triton import pack
+from sofim_fused.step import gather
 from tests.problems import give, give_state, mixed_problem, same_bits, snapshot
 from tests.test_native import LEFT_TO_PYTHON, Subclass, Watching
 
@@ -36,10 +37,10 @@ def new(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> New:
     if request.param == "c++":
         if isinstance(MODULE, str):
             pytest.skip(MODULE)
-        return lambda tile=TILE: MODULE.Table(tile)
+        return lambda tile=TILE: MODULE.PackedStep(tile)
     if request.param == "python-unwatched":
-        monkeypatch.setattr(table, "_watch", lambda tensors: None)
-    return lambda tile=TILE: table.Table(tile)
+        monkeypatch.setattr(pack, "_watch", lambda tensors: None)
+    return lambda tile=TILE: pack.Table(tile)
 
 
 def made(params: list[Any], **options: Any) -> SOFIM:
@@ -195,7 +196,7 @@ def test_both_say_the_same() -> None:
         pytest.skip(MODULE)
     problem = mixed_problem((torch.bfloat16, torch.float32, torch.complex64), "l2")
     optimizer = made(problem.groups, momentum=0.3, max_grad_norm=1.5)
-    both = [MODULE.Table(TILE), table.Table(TILE)]
+    both = [MODULE.PackedStep(TILE), pack.Table(TILE)]
     for step, grads in zip(range(7), problem.gradients(), strict=False):
         give(problem.params, grads)
         optimizer.param_groups[step % 3]["lr"] = 0.1 + step // 3
@@ -204,14 +205,14 @@ def test_both_say_the_same() -> None:
         rows = [t.rows.clone() for t in both]
         for row in zip(*rows, strict=True):  # but for where copies lie
             at = [place for place in range(4) if row[0][place] != row[1][place]]
-            assert all(place in (table.W, table.G, table.M) for place in at)
-        assert torch.equal(rows[0][:, table.STEP :], rows[1][:, table.STEP :])
+            assert all(place in (pack.W, pack.G, pack.M) for place in at)
+        assert torch.equal(rows[0][:, pack.STEP :], rows[1][:, pack.STEP :])
         assert same_bits([both[0].hyper], [both[1].hyper])
         for name in ("size", "tiles", "kinds", "device", "gradient_form", "fisher", "max_grad_norm", "skip_nonfinite"):
             assert getattr(both[0], name) == getattr(both[1], name)
         assert (both[0].l2, both[0].decoupled) == (both[1].l2, both[1].decoupled) == (True, False)
         # Copies may lie where the last ones did.
-        assert changed[0] | table.POINTERS == changed[1] | table.POINTERS
+        assert changed[0] | pack.POINTERS == changed[1] | pack.POINTERS
         for t in both:
             t.finish(True, True, True)
 
@@ -221,7 +222,7 @@ def test_a_moment_with_gaps(new: New) -> None:
     known = optimizer.state[params[0]]
     known["exp_avg"] = torch.arange(32.0).reshape(4, 8)[:, ::2]
     t = new()
-    assert gathered(t, optimizer) == table.EVERYTHING
+    assert gathered(t, optimizer) == pack.EVERYTHING
     check_everything(t, optimizer)
 
 
@@ -279,7 +280,7 @@ def test_kinds(new: New, shift: str) -> None:
     expected = [kind + 32 * where for kind, where in zip(kinds, off, strict=True)]
     t = new()
     gathered(t, optimizer)
-    assert t.rows[:, table.KIND].tolist() == expected
+    assert t.rows[:, pack.KIND].tolist() == expected
     assert t.kinds == sorted(expected)
     for group in optimizer.param_groups:
         group["params"] = [p for p in params if p.dtype != torch.float64]
@@ -288,7 +289,7 @@ def test_kinds(new: New, shift: str) -> None:
         optimizer.state[p]["exp_avg"] = torch.zeros(64, dtype=torch.bfloat16)
     assert gathered(t, optimizer) is not None
     narrow = [kind for kind in kinds if kind != 1]
-    assert [kind & 31 for kind in t.rows[:, table.KIND].tolist()] == [kind % 16 + 8 for kind in narrow]
+    assert [kind & 31 for kind in t.rows[:, pack.KIND].tolist()] == [kind % 16 + 8 for kind in narrow]
 
 
 def test_an_empty_tensor_has_a_tile_and_no_addresses(new: New) -> None:
@@ -296,9 +297,9 @@ def test_an_empty_tensor_has_a_tile_and_no_addresses(new: New) -> None:
     give(params, [torch.zeros_like(p) for p in params])
     optimizer = made(params)
     t = new()
-    for expected in (table.EVERYTHING, 0):
+    for expected in (pack.EVERYTHING, 0):
         assert gathered(t, optimizer) == expected
-        assert t.rows[:, table.FIRST].tolist() == [0, 1, 4, 5]
+        assert t.rows[:, pack.FIRST].tolist() == [0, 1, 4, 5]
         assert t.tiles == 6
         assert t.rows[::2, :4].abs().sum() == 0
         check_everything(t, optimizer)
@@ -308,17 +309,17 @@ def test_no_gradient_at_all(new: New) -> None:
     optimizer, params = three()
     t = new()
     give(params, [None] * 3)
-    assert gathered(t, optimizer) == table.EVERYTHING
+    assert gathered(t, optimizer) == pack.EVERYTHING
     assert (t.size, t.tiles, t.kinds, t.device) == (0, 0, [], None)
     assert t.rows.shape == (0, 10)
     assert gathered(t, optimizer) == 0
     t.finish(True, True, True)
     give(params, [torch.ones_like(p) for p in params])
-    assert gathered(t, optimizer) == table.POINTERS | table.LAYOUT
+    assert gathered(t, optimizer) == pack.POINTERS | pack.LAYOUT
     check_everything(t, optimizer)
     t.finish(True, True, True)
     give(params, [None] * 3)
-    assert gathered(t, optimizer) == table.POINTERS | table.LAYOUT
+    assert gathered(t, optimizer) == pack.POINTERS | pack.LAYOUT
     check_everything(t, optimizer)
 
 
@@ -327,12 +328,12 @@ def test_hyperparameters_as_tensors_on_the_cpu_are_read_each_time(new: New) -> N
     lr = torch.tensor(0.5, requires_grad=True)
     optimizer.param_groups[0].update(lr=lr, rho=torch.tensor([2], dtype=torch.int64))
     t = new()
-    assert gathered(t, optimizer) == table.EVERYTHING
+    assert gathered(t, optimizer) == pack.EVERYTHING
     check_everything(t, optimizer)
     assert gathered(t, optimizer) == 0
     lr.data.fill_(0.125)
-    assert gathered(t, optimizer) == table.VALUES
-    assert t.hyper[0, table.LR] == 0.125
+    assert gathered(t, optimizer) == pack.VALUES
+    assert t.hyper[0, pack.LR] == 0.125
     lr.data.fill_(float("inf"))
     assert gathered(t, optimizer) is None
 
@@ -406,7 +407,7 @@ def _swap_states(optimizer: SOFIM) -> None:
     known[1]["step"], known[2]["step"] = known[2]["step"], known[1]["step"]
 
 
-POINTERS, VALUES, LAYOUT, EVERYTHING = table.POINTERS, table.VALUES, table.LAYOUT, table.EVERYTHING
+POINTERS, VALUES, LAYOUT, EVERYTHING = pack.POINTERS, pack.VALUES, pack.LAYOUT, pack.EVERYTHING
 CHANGES: dict[str, tuple[Callable[[SOFIM], object], int]] = {
     "nothing": (lambda optimizer: None, 0),
     "equal values": (_set_first(lr=float("0.5"), momentum=float("0.9")), 0),
@@ -780,8 +781,8 @@ def test_copies_go_home(new: New, weights: bool, moments: bool) -> None:
         assert gathered(t, optimizer) is not None
         values = [float(i + 100 * step) for i in range(12)]
         for row in t.rows.tolist():
-            write(row[table.W], values)
-            write(row[table.M], values)
+            write(row[pack.W], values)
+            write(row[pack.M], values)
         t.finish(weights, moments, True)
         there = torch.tensor(values).view(3, 4)
         assert torch.equal(p, there) == weights
@@ -797,11 +798,11 @@ def test_lost_bits_go_home(new: New) -> None:
     optimizer.state[p]["kahan"] = torch.zeros(12, dtype=torch.bfloat16)[::2]
     t = new()
     gathered(t, optimizer)
-    ctypes.memset(int(t.rows[0, table.KAHAN]), 0x40, 12)
+    ctypes.memset(int(t.rows[0, pack.KAHAN]), 0x40, 12)
     t.finish(False, True, True)
     assert not optimizer.state[p]["kahan"].any()
     gathered(t, optimizer)
-    ctypes.memset(int(t.rows[0, table.KAHAN]), 0x40, 12)
+    ctypes.memset(int(t.rows[0, pack.KAHAN]), 0x40, 12)
     t.finish(True, False, False)
     assert bool((optimizer.state[p]["kahan"] == 3.0).all())  # 0x4040
 
@@ -905,10 +906,10 @@ def test_laid_out() -> None:
     optimizer = made(problem.groups)
     grads = next(problem.gradients())
     give(problem.params, [torch.ones_like(p) if g is None else g for p, g in zip(problem.params, grads, strict=True)])
-    (device, entries), *others = tiles.by_device(tiles.with_gradients(optimizer.param_groups))
+    (device, entries), *others = gather.by_device(gather.with_gradients(optimizer.param_groups))
     assert not others
-    lists = tiles.laid_out(device, entries, optimizer.param_groups, optimizer.state)
-    laid = table.laid_out(
+    lists = gather.lay_out(device, entries, optimizer.param_groups, optimizer.state)
+    laid = pack.lay_out(
         lists.params, lists.grads, lists.exp_avgs, lists.kahans, lists.steps, [7 * i for i in lists.ordinals], TILE
     )
     rows = laid.rows.tolist()
@@ -931,7 +932,7 @@ def test_laid_out() -> None:
 
 
 def test_nothing_laid_out() -> None:
-    laid = table.laid_out([], [], [], [], [], [], TILE)
+    laid = pack.lay_out([], [], [], [], [], [], TILE)
     assert (laid.rows.shape, laid.kinds, laid.tiles) == ((0, 10), [], 0)
     laid.finish(True, True, True)
 
@@ -957,10 +958,10 @@ def test_on_a_gpu(new: New) -> None:
         assert [row[0], row[2], row[4]] == [p.data_ptr(), known["exp_avg"].data_ptr(), known["step"].data_ptr()]
     assert rows[0][1] == params[0].grad.data_ptr()  # type: ignore[union-attr]
     assert rows[1][1] not in (0, params[1].grad.data_ptr())  # type: ignore[union-attr]
-    assert [(group, column) for group, column, _ in t.scalars] == [(1, table.LR), (1, table.RHO)]
+    assert [(group, column) for group, column, _ in t.scalars] == [(1, pack.LR), (1, pack.RHO)]
     assert t.scalars[0][2] is lr
     assert t.scalars[1][2] is rho
-    assert t.hyper[1].isnan().tolist() == [name in (table.LR, table.RHO) for name in range(9)]
+    assert t.hyper[1].isnan().tolist() == [name in (pack.LR, pack.RHO) for name in range(9)]
     assert (gathered(t, optimizer) or 0) & ~POINTERS == 0
     params[1].grad = torch.ones(40, device="cuda")
     optimizer.state[params[1]]["exp_avg"] = torch.ones(40)

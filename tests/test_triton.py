@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from sofim_fused import SOFIM, backends, native
-from sofim_fused.backends import table, triton
+from sofim_fused.backends.triton import launch as triton
+from sofim_fused.backends.triton import pack
 from tests.problems import GUARDED, OPTIONS, give, give_state, mixed_problem, ready_problem, same_bits, snapshot
 from tests.runs import INTERPRETED, RUNS, once
 
@@ -175,16 +176,16 @@ def test_tables_are_sent_only_when_something_changed(options: dict[str, Any], se
     assert sent == []
     optimizer.param_groups[0]["lr"] *= 0.5
     optimizer.step()
-    assert sent == [2 * table.HYPERS]
+    assert sent == [2 * pack.HYPERS]
     sent.clear()
     params[0].grad = params[0].grad.clone()  # type: ignore[union-attr]
     optimizer.step()
-    assert sent == [2 * table.COLUMNS]
+    assert sent == [2 * pack.COLUMNS]
     if "max_grad_norm" in options:
         sent.clear()
         optimizer.param_groups[0]["max_grad_norm"] = 0.25
         optimizer.step()
-        assert sent == [2 * table.HYPERS]
+        assert sent == [2 * pack.HYPERS]
 
 
 @runs_kernels
@@ -235,7 +236,7 @@ def test_either_table_serves() -> None:
     if isinstance(native.cpu(), str):
         pytest.skip(f"the native part is not in use: {native.cpu()}")
     results = []
-    for new_table in (table.Table, native.cpu().Table):  # type: ignore[union-attr]
+    for new_table in (pack.Table, native.cpu().PackedStep):  # type: ignore[union-attr]
         problem = mixed_problem((torch.float32, torch.bfloat16), "l2")
         optimizer = SOFIM(problem.groups, backend="triton", **GUARDED)
         step = triton.TritonStep(optimizer._native_step()._kernels, True, new_table)  # type: ignore[attr-defined]

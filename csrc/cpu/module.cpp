@@ -1,7 +1,7 @@
 // The Python module of one instruction set: nothing but the address of its passes, for sofim_fused._C.use_kernels.
 #include <Python.h>
 
-#include "passes.h"
+#include "cpu/kernels.h"
 
 #define SOFIM_JOIN(a, b) a##b
 #define SOFIM_INIT(name) SOFIM_JOIN(PyInit_, name)

@@ -1,4 +1,4 @@
-#include "launch.h"
+#include "cuda/launch.h"
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -57,24 +57,24 @@ void Memory::serve_table(Task& task, const std::vector<Row>& rows, const std::ve
 
 at::Tensor Memory::sums() const { return numbers_.narrow(0, 0, kSums * tensors_).view({kSums, tensors_}); }
 
-void Packed::take(const Roster& roster, size_t group_count) {
-  rows.resize(roster.size());
+void Packed::take(const StepTensors& tensors, size_t group_count) {
+  rows.resize(tensors.size());
   groups.resize(group_count);
   // Between the members too: tables are compared byte by byte.
   if (group_count > 0) std::memset(static_cast<void*>(groups.data()), 0, group_count * sizeof(Group));
   uint64_t tiles = 0;
   bool float32 = true, narrow = true;
   for (size_t i = 0; i < rows.size(); ++i) {
-    const Record& r = roster.records()[i];
+    const sofim::Row& r = tensors.records()[i];
     Row& row = rows[i];
     row.w = r.w;
     row.g = r.g;
     row.m = r.m;
     row.kahan = r.kahan;
-    row.step = const_cast<int64_t*>(roster.count(i));
+    row.step = const_cast<int64_t*>(tensors.count(i));
     row.numel = r.numel;
     row.first = static_cast<uint32_t>(tiles);
-    row.ordinal = roster.ordinal(i);
+    row.ordinal = tensors.ordinal(i);
     row.w_type = r.w_type;
     row.g_type = r.g_type;
     row.m_type = r.m_type;
@@ -91,7 +91,7 @@ void Packed::take(const Roster& roster, size_t group_count) {
   form.types = float32 ? Types::float32 : narrow ? Types::narrow : Types::any;
 }
 
-On::On(at::Device device)
+DeviceScope::DeviceScope(at::Device device)
     : guard_(device),
       stream_(c10::cuda::getCurrentCUDAStream().stream()),
       captured_(c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {}

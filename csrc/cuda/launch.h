@@ -1,4 +1,4 @@
-// Passes and steps over a roster's tensors, in PyTorch's memory and on its current stream.
+// Passes and steps over a tensors's tensors, in PyTorch's memory and on its current stream.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,8 +6,8 @@
 
 #include <vector>
 
-#include "../roster.h"
-#include "passes.h"
+#include "gather/step_tensors.h"
+#include "cuda/kernels.h"
 
 namespace sofim::cuda {
 
@@ -43,14 +43,14 @@ struct Packed {
   Task task{};
   Form form;
 
-  // Takes over a roster's tensors, but for the group of each, and has so many groups, all zero.
-  void take(const Roster& roster, size_t group_count);
+  // Takes over a tensors's tensors, but for the group of each, and has so many groups, all zero.
+  void take(const StepTensors& tensors, size_t group_count);
 };
 
 // Switches to a device, whose stream then says where launches go.
-class On {
+class DeviceScope {
  public:
-  explicit On(at::Device device);
+  explicit DeviceScope(at::Device device);
   void* stream() const { return stream_; }
   // Whether the stream is captured in a graph, which keeps to itself whatever memory it is given.
   bool captured() const { return captured_; }

@@ -1,5 +1,5 @@
 // The passes as operators over lists of tensors on a GPU. Their meaning is that of
-// sofim_fused/backends/protocol.py; fake implementations are in sofim_fused/backends/operators.py.
+// sofim_fused/backends/interface.py; fake implementations are in sofim_fused/backends/operators.py.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
@@ -7,8 +7,8 @@
 
 #include <optional>
 
-#include "../lists.h"
-#include "launch.h"
+#include "gather/op_arguments.h"
+#include "cuda/launch.h"
 
 namespace sofim::cuda {
 namespace {
@@ -19,11 +19,11 @@ using at::TensorList;
 // One pass, and all that it needs.
 class Sweep {
  public:
-  explicit Sweep(Roster& roster) : roster_(roster) {
-    packed_.take(roster, roster.size());
-    for (size_t i = 0; i < roster.size(); ++i) {
+  explicit Sweep(StepTensors& tensors) : tensors_(tensors) {
+    packed_.take(tensors, tensors.size());
+    for (size_t i = 0; i < tensors.size(); ++i) {
       packed_.rows[i].group = static_cast<uint32_t>(i);
-      packed_.groups[i].decay = roster.records()[i].decay;
+      packed_.groups[i].decay = tensors.records()[i].decay;
     }
   }
 
@@ -41,24 +41,24 @@ class Sweep {
   }
 
   void run(Pass pass) {
-    if (roster_.size() == 0) return;
-    const On on(roster_.device());
+    if (tensors_.size() == 0) return;
+    const DeviceScope on(tensors_.device());
     Task& task = packed_.task;
-    memory_.serve(task, roster_.device(), on.stream());
+    memory_.serve(task, tensors_.device(), on.stream());
     const auto given = [](const Vector& x) { return x ? static_cast<double*>(x->mutable_data_ptr()) : nullptr; };
     task.by_weight = given(by_weight_);
     task.by_gradient = given(by_gradient_);
     task.by_moment = given(by_moment_);
     task.gain = given(gain_);
     task.skip = skip_ ? static_cast<bool*>(skip_->mutable_data_ptr()) : nullptr;
-    memory_.serve_table(task, packed_.rows, packed_.groups, roster_.device(), on.stream());
+    memory_.serve_table(task, packed_.rows, packed_.groups, tensors_.device(), on.stream());
     check(launch(pass, packed_.form, task, packed_.rows.data(), packed_.groups.data(), on.stream()));
   }
 
   // Rows of the sums.
   Tensor sums(at::ArrayRef<int64_t> rows) const {
     const auto options = at::TensorOptions(at::kDouble).device(kDevice);
-    if (roster_.size() == 0) return at::empty({static_cast<int64_t>(rows.size()), 0}, options);
+    if (tensors_.size() == 0) return at::empty({static_cast<int64_t>(rows.size()), 0}, options);
     const Tensor all = memory_.sums();
     std::vector<Tensor> chosen;
     for (const int64_t row : rows) chosen.push_back(all.select(0, row));
@@ -68,69 +68,69 @@ class Sweep {
  private:
   Vector vector(const char* name, const Vector& x) const {
     if (!x) return x;
-    TORCH_CHECK(x->device() == roster_.device() && x->scalar_type() == at::kDouble && x->dim() == 1 &&
-                    x->size(0) == static_cast<int64_t>(roster_.size()),
-                "sofim_fused: ", name, ": a float64 vector of ", roster_.size(), " on ", roster_.device(),
+    TORCH_CHECK(x->device() == tensors_.device() && x->scalar_type() == at::kDouble && x->dim() == 1 &&
+                    x->size(0) == static_cast<int64_t>(tensors_.size()),
+                "sofim_fused: ", name, ": a float64 vector of ", tensors_.size(), " on ", tensors_.device(),
                 " is needed");
     return x->contiguous();
   }
   Vector number(const char* name, const Vector& x, at::ScalarType type, const char* type_name) const {
-    TORCH_CHECK(!x || (x->device() == roster_.device() && x->scalar_type() == type && x->numel() == 1),
-                "sofim_fused: ", name, ": one ", type_name, " on ", roster_.device(), " is needed");
+    TORCH_CHECK(!x || (x->device() == tensors_.device() && x->scalar_type() == type && x->numel() == 1),
+                "sofim_fused: ", name, ": one ", type_name, " on ", tensors_.device(), " is needed");
     return x;
   }
 
-  Roster& roster_;
+  StepTensors& tensors_;
   Packed packed_;
   Memory memory_;
   Vector by_weight_, by_gradient_, by_moment_, gain_, skip_;
 };
 
-Tensor accumulated(Roster& roster, Sweep& sweep, bool weights, bool cross) {
+Tensor accumulated(StepTensors& tensors, Sweep& sweep, bool weights, bool cross) {
   sweep.form().l2 = weights;
   sweep.form().gradient = cross;
   const bool step = sweep.form().step;
-  roster.bump_moments();
-  if (step) roster.bump_weights();
+  tensors.bump_moments();
+  if (step) tensors.bump_weights();
   sweep.run(Pass::accumulate);
-  roster.write_back(step, true);
+  tensors.write_back(step, true);
   if (!cross) return sweep.sums({kMM});
   return weights ? sweep.sums({kMM, kMG, kMW}) : sweep.sums({kMM, kMG});
 }
 
 Tensor accumulate(TensorList params, TensorList grads, TensorList exp_avgs, TensorList steps, at::IntArrayRef ordinals,
                   Floats moment, Floats gradient, std::optional<Floats> weight, bool cross) {
-  Roster roster = enrolled(true, params, grads, exp_avgs, std::nullopt, Counts{steps, ordinals});
-  set_decay(roster, moment, gradient, weight);
-  Sweep sweep(roster);
-  return accumulated(roster, sweep, weight.has_value(), cross);
+  StepTensors tensors = gathered(true, params, grads, exp_avgs, std::nullopt, Counts{steps, ordinals});
+  set_decay(tensors, moment, gradient, weight);
+  Sweep sweep(tensors);
+  return accumulated(tensors, sweep, weight.has_value(), cross);
 }
 
 Tensor accumulate_step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList kahans, TensorList steps,
                        at::IntArrayRef ordinals, Floats moment, Floats gradient, std::optional<Floats> weight,
                        bool cross, const Vector& step_weight, const Tensor& step_gradient) {
-  Roster roster = enrolled(true, params, grads, exp_avgs, kahans, Counts{steps, ordinals});
-  set_decay(roster, moment, gradient, weight);
-  Sweep sweep(roster);
+  StepTensors tensors = gathered(true, params, grads, exp_avgs, kahans, Counts{steps, ordinals});
+  set_decay(tensors, moment, gradient, weight);
+  Sweep sweep(tensors);
   sweep.set_update(std::nullopt, step_weight, step_gradient);
   sweep.form().step = true;
-  return accumulated(roster, sweep, weight.has_value(), cross);
+  return accumulated(tensors, sweep, weight.has_value(), cross);
 }
 
 void apply(TensorList params, TensorList grads, TensorList exp_avgs, TensorList kahans, const Tensor& moment,
            const Vector& weight, const Vector& gradient) {
-  Roster roster = enrolled(true, params, grads, exp_avgs, kahans, std::nullopt);
-  Sweep sweep(roster);
+  StepTensors tensors = gathered(true, params, grads, exp_avgs, kahans, std::nullopt);
+  Sweep sweep(tensors);
   sweep.set_update(moment, weight, gradient);
   sweep.form().gradient = gradient.has_value();
-  roster.bump_weights();
+  tensors.bump_weights();
   sweep.run(Pass::apply);
-  roster.write_back(true, false);
+  tensors.write_back(true, false);
 }
 
 Tensor dots(TensorList params, TensorList grads, TensorList exp_avgs, bool weights) {
-  Roster roster = enrolled(true, params, grads, exp_avgs, std::nullopt, std::nullopt);
-  Sweep sweep(roster);
+  StepTensors tensors = gathered(true, params, grads, exp_avgs, std::nullopt, std::nullopt);
+  Sweep sweep(tensors);
   sweep.form().l2 = weights;
   sweep.run(Pass::dots);
   return weights ? sweep.sums({kMM, kMG, kGG, kMW, kGW, kWW}) : sweep.sums({kMM, kMG, kGG});
@@ -140,17 +140,17 @@ void commit(TensorList params, TensorList grads, TensorList exp_avgs, TensorList
             at::IntArrayRef ordinals, Floats decay_moment, Floats decay_gradient, std::optional<Floats> decay_weight,
             const Tensor& moment, const Vector& weight, const Vector& gradient, const Vector& gain,
             const Vector& skip) {
-  Roster roster = enrolled(true, params, grads, exp_avgs, kahans, Counts{steps, ordinals});
-  set_decay(roster, decay_moment, decay_gradient, decay_weight);
-  Sweep sweep(roster);
+  StepTensors tensors = gathered(true, params, grads, exp_avgs, kahans, Counts{steps, ordinals});
+  set_decay(tensors, decay_moment, decay_gradient, decay_weight);
+  Sweep sweep(tensors);
   sweep.set_update(moment, weight, gradient);
   sweep.set_guard(gain, skip);
   sweep.form().l2 = decay_weight.has_value();
   sweep.form().gradient = gradient.has_value();
-  roster.bump_moments();
-  roster.bump_weights();
+  tensors.bump_moments();
+  tensors.bump_weights();
   sweep.run(Pass::commit);
-  roster.write_back(true, true);
+  tensors.write_back(true, true);
 }
 
 }  // namespace

@@ -9,31 +9,32 @@ from collections.abc import Callable
 import torch
 
 from sofim_fused import native
-from sofim_fused.backends import cpu, cuda, triton
-from sofim_fused.backends.in_turn import apart
-from sofim_fused.backends.protocol import (
+from sofim_fused.backends import cpu, cuda
+from sofim_fused.backends.interface import (
     Coefficients,
     Decay,
     GradientStep,
-    NativeOverlap,
+    NativeInBackward,
     NativeStep,
     Passes,
+    StepTensors,
     Sums,
-    Tiles,
     sum_dtype,
 )
 from sofim_fused.backends.reference import ReferencePasses
-from sofim_fused.backends.triton import capturing
+from sofim_fused.backends.sequential import apart
+from sofim_fused.backends.triton import launch as triton_launch
+from sofim_fused.backends.triton.launch import capturing
 
 __all__ = [
     "Coefficients",
     "Decay",
     "GradientStep",
-    "NativeOverlap",
+    "NativeInBackward",
     "NativeStep",
     "Passes",
+    "StepTensors",
     "Sums",
-    "Tiles",
     "apart",
     "capturing",
     "choose",
@@ -47,13 +48,13 @@ __all__ = [
 _REGISTRY: dict[str, Callable[[torch.device], Passes | str]] = {
     "cpu": cpu.passes_for,
     "cuda": cuda.passes_for,
-    "triton": triton.passes_for,
+    "triton": triton_launch.passes_for,
     "reference": lambda device: ReferencePasses(),
 }
 NATIVE = "native"  # what fused=True asks for: the best backend that is not pure PyTorch
 # The backends that a user may expect, by the kind of device. Other kinds have only the reference.
 _NATIVE_ON = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-_TOLD: set[str] = set()  # kinds of devices for which the warning was given
+_WARNED: set[str] = set()  # kinds of devices for which the warning was given
 
 
 def names() -> list[str]:
@@ -95,7 +96,7 @@ def choose(backend: str, device: torch.device) -> Passes:
     passes, reasons = best(backend, device)
     if passes is not None:
         if backend == "auto" and passes.name == "reference" and not torch.compiler.is_compiling():
-            _tell(device, reasons)
+            _warn(device, reasons)
         return passes
     asked = "fused=True" if backend == NATIVE else f"backend={backend!r}"
     built = {*reasons} & {*_NATIVE_ON.get(device.type, ())} - {"triton"}  # those that building again may provide
@@ -129,9 +130,9 @@ def missing(device: torch.device) -> bool:
     return device.type in _NATIVE_ON and torch.cuda.is_available()
 
 
-def _tell(device: torch.device, reasons: dict[str, str]) -> None:
+def _warn(device: torch.device, reasons: dict[str, str]) -> None:
     """Warn, once for a kind of device, with the line that called this package as the place."""
-    if device.type in _TOLD or not missing(device):
+    if device.type in _WARNED or not missing(device):
         return
     frame, level, inside = sys._getframe(), 1, ("sofim_fused", "torch")
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
@@ -144,7 +145,7 @@ def _tell(device: torch.device, reasons: dict[str, str]) -> None:
         UserWarning,
         stacklevel=level,
     )
-    _TOLD.add(device.type)  # not reached if warnings are errors
+    _WARNED.add(device.type)  # not reached if warnings are errors
 
 
 def _listed(reasons: dict[str, str]) -> str:

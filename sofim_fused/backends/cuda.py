@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sofim_fused import native
+from sofim_fused.backends.interface import NativeStep
 from sofim_fused.backends.operators import NAMESPACE, OperatorPasses, register_fakes
-from sofim_fused.backends.protocol import NativeStep
 
 CAPABILITY = (8, 0)  # the first with bfloat16, which setup.py compiles for
 

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sofim_fused.backends.protocol import Coefficients, Decay, GradientStep, NativeOverlap, NativeStep, Sums, Tiles
+from sofim_fused.backends.interface import (
+    Coefficients,
+    Decay,
+    GradientStep,
+    NativeInBackward,
+    NativeStep,
+    StepTensors,
+    Sums,
+)
 
 NAMESPACE = "sofim_fused"
 # The rows of the operators' sums; the last ones only where they are asked for.
@@ -22,14 +30,14 @@ DOTS = ("mm", "mg", "gg", "mw", "gw", "ww")
 
 
 class OperatorPasses:
-    """See :class:`sofim_fused.backends.protocol.Passes`.
+    """See :class:`sofim_fused.backends.interface.Passes`.
 
     Args:
         name: of the backend.
         new_step: makes its whole steps.
         namespace: of its operators.
         emulated: it is no more than tested here.
-        new_overlap: makes what takes steps in parts.
+        new_in_backward: makes what takes steps in parts.
     """
 
     def __init__(
@@ -38,51 +46,51 @@ class OperatorPasses:
         new_step: Callable[[], NativeStep],
         namespace: str = NAMESPACE,
         emulated: bool = False,
-        new_overlap: Callable[[], NativeOverlap | None] = lambda: None,
+        new_in_backward: Callable[[], NativeInBackward | None] = lambda: None,
     ) -> None:
         self.name = name
         self.emulated = emulated
         self._new_step = new_step
-        self._new_overlap = new_overlap
+        self._new_in_backward = new_in_backward
         self._namespace = namespace
 
     @property
     def _ops(self) -> Any:
         return getattr(torch.ops, self._namespace)
 
-    def accumulate(self, tiles: Tiles, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
-        counts = (tiles.steps, tiles.ordinals)
+    def accumulate(self, tensors: StepTensors, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
+        counts = (tensors.steps, tensors.ordinals)
         if gradient_step is None:
-            sums = self._ops.accumulate(tiles.params, tiles.grads, tiles.exp_avgs, *counts, *decay)
+            sums = self._ops.accumulate(tensors.params, tensors.grads, tensors.exp_avgs, *counts, *decay)
         else:
             sums = self._ops.accumulate_step(
-                tiles.params, tiles.grads, tiles.exp_avgs, _kahans(tiles), *counts, *decay, *gradient_step
+                tensors.params, tensors.grads, tensors.exp_avgs, _kahans(tensors), *counts, *decay, *gradient_step
             )
         return Sums(**dict(zip(ACCUMULATED, sums.unbind(), strict=False)))
 
-    def apply(self, tiles: Tiles, coefficients: Coefficients) -> None:
+    def apply(self, tensors: StepTensors, coefficients: Coefficients) -> None:
         self._ops.apply(
-            tiles.params,
-            tiles.grads,
-            tiles.exp_avgs,
-            _kahans(tiles),
+            tensors.params,
+            tensors.grads,
+            tensors.exp_avgs,
+            _kahans(tensors),
             coefficients.moment,
             coefficients.weight,
             coefficients.gradient,
         )
 
-    def dots(self, tiles: Tiles, decay: Decay) -> Sums:
-        sums = self._ops.dots(tiles.params, tiles.grads, tiles.exp_avgs, decay.weight is not None)
+    def dots(self, tensors: StepTensors, decay: Decay) -> Sums:
+        sums = self._ops.dots(tensors.params, tensors.grads, tensors.exp_avgs, decay.weight is not None)
         return Sums(**dict(zip(DOTS, sums.unbind(), strict=False)))
 
-    def commit(self, tiles: Tiles, decay: Decay, coefficients: Coefficients) -> None:
+    def commit(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients) -> None:
         self._ops.commit(
-            tiles.params,
-            tiles.grads,
-            tiles.exp_avgs,
-            _kahans(tiles),
-            tiles.steps,
-            tiles.ordinals,
+            tensors.params,
+            tensors.grads,
+            tensors.exp_avgs,
+            _kahans(tensors),
+            tensors.steps,
+            tensors.ordinals,
             decay.moment,
             decay.gradient,
             decay.weight,
@@ -92,13 +100,13 @@ class OperatorPasses:
     def native_step(self) -> NativeStep:
         return self._new_step()
 
-    def native_overlap(self) -> NativeOverlap | None:
-        return self._new_overlap()
+    def native_in_backward(self) -> NativeInBackward | None:
+        return self._new_in_backward()
 
 
-def _kahans(tiles: Tiles) -> list[Tensor]:
-    none = torch.empty(0, device=tiles.device)  # an operator's list holds tensors only
-    return [none if kahan is None else kahan for kahan in tiles.kahans]
+def _kahans(tensors: StepTensors) -> list[Tensor]:
+    none = torch.empty(0, device=tensors.device)  # an operator's list holds tensors only
+    return [none if kahan is None else kahan for kahan in tensors.kahans]
 
 
 @cache

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sofim_fused.backends.protocol import (
+from sofim_fused.backends.interface import (
     Coefficients,
     Decay,
     GradientStep,
-    NativeOverlap,
+    NativeInBackward,
     NativeStep,
+    StepTensors,
     Sums,
-    Tiles,
     sum_dtype,
 )
 from sofim_fused.backends.rounding import random_bits, round_stochastic
@@ -33,7 +33,7 @@ _Factors = Sequence[Tensor] | None  # one 0-dimensional factor per tensor; None 
 
 
 class ReferencePasses:
-    """See :class:`sofim_fused.backends.protocol.Passes`.
+    """See :class:`sofim_fused.backends.interface.Passes`.
 
     Tensors go through ``torch._foreach`` together: all that are updated where they lie; of those that need temporaries,
     as many as fit into ``CHUNK`` elements, a larger one alone.
@@ -42,59 +42,59 @@ class ReferencePasses:
     name = "reference"
     emulated = False
 
-    def accumulate(self, tiles: Tiles, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
-        sums = _Table(len(tiles))
+    def accumulate(self, tensors: StepTensors, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
+        sums = _Table(len(tensors))
         known = None if gradient_step is None else _Update(weight=gradient_step.weight, gradient=gradient_step.gradient)
-        for batch in _batches(tiles, temporaries=known is not None and not known.in_place):
-            grads = batch.wide(tiles.grads)
-            weights = None if decay.weight is None else batch.wide(tiles.params)
-            moments = batch.wide(tiles.exp_avgs)
+        for batch in _batches(tensors, temporaries=known is not None and not known.in_place):
+            grads = batch.wide(tensors.grads)
+            weights = None if decay.weight is None else batch.wide(tensors.params)
+            moments = batch.wide(tensors.exp_avgs)
             _blend(moments, grads, weights, decay, batch)
-            stored = _store_moments(tiles, batch, moments, early=True)
+            stored = _store_moments(tensors, batch, moments, early=True)
             sums.add_squares("mm", batch, stored)
             if decay.cross:
                 sums.add("mg", batch, stored, grads)
                 if weights is not None:
                     sums.add("mw", batch, stored, weights)
             if known is not None:
-                known.run(tiles, batch, grads, None)
+                known.run(tensors, batch, grads, None)
         return sums.vectors()
 
-    def apply(self, tiles: Tiles, coefficients: Coefficients) -> None:
+    def apply(self, tensors: StepTensors, coefficients: Coefficients) -> None:
         update = _Update(coefficients.weight, coefficients.gradient, coefficients.moment)
-        for batch in _batches(tiles, temporaries=not update.in_place):
-            grads = None if coefficients.gradient is None else batch.wide(tiles.grads)
-            update.run(tiles, batch, grads, batch.wide(tiles.exp_avgs))
+        for batch in _batches(tensors, temporaries=not update.in_place):
+            grads = None if coefficients.gradient is None else batch.wide(tensors.grads)
+            update.run(tensors, batch, grads, batch.wide(tensors.exp_avgs))
 
-    def dots(self, tiles: Tiles, decay: Decay) -> Sums:
-        sums = _Table(len(tiles))
-        batch = _Batch(range(len(tiles)), None)  # one for all: sums widen for themselves
-        sums.add_squares("mm", batch, tiles.exp_avgs)
-        sums.add("mg", batch, tiles.exp_avgs, tiles.grads)
-        sums.add_squares("gg", batch, tiles.grads)
+    def dots(self, tensors: StepTensors, decay: Decay) -> Sums:
+        sums = _Table(len(tensors))
+        batch = _Batch(range(len(tensors)), None)  # one for all: sums widen for themselves
+        sums.add_squares("mm", batch, tensors.exp_avgs)
+        sums.add("mg", batch, tensors.exp_avgs, tensors.grads)
+        sums.add_squares("gg", batch, tensors.grads)
         if decay.weight is not None:
-            sums.add("mw", batch, tiles.exp_avgs, tiles.params)
-            sums.add("gw", batch, tiles.grads, tiles.params)
-            sums.add_squares("ww", batch, tiles.params)
+            sums.add("mw", batch, tensors.exp_avgs, tensors.params)
+            sums.add("gw", batch, tensors.grads, tensors.params)
+            sums.add_squares("ww", batch, tensors.params)
         return sums.vectors()
 
-    def commit(self, tiles: Tiles, decay: Decay, coefficients: Coefficients) -> None:
+    def commit(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients) -> None:
         gain, skip = coefficients.gain, coefficients.skip
         update = _Update(coefficients.weight, coefficients.gradient, coefficients.moment, skip)
-        for batch in _batches(tiles, temporaries=gain is not None or not update.in_place):
-            grads = batch.wide(tiles.grads)
+        for batch in _batches(tensors, temporaries=gain is not None or not update.in_place):
+            grads = batch.wide(tensors.grads)
             if gain is not None:
                 grads = list(torch._foreach_mul(grads, [gain] * len(grads)))
-            weights = None if decay.weight is None else batch.wide(tiles.params)
-            moments = batch.wide(tiles.exp_avgs, copy=skip is not None)
+            weights = None if decay.weight is None else batch.wide(tensors.params)
+            moments = batch.wide(tensors.exp_avgs, copy=skip is not None)
             _blend(moments, grads, weights, decay, batch)
-            update.run(tiles, batch, grads, moments)
-            _store_moments(tiles, batch, moments, early=False, skip=skip)
+            update.run(tensors, batch, grads, moments)
+            _store_moments(tensors, batch, moments, early=False, skip=skip)
 
     def native_step(self) -> NativeStep:
         return lambda groups, state, grad_scale, found_inf, counter: None
 
-    def native_overlap(self) -> NativeOverlap | None:
+    def native_in_backward(self) -> NativeInBackward | None:
         return None
 
 
@@ -111,13 +111,13 @@ class _Batch(NamedTuple):
         return [tensors[i].to(self.dtype or tensors[i].dtype, copy=copy) for i in self.indices]
 
 
-def _batches(tiles: Tiles, temporaries: bool = False) -> Iterator[_Batch]:
+def _batches(tensors: StepTensors, temporaries: bool = False) -> Iterator[_Batch]:
     """Tensors to work on together: any number that are updated where they lie, others up to ``CHUNK`` elements.
 
     ``temporaries``: none is updated where it lies.
     """
     begun: dict[torch.dtype | None, tuple[list[int], int]] = {}
-    for i, (w, g, m) in enumerate(zip(tiles.params, tiles.grads, tiles.exp_avgs, strict=True)):
+    for i, (w, g, m) in enumerate(zip(tensors.params, tensors.grads, tensors.exp_avgs, strict=True)):
         wide = _WIDE[w.dtype]
         dtype = None if not temporaries and w.dtype == g.dtype == m.dtype == wide else wide
         indices, size = begun.get(dtype, ([], 0))
@@ -204,7 +204,7 @@ def _add(targets: list[Tensor], terms: list[Tensor], factors: list[float]) -> No
 
 
 def _store_moments(
-    tiles: Tiles, batch: _Batch, moments: list[Tensor], *, early: bool, skip: Tensor | None = None
+    tensors: StepTensors, batch: _Batch, moments: list[Tensor], *, early: bool, skip: Tensor | None = None
 ) -> list[Tensor]:
     """Write the moments to their places unless ``skip``; return what was written, as wide as it came.
 
@@ -212,19 +212,19 @@ def _store_moments(
     """
     targets, rounded = [], []
     for i, moment in zip(batch.indices, moments, strict=True):
-        m = tiles.exp_avgs[i]
+        m = tensors.exp_avgs[i]
         if m is moment:
             continue
         targets.append(m)
         if m.dtype == torch.bfloat16:
-            step = tiles.steps[i] + 1 if early else tiles.steps[i]
-            rounded.append(round_stochastic(moment, random_bits(m, step, tiles.ordinals[i])))
+            step = tensors.steps[i] + 1 if early else tensors.steps[i]
+            rounded.append(round_stochastic(moment, random_bits(m, step, tensors.ordinals[i])))
         else:
             rounded.append(moment)
     if not targets:
         return moments
     _write(targets, rounded, skip)
-    return batch.wide(tiles.exp_avgs)
+    return batch.wide(tensors.exp_avgs)
 
 
 class _Update:
@@ -246,22 +246,24 @@ class _Update:
         # A gradient may lie in the parameter's own memory; it is read before that is written to.
         self.in_place = skip is None and (weight is None or gradient is None)
 
-    def run(self, tiles: Tiles, batch: _Batch, grads: list[Tensor] | None, moments: list[Tensor] | None) -> None:
+    def run(
+        self, tensors: StepTensors, batch: _Batch, grads: list[Tensor] | None, moments: list[Tensor] | None
+    ) -> None:
         """Update the weights of a batch."""
-        values = batch.wide(tiles.params, copy=not self.in_place)
+        values = batch.wide(tensors.params, copy=not self.in_place)
         for i, value in zip(batch.indices, values, strict=True):
-            kahan = tiles.kahans[i]
+            kahan = tensors.kahans[i]
             if kahan is not None:
                 half_ulp = value.abs().mul_(torch.finfo(kahan.dtype).eps / 2)
                 value.add_(torch.where(kahan.abs() <= half_ulp, kahan, 0.0))
         if self._weight is not None:
             torch._foreach_mul_(values, [self._weight[i] for i in batch.indices])
-        for factors, tensors in ((self._gradient, grads), (self._moment, moments)):
-            if factors is not None and tensors is not None:
-                torch._foreach_addcmul_(values, tensors, [factors[i] for i in batch.indices])
+        for factors, addends in ((self._gradient, grads), (self._moment, moments)):
+            if factors is not None and addends is not None:
+                torch._foreach_addcmul_(values, addends, [factors[i] for i in batch.indices])
         targets, written = [], []
         for i, value in zip(batch.indices, values, strict=True):
-            param, kahan = tiles.params[i], tiles.kahans[i]
+            param, kahan = tensors.params[i], tensors.kahans[i]
             if param is value:
                 continue
             rounded = value.to(param.dtype)

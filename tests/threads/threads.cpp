@@ -1,4 +1,4 @@
-// The passes and how they are divided among threads, under ThreadSanitizer: csrc/cpu/passes.cpp and sweep.cpp as they
+// The passes and how they are divided among threads, under ThreadSanitizer: csrc/cpu/kernels.cpp and parallel.cpp as they
 // are, with std::threads in the place of PyTorch's (ATen/Parallel.h). Without an argument, every pass over every kind of
 // tensors, from one thread to many, has to give the bits that one thread gives. With `--races` two
 // threads are made to write to the same memory, and ThreadSanitizer has to report it each time, or its silence would say
@@ -12,9 +12,9 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/passes.h"
-#include "cpu/sweep.h"
-#include "scalars.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "step/solve.h"
 
 namespace {
 
@@ -101,7 +101,7 @@ void fill(std::vector<char>& bytes, Type type, uint32_t& state) {
 // Tensors with everything that a step has, and room for sums.
 struct Tensors {
   std::vector<std::vector<char>> memory;
-  std::vector<Record> records;
+  std::vector<Row> records;
   std::vector<double> sums;
   Tiling tiling;
 
@@ -114,7 +114,7 @@ struct Tensors {
       return static_cast<void*>(memory.back().data());
     };
     for (const int64_t size : sizes) {
-      Record record{};
+      Row record{};
       record.w = values(kind.w, size);
       record.g = values(kind.g, size);
       record.m = values(kind.m, size);
@@ -134,7 +134,7 @@ struct Tensors {
 
   void run(const Call& call, bool far) {
     Mode mode = call.mode;
-    mode.far = far;
+    mode.prefetch = far;
     sweep(kernels().*call.pass, records.data(), tiling, mode, sums.data(), call.width);
   }
 

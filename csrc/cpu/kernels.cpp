@@ -1,0 +1,351 @@
+// The four passes over one tile, compiled once per instruction set. The protocol is in
+// sofim_fused/backends/interface.py, the arithmetic in element.h.
+#include "cpu/kernels.h"
+
+#include "cpu/lanes.h"
+
+namespace sofim {
+namespace {
+
+// Storage types of weight, gradient and moment, and how they are computed with.
+template <class Weight, class Gradient, class Moment>
+struct Types {
+  using W = Weight;
+  using G = Gradient;
+  using M = Moment;
+  using T = std::conditional_t<std::is_same_v<W, double>, double, float>;
+  using V = std::conditional_t<std::is_same_v<W, double>, Doubles, Floats>;
+  static constexpr bool kNarrow = sizeof(W) == 2;
+  static constexpr bool kRounds = std::is_same_v<M, BFloat16>;
+  // Half of the distance from 1 to the next W.
+  static constexpr float kHalfEps = std::is_same_v<W, Half> ? 1.0f / 2048 : 1.0f / 256;
+};
+
+// Sixteen elements: where they lie, and the index of the first.
+template <class Y>
+struct Block {
+  typename Y::W* w;
+  const typename Y::G* g;
+  typename Y::M* m;
+  typename Y::W* kahan;
+  int64_t index;
+
+  SOFIM_HD void advance(int64_t elements) {
+    w += elements;
+    g += elements;
+    m += elements;
+    if (kahan != nullptr) kahan += elements;
+    index += elements;
+  }
+};
+
+// What a pass touches; the tail goes through copies of these.
+struct Use {
+  bool w, g, writes_m, writes_w;
+};
+
+// How many elements ahead a `far` pass asks for memory: the hardware's own prefetching stops at the end of each page.
+constexpr ptrdiff_t kAhead = 512;
+// From so many elements on, a tile is worked on from its start and from its middle in turns: that keeps more reads
+// under way.
+constexpr int64_t kSplit = 2048;
+
+template <class T>
+SOFIM_HD void ask_for(const T* from, ptrdiff_t ahead) {
+#if defined(__GNUC__)
+  const auto address = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(ahead) * sizeof(T);
+  __builtin_prefetch(reinterpret_cast<const void*>(address));
+#endif
+}
+
+// Calls `pass` for `pairs` blocks from `first` on and for as many from `second` on, in turns, each `stride` elements
+// behind the one before, and returns it with its sums. Not inlined: the compiler makes each pass once.
+//
+// With `far`, memory is asked for kAhead elements ahead; where that is index `bend` or more, `skip` elements further.
+template <class Pass, class Block>
+SOFIM_NOINLINE Pass over_blocks(Pass pass, Block first, Block second, int64_t pairs, int64_t stride, bool far,
+                                int64_t bend, ptrdiff_t skip) {
+  const Use use = pass.use();
+  const auto take = [&](Block& block, ptrdiff_t ahead) SOFIM_INLINE {
+    if (far) {
+      if (use.w) ask_for(block.w, ahead);
+      if (use.g) ask_for(block.g, ahead);
+      ask_for(block.m, ahead);
+    }
+    pass(block);
+    block.advance(stride);
+  };
+  for (int64_t i = 0; i < pairs; ++i) {
+    const ptrdiff_t ahead = first.index + kAhead < bend ? kAhead : kAhead + skip;
+    take(first, ahead);
+    take(second, ahead);
+  }
+  return pass;
+}
+
+// Calls `pass` for every sixteen elements of a tile, and returns it with its sums. What remains after pairs of blocks
+// goes through the same instructions on copies padded with zeros, which add nothing to a sum.
+template <class Y, class Pass>
+SOFIM_HD Pass over_tile(Pass pass, const Row& r, const Mode& mode, int64_t begin, int64_t size) {
+  constexpr int64_t kPair = 2 * kLanes;
+  Block<Y> block{
+      static_cast<typename Y::W*>(r.w) + begin,
+      static_cast<const typename Y::G*>(r.g) + begin,
+      static_cast<typename Y::M*>(r.m) + begin,
+      r.kahan == nullptr ? nullptr : static_cast<typename Y::W*>(r.kahan) + begin,
+      begin};
+  const int64_t pairs = size / kPair, half = pairs * kLanes;
+  Block<Y> second = block;
+  if (size >= kSplit) {
+    second.advance(half);
+    // From the end of either half to where it begins in the next tile.
+    const ptrdiff_t skip = size < kTile ? 0 : mode.backwards ? -3 * half : half;
+    pass = over_blocks(pass, block, second, pairs, kLanes, mode.prefetch, begin + half, skip);
+  } else if (pairs > 0) {
+    second.advance(kLanes);
+    pass = over_blocks(pass, block, second, pairs, kPair, mode.prefetch, begin + size, 0);
+  }
+  block.advance(2 * half);
+  const size_t rest = static_cast<size_t>(size - 2 * half);
+  if (rest == 0) return pass;
+  const Use use = pass.use();
+  alignas(64) typename Y::W w[kPair] = {};
+  alignas(64) typename Y::G g[kPair] = {};
+  alignas(64) typename Y::M m[kPair] = {};
+  alignas(64) typename Y::W kahan[kPair] = {};
+  if (use.w) memcpy(w, block.w, rest * sizeof *w);
+  if (use.g) memcpy(g, block.g, rest * sizeof *g);
+  memcpy(m, block.m, rest * sizeof *m);
+  if (block.kahan != nullptr && use.writes_w) memcpy(kahan, block.kahan, rest * sizeof *kahan);
+  const Block<Y> copies{w, g, m, block.kahan == nullptr ? nullptr : kahan, block.index};
+  second = copies;
+  second.advance(kLanes);
+  pass = over_blocks(pass, copies, second, 1, kPair, false, 0, 0);
+  if (use.writes_m) memcpy(block.m, m, rest * sizeof *m);
+  if (use.writes_w) {
+    memcpy(block.w, w, rest * sizeof *w);
+    if (block.kahan != nullptr) memcpy(block.kahan, kahan, rest * sizeof *kahan);
+  }
+  return pass;
+}
+
+// A tensor's factors in the type that is computed with, and the key of its random bits in this tile.
+template <class Y>
+struct Factors {
+  using V = typename Y::V;
+  using T = typename Y::T;
+
+  SOFIM_HD Factors(const Row& r, const Mode& mode, int64_t begin)
+      : decay_m(static_cast<T>(r.decay.m)),
+        decay_g(static_cast<T>(r.decay.g)),
+        decay_w(static_cast<T>(r.decay.w)),
+        update_w(static_cast<T>(r.update.w)),
+        update_g(static_cast<T>(r.update.g)),
+        update_m(static_cast<T>(r.update.m)),
+        gain(static_cast<T>(mode.gain)),
+        decays(mode.weights && r.decay.w != 0),
+        stretch(stretch_key(r.key, begin)) {}
+
+  // m' before it is stored. A zero decay.w adds no term: zero times an infinite weight would be NaN.
+  SOFIM_HD V moment(const V& m, const V& v, const typename Y::W* w) const {
+    const V blend = blended(m, v, V(decay_m), V(decay_g));
+    return decays ? Ops<V>::multiply_add(V(decay_w), load(w), blend) : blend;
+  }
+
+  // Stores m' and returns it as stored.
+  SOFIM_HD V store_moment(typename Y::M* to, const V& moment, int64_t index) const {
+    if constexpr (Y::kRounds) {
+      const Words place = lane_places() + static_cast<uint32_t>(index) * kWeyl;
+      const Words random = random_bits(Words(stretch), place);
+      const Words rounded = rounded_stochastically(bits_of(moment), random);
+      store_upper(to, rounded);
+      return from_bits(rounded);
+    } else {
+      store(to, moment);
+      return moment;
+    }
+  }
+
+  // w, and what it lost when it was stored; v and m enter as far as `with_v` and `with_m` say.
+  SOFIM_HD void update(const Block<Y>& b, const V& v, const V& m, bool with_v, bool with_m) const {
+    V w = load(b.w);
+    if constexpr (Y::kNarrow) {
+      if (b.kahan != nullptr) w = with_lost_bits(w, load(b.kahan), V(Y::kHalfEps));
+    }
+    w = w * V(update_w);
+    if (with_v) w = Ops<V>::multiply_add(V(update_g), v, w);
+    if (with_m) w = Ops<V>::multiply_add(V(update_m), m, w);
+    store(b.w, w);
+    if constexpr (Y::kNarrow) {
+      if (b.kahan != nullptr) {
+        store(b.kahan, lost_bits(w, load(b.w), V(std::numeric_limits<float>::max())));
+      }
+    }
+  }
+
+  T decay_m, decay_g, decay_w, update_w, update_g, update_m, gain;
+  bool decays;
+  uint32_t stretch;
+};
+
+// The passes, as over_tile() calls them: what they touch, what they do to sixteen elements, their sums.
+
+// `cross`: also the sums of products with g and w, or the gradient's part of the step, or both.
+template <class Y, bool cross>
+struct Accumulate {
+  SOFIM_HD Accumulate(const Row& r, const Mode& mode, int64_t begin)
+      : factors(r, mode, begin), weights(mode.weights), step(cross && mode.gradient) {}
+
+  SOFIM_HD Use use() const { return {weights || step, true, true, step}; }
+
+  SOFIM_HD void operator()(const Block<Y>& b) {
+    const auto g = load(b.g);
+    const auto m = factors.store_moment(b.m, factors.moment(load(b.m), g, b.w), b.index);
+    const auto wide = widened(m);
+    mm.add(wide, wide);
+    if constexpr (cross) {
+      mg.add(wide, widened(g));
+      if (weights) mw.add(wide, widened(load(b.w)));
+      if (step) factors.update(b, g, g, true, false);
+    }
+  }
+
+  Factors<Y> factors;
+  bool weights, step;
+  Lanes mm, mg, mw;
+};
+
+template <class Y, bool gradient>
+struct Apply {
+  SOFIM_HD Apply(const Row& r, const Mode& mode, int64_t begin) : factors(r, mode, begin) {}
+
+  SOFIM_HD Use use() const { return {true, gradient, false, true}; }
+
+  SOFIM_HD void operator()(const Block<Y>& b) {
+    const auto m = load(b.m);
+    if constexpr (gradient) {
+      factors.update(b, load(b.g), m, true, true);
+    } else {
+      factors.update(b, m, m, false, true);
+    }
+  }
+
+  Factors<Y> factors;
+};
+
+template <class Y>
+struct Dots {
+  SOFIM_HD explicit Dots(const Mode& mode) : weights(mode.weights) {}
+
+  SOFIM_HD Use use() const { return {weights, true, false, false}; }
+
+  SOFIM_HD void operator()(const Block<Y>& b) {
+    const Doubles m = widened(load(b.m)), g = widened(load(b.g));
+    mm.add(m, m);
+    mg.add(m, g);
+    gg.add(g, g);
+    if (weights) {
+      const Doubles w = widened(load(b.w));
+      mw.add(m, w);
+      gw.add(g, w);
+      ww.add(w, w);
+    }
+  }
+
+  bool weights;
+  Lanes mm, mg, gg, mw, gw, ww;
+};
+
+template <class Y>
+struct Commit {
+  SOFIM_HD Commit(const Row& r, const Mode& mode, int64_t begin)
+      : factors(r, mode, begin), scaled(mode.scaled), gradient(mode.gradient) {}
+
+  SOFIM_HD Use use() const { return {true, true, true, true}; }
+
+  SOFIM_HD void operator()(const Block<Y>& b) {
+    auto v = load(b.g);
+    if (scaled) v = v * typename Y::V(factors.gain);
+    const auto m = factors.moment(load(b.m), v, b.w);
+    factors.store_moment(b.m, m, b.index);
+    factors.update(b, v, m, gradient, true);
+  }
+
+  Factors<Y> factors;
+  bool scaled, gradient;
+};
+
+// From a record's types to a kernel's, once per tile.
+template <class Run>
+void with_types(const Row& r, Run run) {
+  const bool wide_g = r.g_type == Type::float32, wide_m = r.m_type == Type::float32;
+  switch (r.w_type) {
+    case Type::float64:
+      return run(Types<double, double, double>());
+    case Type::float32:
+      return wide_m ? run(Types<float, float, float>()) : run(Types<float, float, BFloat16>());
+    case Type::bfloat16:
+      if (wide_g) return wide_m ? run(Types<BFloat16, float, float>()) : run(Types<BFloat16, float, BFloat16>());
+      return wide_m ? run(Types<BFloat16, BFloat16, float>()) : run(Types<BFloat16, BFloat16, BFloat16>());
+    case Type::float16:
+      if (wide_g) return wide_m ? run(Types<Half, float, float>()) : run(Types<Half, float, BFloat16>());
+      return wide_m ? run(Types<Half, Half, float>()) : run(Types<Half, Half, BFloat16>());
+  }
+}
+
+template <class Y, bool cross>
+void accumulate(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
+  const auto done = over_tile<Y>(Accumulate<Y, cross>(r, mode, begin), r, mode, begin, size);
+  sums[kMM] = done.mm.total();
+  if (!mode.cross) return;
+  sums[kMG] = done.mg.total();
+  if (mode.weights) sums[kMW] = done.mw.total();
+}
+
+void run_accumulate(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
+  with_types(r, [&](auto types) {
+    using Y = decltype(types);
+    (mode.cross || mode.gradient ? accumulate<Y, true> : accumulate<Y, false>)(r, mode, begin, size, sums);
+  });
+}
+
+void run_apply(const Row& r, const Mode& mode, int64_t begin, int64_t size, double*) {
+  with_types(r, [&](auto types) {
+    using Y = decltype(types);
+    if (mode.gradient) {
+      over_tile<Y>(Apply<Y, true>(r, mode, begin), r, mode, begin, size);
+    } else {
+      over_tile<Y>(Apply<Y, false>(r, mode, begin), r, mode, begin, size);
+    }
+  });
+}
+
+void run_dots(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
+  with_types(r, [&](auto types) {
+    using Y = decltype(types);
+    const auto done = over_tile<Y>(Dots<Y>(mode), r, mode, begin, size);
+    sums[kMM] = done.mm.total();
+    sums[kMG] = done.mg.total();
+    sums[kGG] = done.gg.total();
+    if (!mode.weights) return;
+    sums[kMW] = done.mw.total();
+    sums[kGW] = done.gw.total();
+    sums[kWW] = done.ww.total();
+  });
+}
+
+void run_commit(const Row& r, const Mode& mode, int64_t begin, int64_t size, double*) {
+  with_types(r, [&](auto types) {
+    using Y = decltype(types);
+    over_tile<Y>(Commit<Y>(r, mode, begin), r, mode, begin, size);
+  });
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static constexpr Kernels table{run_accumulate, run_apply, run_dots, run_commit};
+  return table;
+}
+
+}  // namespace sofim

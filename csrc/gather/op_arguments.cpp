@@ -1,0 +1,50 @@
+#include "gather/op_arguments.h"
+
+namespace sofim {
+
+using at::Tensor;
+using at::TensorList;
+
+void define_operators(torch::Library& m) {
+  m.def(
+      "accumulate(Tensor[] params, Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor[] steps, int[] ordinals,"
+      " float[] moment, float[] gradient, float[]? weight, bool cross) -> Tensor");
+  m.def(
+      "accumulate_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] kahans,"
+      " Tensor[] steps, int[] ordinals, float[] moment, float[] gradient, float[]? weight, bool cross,"
+      " Tensor? step_weight, Tensor step_gradient) -> Tensor");
+  m.def(
+      "apply(Tensor(a!)[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor(b!)[] kahans, Tensor moment,"
+      " Tensor? weight, Tensor? gradient) -> ()");
+  m.def("dots(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, bool weights) -> Tensor");
+  m.def(
+      "commit(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] kahans, Tensor[] steps,"
+      " int[] ordinals, float[] decay_moment, float[] decay_gradient, float[]? decay_weight, Tensor moment,"
+      " Tensor? weight, Tensor? gradient, Tensor? gain, Tensor? skip) -> ()");
+}
+
+StepTensors gathered(bool anywhere, TensorList params, TensorList grads, TensorList exp_avgs,
+                std::optional<TensorList> kahans, std::optional<Counts> counts) {
+  const size_t n = params.size();
+  TORCH_CHECK(grads.size() == n && exp_avgs.size() == n && (!kahans || kahans->size() == n) &&
+                  (!counts || (counts->steps.size() == n && counts->ordinals.size() == n)),
+              "sofim_fused: the lists differ in length; params has ", n);
+  StepTensors tensors(anywhere);
+  const Tensor none;
+  for (size_t i = 0; i < n; ++i) {
+    const bool kept = kahans && (*kahans)[i].numel() > 0;
+    const char* wrong = tensors.add(params[i], grads[i], exp_avgs[i], kept ? (*kahans)[i] : none,
+                                   counts ? counts->steps[i] : none, counts ? counts->ordinals[i] : 0);
+    TORCH_CHECK(wrong == nullptr, "sofim_fused: tensor ", i, ": ", wrong);
+  }
+  return tensors;
+}
+
+void set_decay(StepTensors& tensors, Floats moment, Floats gradient, std::optional<Floats> weight) {
+  const size_t n = tensors.size();
+  TORCH_CHECK(moment.size() == n && gradient.size() == n && (!weight || weight->size() == n),
+              "sofim_fused: decay: one value per tensor, ", n, " are needed");
+  for (size_t i = 0; i < n; ++i) tensors.record(i).decay = {moment[i], gradient[i], weight ? (*weight)[i] : 0.0};
+}
+
+}  // namespace sofim

@@ -1,0 +1,163 @@
+#include "gather/packed_step.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+
+namespace sofim {
+namespace {
+
+// Columns of rows and of hyper.
+enum { kW, kG, kM, kKahan, kStep, kNumel, kOrdinal, kKind, kGroup, kFirst, kColumns };
+enum { kLr, kMomentum, kRho, kWeightDecay, kL2, kSign, kDecayM, kDecayG, kDecayW, kHypers };
+
+int64_t address(const void* pointer) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer)); }
+
+int64_t kind_of(const Row& r, int64_t addresses) {
+  return static_cast<int64_t>(r.w_type) | int64_t{is_narrow(r.w_type) && r.g_type == Type::float32} << 2 |
+         int64_t{r.m_type == Type::bfloat16} << 3 | int64_t{r.kahan != nullptr} << 4 |
+         int64_t{addresses % 16 != 0} << 5;
+}
+
+// A tensor on the CPU that any mode may read and write.
+at::Tensor memory(int64_t rows, int64_t columns, at::ScalarType dtype) {
+  const c10::InferenceMode outside(false);
+  return at::zeros({rows, columns}, at::TensorOptions(dtype).device(at::kCPU));
+}
+
+}  // namespace
+
+// What lets go of tensors may run Python code, and that may come back here.
+struct PackedStep::Busy {
+  explicit Busy(PackedStep& table) : table(table) { table.busy_ = true; }
+  ~Busy() { table.busy_ = false; }
+  PackedStep& table;
+};
+
+std::optional<int> PackedStep::gather(PyObject* groups, PyObject* state) {
+  if (busy_) return std::nullopt;
+  const Busy busy(*this);
+  param_groups_.clear();
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return std::nullopt;
+  try {
+    if (!param_groups_.read(groups, state)) return std::nullopt;
+  } catch (const std::exception&) {  // what has no sizes, say; Python meets it too
+    PyErr_Clear();
+    param_groups_.clear();
+    return std::nullopt;
+  }
+  param_groups_.hold();
+  const int changed = fill_whole() | fill_rows() | fill_hyper();
+  return changed;
+}
+
+void PackedStep::finish(bool weights, bool moments, bool steps) {
+  if (busy_) return;
+  const Busy busy(*this);
+  StepTensors& tensors = param_groups_.tensors();
+  tensors.write_back(weights, moments);
+  if (weights) tensors.bump_weights();
+  if (moments) tensors.bump_moments();
+  if (steps) tensors.bump_steps();
+  param_groups_.clear();
+}
+
+int PackedStep::fill_whole() {
+  const StepTensors& tensors = param_groups_.tensors();
+  const Options& whole = param_groups_.options();
+  const bool l2 = param_groups_.l2();
+  bool decoupled = false;
+  for (size_t i = 0; i < tensors.size(); ++i) decoupled |= param_groups_.hyper(i).weight_decay != 0.0;
+  std::optional<at::Device> device;
+  if (tensors.size() > 0) device = tensors.device();
+  const bool same = l2 == l2_ && decoupled == decoupled_ && device == device_ &&
+                    whole.gradient_form == options_.gradient_form && whole.fisher == options_.fisher &&
+                    whole.max_grad_norm.has_value() == options_.max_grad_norm.has_value() &&
+                    whole.skip_nonfinite == options_.skip_nonfinite;
+  l2_ = l2;
+  decoupled_ = decoupled;
+  device_ = device;
+  options_ = whole;
+  return same ? 0 : kLayout;
+}
+
+int PackedStep::fill_rows() {
+  const StepTensors& tensors = param_groups_.tensors();
+  const int64_t n = static_cast<int64_t>(tensors.size());
+  int changed = 0;
+  if (!rows_.defined() || n != size_) {
+    rows_ = memory(n, kColumns, at::kLong);
+    changed = kPointers | kLayout;
+  }
+  size_ = n;
+  int64_t* to = rows_.mutable_data_ptr<int64_t>();
+  int64_t first = 0;
+  for (int64_t i = 0; i < n; ++i, to += kColumns) {
+    const Row& r = tensors.records()[i];
+    int64_t row[kColumns] = {};
+    if (r.numel > 0) {
+      row[kW] = address(r.w);
+      row[kG] = address(r.g);
+      row[kM] = address(r.m);
+      row[kKahan] = address(r.kahan);
+    }
+    row[kStep] = address(tensors.count(i));
+    row[kNumel] = r.numel;
+    row[kOrdinal] = tensors.ordinal(i);
+    row[kKind] = kind_of(r, row[kW] | row[kG] | row[kM] | row[kKahan]);
+    row[kGroup] = static_cast<int64_t>(param_groups_.group_of(i));
+    row[kFirst] = first;
+    first += std::max<int64_t>(1, (r.numel + tile_ - 1) / tile_);
+    int64_t moved = 0, other = 0;
+    for (int column = 0; column < kNumel; ++column) moved |= row[column] ^ to[column];
+    for (int column = kNumel; column < kColumns; ++column) other |= row[column] ^ to[column];
+    changed |= (moved | other) != 0 ? kPointers : 0;
+    changed |= other != 0 ? kLayout : 0;
+    std::copy(row, row + kColumns, to);
+  }
+  tiles_ = first;
+  if (changed & kLayout) {
+    uint64_t seen = 0;  // a kind has 6 bits
+    const int64_t* row = rows_.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < n; ++i) seen |= uint64_t{1} << row[i * kColumns + kKind];
+    kinds_.clear();
+    for (int64_t kind = 0; kind < 64; ++kind) {
+      if (seen >> kind & 1) kinds_.push_back(kind);
+    }
+  }
+  return changed;
+}
+
+int PackedStep::fill_hyper() {
+  const std::vector<Hyper>& groups = param_groups_.groups();
+  const int64_t n = static_cast<int64_t>(groups.size());
+  int changed = 0;
+  if (!hyper_.defined() || hyper_.size(0) != n) {
+    hyper_ = memory(n, kHypers, at::kDouble);
+    changed = kValues | kLayout;
+  }
+  double* to = hyper_.mutable_data_ptr<double>();
+  for (const Hyper& h : groups) {
+    const Decay decay = decay_of(h);
+    const double row[kHypers] = {h.lr,   h.momentum, h.rho,   h.weight_decay, h.l2,
+                                 h.sign, decay.m,    decay.g, decay.w};
+    // Bits, of which another NaN is no change. NOLINTNEXTLINE(bugprone-suspicious-memory-comparison)
+    if (changed != 0 || std::memcmp(row, to, sizeof row) != 0) {
+      changed |= kValues;
+      std::memcpy(to, row, sizeof row);
+    }
+    to += kHypers;
+  }
+  scalars_.clear();
+  for (const DeviceScalar& d : param_groups_.device_scalars()) {
+    scalars_.emplace_back(d.group, d.name == DeviceScalar::kLr ? kLr : kRho, d.value);
+  }
+  return changed;
+}
+
+}  // namespace sofim

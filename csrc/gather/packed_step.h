@@ -1,0 +1,61 @@
+// The tensors of a step as one table of addresses and numbers, for passes that take them all in one launch.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "gather/param_groups.h"
+
+namespace sofim {
+
+// Its twin in Python, sofim_fused/backends/table.py, says what the columns and numbers mean; results are the same.
+class PackedStep {
+ public:
+  // `tile`: elements per tile.
+  explicit PackedStep(int64_t tile) : tile_(tile) {}
+
+  // Bits of what differs from the last time that it did not return nothing: Change. Nothing: Python has to take this
+  // step, and nothing was changed.
+  std::optional<int> gather(PyObject* groups, PyObject* state);
+  // Takes copies home, raises version counters and lets go of all tensors.
+  void finish(bool weights, bool moments, bool steps);
+
+  enum Change { kPointers = 1, kValues = 2, kLayout = 4 };
+
+  // Of the last gather that did not return nothing.
+  int64_t size() const { return size_; }
+  int64_t tiles() const { return tiles_; }
+  const std::vector<int64_t>& kinds() const { return kinds_; }
+  const at::Tensor& rows() const { return rows_; }
+  const at::Tensor& hyper() const { return hyper_; }
+  const std::vector<std::tuple<int64_t, int64_t, at::Tensor>>& scalars() const { return scalars_; }
+  const std::optional<at::Device>& device() const { return device_; }
+  const Options& options() const { return options_; }
+  bool l2() const { return l2_; }
+  bool decoupled() const { return decoupled_; }
+
+ private:
+  struct Busy;
+
+  int fill_whole();
+  int fill_rows();
+  int fill_hyper();
+
+  const int64_t tile_;
+  ParamGroups param_groups_{true};
+  bool busy_ = false;
+  int64_t size_ = 0;
+  int64_t tiles_ = 0;
+  std::vector<int64_t> kinds_;
+  at::Tensor rows_, hyper_;
+  std::vector<std::tuple<int64_t, int64_t, at::Tensor>> scalars_;
+  std::optional<at::Device> device_;
+  Options options_;
+  bool l2_ = false;
+  bool decoupled_ = false;
+};
+
+}  // namespace sofim

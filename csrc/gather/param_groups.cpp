@@ -1,0 +1,341 @@
+#include "gather/param_groups.h"
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <limits>
+
+namespace sofim {
+namespace {
+
+// Keys of group and state dicts.
+struct Names {
+  PyObject *params, *lr, *momentum, *rho, *weight_decay, *decoupled_weight_decay, *maximize, *state_dtype, *kahan,
+      *numerator, *fisher, *max_grad_norm, *skip_nonfinite, *exp_avg, *step;
+};
+
+const Names& names() {
+  static const Names names = [] {
+    const auto name = [](const char* text) { return PyUnicode_InternFromString(text); };
+    return Names{name("params"),       name("lr"),       name("momentum"),    name("rho"),
+                 name("weight_decay"), name("decoupled_weight_decay"),        name("maximize"),
+                 name("state_dtype"),  name("kahan"),    name("numerator"),   name("fisher"),
+                 name("max_grad_norm"), name("skip_nonfinite"), name("exp_avg"), name("step")};
+  }();
+  return names;
+}
+
+// Values are read like this: false for anything that Python should look at.
+
+PyObject* item(PyObject* dict, PyObject* key) { return PyDict_GetItemWithError(dict, key); }
+
+bool is_tensor(PyObject* object) {
+  return object != nullptr && (THPVariable_CheckExact(object) || THPVariable_Check(object));
+}
+
+// Subclasses and traced or functionalized tensors have ways of their own; memory is not all there is to them.
+bool plain(const at::Tensor& x) {
+  constexpr c10::DispatchKeySet others({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+                                        c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
+  return !x.key_set().has_any(others);
+}
+
+bool read_number(PyObject* object, double& value) {
+  if (object == nullptr || PyBool_Check(object)) return false;
+  if (PyFloat_Check(object)) {
+    value = PyFloat_AS_DOUBLE(object);
+    return true;
+  }
+  if (!PyLong_Check(object)) return false;
+  value = PyLong_AsDouble(object);
+  if (value == -1.0 && PyErr_Occurred()) {
+    PyErr_Clear();
+    return false;
+  }
+  return true;
+}
+
+bool read_flag(PyObject* object, bool& value) {
+  value = object == Py_True;
+  return object == Py_True || object == Py_False;
+}
+
+bool in_range(double x, double low, double below) { return x >= low && x < below; }
+
+#if defined(SOFIM_EMULATED)
+constexpr bool kEmulated = true;  // see tests/emulator: the CPU stands for a GPU, whose memory is not looked into
+#else
+constexpr bool kEmulated = false;
+#endif
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kSmallestRho = 1e-30;  // checks.SMALLEST_RHO
+
+// A number, or a real tensor of one element; of a tensor on another device than the CPU the value is not looked at.
+bool read_scalar(PyObject* object, bool anywhere, double& value, at::Tensor& device_scalar) {
+  if (read_number(object, value)) return true;
+  if (!is_tensor(object)) return false;
+  const at::Tensor& x = THPVariable_Unpack(object);
+  if (!plain(x) || x.numel() != 1 || x.is_complex() || x.scalar_type() == at::kBool) return false;
+  if (!x.device().is_cpu() || kEmulated) {
+    if (!anywhere || !has_addresses(x)) return false;
+    value = kNaN;
+    device_scalar = x;
+    return true;
+  }
+  value = x.item<double>();
+  return true;
+}
+
+bool same(PyObject* a, PyObject* b) {
+  return a == b || (a != nullptr && b != nullptr && PyObject_RichCompareBool(a, b, Py_EQ) == 1);
+}
+
+bool is(PyObject* text, const char* value) {
+  return text != nullptr && PyUnicode_Check(text) && PyUnicode_CompareWithASCIIString(text, value) == 0;
+}
+
+bool read_whole(PyObject* groups, Options& whole) {
+  const Names& n = names();
+  PyObject* first = PyList_GET_ITEM(groups, 0);
+  if (!PyDict_Check(first)) return false;
+  for (PyObject* key : {n.numerator, n.fisher, n.max_grad_norm, n.skip_nonfinite}) {
+    PyObject* value = item(first, key);
+    for (Py_ssize_t i = 1; i < PyList_GET_SIZE(groups); ++i) {
+      PyObject* other = PyList_GET_ITEM(groups, i);
+      if (!PyDict_Check(other) || !same(item(other, key), value)) return false;
+    }
+  }
+  PyObject* numerator = item(first, n.numerator);
+  whole.gradient_form = is(numerator, "gradient");
+  if (!whole.gradient_form && !is(numerator, "moment")) return false;
+  PyObject* fisher = item(first, n.fisher);
+  if (is(fisher, "model")) {
+    whole.fisher = Options::kModel;
+  } else if (is(fisher, "group")) {
+    whole.fisher = Options::kGroup;
+  } else if (is(fisher, "parameter")) {
+    whole.fisher = Options::kParameter;
+  } else {
+    return false;
+  }
+  PyObject* limit = item(first, n.max_grad_norm);
+  if (limit != Py_None) {
+    double value;
+    if (!read_number(limit, value) || !(value > 0.0)) return false;
+    whole.max_grad_norm = value;
+  }
+  return read_flag(item(first, n.skip_nonfinite), whole.skip_nonfinite);
+}
+
+}  // namespace
+
+// A parameter's state: nullptr for what it does not have. Nearly always it has nothing else, under these very strings;
+// to walk through it takes less time than to look them up.
+struct ParamGroups::Entries {
+  PyObject *exp_avg = nullptr, *step = nullptr, *kahan = nullptr;
+
+  Entries(PyObject* known, bool keeps) {
+    const Names& n = names();
+    PyObject *key, *value;
+    for (Py_ssize_t place = 0; PyDict_Next(known, &place, &key, &value);) {
+      if (key == n.exp_avg) exp_avg = value;
+      if (key == n.step) step = value;
+      if (key == n.kahan && keeps) kahan = value;
+    }
+    if (exp_avg == nullptr) exp_avg = item(known, n.exp_avg);
+    if (step == nullptr) step = item(known, n.step);
+    if (kahan == nullptr && keeps) kahan = item(known, n.kahan);
+  }
+};
+
+// Looks up parameters in the optimizer's state. Entries usually stand in the order in which they are asked for; then
+// no hash is taken, which for a tensor is a call into Python.
+class ParamGroups::States {
+ public:
+  explicit States(PyObject* state) : state_(state) { next(); }
+
+  // The entry of `param` if it is the next one in the dict.
+  PyObject* in_turn(PyObject* param) {
+    if (key_ != param) return nullptr;
+    PyObject* found = value_;
+    next();
+    return found;
+  }
+
+  PyObject* find(PyObject* param) const { return item(state_, param); }
+
+ private:
+  void next() {
+    if (!PyDict_Next(state_, &place_, &key_, &value_)) key_ = value_ = nullptr;
+  }
+
+  PyObject* state_;
+  Py_ssize_t place_ = 0;
+  PyObject *key_ = nullptr, *value_ = nullptr;
+};
+
+bool OptionalScalar::read(PyObject* object, bool anywhere) {
+  there = object != Py_None;
+  if (!there || read_scalar(object, anywhere, value, device_scalar)) return true;
+  PyErr_Clear();
+  return false;
+}
+
+bool ParamGroups::read(PyObject* groups, PyObject* state, const std::vector<char>* taken) {
+  clear();
+  if (read_everything(groups, state, taken)) return true;
+  PyErr_Clear();  // Python meets the same error in its own checks
+  clear();
+  return false;
+}
+
+bool ParamGroups::read_settings(PyObject* groups) {
+  clear();
+  bool good = PyList_Check(groups) && PyList_GET_SIZE(groups) > 0 && read_whole(groups, options_);
+  for (Py_ssize_t i = 0; good && i < PyList_GET_SIZE(groups); ++i) {
+    settings_.emplace_back();
+    good = read_group(PyList_GET_ITEM(groups, i), settings_.back());
+    groups_.push_back(settings_.back().hyper);
+  }
+  if (good) return true;
+  PyErr_Clear();
+  clear();
+  return false;
+}
+
+bool ParamGroups::read_one(PyObject* param, PyObject* state, size_t group, int64_t ordinal) {
+  clear_tensors();
+  if (group >= settings_.size() || !PyDict_Check(state)) return false;
+  States states(state);
+  if (add_param(param, settings_[group], group, states, ordinal, nullptr) && tensors_.size() == 1 &&
+      !tensors_.shares_memory()) {
+    return true;
+  }
+  PyErr_Clear();
+  clear_tensors();
+  return false;
+}
+
+void ParamGroups::hold() {
+  held_ = true;
+  for (const Objects& objects : objects_) {
+    for (PyObject* object : {objects.w, objects.m, objects.kahan, objects.step}) Py_XINCREF(object);
+  }
+  tensors_.hold_gradients();  // w may be given another one
+}
+
+void ParamGroups::clear() {
+  clear_tensors();
+  options_ = Options();
+  groups_.clear();
+  settings_.clear();
+  device_scalars_.clear();
+}
+
+void ParamGroups::clear_tensors() {
+  tensors_.clear();
+  group_of_.clear();
+  if (held_) {
+    for (const Objects& objects : objects_) {
+      for (PyObject* object : {objects.w, objects.m, objects.kahan, objects.step}) Py_XDECREF(object);
+    }
+    held_ = false;
+  }
+  objects_.clear();
+}
+
+bool ParamGroups::l2() const {
+  for (const size_t group : group_of_) {
+    if (groups_[group].l2 != 0.0) return true;
+  }
+  return false;
+}
+
+bool ParamGroups::read_everything(PyObject* groups, PyObject* state, const std::vector<char>* taken) {
+  if (!PyList_Check(groups) || PyList_GET_SIZE(groups) == 0 || !PyDict_Check(state)) return false;
+  if (!read_whole(groups, options_)) return false;
+  States states(state);
+  int64_t ordinal = 0;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
+    Group group;
+    if (!read_group(PyList_GET_ITEM(groups, i), group)) return false;
+    for (Py_ssize_t j = 0; j < PyList_GET_SIZE(group.params); ++j, ++ordinal) {
+      if (!add_param(PyList_GET_ITEM(group.params, j), group, groups_.size(), states, ordinal, taken)) return false;
+    }
+    groups_.push_back(group.hyper);
+  }
+  return !tensors_.shares_memory();  // Python takes such tensors one after the other, or says what is wrong
+}
+
+bool ParamGroups::read_group(PyObject* dict, Group& group) {
+  const Names& n = names();
+  if (!PyDict_Check(dict)) return false;
+  Hyper& h = group.hyper;
+  double weight_decay;
+  bool decoupled, maximize;
+  if (!read_scalar(item(dict, n.lr), DeviceScalar::kLr, h.lr)) return false;
+  if (!read_number(item(dict, n.momentum), h.momentum) || !in_range(h.momentum, 0.0, 1.0)) return false;
+  if (!read_scalar(item(dict, n.rho), DeviceScalar::kRho, h.rho)) return false;
+  if (!read_number(item(dict, n.weight_decay), weight_decay) || !in_range(weight_decay, 0.0, kInfinity)) return false;
+  if (!read_flag(item(dict, n.decoupled_weight_decay), decoupled)) return false;
+  if (!read_flag(item(dict, n.maximize), maximize)) return false;
+  h.weight_decay = decoupled ? weight_decay : 0.0;
+  h.l2 = decoupled ? 0.0 : weight_decay;
+  h.sign = maximize ? -1.0 : 1.0;
+  PyObject* kahan = item(dict, n.kahan);
+  if (kahan != Py_None && kahan != Py_True && kahan != Py_False) return false;
+  group.kahan = kahan != Py_False;
+  PyObject* state_dtype = item(dict, n.state_dtype);
+  if (state_dtype == nullptr) return false;
+  if (state_dtype != Py_None) {
+    if (!THPDtype_Check(state_dtype)) return false;
+    group.state_dtype = reinterpret_cast<THPDtype*>(state_dtype)->scalar_type;
+    if (*group.state_dtype != at::kFloat && *group.state_dtype != at::kBFloat16) return false;
+  }
+  group.params = item(dict, n.params);
+  return group.params != nullptr && PyList_Check(group.params);
+}
+
+bool ParamGroups::read_scalar(PyObject* object, DeviceScalar::Name name, double& value) {
+  at::Tensor device_scalar;
+  if (!sofim::read_scalar(object, anywhere_, value, device_scalar)) return false;
+  if (device_scalar.defined()) {
+    device_scalars_.push_back({groups_.size(), name, device_scalar});
+    return true;
+  }
+  return in_range(value, name == DeviceScalar::kRho ? kSmallestRho : 0.0, kInfinity);
+}
+
+bool ParamGroups::add_param(PyObject* param, const Group& group, size_t index, States& states, int64_t ordinal,
+                   const std::vector<char>* taken) {
+  if (!is_tensor(param)) return false;
+  const at::Tensor& w = THPVariable_Unpack(param);
+  const at::Tensor& given = w.unsafeGetTensorImpl()->grad();
+  PyObject* known = states.in_turn(param);
+  const bool was_taken = taken != nullptr && static_cast<size_t>(ordinal) < taken->size() && (*taken)[ordinal];
+  if (!given.defined() && !was_taken) return plain(w) || !w.requires_grad();  // frozen ones may be of any kind
+  if (taken != nullptr && !was_taken) return false;
+  const at::Tensor& g = was_taken ? w : given;
+  if (known == nullptr) known = states.find(param);
+  if (known == nullptr || !PyDict_Check(known)) return false;
+  const bool keeps = group.kahan && (w.scalar_type() == at::kBFloat16 || w.scalar_type() == at::kHalf);
+  const Entries entries(known, keeps);
+  if (!is_tensor(entries.exp_avg) || !is_tensor(entries.step) || (keeps && !is_tensor(entries.kahan))) return false;
+  const at::Tensor none;
+  const at::Tensor& m = THPVariable_Unpack(entries.exp_avg);
+  const at::Tensor& t = THPVariable_Unpack(entries.step);
+  const at::Tensor& kahan = keeps ? THPVariable_Unpack(entries.kahan) : none;
+  if (!plain(w) || !plain(g) || !plain(m) || !plain(t) || (keeps && !plain(kahan))) return false;
+  const at::ScalarType natural = c10::promoteTypes(w.scalar_type(), at::kFloat);
+  if (m.scalar_type() != group.state_dtype.value_or(natural)) return false;
+  if (group.state_dtype && natural != at::kFloat) return false;
+  if (tensors_.add(w, g, m, kahan, t, ordinal) != nullptr) return false;
+  tensors_.record(tensors_.size() - 1).decay = decay_of(group.hyper);
+  group_of_.push_back(index);
+  objects_.push_back({param, entries.exp_avg, entries.kahan, entries.step});
+  return true;
+}
+
+}  // namespace sofim

@@ -1,0 +1,111 @@
+// Reads an optimizer's groups and state: the tensors of one step, and what holds for them.
+//
+// It takes what SOFIM.step (sofim_fused/optimizer.py) takes where nothing is to be said about it. Whatever it does not
+// expect, a wrong value or a tensor without state, it leaves to Python.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/python_headers.h>
+
+#include <optional>
+#include <vector>
+
+#include "gather/step_tensors.h"
+#include "step/solve.h"
+
+namespace sofim {
+
+// What holds for the optimizer as a whole.
+struct Options {
+  bool gradient_form = false;
+  enum Fisher { kModel, kGroup, kParameter } fisher = kModel;
+  std::optional<double> max_grad_norm;
+  bool skip_nonfinite = false;
+
+  bool guarded() const { return max_grad_norm || skip_nonfinite; }
+};
+
+// A hyperparameter that is a tensor on another device than the CPU; its group's Hyper has NaN in its place.
+struct DeviceScalar {
+  size_t group;
+  enum Name { kLr, kRho } name;
+  at::Tensor value;
+};
+
+// What a step may be given besides: nothing (None), a number, or a tensor of one element.
+struct OptionalScalar {
+  bool there = false;
+  double value = 0.0;
+  at::Tensor device_scalar;  // defined: the value is in it, on another device than the CPU
+
+  // False if Python has to look at it. `anywhere`: a tensor may lie on any device.
+  bool read(PyObject* object, bool anywhere);
+};
+
+class ParamGroups {
+ public:
+  // `anywhere`: all tensors may lie on any one device, and lr and rho on others. Else all have to lie on the CPU.
+  explicit ParamGroups(bool anywhere = false) : anywhere_(anywhere), tensors_(anywhere) {}
+  ~ParamGroups() { clear(); }
+  ParamGroups(const ParamGroups&) = delete;
+  ParamGroups& operator=(const ParamGroups&) = delete;
+
+  // False if Python has to look at this step; nothing was changed then. What was read stays valid as long as Python's
+  // lock is held and no Python code runs, or see hold(). `groups` and `state` may be of any type.
+  // `taken`: says of each parameter, by its ordinal, whether its gradient was taken before. Then these are read, with
+  // the parameter in the place of its gradient, and none of the others may have one.
+  bool read(PyObject* groups, PyObject* state, const std::vector<char>* taken = nullptr);
+  // Reads settings alone; they stay until the next clear().
+  bool read_settings(PyObject* groups);
+  // After read_settings(): reads one parameter that has a gradient, in the place of the one before.
+  bool read_one(PyObject* param, PyObject* state, size_t group, int64_t ordinal);
+  // Keeps every tensor alive until clear().
+  void hold();
+  // Forgets what was read, or but for the settings. To be called with Python's lock. What goes may run Python code, which
+  // must not come here.
+  void clear();
+  void clear_tensors();
+
+  StepTensors& tensors() { return tensors_; }
+  const StepTensors& tensors() const { return tensors_; }
+  const Options& options() const { return options_; }
+  const std::vector<Hyper>& groups() const { return groups_; }
+  const std::vector<DeviceScalar>& device_scalars() const { return device_scalars_; }
+  size_t group_of(size_t i) const { return group_of_[i]; }
+  const Hyper& hyper(size_t i) const { return groups_[group_of_[i]]; }
+  // Whether some tensor has L2 weight decay.
+  bool l2() const;
+
+ private:
+  // A group's settings.
+  struct Group {
+    Hyper hyper;
+    std::optional<at::ScalarType> state_dtype;
+    bool kahan = true;
+    PyObject* params = nullptr;
+  };
+  struct Entries;
+  class States;
+  struct Objects {
+    PyObject *w, *m, *kahan, *step;
+  };
+
+  bool read_everything(PyObject* groups, PyObject* state, const std::vector<char>* taken);
+  bool read_group(PyObject* dict, Group& group);
+  bool read_scalar(PyObject* object, DeviceScalar::Name name, double& value);
+  bool add_param(PyObject* param, const Group& group, size_t index, States& states, int64_t ordinal,
+             const std::vector<char>* taken);
+
+  const bool anywhere_;
+  // Kept from step to step for their memory alone.
+  StepTensors tensors_;
+  Options options_;
+  std::vector<Hyper> groups_;
+  std::vector<Group> settings_;
+  std::vector<DeviceScalar> device_scalars_;
+  std::vector<size_t> group_of_;
+  std::vector<Objects> objects_;
+  bool held_ = false;
+};
+
+}  // namespace sofim

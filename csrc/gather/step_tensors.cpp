@@ -1,0 +1,299 @@
+#include "gather/step_tensors.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+#include <iterator>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include "step/element.h"
+
+namespace sofim {
+namespace {
+
+bool storage_type(at::ScalarType dtype, Type& type) {
+  switch (dtype) {
+    case at::kFloat:
+    case at::kComplexFloat:
+      type = Type::float32;
+      return true;
+    case at::kDouble:
+    case at::kComplexDouble:
+      type = Type::float64;
+      return true;
+    case at::kBFloat16:
+      type = Type::bfloat16;
+      return true;
+    case at::kHalf:
+      type = Type::float16;
+      return true;
+    default:
+      return false;
+  }
+}
+
+// Whether elements that correspond lie in the same order; dimensions of one element have no say.
+bool same_order(const at::Tensor& a, const at::Tensor& b) {
+  const auto sizes = a.sizes(), left = a.strides(), right = b.strides();
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] > 1 && left[i] != right[i]) return false;
+  }
+  return true;
+}
+
+// Whether elements may share memory: strides that are not those of nested, disjoint blocks.
+bool may_overlap(const at::Tensor& x) {
+  if (x.is_non_overlapping_and_dense() || x.numel() == 0) return false;
+  std::vector<std::pair<int64_t, int64_t>> steps;  // strides and sizes
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    if (x.size(i) > 1) steps.emplace_back(x.stride(i), x.size(i));
+  }
+  std::sort(steps.begin(), steps.end());
+  int64_t reach = 0;
+  for (const auto& [stride, size] : steps) {
+    if (stride <= reach) return true;
+    reach += stride * (size - 1);
+  }
+  return false;
+}
+
+bool as_stored(const at::Tensor& x) { return !x.is_conj() && !x.is_neg(); }
+
+bool has_memory(const at::Tensor& x) {
+  const c10::TensorImpl* impl = x.unsafeGetTensorImpl();
+  const c10::Storage& storage = impl->unsafe_storage();
+  return storage && (storage.data() != nullptr || impl->numel() == 0);
+}
+
+// A zero-length tensor has no memory; a pointer that is not null keeps arithmetic on it defined.
+char nowhere[1];
+
+template <class Pointer>
+void* somewhere(Pointer pointer) {
+  return pointer == nullptr ? nowhere : const_cast<void*>(static_cast<const void*>(pointer));
+}
+
+}  // namespace
+
+bool has_addresses(const at::Tensor& x) {
+  const c10::DeviceType device = x.device().type();
+  return x.layout() == at::kStrided && device != at::kMeta && device != at::kMPS && has_memory(x);
+}
+
+void StepTensors::clear() {
+  records_.clear();
+  members_.clear();
+  kept_.clear();
+  copied_.clear();
+  held_.clear();
+  tiling_.clear();
+  if (!unsure_.empty()) known_.clear();  // nobody asked shares_memory(), or it does: all is looked at anew
+  unsure_.clear();
+}
+
+const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
+                        const at::Tensor& step, int64_t ordinal) {
+  Row record{};
+  if (anywhere_ && records_.empty()) {
+    device_ = w.device();
+    if (!has_addresses(w)) return "parameter: not a dense tensor in memory";
+  }
+  const auto readable = [this](const at::Tensor& x) {
+    return x.device() == device_ && x.layout() == at::kStrided && has_memory(x);
+  };
+  if (!readable(w)) return "parameter: not a dense tensor on the step's device";
+  if (!readable(g)) return "gradient: not a dense tensor on the step's device";
+  if (!readable(m)) return "exp_avg: not a dense tensor on the step's device";
+  if (!storage_type(w.scalar_type(), record.w_type)) return "parameter: not float32, float64, bfloat16 or float16";
+  if (!storage_type(g.scalar_type(), record.g_type) || g.is_complex() != w.is_complex() ||
+      !(record.g_type == record.w_type || (record.g_type == Type::float32 && is_narrow(record.w_type)))) {
+    return "gradient: of another dtype than its parameter";
+  }
+  const bool wide = record.w_type == Type::float64;
+  if (!storage_type(m.scalar_type(), record.m_type) || m.is_complex() != w.is_complex() ||
+      !(wide ? record.m_type == Type::float64 : record.m_type == Type::float32 || record.m_type == Type::bfloat16)) {
+    return "exp_avg: not float32 or bfloat16 (of a float64 parameter: float64)";
+  }
+  if (g.sizes() != w.sizes()) return "gradient: of another shape than its parameter";
+  if (m.sizes() != w.sizes()) return "exp_avg: of another shape than its parameter";
+  if (kahan.defined()) {
+    if (!readable(kahan) || kahan.scalar_type() != w.scalar_type() || kahan.sizes() != w.sizes()) {
+      return "kahan: not a dense tensor on the step's device of its parameter's shape and dtype";
+    }
+    if (!is_narrow(record.w_type)) return "kahan: kept for a parameter that is not of 16 bits";
+  }
+  if (step.defined() && (!readable(step) || step.scalar_type() != at::kLong || step.numel() != 1)) {
+    return "step: not a 0-dimensional int64 tensor on the step's device";
+  }
+  if (!at::InferenceMode::is_enabled()) {
+    for (const at::Tensor* x : {&w, &m, &kahan, &step}) {
+      if (x->defined() && x->is_inference()) {
+        return "an inference tensor, which cannot be updated outside of torch.inference_mode()";
+      }
+    }
+  }
+
+  const bool flat = m.is_contiguous() ? w.is_contiguous() && g.is_contiguous() &&
+                                            (!kahan.defined() || kahan.is_contiguous())
+                                      : m.is_non_overlapping_and_dense() && same_order(w, m) && same_order(g, m) &&
+                                            (!kahan.defined() || same_order(kahan, m));
+  const bool in_place = flat && as_stored(g) && as_stored(w) && as_stored(m);
+  if (in_place) {
+    record.w = somewhere(w.mutable_data_ptr());
+    record.g = somewhere(g.const_data_ptr());
+    record.m = somewhere(m.mutable_data_ptr());
+    if (kahan.defined()) record.kahan = somewhere(kahan.mutable_data_ptr());
+  } else {
+    for (const at::Tensor* x : {&w, &m, &kahan}) {
+      if (x->defined() && may_overlap(*x)) return "a parameter or its state whose elements may share memory";
+    }
+    const at::Tensor order = m.is_non_overlapping_and_dense() ? m : at::empty(m.sizes(), m.options());
+    const auto copy_of = [&](const at::Tensor& x) {
+      at::Tensor copy = at::empty_strided(order.sizes(), order.strides(), x.options());
+      copy.copy_(x.detach());
+      return copy;
+    };
+    const auto written = [&](const at::Tensor& x, bool moment) {
+      if (same_order(x, order) && as_stored(x) && x.is_non_overlapping_and_dense()) {
+        return somewhere(x.mutable_data_ptr());
+      }
+      copied_.push_back({x, copy_of(x), moment});
+      return somewhere(copied_.back().copy.mutable_data_ptr());
+    };
+    record.w = written(w, false);
+    record.m = written(m, true);
+    if (kahan.defined()) record.kahan = written(kahan, false);
+    if (same_order(g, order) && as_stored(g) && g.is_non_overlapping_and_dense()) {
+      record.g = somewhere(g.const_data_ptr());
+    } else {
+      kept_.push_back(copy_of(g));
+      record.g = somewhere(kept_.back().const_data_ptr());
+    }
+  }
+  record.numel = w.numel() * (w.is_complex() ? 2 : 1);
+  record.update.w = 1.0;
+  records_.push_back(record);
+  members_.push_back({w.unsafeGetTensorImpl(), g.unsafeGetTensorImpl(), m.unsafeGetTensorImpl(),
+                      kahan.defined() ? kahan.unsafeGetTensorImpl() : nullptr,
+                      step.defined() ? step.unsafeGetTensorImpl() : nullptr,
+                      step.defined() ? static_cast<int64_t*>(step.mutable_data_ptr()) : nullptr,
+                      static_cast<uint32_t>(ordinal)});
+  tiling_.add(record.numel);
+  const size_t place = records_.size() - 1;
+  if (place >= known_.size()) known_.resize(place + 1);
+  Known& known = known_[place];
+  if (in_place && known.w == record.w && known.m == record.m && known.kahan == record.kahan &&
+      known.updates == members_.back().updates && known.numel == record.numel && known.w_type == record.w_type &&
+      known.m_type == record.m_type) {
+    if (known.g == record.g && known.g_type == record.g_type) return nullptr;  // else it may end elsewhere
+  } else {
+    moved_ = true;
+  }
+  known = {record.w, record.g, record.m, record.kahan, members_.back().updates, record.numel, record.w_type,
+           record.g_type, record.m_type};
+  unsure_.push_back(place);
+  return nullptr;
+}
+
+StepTensors::Range StepTensors::range_of(const c10::TensorImpl* x) {
+  if (x == nullptr || x->numel() == 0) return {0, 0};
+  int64_t elements = 1;
+  for (int64_t i = 0; i < x->dim(); ++i) elements += (x->size(i) - 1) * x->stride(i);
+  const auto begin = reinterpret_cast<uintptr_t>(x->data());
+  return {begin, begin + static_cast<uintptr_t>(elements) * x->itemsize()};
+}
+
+bool StepTensors::shares_memory() {
+  if (known_.size() != records_.size()) {
+    known_.resize(records_.size());
+    moved_ = true;
+  }
+  if (moved_) {
+    overlap_ = sort_written();
+    moved_ = false;
+    unsure_.resize(records_.size());
+    std::iota(unsure_.begin(), unsure_.end(), size_t{0});
+  }
+  if (overlap_) return true;
+  for (const size_t i : unsure_) {
+    const Row& record = records_[i];
+    const c10::TensorImpl* g = members_[i].g;
+    // Each element of a gradient that is its own w is read before it is written, by the thread that writes it.
+    if (g == members_[i].w || (record.g == record.w && record.g_type == record.w_type)) continue;
+    const c10::Storage& storage = g->unsafe_storage();
+    const bool alone = c10::raw::intrusive_ptr::use_count(members_[i].g) == 1 && storage.use_count() == 1 &&
+                       storage.resizable();
+    if (!alone && is_written(range_of(g))) return true;
+  }
+  unsure_.clear();
+  return false;
+}
+
+bool StepTensors::sort_written() {
+  sorted_.clear();
+  for (const Member& member : members_) {
+    for (const c10::TensorImpl* x : {member.w, member.m, member.kahan, member.step}) {
+      const Range range = range_of(x);
+      if (range.begin < range.end) sorted_.push_back(range);
+    }
+  }
+  std::sort(sorted_.begin(), sorted_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < sorted_.size(); ++i) {
+    if (sorted_[i].begin < sorted_[i - 1].end) return true;
+  }
+  return false;
+}
+
+bool StepTensors::is_written(const Range& range) const {
+  const auto after = std::partition_point(sorted_.begin(), sorted_.end(),
+                                          [&](const Range& written) { return written.begin < range.end; });
+  return range.begin < range.end && after != sorted_.begin() && std::prev(after)->end > range.begin;
+}
+
+void StepTensors::key_random_bits(int64_t ahead) {
+  for (size_t i = 0; i < records_.size(); ++i) {
+    if (records_[i].m_type == Type::bfloat16) {
+      records_[i].key = tensor_key(members_[i].ordinal, updates(i) + ahead);
+    }
+  }
+}
+
+void StepTensors::advance() {
+  for (Member& member : members_) ++*member.updates;
+  bump_steps();
+}
+
+void StepTensors::bump_weights() {
+  for (Member& member : members_) {
+    member.w->bump_version();
+    if (member.kahan != nullptr) member.kahan->bump_version();
+  }
+}
+
+void StepTensors::bump_moments() {
+  for (Member& member : members_) member.m->bump_version();
+}
+
+void StepTensors::bump_steps() {
+  for (Member& member : members_) member.step->bump_version();
+}
+
+void StepTensors::write_back(bool weights, bool moments) {
+  c10::NoGradGuard no_grad;
+  for (Copied& copied : copied_) {
+    if (copied.moment ? moments : weights) copied.home.detach().copy_(copied.copy);
+  }
+}
+
+void StepTensors::hold_gradients() {
+  held_.reserve(members_.size());
+  for (const Member& member : members_) held_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(member.g));
+}
+
+}  // namespace sofim

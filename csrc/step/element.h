@@ -1,0 +1,121 @@
+// The arithmetic of one element. Each formula stands here once, as a template: for a scalar, on host or device, and for
+// a vector of elements (csrc/cpu/vector.h). V is a real type, float or double or a vector of them; U a 32-bit
+// unsigned integer or a vector of them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define SOFIM_HD __host__ __device__ __forceinline__
+#elif defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__)  // with checks around each access, code has to stay small
+#define SOFIM_HD inline __attribute__((always_inline))
+#define SOFIM_INLINE __attribute__((always_inline))  // of a lambda
+#else
+#define SOFIM_HD inline
+#define SOFIM_INLINE
+#endif
+
+namespace sofim {
+
+// What V has to offer besides + - *. One rounding for a*b + c wherever the hardware can.
+template <class V>
+struct Ops;
+
+template <>
+struct Ops<float> {
+  static SOFIM_HD float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+  static SOFIM_HD float magnitude(float x) { return fabsf(x); }
+  // x where a <= b, else 0; also 0 where a or b is NaN.
+  static SOFIM_HD float where_at_most(float a, float b, float x) { return a <= b ? x : 0.0f; }
+};
+
+template <>
+struct Ops<double> {
+  static SOFIM_HD double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+  static SOFIM_HD double magnitude(double x) { return fabs(x); }
+  static SOFIM_HD double where_at_most(double a, double b, double x) { return a <= b ? x : 0.0; }
+};
+
+SOFIM_HD uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+SOFIM_HD float from_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+// a, or b where the bits x are those of a NaN.
+SOFIM_HD uint32_t where_number(uint32_t x, uint32_t a, uint32_t b) { return (x & 0x7FFFFFFFu) <= 0x7F800000u ? a : b; }
+
+// How the first moment goes on: m' = m·m + g·v + w·w, each factor named after what it multiplies.
+struct Decay {
+  double m, g, w;
+};
+
+// The first moment: by_m·m + by_g·g.
+template <class V>
+SOFIM_HD V blended(V m, V g, V by_m, V by_g) {
+  return Ops<V>::multiply_add(by_g, g, by_m * m);
+}
+
+// The weight with the bits that its 16-bit storage lost. A kahan above half an ulp of w, |w|·half_eps, is none of
+// these: w was replaced from outside.
+template <class V>
+SOFIM_HD V with_lost_bits(V w, V kahan, V half_eps) {
+  return w + Ops<V>::where_at_most(Ops<V>::magnitude(kahan), Ops<V>::magnitude(w) * half_eps, kahan);
+}
+
+// What storage as `rounded` loses of a value; nothing where it overflows (largest: the largest finite V).
+template <class V>
+SOFIM_HD V lost_bits(V value, V rounded, V largest) {
+  return Ops<V>::where_at_most(Ops<V>::magnitude(rounded), largest, value - rounded);
+}
+
+// Random bits: a hash of (seed, ordinal, step, index) and nothing else; sofim_fused/backends/rounding.py defines it.
+
+constexpr uint32_t kSeed = 0x50F1u;
+constexpr uint32_t kWeyl = 0x9E3779B9u;
+
+template <class U>
+SOFIM_HD U mixed(U x) {
+  x = x ^ (x >> 16);
+  x = x * 0x7FEB352Du;
+  x = x ^ (x >> 15);
+  x = x * 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+
+// The key of one tensor in one update (atomic_inc_acq_rel from 1).
+SOFIM_HD uint32_t tensor_key(uint32_t ordinal, int64_t update) {
+  return mixed(mixed(kSeed + ordinal * kWeyl) ^ static_cast<uint32_t>(update));
+}
+
+// The key of the 2**32 elements that share an index's upper half.
+SOFIM_HD uint32_t stretch_key(uint32_t key, int64_t index) {
+  return mixed(key ^ static_cast<uint32_t>(static_cast<uint64_t>(index) >> 32));
+}
+
+// 16 random bits; `place` is the lower half of the index times kWeyl. They are the upper half of
+// mixed(stretch + place), to which its last step adds nothing.
+template <class U>
+SOFIM_HD U random_bits(U stretch, U place) {
+  U x = stretch + place;
+  x = x ^ (x >> 16);
+  x = x * 0x7FEB352Du;
+  x = x ^ (x >> 15);
+  return (x * 0x846CA68Bu) >> 16;
+}
+
+// A float32's bits, rounded to those of a bfloat16 (the lower half zero): up in magnitude with the probability of the
+// part that is cut off. An infinity has nothing to cut off and stays what it is, and so does a NaN that arithmetic
+// made: it is a quiet one, which shows in the upper half.
+template <class U>
+SOFIM_HD U rounded_stochastically(U value, U random) {
+  return where_number(value, value + random, value) & 0xFFFF0000u;
+}
+
+}  // namespace sofim

@@ -1,0 +1,114 @@
+// Sums to coefficients in float64: what sofim_fused/step/solve.py derives and does with tensors, for one tensor of a
+// Fisher block at a time. Notation as there: β momentum, ρ rho, η lr, t updates so far including this one, S and P
+// the sums over a Fisher block, κ the clip factor.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+
+#include "step/element.h"
+
+namespace sofim {
+
+// A parameter group's hyperparameters.
+struct Hyper {
+  double lr = 0.0;
+  double momentum = 0.0;
+  double rho = 1.0;
+  double weight_decay = 0.0;  // decoupled
+  double l2 = 0.0;
+  double sign = 1.0;  // -1 to maximize
+};
+
+// How a gradient and, with L2 decay, the weight enter the first moment.
+SOFIM_HD Decay decay_of(const Hyper& h) {
+  const double one_minus_beta = 1.0 - h.momentum;
+  return {h.momentum, one_minus_beta * h.sign, one_minus_beta * h.l2};
+}
+
+// Dot products of one tensor's m, g and w.
+struct Products {
+  double mm = 0.0, mg = 0.0, mw = 0.0, gg = 0.0, gw = 0.0, ww = 0.0;
+};
+
+// 1/(1 - β^t).
+SOFIM_HD double bias_correction(double momentum, int64_t update) {
+  return -1.0 / expm1(static_cast<double>(update) * log(momentum));
+}
+
+// l2·sum, and 0 without L2 decay, whatever the sum: weights may be infinite there.
+SOFIM_HD double decayed(double l2, double sum) { return l2 == 0.0 ? 0.0 : l2 * sum; }
+
+// What one Fisher block comes to. Plain step: `norm` is S and `cross` P, of the new moment. Guarded step: polynomials
+// in κ, lowest power first, of the moment that is to come; `scale` is what `norm` would be if nothing cancelled.
+struct PlainBlock {
+  double norm = 0.0, cross = 0.0;
+
+  SOFIM_HD void add(const Hyper& h, double correction, const Products& p) {
+    const double weight = correction / h.rho;
+    norm += weight * correction * p.mm;
+    cross += weight * (h.sign * p.mg + decayed(h.l2, p.mw));
+  }
+};
+
+struct GuardedBlock {
+  double norm[3] = {}, scale[3] = {}, cross[3] = {};
+
+  SOFIM_HD void add(const Hyper& h, double correction, const Products& p) {
+    const double beta = h.momentum, one_minus_beta = 1.0 - beta;
+    const double weight = correction / h.rho, square = weight * correction;
+    const double mv[3] = {decayed(h.l2, p.mw), h.sign * p.mg, 0.0};
+    const double vv[3] = {decayed(h.l2 * h.l2, p.ww), 2.0 * h.sign * decayed(h.l2, p.gw), p.gg};
+    const double still = beta * sqrt(p.mm) + one_minus_beta * sqrt(vv[0]), moving = one_minus_beta * sqrt(p.gg);
+    norm[0] += square * beta * beta * p.mm;
+    for (int power = 0; power < 3; ++power) {
+      norm[power] += square * (2.0 * beta * one_minus_beta * mv[power] + one_minus_beta * one_minus_beta * vv[power]);
+      cross[power] += weight * (beta * mv[power] + one_minus_beta * vv[power]);
+    }
+    scale[0] += square * still * still;
+    scale[1] += square * 2.0 * still * moving;
+    scale[2] += square * moving * moving;
+  }
+
+  SOFIM_HD PlainBlock at_gain(double gain) const {
+    PlainBlock result;
+    // (2 ulp of float32)²: where the moment's terms cancel, the sum is no smaller than the moment's own rounding.
+    const double floor = 0x1p-46 * at(scale, gain);
+    result.norm = at(norm, gain);
+    if (result.norm < floor) result.norm = floor;
+    result.cross = at(cross, gain);
+    return result;
+  }
+
+ private:
+  // At κ = 0 the other coefficients may be infinite: the norm has overflowed.
+  static SOFIM_HD double at(const double* p, double gain) {
+    return gain == 0.0 ? p[0] : p[0] + gain * (p[1] + gain * p[2]);
+  }
+};
+
+// w' = w·weight + g·(κ·gradient) + m'·moment.
+struct Update {
+  double weight = 1.0, gradient = 0.0, moment = 0.0;
+};
+
+// As a float32 a larger coefficient would be infinite, and its product with a zero NaN.
+SOFIM_HD double finite(double x) { return x > FLT_MAX ? FLT_MAX : x < -FLT_MAX ? -FLT_MAX : x; }
+
+// The part of the gradient form's step that is known before any sum is.
+SOFIM_HD Update gradient_part(const Hyper& h) {
+  const double rate = h.lr / h.rho;
+  return {1.0 - h.lr * h.weight_decay - rate * h.l2, finite(-rate * h.sign), 0.0};
+}
+
+// The Sherman-Morrison step of one tensor. `gradient_form`: F⁻¹ is applied to the gradient, else to the moment.
+SOFIM_HD Update sherman_morrison(const Hyper& h, double correction, const PlainBlock& block, bool gradient_form) {
+  const double shrink = correction / (h.rho * (1.0 + block.norm));
+  if (!gradient_form) return {1.0 - h.lr * h.weight_decay, 0.0, finite(-h.lr * shrink)};
+  Update update = gradient_part(h);
+  update.moment = finite(h.lr * shrink * block.cross);
+  return update;
+}
+
+}  // namespace sofim

@@ -1,0 +1,195 @@
+"""What a backend is: four passes over the tensors of one device, and the records they exchange.
+
+A pass knows tensors and plain coefficients. What the coefficients mean (learning rate, damping, clipping, the sign of
+``maximize``) is settled in :mod:`sofim_fused.step.solve`; which parameter belongs to which group, in the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of sums and of the scalar algebra: float64; float32 on Apple's GPUs, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@dataclass(eq=False)
+class StepTensors:
+    """The tensors of one device that take part in a step, n of them, index by index.
+
+    Attributes:
+        device: where all of them live.
+        params: w, float32, float64, bfloat16 or float16. Complex parameters appear as their real views.
+        grads: g, of w's shape; of w's dtype, or float32 for a 16-bit w.
+        exp_avgs: m, of w's shape; float64 for float64 parameters, else float32 or bfloat16.
+        kahans: the part of w that its 16 bits could not hold, of w's shape and dtype; ``None`` where none is kept. One
+            above half an ulp of w is no such part (w was replaced from outside) and counts as zero.
+        steps: 0-dimensional int64, the updates that each tensor has received.
+        ordinals: each tensor's place among all parameters of the optimizer; keys the rounding of bfloat16 moments.
+    """
+
+    device: torch.device
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    kahans: list[Tensor | None]
+    steps: list[Tensor]
+    ordinals: list[int]
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+
+class Decay(NamedTuple):
+    """How a gradient enters the first moment, one value per tensor: ``m' = moment·m + gradient·g + weight·w``.
+
+    ``weight`` is ``None`` unless some tensor has L2 weight decay; passes read w only then. ``cross`` asks
+    ``accumulate`` for the products with g (and w): the gradient form of the step needs them.
+    """
+
+    moment: Sequence[float]
+    gradient: Sequence[float]
+    weight: Sequence[float] | None
+    cross: bool
+
+
+class Sums(NamedTuple):
+    """Dot products per tensor, each a float64 vector of n on the pass's device, or ``None`` where not asked for."""
+
+    mm: Tensor
+    mg: Tensor | None = None
+    gg: Tensor | None = None
+    mw: Tensor | None = None
+    gw: Tensor | None = None
+    ww: Tensor | None = None
+
+
+class GradientStep(NamedTuple):
+    """The part of an update that is known before the sums are: ``w' = weight·w + gradient·g``; float64 vectors of n."""
+
+    weight: Tensor | None
+    gradient: Tensor
+
+
+class Coefficients(NamedTuple):
+    """The update, ``w' = weight·w + gradient·v + moment·m'`` with ``v = gain·g``; w is w + kahan where that is kept.
+
+    ``weight`` (``None``: 1), ``gradient`` (``None``: 0, and g is not read) and ``moment`` are float64 vectors of n on
+    the pass's device. ``gain`` (0-dimensional float64, ``None``: 1) and ``skip`` (0-dimensional bool, ``None``: false)
+    concern ``commit`` alone: under ``skip`` it leaves every bit as it was.
+    """
+
+    moment: Tensor
+    weight: Tensor | None = None
+    gradient: Tensor | None = None
+    gain: Tensor | None = None
+    skip: Tensor | None = None
+
+
+NativeStep = Callable[
+    [list[dict[str, Any]], MutableMapping[Tensor, Any], Any, Any, "Tensor | None"],
+    "tuple[Tensor, bool | Tensor | None] | Literal[True] | None",
+]
+"""A whole step in one call, from an optimizer's ``param_groups`` and ``state``, and from ``grad_scale`` and
+``found_inf`` as :func:`sofim_fused.step.schedule.guarded` has them, or ``None``: ``True`` when a plain step was
+taken, of a guarded one the gradients' norm and whether it was skipped (on the device: 0-dimensional int64, 1 if so). The last
+argument is the counter of skipped steps, or ``None`` as long as there is none: a backend may raise it itself, and then
+returns ``None`` instead of whether the step was skipped. A result of ``None``: it cannot take this step, and has
+changed nothing; the passes can, or a check will say what is wrong."""
+
+
+class NativeInBackward(Protocol):
+    """A plain step in parts, natively: each gradient as it comes, then the rest (:mod:`sofim_fused.in_backward`).
+
+    Where a part answers ``False`` it has changed nothing, and the passes have to take it.
+    """
+
+    def watch(self, groups: list[list[Tensor]]) -> None:
+        """Set the parameters of the following steps, by group, without keeping them alive."""
+
+    def freeze_settings(self, param_groups: list[dict[str, Any]], release: bool) -> bool:
+        """Take over the settings that hold for the gradients of this step, and forget the last step's.
+
+        ``release``: each gradient is freed once it was taken. Also ``False`` if the parameters are not those watched.
+        """
+
+    def take(self, param: Tensor, state: MutableMapping[Tensor, Any], group: int, ordinal: int, again: bool) -> bool:
+        """Take a parameter's gradient into its moment; in the gradient form w takes the gradient's part of the step.
+
+        ``again``: it is not the first one of this parameter in this step, and is added to it.
+        """
+
+    def allow_parts(self) -> None:
+        """From now on, also take gradients whose memory is a part of a larger one."""
+
+    def mark(self, param: Tensor, ordinal: int) -> None:
+        """Record what is now in ``param.grad`` as the gradient that was taken, as :meth:`take` does."""
+
+    def fits(self, param: Tensor, ordinal: int) -> bool:
+        """Whether a parameter's gradient is the recorded one, with the same values as far as can be checked."""
+
+    def sums_of(self, ordinal: int) -> tuple[float, float, float] | None:
+        """The sums (mm, mg, mw) of a parameter whose gradient was taken in this step, the last two where needed."""
+
+    def finish(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: MutableMapping[Tensor, Any],
+        current: list[dict[str, Any]],
+    ) -> bool:
+        """Take the rest of the step over all that were taken, with the settings of ``param_groups``.
+
+        Also ``False`` if another parameter has a gradient, if a gradient has changed since it was taken, or if the
+        parameters of ``current``, the optimizer's own groups, are not those watched.
+        """
+
+    def forget(self) -> None:
+        """Nothing was taken."""
+
+
+@runtime_checkable
+class Passes(Protocol):
+    """The whole interface of a backend. Every pass is one sweep over all tensors of ``tiles``.
+
+    Arithmetic is float32, or float64 for float64 parameters; sums are float64 products and float64 additions in an
+    order that neither the number of threads nor the run changes. Each pass raises the version counter of every tensor
+    that it writes, so that autograd notices.
+
+    Attributes:
+        name: what ``backend=`` takes.
+        emulated: it is here to be tested, and far too slow for anything else; taken only when asked for by name.
+    """
+
+    name: str
+    emulated: bool
+
+    def accumulate(self, tensors: StepTensors, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
+        """Update m in place and return its sums: ``mm``, with ``decay.cross`` also ``mg`` (and ``mw``).
+
+        The sums are of m as stored. With ``gradient_step``, w then takes that step in the same sweep.
+        Runs before ``steps`` advance: a rounding to bfloat16 is keyed by ``steps + 1``.
+        """
+
+    def apply(self, tensors: StepTensors, coefficients: Coefficients) -> None:
+        """Update w in place from m (and g, where a gradient coefficient is given)."""
+
+    def dots(self, tensors: StepTensors, decay: Decay) -> Sums:
+        """Write nothing; return ``mm``, ``mg``, ``gg``, and with ``decay.weight`` also ``mw``, ``gw``, ``ww``."""
+
+    def commit(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients) -> None:
+        """Update m with ``gain·g`` in the place of g, then w from the new m before its rounding, all in place.
+
+        Runs after ``steps`` advance: a rounding to bfloat16 is keyed by ``steps``.
+        """
+
+    def native_step(self) -> NativeStep:
+        """A new function that takes whole steps on this backend's device, or none at all; it may keep memory."""
+
+    def native_in_backward(self) -> NativeInBackward | None:
+        """A new object that takes steps in parts, or ``None`` where only the passes do."""

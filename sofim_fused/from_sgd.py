@@ -1,0 +1,205 @@
+"""A running ``torch.optim.SGD`` in SOFIM's terms: groups, learning rates, momentum buffers.
+
+With μ ``momentum``, τ ``dampening`` and γ ``lr``, SGD keeps b ← μ b + (1-τ) g and steps by γ b. SOFIM keeps
+m ← β m + (1-β) g and steps by η m̂/(ρ + ‖m̂‖²). So β = μ, and
+
+    m = b (1-μ)/(1-τ)        η = ρ γ (1-τ)/(1-μ)
+
+give η m/ρ = γ b, now and after every further gradient: SGD's step, where ‖m̂‖² is far below ρ and m̂ is m. Without
+momentum SGD has neither buffer nor dampening, and η = ρ γ. With τ = 0 the buffer is the sum Σ μᵗ⁻ⁱ gᵢ, and m exactly
+the moment that SOFIM would have after t updates. With τ ≠ 0 it is not in its first term, g₁, which SGD never dampens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sofim_fused import checks
+from sofim_fused.distributed import local
+from sofim_fused.step import gather
+
+# What SGD has under the same name. Its weight decay is L2.
+COMMON = ("lr", "momentum", "weight_decay", "maximize")
+FROM_SGD = ("params", *COMMON, "decoupled_weight_decay")
+ONLY_SGD = ("dampening", "nesterov", "foreach", "differentiable", "fused")
+# Learning rates in groups: the optimizer's, and what schedulers leave there.
+RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+
+
+class Taken(NamedTuple):
+    """What was read from an SGD optimizer, checked, and not converted yet.
+
+    Attributes:
+        groups: new group dicts, with SGD's own values under SOFIM's names.
+        defaults: the constructor's arguments, for groups to come; likewise.
+        dampenings: τ of each group, and of ``defaults`` last.
+        buffers: the momentum buffers in the place of gradients, and whose they are.
+        steps: how many updates SGD took, or ``None``.
+    """
+
+    groups: list[dict[str, Any]]
+    defaults: dict[str, Any]
+    dampenings: list[float]
+    buffers: list[gather.Entry]
+    steps: int | None
+
+
+def taken(optimizer: torch.optim.SGD, steps: int | None, options: Mapping[str, Any]) -> Taken:
+    """Read an SGD optimizer, and leave it as it is.
+
+    Args:
+        optimizer: of class ``torch.optim.SGD``, or derived from it.
+        steps: how many updates it took, at least 1; ``None``: not known.
+        options: further arguments of SOFIM's constructor, for names that are SGD's to set.
+
+    Raises:
+        TypeError, ValueError: the optimizer or an argument cannot be taken; the message says which and what to do.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        raise TypeError(
+            f"optimizer is of type {type(optimizer).__name__}: pass a torch.optim.SGD; "
+            "from any other make SOFIM(model.parameters())"
+        )
+    for name in FROM_SGD:
+        if name in options:
+            raise TypeError(f"{name} comes from the SGD optimizer: leave it out, or set it in the groups afterwards")
+    _check_steps(steps)
+    groups, dampenings, buffers = [], [], []
+    ordinal = 0
+    for index, group in enumerate(optimizer.param_groups):
+        where = f"parameter group {index} of the SGD optimizer"
+        _check_switches(where, group)
+        dampenings.append(_dampening(where, group))
+        groups.append(_renamed(group))
+        for place, param in enumerate(group["params"]):
+            known = optimizer.state.get(param, {}) if group.get("momentum") else {}  # else an older one is not in use
+            buffer = known.get("momentum_buffer")
+            if buffer is not None:
+                _check_buffer(f"momentum buffer of parameter {place} of group {index}", param, buffer)
+                buffers.append(gather.Entry(index, ordinal, param, buffer))
+            ordinal += 1
+    dampenings.append(_dampening("defaults of the SGD optimizer", optimizer.defaults))
+    defaults = {name: _unwrapped(name, optimizer.defaults[name]) for name in COMMON if name in optimizer.defaults}
+    return Taken(groups, {**defaults, "decoupled_weight_decay": False}, dampenings, buffers, steps)
+
+
+def _renamed(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group without what only SGD has; keys that the user added stay."""
+    kept = {name: _unwrapped(name, value) for name, value in group.items() if name not in ONLY_SGD}
+    for name in ("params", "param_names"):
+        if name in kept:
+            kept[name] = list(kept[name])
+    return {**kept, "decoupled_weight_decay": False}
+
+
+def _unwrapped(name: str, value: Any) -> Any:
+    """A number instead of a one-element tensor, which SGD accepts for these options and SOFIM does not."""
+    if name in ("momentum", "dampening", "weight_decay") and isinstance(value, Tensor) and value.numel() == 1:
+        return value if value.is_meta or value.is_complex() else float(value.detach())
+    return value
+
+
+def convert(
+    given: Taken, groups: Sequence[dict[str, Any]], defaults: dict[str, Any], state: MutableMapping[Tensor, Any]
+) -> None:
+    """Turn a new optimizer's learning rates into SOFIM's, and SGD's buffers into its state.
+
+    Args:
+        given: what the optimizer was made from.
+        groups: its parameter groups, whose values its constructor has checked.
+        defaults: its constructor's arguments.
+        state: its state; gets what :func:`sofim_fused.step.gather.ensure_state` makes, for each buffer.
+    """
+    with torch.inference_mode(False), torch.no_grad():  # or nothing could write to what is made here
+        for values, dampening in zip([*groups, defaults], given.dampenings, strict=True):
+            rho = values["rho"].detach() if isinstance(values["rho"], Tensor) else values["rho"]
+            factor = float(rho) * (1 - dampening) / (1 - float(values["momentum"]))
+            values.update({name: _scaled(values[name], factor) for name in RATES if name in values})
+        for entry in given.buffers:
+            group = groups[entry.group]
+            momentum = float(group["momentum"])
+            gather.ensure_state(entry, group, state)
+            known = state[entry.param]
+            wide = entry.grad.detach().to(torch.promote_types(entry.grad.dtype, known["exp_avg"].dtype))
+            known["exp_avg"].copy_(wide * ((1 - momentum) / (1 - given.dampenings[entry.group])))
+            known["step"].fill_(settled(momentum) if given.steps is None else given.steps)
+
+
+def settled(momentum: float) -> int:
+    """The smallest count t ≥ 1 at which the bias correction 1/(1 - βᵗ) is 1 in float64: βᵗ ≤ 2⁻⁵⁴."""
+    return max(1, math.ceil(54 * math.log(2) / -math.log(momentum))) if momentum else 1
+
+
+def _scaled(value: Any, factor: float) -> Any:
+    """A learning rate times ``factor``, a tensor as a new one; what is no number is a user's own."""
+    if isinstance(value, Tensor):
+        return value.detach() * factor
+    return float(value) * factor if isinstance(value, Real) and not isinstance(value, bool) else value
+
+
+# Refusals
+
+
+def _check_steps(steps: Any) -> None:
+    if steps is None:
+        return
+    if not isinstance(steps, Integral) or isinstance(steps, bool):
+        raise TypeError(f"steps={steps!r}: pass how many updates SGD took, an int, or None if that is not known")
+    if not 1 <= int(steps) < 2**62:
+        raise ValueError(f"steps={steps!r}: it must be at least 1 and less than 2**62; pass None if it is not known")
+
+
+def _check_switches(where: str, group: Mapping[str, Any]) -> None:
+    if group.get("nesterov"):
+        raise ValueError(
+            f"{where}: nesterov={group['nesterov']!r}: its look-ahead has no counterpart in SOFIM: "
+            "set group['nesterov'] = False first to go on without it"
+        )
+    if group.get("differentiable"):
+        raise ValueError(
+            f"{where}: differentiable={group['differentiable']!r}: SOFIM updates in place: set "
+            "group['differentiable'] = False first, or unroll the update in plain PyTorch"
+        )
+
+
+def _dampening(where: str, group: Mapping[str, Any]) -> float:
+    """τ of a group; SGD without momentum does not use it."""
+    if not group.get("momentum"):
+        return 0.0
+    value = _unwrapped("dampening", group.get("dampening", 0.0))
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{where}: dampening={value!r}: pass a float")
+    if not -math.inf < float(value) < 1:
+        raise ValueError(
+            f"{where}: dampening={value!r}: gradients do not enter the buffer, or with the wrong sign: set it below 1"
+        )
+    return float(value)
+
+
+def _check_buffer(where: str, param: Tensor, buffer: Any) -> None:
+    remedy = "set optimizer.state[param]['momentum_buffer'] = None to start it at zero"
+    if not isinstance(buffer, Tensor):
+        raise TypeError(f"{where} is of type {type(buffer).__name__}, not a tensor: {remedy}")
+    where += f" (shape {tuple(param.shape)}, {str(param.dtype).removeprefix('torch.')}, {param.device})"
+    if buffer.layout != torch.strided:
+        raise ValueError(
+            f"{where} has the layout {buffer.layout}: SOFIM takes dense gradients (nn.Embedding(sparse=False)): "
+            f"{remedy}, or replace it by its to_dense()"
+        )
+    if buffer.shape != param.shape:
+        raise ValueError(f"{where} has the shape {tuple(buffer.shape)}, which is another model's: {remedy}")
+    if buffer.device != param.device:
+        raise ValueError(f"{where} is on {buffer.device}: move it to the parameter's device, or {remedy}")
+    if buffer.dtype not in checks.DTYPES or buffer.is_complex() != param.is_complex():
+        raise ValueError(f"{where} is {str(buffer.dtype).removeprefix('torch.')}: it is damaged: {remedy}")
+    if not buffer.is_meta and not bool(local(buffer.detach()).isfinite().all()):
+        raise ValueError(
+            f"{where} holds NaN or infinity, as torch's fused SGD leaves it when a GradScaler skips its first step: "
+            f"{remedy}, or fill it with zeros (zero_())"
+        )

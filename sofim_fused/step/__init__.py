@@ -1,0 +1,1 @@
+"""One step: gather -> sums -> reduce -> solve -> update."""

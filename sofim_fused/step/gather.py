@@ -1,0 +1,183 @@
+"""Parameters to tiles: which tensors take part in a step, their state, and how they are laid out for the passes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sofim_fused import checks
+from sofim_fused.backends import StepTensors
+from sofim_fused.distributed import local, placed_as
+
+
+class Entry(NamedTuple):
+    """A parameter that has a gradient, and its place: the group's index and the ordinal over all groups.
+
+    The gradient of a ``DTensor`` may be what this rank holds of it.
+    """
+
+    group: int
+    ordinal: int
+    param: Tensor
+    grad: Tensor
+
+
+def with_gradients(groups: Sequence[Mapping[str, Any]]) -> list[Entry]:
+    """The parameters that have a gradient, in the order of groups; each gradient is checked.
+
+    Raises:
+        ValueError: a gradient is sparse, or its shape, dtype or device does not fit; the message names the parameter.
+    """
+    entries = []
+    ordinal = 0
+    for index, group in enumerate(groups):
+        for place, param in enumerate(group["params"]):
+            if param.grad is not None:
+                checks.gradient(param, param.grad, index, place)
+                entries.append(Entry(index, ordinal, param, param.grad))
+            ordinal += 1
+    grads = placed_as([entry.param for entry in entries], [entry.grad for entry in entries])
+    return [entry._replace(grad=grad) for entry, grad in zip(entries, grads, strict=True)]
+
+
+def check_state(entry: Entry, group: Mapping[str, Any], state: Mapping[Tensor, Any]) -> None:
+    """Check that a parameter's state fits it, or that the group's settings allow to make one.
+
+    Raises:
+        TypeError, ValueError: they do not; the message names the parameter.
+    """
+    known = state.get(entry.param, {})
+    checks.apart(entry.param, entry.ordinal)
+    checks.state_entries(entry.param, known, entry.ordinal)
+    if "exp_avg" in known:
+        checks.state_of_parameter(entry.param, known, moment_dtype(entry.param, group["state_dtype"]), entry.ordinal)
+    else:
+        checks.first_gradient(entry.param, entry.ordinal, group["state_dtype"])
+
+
+def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[Tensor, Any]) -> Any:
+    """Give a parameter that meets its first gradient a zero moment and a zero step count.
+
+    Returns:
+        What there was before; ``None`` if nothing was missing.
+    """
+    param = entry.param
+    known = state.get(param, {})
+    whole = "exp_avg" in known
+    kept = "kahan" in known or not keeps_lost_bits(param, group["kahan"])
+    if whole and kept:
+        return None
+    made = {}
+    with torch.inference_mode(False):  # or no later step could write to them
+        if not whole:
+            dtype = moment_dtype(param, group["state_dtype"])
+            made["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
+            made["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        if not kept:
+            made["kahan"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    state[param] = {**known, **made}
+    return known
+
+
+def restored_states(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, dict[str, Any]]:
+    """The states of a checked state dict for the parameters of ``groups``, as copies."""
+    return {
+        param: _restored(param, saved["state"][key], theirs)
+        for theirs, ours in zip(saved["param_groups"], groups, strict=True)
+        for key, param in zip(theirs["params"], ours["params"], strict=True)
+        if key in saved["state"]
+    }
+
+
+def _restored(param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved state in the parameter's layout and on its device, each tensor in its own dtype.
+
+    Bits kept for a 16-bit parameter mean nothing to a wider one and are dropped there.
+    """
+    state = {name: _own(value, param.device) for name, value in saved.items() if name not in checks.STATE}
+    entries = checks.saved_entries(saved)
+    if not entries:
+        return state
+    step = entries["step"]
+    count = torch.empty((), dtype=torch.int64, device=param.device)
+    state["step"] = _filled(count, local(step)) if isinstance(step, Tensor) else count.fill_(int(step))
+    state["exp_avg"] = _like(param, entries["exp_avg"], moment_dtype(param, group["state_dtype"]))
+    if "kahan" in entries and keeps_lost_bits(param, group["kahan"]):
+        state["kahan"] = _like(param, entries["kahan"], param.dtype)
+    return state
+
+
+def _own(value: Any, device: torch.device) -> Any:
+    """A copy of what a user keeps in a parameter's state, with its tensors on the parameter's device.
+
+    Optimizer.load_state_dict would cast these to the parameter's dtype, and makes a generator's name of a string.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    if type(value) is dict:
+        return {key: _own(part, device) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_own(part, device) for part in value)
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # a module, a lock: it is the user's to know
+        return value
+
+
+def _like(param: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    return _filled(torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format), value)
+
+
+def _filled(made: Tensor, value: Tensor) -> Tensor:
+    made.copy_(value.detach())  # what that returns may be of the saved tensor's own class
+    return made
+
+
+def moment_dtype(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of a parameter's first moment: ``state_dtype``, else float32, as wide and as complex as w needs."""
+    if state_dtype is not None:
+        return state_dtype
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def keeps_lost_bits(param: Tensor, kahan: bool | None) -> bool:
+    """Whether a parameter carries a compensation tensor: 16-bit ones do, unless ``kahan`` is ``False``."""
+    return param.dtype in checks.NARROW_DTYPES and kahan is not False
+
+
+def by_device(entries: Sequence[Entry]) -> Iterator[tuple[torch.device, list[Entry]]]:
+    """Entries split by device, in the order in which devices first appear."""
+    devices: dict[torch.device, list[Entry]] = {}
+    for entry in entries:
+        devices.setdefault(entry.param.device, []).append(entry)
+    yield from devices.items()
+
+
+def lay_out(
+    device: torch.device, entries: Sequence[Entry], groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any]
+) -> StepTensors:
+    """The records of one device as the passes take them: complex tensors as their real views, of shards the local ones.
+
+    Nothing is copied but gradients whose conjugation or negation was put off.
+    """
+    states = [state[entry.param] for entry in entries]
+    return StepTensors(
+        device=device,
+        params=[_real(local(entry.param)) for entry in entries],
+        grads=[_real(local(entry.grad).resolve_conj().resolve_neg()) for entry in entries],
+        exp_avgs=[_real(local(known["exp_avg"])) for known in states],
+        kahans=[
+            local(known["kahan"]) if keeps_lost_bits(entry.param, groups[entry.group]["kahan"]) else None
+            for entry, known in zip(entries, states, strict=True)
+        ],
+        steps=[known["step"] for known in states],
+        ordinals=[entry.ordinal for entry in entries],
+    )
+
+
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x
