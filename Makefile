@@ -12,20 +12,20 @@ NATIVE := $(VENV)/.native
 SOURCES := setup.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
 SANITIZED := build/sanitized
-SANITIZE_TESTS ?= tests/test_native.py tests/test_passes.py
+SANITIZE_TESTS ?= tests/backends/test_native.py tests/backends/test_passes.py
 LESSER_SETS := avx2 default
 # For copies that are built to test something else than instruction sets.
 ONE_SET = SOFIM_INSTRUCTION_SETS=$$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo avx2 || echo default)
-INTERPRETER_TESTS := tests/test_matrix.py tests/test_passes.py tests/test_triton.py tests/test_amp.py \
-    tests/test_overlap.py tests/test_shared_memory.py
+INTERPRETER_TESTS := tests/step/test_matrix.py tests/backends/test_passes.py tests/backends/test_triton.py tests/step/test_amp.py \
+    tests/in_backward/test_in_backward.py tests/backends/test_shared_memory.py
 EMULATED := build/emulated
-EMULATED_TESTS := tests/test_matrix.py tests/test_passes.py tests/test_cuda.py tests/test_amp.py tests/test_overlap.py \
-    tests/test_shared_memory.py
+EMULATED_TESTS := tests/step/test_matrix.py tests/backends/test_passes.py tests/backends/test_cuda.py tests/step/test_amp.py tests/in_backward/test_in_backward.py \
+    tests/backends/test_shared_memory.py
 CUDA_SYNTAX := build/cuda-syntax
 THREADS := build/threads
 AGAINST = build/against/$(subst ==,-,$(TORCH))
 GPU_BUDGET ?= 540
-DEEP_TESTS := tests/test_properties.py tests/test_state_fuzz.py tests/test_faults.py
+DEEP_TESTS := tests/step/test_properties.py tests/optimizer/test_state_fuzz.py tests/optimizer/test_faults.py
 COVERED := 95
 JOBS ?= 2
 # Slow tests stand together; who has none left takes over some.
@@ -109,7 +109,7 @@ instruction-sets: $(READY) $(NATIVE)
 	for set in $(LESSER_SETS); do \
 	    export ATEN_CPU_CAPABILITY=$$set && \
 	    $(BIN)/python -c 'from sofim_fused import native; print(native.instruction_set())' && \
-	    $(BIN)/python -m pytest -q $(SPREAD) -k "cpu and not reference" tests/test_matrix.py tests/test_passes.py $(ARGS) || exit 1; \
+	    $(BIN)/python -m pytest -q $(SPREAD) -k "cpu and not reference" tests/step/test_matrix.py tests/backends/test_passes.py $(ARGS) || exit 1; \
 	done
 
 # The interpreter is chosen for a whole process. It is slow: of the matrix it runs a covering, unless ARGS=--all-cases.
@@ -160,7 +160,7 @@ sanitize: $(READY)
 	    $(abspath $(BIN))/python -m sofim_fused.info && \
 	    $(abspath $(BIN))/python -c 'from sofim_fused import native; native.instruction_set()' && \
 	    $(abspath $(BIN))/python -m pytest -q $(SPREAD) -p no:cacheprovider --capture=sys \
-	        --deselect tests/test_native.py::test_instruction_sets $(SANITIZE_TESTS) $(ARGS)
+	        --deselect tests/backends/test_native.py::test_instruction_sets $(SANITIZE_TESTS) $(ARGS)
 
 # PyTorch's parallel_for runs on libgomp, of whose barriers ThreadSanitizer knows nothing: here it is one of std::threads.
 # The sanitizer's map of memory has no place for what newer kernels make of random addresses.

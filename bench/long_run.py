@@ -25,7 +25,7 @@ from torch.optim import SGD, Optimizer
 
 from bench.report import RESULTS, Row, Table, digits, give_back, measure, resident, target, verdict
 from sofim_fused import SOFIM
-from tests.oracle import Hyper, Oracle
+from tests.support.oracle import Hyper, Oracle
 
 STEPS = 100_000
 HYPER = Hyper(lr=0.1, momentum=0.9, rho=1.0)

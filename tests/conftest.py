@@ -9,8 +9,19 @@ import pytest
 import torch
 
 from sofim_fused import native
-from tests.covering import chosen
-from tests.runs import ALL_ON_GPU, EMULATED, GPU_BACKENDS, INTERPRETED, RUNS, Run, as_named, chance, name_of, on_gpu
+from tests.support.covering import chosen
+from tests.support.runs import (
+    ALL_ON_GPU,
+    EMULATED,
+    GPU_BACKENDS,
+    INTERPRETED,
+    RUNS,
+    Run,
+    as_named,
+    chance,
+    name_of,
+    on_gpu,
+)
 
 # On tensors this small a second thread only waits, and on a busy machine it waits long.
 torch.set_num_threads(1)
@@ -39,7 +50,7 @@ if INTERPRETED:
 try:
     from hypothesis import HealthCheck, settings
 
-    from tests.strategies import CHECKED
+    from tests.support.strategies import CHECKED
 except ImportError:  # on a machine that only runs tests of kernels
     CHECKED: Counter[str] = Counter()  # type: ignore[no-redef]
 else:
@@ -57,7 +68,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEFT_OUT] = 0
-    if isinstance(native.cpu(), str):  # then so it is; tests/test_install.py has what is said of it
+    if isinstance(native.cpu(), str):  # then so it is; tests/install/test_install.py has what is said of it
         config.addinivalue_line("filterwarnings", "ignore:SOFIM runs in pure PyTorch:UserWarning")
     config.addinivalue_line(
         "markers", "covering(strength): where kernels run on the CPU, cases in which so many values meet as in all"
@@ -115,7 +126,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(params=RUNS, ids=name_of)
 def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Each backend on each device (:mod:`tests.runs`)."""
+    """Each backend on each device (:mod:`tests.support.runs`)."""
     name = request.node.name
     run = as_named(request.param, name)
     if run.device == "cuda" and chance(name) >> 2 & 7 and not ALL_ON_GPU:

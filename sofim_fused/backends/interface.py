@@ -98,10 +98,10 @@ NativeStep = Callable[
 ]
 """A whole step in one call, from an optimizer's ``param_groups`` and ``state``, and from ``grad_scale`` and
 ``found_inf`` as :func:`sofim_fused.step.schedule.guarded` has them, or ``None``: ``True`` when a plain step was
-taken, of a guarded one the gradients' norm and whether it was skipped (on the device: 0-dimensional int64, 1 if so). The last
-argument is the counter of skipped steps, or ``None`` as long as there is none: a backend may raise it itself, and then
-returns ``None`` instead of whether the step was skipped. A result of ``None``: it cannot take this step, and has
-changed nothing; the passes can, or a check will say what is wrong."""
+taken; of a guarded one, the norm of the gradients and whether it was skipped (on the device: 0-dimensional int64, 1 if
+so). The last argument is the counter of skipped steps, or ``None`` as long as there is none: a backend may raise it
+itself, and then returns ``None`` instead of whether the step was skipped. A result of ``None``: it cannot take this
+step, and has changed nothing; the passes can, or a check will say what is wrong."""
 
 
 class NativeInBackward(Protocol):

@@ -1,0 +1,389 @@
+"""The CUDA backend: launches, arguments, tables and refusals; its numbers are in tests/step/test_matrix.py.
+
+With ``SOFIM_EMULATED=1`` its kernels run on the CPU, in the emulator (``make emulated``); what only a GPU can show is
+in tests/backends/test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sofim_fused import SOFIM, backends, native
+from sofim_fused.backends import cpu, cuda, reference
+from sofim_fused.backends.triton import launch as triton
+from tests.support.problems import GUARDED, OPTIONS, give, mixed_problem, ready_problem, same_bits, snapshot
+from tests.support.runs import EMULATED
+
+CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
+made = partial(ready_problem, "cuda")
+emulated = pytest.mark.skipif(not EMULATED, reason="runs with SOFIM_EMULATED=1 (make emulated)")
+
+
+NONE = torch.empty(0)  # no bits are kept
+
+
+def module() -> Any:
+    """The extension, which has to be there."""
+    found = native.cuda()
+    assert not isinstance(found, str), found
+    return found
+
+
+def launches(work: Callable[[], object]) -> int:
+    """How many kernels it launches."""
+    before = module().launches()
+    work()
+    return int(module().launches() - before)
+
+
+# Launches
+
+
+@emulated
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_step_is_one_launch_or_two(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, _ = made([3, 5000, 1, 40, 4096] + [7] * 20, **options)
+    optimizer.step()
+    for single, expected in ((True, 1), (False, 2), (None, 1)):
+        monkeypatch.setattr(cuda, "SINGLE_LAUNCH", single)
+        assert launches(optimizer.step) == expected
+
+
+@emulated
+def test_a_large_model_takes_two_launches_by_itself() -> None:
+    tile = module().TILE
+    for tiles, expected in ((256, 1), (257, 2)):
+        optimizer, _ = made([tile * tiles])
+        optimizer.step()
+        assert launches(optimizer.step) == expected
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        ([torch.bfloat16, torch.float16], 1),
+        ([torch.float32, torch.bfloat16], 2),
+        ([torch.float64], 2),
+    ],
+    ids=str,
+)
+def test_a_step_of_several_dtypes(dtypes: list[torch.dtype], expected: int) -> None:
+    params = [nn.Parameter(torch.ones(5, dtype=dtype)) for dtype in dtypes]
+    optimizer = SOFIM(params, backend="cuda")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert launches(optimizer.step) == expected
+
+
+@emulated
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_one_launch_and_two_give_the_same_bits(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order of blocks and threads, which the emulator changes from wait to wait."""
+    results = []
+    for single in (True, False, True, False):
+        monkeypatch.setattr(cuda, "SINGLE_LAUNCH", single)
+        optimizer, _ = made([3, 40_001, 9, 4096, 0, 12_289] + [5] * 40, **options)
+        for _ in range(4):
+            optimizer.step()
+        results.append(snapshot(optimizer))
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
+@emulated
+def test_a_refused_launch_becomes_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for refused in (True, False):
+        optimizer, _ = made([3, 9000])
+        optimizer.step()
+        if refused:
+            monkeypatch.setenv("SOFIM_EMULATED_REFUSES", "1")
+            with pytest.warns(UserWarning, match="one launch was refused .* from now on it takes two"):
+                optimizer.step()
+            monkeypatch.delenv("SOFIM_EMULATED_REFUSES")
+            assert launches(optimizer.step) == 2
+        else:
+            optimizer.step()
+            assert launches(optimizer.step) == 1
+        results.append(snapshot(optimizer))
+    assert same_bits(*results)
+
+
+# Arguments and tables
+
+
+@emulated
+def test_tiles() -> None:
+    tiles_of, tile = module().tiles_of, module().TILE
+    assert [tiles_of(n) for n in (0, 1, tile, tile + 1, 3 * tile, 2**40)] == [1, 1, 1, 2, 3, 2**40 // tile]
+
+
+@emulated
+def test_what_fits_into_arguments() -> None:
+    """CUDA takes 32,764 bytes of arguments: ResNet-50's tensors need no table, LeNet-5's fit the small ones."""
+    fit, small, large = module().fit, module().SMALL_ARGUMENTS, module().ARGUMENTS
+    assert (small, large) == (4096, 32764)
+    assert fit(small, 10, 1)
+    assert fit(large, 161, 2)
+    assert not fit(small, 161, 2)
+    assert not fit(large, 512, 1)  # 64 bytes each, and what the task takes
+    most = max(n for n in range(600) if fit(large, n, 1))
+    assert most >= 490
+
+
+def _most(size: int) -> int:
+    return max(n for n in range(600) if module().fit(size, n, 1))
+
+
+@emulated
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+@pytest.mark.parametrize("size", ["SMALL_ARGUMENTS", "ARGUMENTS"])
+def test_as_many_tensors_as_fit_and_one_more(size: str, beyond: int, options: dict[str, Any]) -> None:
+    """The same bits as on the CPU, whose code is another one."""
+    count = _most(getattr(module(), size)) + beyond
+    results = []
+    for backend in ("cuda", "cpu"):
+        optimizer, _ = ready_problem(backend, [1 + i % 5 for i in range(count)], **options)
+        for _ in range(3):
+            optimizer.step()
+        results.append(snapshot(optimizer))
+    assert len(results[0]) >= 3 * count
+    _close(*results)
+
+
+@emulated
+@pytest.mark.parametrize("fisher", ["model", "group", "parameter"])
+def test_more_groups_than_fit(fisher: str) -> None:
+    results = []
+    for backend in ("cuda", "cpu"):
+        generator = torch.Generator().manual_seed(2)
+        params = [nn.Parameter(torch.randn(2, generator=generator)) for _ in range(700)]
+        groups: list[dict[str, Any]] = [
+            {"params": params[i : i + 2], "lr": 0.01 * (1 + i)} for i in range(0, len(params), 2)
+        ]
+        groups.append({"params": [nn.Parameter(torch.ones(2))]})  # no gradient: an empty block
+        optimizer = SOFIM(groups, fisher=fisher, backend=backend, **GUARDED)
+        for p in params:
+            p.grad = torch.randn(2, generator=generator)
+        for _ in range(3):
+            optimizer.step()
+        results.append(snapshot(optimizer))
+    _close(*results)
+
+
+def _close(some: list[Any], others: list[Any]) -> None:
+    """Equal but for the last digits: logarithms and the order of sums may differ."""
+    assert len(some) == len(others)
+    for a, b in zip(some, others, strict=True):
+        if isinstance(a, Tensor) and a.is_floating_point():
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)
+
+
+@emulated
+def test_a_table_is_filled_only_when_something_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "SINGLE_LAUNCH", True)
+    optimizer, params = made([2] * 1000)
+    optimizer.step()
+    assert launches(optimizer.step) == 1 + 2  # 64,000 bytes, the arguments of two launches
+    assert launches(optimizer.step) == 1
+    params[7].grad = params[7].grad.clone()  # type: ignore[union-attr]
+    assert launches(optimizer.step) == 1 + 2
+    optimizer.param_groups[0]["lr"] *= 0.5
+    assert launches(optimizer.step) == 1 + 2
+    assert launches(optimizer.step) == 1
+
+
+@emulated
+def test_nothing_stale_is_used() -> None:
+    """Data, gradients and state that a user replaces are found again in the next step."""
+    results = []
+    for backend in ("cuda", "cpu"):
+        optimizer, params = ready_problem(backend, [6, 5] + [3] * 600)
+        for _ in range(2):
+            optimizer.step()
+        params[0].data = torch.full((6,), 2.0)
+        params[1].grad = torch.full((5,), 0.25)
+        optimizer.state[params[2]]["exp_avg"] = torch.full((3,), 0.5)
+        params[3].grad = None
+        for _ in range(2):
+            optimizer.step()
+        results.append(snapshot(optimizer))
+    _close(*results)
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("name", ["lr", "rho"])
+def test_hyperparameters_in_the_memory_of_the_device(name: str, dtype: torch.dtype) -> None:
+    """Kernels read them; the host does not."""
+    results = []
+    for value in (torch.tensor(2, dtype=dtype), 2.0):
+        optimizer, _ = made([3, 5000], **GUARDED)
+        for scale in (1, 2):
+            optimizer.param_groups[0][name] = value * scale
+            optimizer.step()
+            optimizer.step()
+        results.append(snapshot(optimizer))
+    assert same_bits(*results)
+
+
+@emulated
+def test_mixed_models_on_the_passes_and_in_one_call() -> None:
+    """The first step of a tensor goes through the operators, later ones do not."""
+    results = []
+    for by_passes in (True, False):
+        problem = mixed_problem((torch.float32, torch.bfloat16, torch.float64), "l2")
+        optimizer = SOFIM(problem.groups, backend="cuda", **GUARDED)
+        if by_passes:
+            optimizer._step_in_one_call = lambda *_: None
+        gradients = problem.gradients()
+        for _ in range(6):
+            give(problem.params, next(gradients))
+            optimizer.step()
+        results.append(snapshot(optimizer))
+    _close(*results)
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda ops, w: ops.apply([w], [w], [w], [NONE], torch.ones(2).double(), None, None), "moment: a float64"),
+        (lambda ops, w: ops.apply([w], [w], [w], [NONE], torch.ones(1), None, None), "moment: a float64 vector of 1"),
+        (lambda ops, w: ops.accumulate([w], [w], [], [], [], [0.9], [0.1], None, False), "the lists differ in length"),
+        (lambda ops, w: ops.dots([w], [w[:1]], [w], False), "tensor 0: gradient: of another shape"),
+        (
+            lambda ops, w: ops.commit(
+                [w], [w], [w], [NONE], [torch.tensor(1)], [0], [0.9], [0.1], None, torch.ones(1).double(), None, None,
+                torch.ones(()), None,
+            ),
+            "gain: one float64",
+        ),
+    ],
+    ids=["too many", "float32", "lists", "shape", "gain"],
+)  # fmt: skip
+def test_operators_refuse_what_does_not_fit(call: Callable[[Any, Tensor], object], message: str) -> None:
+    w = torch.ones(4)
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        call(torch.ops.sofim_fused_emulated, w)
+    assert torch.equal(w, torch.ones(4))
+
+
+@emulated
+def test_operators_pass_pytorchs_own_checks() -> None:
+    ops = torch.ops.sofim_fused_emulated
+    w, g, m = torch.randn(3, 5000).unbind()
+    count = torch.zeros((), dtype=torch.int64)
+    torch.library.opcheck(ops.dots.default, ([w], [g], [m], True))
+    torch.library.opcheck(ops.accumulate.default, ([w], [g], [m], [count], [0], [0.9], [0.1], [0.01], True))
+
+
+# The choice
+
+
+@emulated
+def test_the_emulator_is_taken_by_name_alone() -> None:
+    assert backends.choose("cuda", CPU).name == "cuda"
+    assert backends.choose("auto", CPU).name != "cuda"
+    assert backends.choose(backends.NATIVE, CPU).name != "cuda"
+    assert cuda.passes_for(GPU) == "it was built to be emulated on the CPU"
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_a_gpu_gets_cuda_where_that_was_built_and_else_triton(built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = dict(backends._REGISTRY)
+    other: Any = type("Other", (reference.ReferencePasses,), {"name": "triton"})
+    mine: Any = type("Mine", (reference.ReferencePasses,), {"name": "cuda"})
+    monkeypatch.setitem(backends._REGISTRY, "cuda", lambda device: mine() if built else "it was not built")
+    monkeypatch.setitem(backends._REGISTRY, "triton", lambda device: other())
+    assert list(backends._REGISTRY) == list(registry)
+    assert backends.choose("auto", GPU).name == ("cuda" if built else "triton")
+    assert backends.choose("triton", GPU).name == "triton"
+
+
+@pytest.mark.skipif(EMULATED, reason="it is emulated here")
+def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda._passes_for.cache_clear()
+    monkeypatch.setattr(native, "cuda", lambda: "the CUDA part was not built: there is no nvcc")
+    try:
+        assert cuda.passes_for(torch.device("meta")) == "it runs on NVIDIA's GPUs, not on meta"
+        with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run on cuda:0 \(cuda: .* there is no nvcc\)"):
+            backends.choose("cuda", GPU)
+    finally:
+        cuda._passes_for.cache_clear()
+
+
+def test_both_backends_of_a_gpu_have_the_same_switch() -> None:
+    assert cuda.SINGLE_LAUNCH is None
+    assert triton.SINGLE_LAUNCH is None
+    assert cpu.passes_for(GPU) == "it runs on the CPU, not on cuda"
+
+
+# What follows the sums: as many warps as a Fisher block has tensors for
+
+
+@emulated
+@pytest.mark.parametrize("guard", [{}, GUARDED], ids=["plain", "guarded"])
+@pytest.mark.parametrize("tensors", [1, 33, 65, 129, 270])
+@pytest.mark.parametrize(("fisher", "groups"), [("model", 3), *(("group", n) for n in (1, 2, 3, 9))])
+def test_a_fisher_block_has_all_of_its_tensors(
+    fisher: str, groups: int, tensors: int, guard: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many to a group as it gives, the last one having the rest. The reference adds up in another order."""
+    weights = {}
+    for backend, single in (("reference", None), ("cuda", True), ("cuda", False)):
+        monkeypatch.setattr(cuda, "SINGLE_LAUNCH", single)
+        params = [nn.Parameter(torch.zeros(1 + i % 3)) for i in range(tensors)]
+        size = -(-tensors // groups)
+        chosen = [{"params": params[at : at + size]} for at in range(0, tensors, size)]
+        optimizer = SOFIM(chosen, lr=1.0, rho=0.5, fisher=fisher, backend=backend, **guard)
+        for step in range(2):  # a moment of about rho's size: a tensor that is missing shows
+            for i, p in enumerate(params):
+                p.grad = torch.arange(1.0, 1 + p.numel()) * (1 + (i + step) % 5) / tensors**0.5
+            optimizer.step()
+        assert optimizer.backends == {CPU: backend}
+        weights[backend, single] = torch.cat([p.detach() for p in params])
+    assert torch.equal(weights["cuda", True], weights["cuda", False])
+    torch.testing.assert_close(weights["cuda", True], weights["reference", None], rtol=1e-5, atol=1e-9)
+
+
+# The counter of skipped steps
+
+
+@emulated
+def test_a_skipped_step_is_counted_in_the_launch_itself() -> None:
+    param = nn.Parameter(torch.ones(5000))
+    optimizer = SOFIM([param], skip_nonfinite=True, backend="cuda")
+    param.grad = torch.ones_like(param)
+    optimizer.step()  # makes state and counter
+    counter = optimizer.skipped_steps
+    for spoiled, expected in ((False, 0), (True, 1), (True, 2), (False, 2)):
+        param.grad = torch.full_like(param, float("nan") if spoiled else 1.0)
+        before, version = param.detach().clone(), counter._version
+        assert launches(optimizer.step) == 1
+        assert optimizer.skipped_steps is counter
+        assert int(counter) == expected
+        assert counter._version > version
+        assert torch.equal(param.detach(), before) == spoiled
+
+
+@emulated
+@pytest.mark.parametrize("counter", [None, torch.zeros((), dtype=torch.int32), torch.zeros(2, dtype=torch.int64)])
+def test_a_counter_that_does_not_serve_is_left_alone(counter: Tensor | None) -> None:
+    optimizer, (param,) = made([5], skip_nonfinite=True)
+    optimizer.step()
+    assert param.grad is not None
+    param.grad.fill_(float("inf"))
+    norm, skipped = module().Step()(optimizer.param_groups, optimizer.state, counter=counter)
+    assert (float(norm), int(skipped)) == (float("inf"), 1)
+    assert counter is None or not counter.any()

@@ -1,0 +1,344 @@
+"""The Triton backend: launches, tables and transfers; its numbers are in the matrix (tests/step/test_matrix.py).
+
+With ``TRITON_INTERPRET=1`` kernels run on the CPU; without it, what needs no kernel is tested, and the rest on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sofim_fused import SOFIM, backends, native
+from sofim_fused.backends.triton import launch as triton
+from sofim_fused.backends.triton import pack
+from tests.support.problems import GUARDED, OPTIONS, give, give_state, mixed_problem, ready_problem, same_bits, snapshot
+from tests.support.runs import INTERPRETED, RUNS, once
+
+pytest.importorskip("triton")
+CPU = torch.device("cpu")
+DEVICE = "cpu" if INTERPRETED else "cuda"
+runs_kernels = pytest.mark.skipif(not INTERPRETED, reason="runs with TRITON_INTERPRET=1 (make interpreter)")
+
+
+made = partial(ready_problem, "triton")
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts launches, by kernel."""
+    counts: Counter[str] = Counter()
+    for name in ("launch_first", "launch_second", "launch_single"):
+        monkeypatch.setattr(triton, name, _counting(name, getattr(triton, name), counts))
+    return counts
+
+
+def _counting(name: str, launch: Callable[..., None], counts: Counter[str]) -> Callable[..., None]:
+    def counted(kernels: Any, *args: Any, **kwargs: Any) -> None:
+        spies = {which: _Counted(which, getattr(kernels, which), counts) for which in ("first", "second", "single")}
+        spied = SimpleNamespace(**{**vars(kernels), **spies})
+        launch(spied, *args, **kwargs)
+
+    return counted
+
+
+class _Counted:
+    def __init__(self, name: str, kernel: Any, counts: Counter[str]) -> None:
+        self.name, self.kernel, self.counts = name, kernel, counts
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self.counts[self.name] += 1
+            self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+@runs_kernels
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_step_is_one_launch_or_two(
+    options: dict[str, Any], launches: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer, _ = made([3, 5000, 1, 40, 4096] + [7] * 20, **options)
+    optimizer.step()
+    for single, expected in ((True, {"single": 1}), (False, {"first": 1, "second": 1})):
+        monkeypatch.setattr(triton, "SINGLE_LAUNCH", single)
+        launches.clear()
+        optimizer.step()
+        assert launches == expected
+
+
+@runs_kernels
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_pass_is_one_launch(options: dict[str, Any], launches: Counter[str]) -> None:
+    """The first step of a tensor, and steps that span devices, go through the passes one by one."""
+    optimizer, _ = made([3, 5000, 1, 40] + [7] * 20, **options)
+    optimizer._step_by_passes()
+    assert launches == {"first": 1, "second": 1}
+
+
+@runs_kernels
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("fisher", ["model", "group", "parameter"])
+def test_one_launch_two_launches_and_the_passes_take_the_same_step(
+    fisher: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and moments bit for bit between one and two launches, to the last digits by way of PyTorch's scalars."""
+    results = []
+    for form in ("one", "two", "passes"):
+        problem = mixed_problem((torch.float32, torch.bfloat16, torch.float64), "l2", layouts=RUNS[0].layouts)
+        monkeypatch.setattr(triton, "SINGLE_LAUNCH", form == "one")
+        optimizer = SOFIM(problem.groups, fisher=fisher, backend="triton", **options)
+        if form == "passes":
+            monkeypatch.setattr(optimizer, "_native_step", lambda: lambda *_: None)
+        if form != "passes":
+            give_state(optimizer)
+        gradients = problem.gradients()
+        for _ in range(4):
+            give(problem.params, next(gradients))
+            optimizer.step()
+        results.append(snapshot(optimizer) + ([optimizer.grad_norm] if options.get("skip_nonfinite") else []))
+    assert same_bits(results[0], results[1])
+    for a, b in zip(results[0], results[2], strict=True):
+        tolerance = {torch.float64: 1e-13, torch.float32: 1e-6}.get(a.dtype, 1e-2)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@runs_kernels
+@pytest.mark.parametrize("single", [True, False], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("spoiled", [float("nan"), float("inf")])
+def test_a_skipped_step_leaves_every_bit(spoiled: float, single: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "SINGLE_LAUNCH", single)
+    optimizer, params = made([3, 4097, 9], skip_nonfinite=True)
+    optimizer.step()
+    before = snapshot(optimizer)
+    assert params[1].grad is not None
+    params[1].grad[4096] = spoiled
+    optimizer.step()
+    assert same_bits(before, snapshot(optimizer))
+    assert int(optimizer.skipped_steps) == 1
+    params[1].grad[4096] = 0.5
+    optimizer.step()
+    assert int(optimizer.skipped_steps) == 1
+    assert int(optimizer.state[params[0]]["step"]) == 2
+    assert not same_bits(before, snapshot(optimizer))
+
+
+@runs_kernels
+def test_what_a_step_saw_stays() -> None:
+    optimizer, params = made([5, 6], max_grad_norm=1.0)
+    optimizer.step()
+    optimizer.step()
+    seen = optimizer.grad_norm
+    assert seen is not None
+    value = seen.item()
+    for p in params:
+        assert p.grad is not None
+        p.grad *= 2
+    optimizer.step()
+    assert seen.item() == value
+    assert optimizer.grad_norm is not None
+    assert optimizer.grad_norm.item() == pytest.approx(2 * value)
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of elements of every table that is sent to the device."""
+    sizes: list[int] = []
+    send = triton._sent
+
+    def noted(values: Tensor, to: Tensor, pinned: Tensor | None = None) -> Tensor:
+        sizes.append(values.numel())
+        return send(values, to, pinned)
+
+    monkeypatch.setattr(triton, "_sent", noted)
+    return sizes
+
+
+@runs_kernels
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_tables_are_sent_only_when_something_changed(options: dict[str, Any], sent: list[int]) -> None:
+    optimizer, params = made([3, 5000], **options)
+    optimizer.step()
+    optimizer.step()
+    sent.clear()
+    optimizer.step()
+    assert sent == []
+    optimizer.param_groups[0]["lr"] *= 0.5
+    optimizer.step()
+    assert sent == [2 * pack.HYPERS]
+    sent.clear()
+    params[0].grad = params[0].grad.clone()  # type: ignore[union-attr]
+    optimizer.step()
+    assert sent == [2 * pack.COLUMNS]
+    if "max_grad_norm" in options:
+        sent.clear()
+        optimizer.param_groups[0]["max_grad_norm"] = 0.25
+        optimizer.step()
+        assert sent == [2 * pack.HYPERS]
+
+
+@runs_kernels
+def test_nothing_is_allocated_once_the_tables_exist() -> None:
+    optimizer, _ = made([3, 5000])
+    optimizer.step()
+    optimizer.step()
+    step: Any = optimizer._step_in_one_call
+    sheet = step._sheet
+    memory = [x.data_ptr() for x in (sheet.rows, sheet.hyper, sheet.work, sheet.counters, sheet.tile_of)]
+    optimizer.step()
+    assert step._sheet is sheet
+    assert memory == [x.data_ptr() for x in (sheet.rows, sheet.hyper, sheet.work, sheet.counters, sheet.tile_of)]
+    assert not sheet.counters[:-1].any()  # ready for the next launch
+
+
+@runs_kernels
+def test_a_graph_has_tables_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager steps after a capture write into other tables than a replay reads."""
+    optimizer, params = made([3, 50], capturable=True)
+    monkeypatch.setattr(triton, "capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="whole steps alone"):  # no state yet: by the passes
+        optimizer.step()
+    monkeypatch.setattr(triton, "capturing", lambda: False)
+    optimizer.step()
+    optimizer.step()
+    step: Any = optimizer._step_in_one_call
+    eager = step._sheet
+    monkeypatch.setattr(triton, "capturing", lambda: True)
+    optimizer.step()
+    (captured,) = step._captured
+    assert step._sheet is eager
+    for name in ("rows", "hyper", "work", "counters"):
+        assert getattr(captured, name).data_ptr() != getattr(eager, name).data_ptr()
+    assert captured.tile_of is eager.tile_of
+    with pytest.raises(RuntimeError, match="two captures in a row"):
+        optimizer.step()
+    params[0].grad = None
+    with pytest.raises(RuntimeError, match="take one with the same gradients present"):
+        optimizer.step()
+    monkeypatch.setattr(triton, "capturing", lambda: False)
+    optimizer.step()
+
+
+@runs_kernels
+def test_either_table_serves() -> None:
+    """The one in Python and the one in C++."""
+    if isinstance(native.cpu(), str):
+        pytest.skip(f"the native part is not in use: {native.cpu()}")
+    results = []
+    for new_table in (pack.Table, native.cpu().PackedStep):  # type: ignore[union-attr]
+        problem = mixed_problem((torch.float32, torch.bfloat16), "l2")
+        optimizer = SOFIM(problem.groups, backend="triton", **GUARDED)
+        step = triton.TritonStep(optimizer._native_step()._kernels, True, new_table)  # type: ignore[attr-defined]
+        optimizer._step_in_one_call = step
+        gradients = problem.gradients()
+        for _ in range(6):
+            give(problem.params, next(gradients))
+            optimizer.step()
+        assert step._sheet is not None
+        results.append(snapshot(optimizer))
+    assert same_bits(*results)
+
+
+@runs_kernels
+def test_nothing_stale_is_used() -> None:
+    """Data, gradients and state that a user replaces are found again in the next step."""
+    optimizer, params = made([6, 5])
+    twin, others = made([6, 5])
+    twin._native_step = lambda: lambda *_: None  # type: ignore[method-assign]
+    for o, ps in ((optimizer, params), (twin, others)):
+        for _ in range(2):
+            o.step()
+        ps[0].data = torch.ones(6)
+        o.step()
+        o.state[ps[1]]["exp_avg"] = torch.full((5,), 0.25)
+        o.step()
+        ps[1].grad = torch.full((5,), -1.0)
+        o.step()
+        o.load_state_dict(o.state_dict())
+        o.step()
+    for a, b in zip(params, others, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# Who gets it
+
+
+def test_the_interpreter_is_taken_by_name_alone() -> None:
+    """Not by ``auto`` and not by ``fused=True``; without the environment variable not at all."""
+    p = nn.Parameter(torch.ones(2))
+    assert SOFIM([p]).backends == {CPU: "cpu" if not isinstance(native.cpu(), str) else "reference"}
+    assert SOFIM([p], fused=True).backends == {CPU: "cpu"} if not isinstance(native.cpu(), str) else True
+    if INTERPRETED:
+        assert SOFIM([p], backend="triton").backends == {CPU: "triton"}
+        assert backends.choose("triton", CPU).emulated
+    else:
+        with pytest.raises(RuntimeError, match=r"backend='triton' cannot run on cpu .*TRITON_INTERPRET=1"):
+            SOFIM([p], backend="triton")
+
+
+@once  # in processes that have environments of their own
+def test_the_environment_chooses_for_a_whole_process() -> None:
+    """Kernels are interpreted where the variable was set before Python started, and nowhere else."""
+    code = (
+        "import torch; from sofim_fused.backends import triton; found = triton._kernels_for(torch.device('cpu')); "
+        "print('none' if isinstance(found, str) else 'interpreter' if found[1] else 'GPU')\n"
+        "from sofim_fused import SOFIM; p = torch.nn.Parameter(torch.ones(2)); print(SOFIM([p]).backends)"
+    )
+    for interpret, seen in (("1", "interpreter"), ("0", "none"), (None, "none")):
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        if interpret is not None:
+            environment["TRITON_INTERPRET"] = interpret
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        assert result.stdout.splitlines()[0] == seen
+        assert "triton" not in result.stdout.splitlines()[1]
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    triton._kernels_for.cache_clear()
+    yield
+    triton._kernels_for.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (ImportError("no such file\nsecond line"), r"Triton cannot be imported \(no such file\)"),
+        ("2.1.0", "Triton 2.1.0 is older than 3.6"),
+        ("?", r"Triton \? is older than 3.6"),
+    ],
+    ids=str,
+)
+def test_a_triton_that_does_not_fit_is_a_reason(
+    version: str | Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def module(name: str) -> Any:
+        if isinstance(version, Exception):
+            raise version
+        return SimpleNamespace(__version__=version)
+
+    monkeypatch.setattr(triton.importlib, "import_module", module)
+    reason = triton.passes_for(CPU)
+    assert isinstance(reason, str)
+    assert re.search(message, reason)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_other_devices_are_refused_with_a_reason() -> None:
+    assert "not on meta" in str(triton.passes_for(torch.device("meta")))
+    if not torch.cuda.is_available():
+        assert triton.passes_for(torch.device("cuda", 0)) == "PyTorch finds no GPU"

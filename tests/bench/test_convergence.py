@@ -1,0 +1,748 @@
+"""The convergence benchmark: its baseline, its bookkeeping, its arithmetic."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from bench import documents
+from bench.convergence import __main__ as command
+from bench.convergence import compare, convex, regime, sensitivity
+from bench.convergence import store as store_module
+from bench.convergence.contenders import CONFIGURATIONS, CONTENDERS, PERIOD, gradients_by, layers, memory, scaled
+from bench.convergence.nystrom import NystromSGD
+from bench.convergence.store import Store
+from bench.convergence.tasks import CONTEXT, TASKS, Size, Split, Targets, docstrings
+from bench.convergence.training import Job, Outcome, Point, hessian_cost, loss_of, prepare, train
+from bench.networks import CharacterTransformer
+from examples.train import batch_order
+from tests.examples.test_data import write_cifar10, write_cifar100, write_svhn
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RESULTS = REPOSITORY / "bench" / "results" / "convergence"
+QUIET = Console(quiet=True)
+
+
+# Nyström-SGD, against matrices that it never forms
+
+
+def small_problem(convex_loss: bool) -> tuple[list[nn.Parameter], Any]:
+    """Two tensors and a loss of both, with its whole Hessian in reach."""
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(40, 5, dtype=torch.float64), torch.randn(40, 3, dtype=torch.float64)
+    params = [nn.Parameter(torch.randn(shape, dtype=torch.float64) / 2) for shape in ((5, 3), (3,))]
+
+    def loss(weight: Tensor, bias: Tensor) -> Tensor:
+        out = inputs @ weight + bias
+        return ((out if convex_loss else out.tanh() * out) - targets).square().mean()
+
+    return params, loss
+
+
+def flat_hessian(params: list[nn.Parameter], loss: Any) -> Tensor:
+    shapes, sizes = [p.shape for p in params], [p.numel() for p in params]
+
+    def of_flat(flat: Tensor) -> Tensor:
+        return loss(*(part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)))
+
+    flat = torch.cat([p.detach().reshape(-1) for p in params])
+    return torch.autograd.functional.hessian(of_flat, flat)
+
+
+def with_graph(params: list[nn.Parameter], loss: Any) -> None:
+    for p, g in zip(params, torch.autograd.grad(loss(*params), params, create_graph=True), strict=True):
+        p.grad = g
+
+
+def flat(tensors: Any) -> Tensor:
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+@pytest.mark.parametrize("convex_loss", [True, False])
+@pytest.mark.parametrize("columns", [1, 4, 18, 50])
+def test_nystrom_is_the_dense_construction(convex_loss: bool, columns: int) -> None:
+    params, loss = small_problem(convex_loss)
+    hessian, before = flat_hessian(params, loss), flat(params)
+    optimizer = NystromSGD(params, lr=0.3, rho=0.2, columns=columns, generator=torch.Generator().manual_seed(3))
+    chosen = torch.randperm(18, generator=torch.Generator().manual_seed(3))[:columns]
+    with_graph(params, loss)
+    gradient = flat([p.grad for p in params])
+    optimizer.step()
+
+    values, vectors = np.linalg.eigh(hessian[chosen][:, chosen].numpy())
+    assert (values > 0).all() or not convex_loss
+    inverse = vectors @ np.diag(1 / np.abs(values)) @ vectors.T
+    approximation = hessian[:, chosen].numpy() @ inverse @ hessian[chosen].numpy()
+    step = np.linalg.solve(approximation + 0.2 * np.eye(18), gradient.numpy())
+    torch.testing.assert_close(flat(params), before - 0.3 * torch.from_numpy(step), rtol=1e-8, atol=1e-10)
+
+
+def test_nystrom_with_all_columns_is_a_regularized_newton_step() -> None:
+    params, loss = small_problem(convex_loss=True)
+    hessian, before = flat_hessian(params, loss), flat(params)
+    with_graph(params, loss)
+    gradient = flat([p.grad for p in params])
+    NystromSGD(params, lr=1.0, rho=0.01, columns=18).step()
+    newton = torch.linalg.solve(hessian + 0.01 * torch.eye(18, dtype=torch.float64), gradient)
+    torch.testing.assert_close(flat(params), before - newton, rtol=1e-8, atol=1e-10)
+
+
+def test_nystrom_keeps_a_curvature_for_its_period() -> None:
+    params, loss = small_problem(convex_loss=False)
+    optimizer = NystromSGD(params, lr=0.01, columns=3, period=3)
+    factors, due = [], []
+    for _ in range(5):
+        due.append(optimizer.needs_graph)
+        if optimizer.needs_graph:
+            with_graph(params, loss)
+        else:
+            optimizer.zero_grad()
+            loss(*params).backward()
+        optimizer.step()
+        factors.append(optimizer.factor)
+    assert due == [True, False, False, True, False]
+    assert factors[0] is factors[2]
+    assert factors[3] is factors[4]
+    assert factors[0] is not factors[3]
+
+
+def test_nystrom_where_the_loss_is_linear_is_gradient_descent() -> None:
+    """Columns that are zero, one of them without a graph, carry no curvature."""
+    a, b = (nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64)) for _ in range(2))
+    loss = (3 * a).sum() + b.square().sum() * 0 + b.sum()
+    for p, g in zip((a, b), torch.autograd.grad(loss, (a, b), create_graph=True), strict=True):
+        p.grad = g
+    optimizer = NystromSGD([a, b], lr=0.5, rho=2.0, columns=4)
+    optimizer.step()
+    assert optimizer.factor is not None
+    assert optimizer.factor.shape == (4, 0)
+    assert a.tolist() == [1 - 0.75, 2 - 0.75]
+    assert b.tolist() == [1 - 0.25, 2 - 0.25]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": -1.0}, "lr is -1.0, expected a finite number from 0 on"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"rho": 0.0}, "rho is 0.0, expected a finite number above 0"),
+        ({"rho": math.inf}, "rho is inf"),
+        ({"columns": 0}, "columns is 0, expected 1 at least"),
+        ({"period": 0}, "period is 0, expected 1 at least"),
+    ],
+)
+def test_nystrom_refuses_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NystromSGD([nn.Parameter(torch.ones(1))], **settings)
+
+
+def test_nystrom_refuses_what_it_cannot_step_with() -> None:
+    params, loss = small_problem(convex_loss=True)
+    optimizer = NystromSGD(params)
+    with pytest.raises(ValueError, match=r"parameter 0 of shape \(5, 3\) has no gradient"):
+        optimizer.step()
+    loss(*params).backward()
+    before = flat(params)
+    with pytest.raises(RuntimeError, match="take gradients with create_graph=True"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="call it, then step"):
+        optimizer.step(lambda: None)
+    assert torch.equal(flat(params), before)
+    assert optimizer.needs_graph
+
+
+# Contenders
+
+
+def test_all_are_tuned_with_as_many_configurations() -> None:
+    for contender in CONTENDERS.values():
+        distinct = {json.dumps(settings, sort_keys=True) for settings in contender.grid}
+        assert len(distinct) == CONFIGURATIONS, contender.name
+        assert all(settings.keys() == contender.grid[0].keys() for settings in contender.grid)
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_each_contender_trains(name: str) -> None:
+    contender = CONTENDERS[name]
+    outcome = train(Job("tabular-mlp", name, contender.grid[5], 0, "test", 4, None, 16))
+    assert not outcome.diverged
+    assert outcome.points[-1].train_loss < outcome.points[0].train_loss
+    assert outcome.steps == 4 * math.ceil(298 / 16)
+    assert outcome.parameters == 30 * 32 + 32 + 32 * 32 + 32 + 32 * 2 + 2
+
+
+def test_settings_arrive() -> None:
+    """Each configuration makes another optimizer: none of its settings is lost on the way."""
+    for contender in CONTENDERS.values():
+        model = nn.Linear(2, 2)
+        made = [contender.build(model, settings) for settings in contender.grid]
+        hyperparameters = [
+            {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+            | {"lr": optimizer.param_groups[0]["lr"]}
+            for optimizer in made
+        ]
+        assert len({repr(sorted(h.items())) for h in hyperparameters}) == CONFIGURATIONS, contender.name
+
+
+def test_sofim_has_a_group_per_layer() -> None:
+    model = TASKS["digits-lenet5"].model(TASKS["digits-lenet5"].data(None, None))
+    groups = layers(model)
+    assert [[tuple(p.shape) for p in group["params"]] for group in groups] == [
+        [(6, 1, 5, 5), (6,)],
+        [(16, 6, 5, 5), (16,)],
+        [(120, 400), (120,)],
+        [(84, 120), (84,)],
+        [(10, 84), (10,)],
+    ]
+    assert sum(p.numel() for group in groups for p in group["params"]) == sum(p.numel() for p in model.parameters())
+    kinds = {name: CONTENDERS[name].build(model, CONTENDERS[name].grid[0]) for name in CONTENDERS if "sofim" in name}
+    assert {name: (o.defaults["numerator"], o.defaults["fisher"]) for name, o in kinds.items()} == {
+        "sofim": ("moment", "model"),
+        "sofim-group": ("moment", "group"),
+        "sofim-parameter": ("moment", "parameter"),
+        "sofim-gradient": ("gradient", "model"),
+        "sofim-gradient-group": ("gradient", "group"),
+        "sofim-gradient-parameter": ("gradient", "parameter"),
+    }
+
+
+def test_edges_of_a_grid() -> None:
+    sofim, sgd = CONTENDERS["sofim"], CONTENDERS["sgd"]
+    assert sofim.edges({"lr/rho": 0.1, "rho": 1.0}) == ["lr/rho"]
+    assert sofim.edges({"lr/rho": 0.25, "rho": 10.0}) == ["rho"]
+    assert sofim.edges({"lr/rho": 0.6, "rho": 1.0}) == []
+    assert sgd.edges({"lr": 0.16, "momentum": 0.95}) == ["lr"]  # of two momenta each would be at an edge
+
+
+def test_memory_counts_each_tensor_once() -> None:
+    model = nn.Linear(100, 10, bias=False)
+    for name, floats in {"sgd": 1000, "adamw": 2001, "sofim": 1002, "adahessian": 3000, "nystrom": 10_000}.items():
+        contender = CONTENDERS[name]
+        optimizer = contender.build(model, contender.grid[0])
+        assert memory(optimizer) == 0
+        for _ in range(2):
+            optimizer.zero_grad()
+            gradients_by(contender, optimizer, model(torch.randn(4, 100)).square().sum(), list(model.parameters()))
+            optimizer.step()
+        # Counts of steps are one number each. Of a linear layer's Hessian ten columns span what they can.
+        assert memory(optimizer) == 4 * floats if name != "nystrom" else 0 < memory(optimizer) <= 4 * floats
+
+
+# Training
+
+
+def outcome_of(losses: list[float], accuracies: list[float] | None = None, diverged: bool = False) -> Outcome:
+    accuracies = accuracies or [0.5] * len(losses)
+    points = [Point(loss + 1, loss, a, 10.0 * i, float(i)) for i, (loss, a) in enumerate(zip(losses, accuracies), 1)]  # noqa: B905
+    return Outcome(points, diverged, 0, 1, 1, 1, 0, 0.0)
+
+
+def job(name: str = "sofim", **changes: Any) -> Job:
+    made = Job("digits-lenet5", name, CONTENDERS[name].grid[0], 3, "validation", 2, 96, 32)
+    return replace(made, **changes)
+
+
+@pytest.mark.parametrize("name", ["sofim", "lbfgs", "adahessian", "nystrom"])
+def test_the_same_job_has_the_same_losses(name: str) -> None:
+    first, second = (train(job(name)) for _ in range(2))
+    assert [point[:4] for point in first.points] == [point[:4] for point in second.points]
+    other = train(job(name, seed=4))
+    assert [point[:4] for point in first.points] != [point[:4] for point in other.points]
+
+
+def test_optimizers_start_alike_and_see_the_same_batches() -> None:
+    """At a learning rate of zero all have the same losses."""
+    zero = {"sofim": {"lr/rho": 0.0, "rho": 1.0}, "sgd": {"lr": 0.0, "momentum": 0.9}}
+    first, second = (train(job(name, settings=settings)) for name, settings in zero.items())
+    assert [point[:3] for point in first.points] == [point[:3] for point in second.points]
+
+
+def test_a_job_is_known_by_all_of_it() -> None:
+    made = job()
+    others = [
+        replace(made, task="tabular-mlp"),
+        replace(made, contender="sgd"),
+        replace(made, settings={**made.settings, "rho": 7.0}),
+        replace(made, seed=0),
+        replace(made, held_out="test"),
+        replace(made, epochs=1),
+        replace(made, examples=None),
+        replace(made, batch_size=16),
+        replace(made, device="cuda"),
+    ]
+    assert len({made.key, *(other.key for other in others)}) == 10
+    assert replace(made, settings=dict(reversed(made.settings.items()))).key == made.key
+
+
+def test_training_loss_is_the_mean_over_examples() -> None:
+    """Also where the last batch is smaller."""
+    outcome = train(job("sgd", settings={"lr": 0.0, "momentum": 0.9}, examples=80, epochs=1))
+    data = TASKS["digits-lenet5"].data(None, 80)
+    torch.manual_seed(3)
+    model = TASKS["digits-lenet5"].model(data)
+    assert outcome.points[0].train_loss == pytest.approx(loss_of(model, data.train).item(), rel=1e-5)
+    assert outcome.points[0].loss == pytest.approx(loss_of(model, data.validation).item(), rel=1e-5)
+    assert outcome.steps == outcome.gradients == 3
+
+
+def test_held_out_examples_are_three_sets() -> None:
+    for name in ("digits-lenet5", "tabular-mlp"):
+        data = TASKS[name].data(None, None)
+        rows = [{tuple(x.flatten().tolist()) for x in part.inputs} for part in data[:3]]
+        assert not rows[0] & rows[1] | rows[0] & rows[2] | rows[1] & rows[2]
+    lost = train(job(held_out="test")).points[-1]
+    assert lost.loss != train(job(held_out="validation")).points[-1].loss
+
+
+def test_divergence_ends_a_run() -> None:
+    outcome = train(job("sgd", settings={"lr": 1e6, "momentum": 0.9}, epochs=5))
+    assert outcome.diverged
+    assert len(outcome.points) < 5
+    json.dumps(outcome._asdict(), allow_nan=False)
+
+
+def test_cost_counts_hessian_vector_products() -> None:
+    steps = 12
+    outcomes = {
+        name: train(job(name, examples=steps * 8, batch_size=8, epochs=2))
+        for name in ("sgd", "adahessian", "nystrom", "lbfgs")
+    }
+    assert outcomes["sgd"].cost == 2 * steps
+    assert outcomes["adahessian"].hessian_products == 2 * steps
+    price = outcomes["adahessian"].hessian_cost
+    assert outcomes["adahessian"].cost == pytest.approx(2 * steps * (1 + price))
+    assert outcomes["nystrom"].hessian_products == 10 * math.ceil(2 * steps / PERIOD)
+    assert outcomes["adahessian"].points[0].cost == pytest.approx(steps * (1 + price), rel=1e-5)
+    searching = CONTENDERS["lbfgs"].grid[-1]
+    assert searching["line_search"] == "strong_wolfe"
+    outcome = train(job("lbfgs", settings=searching, examples=96, epochs=1))
+    assert outcome.gradients > outcome.steps
+
+
+def test_the_price_of_a_hessian_vector_product() -> None:
+    """One linear layer: a forward pass and a gradient for its weight are two products of matrices; H v is two more.
+
+    (Its input needs no gradient. H v: the logits' change along v, then the weight's gradient for that of the logits'.)
+    """
+    model = nn.Linear(7, 5, bias=False)
+    assert hessian_cost(model, Split(torch.randn(11, 7), torch.randint(0, 5, (11,)))) == 1.0
+
+
+def test_the_loss_of_the_transformer_is_causal() -> None:
+    torch.manual_seed(0)
+    model = CharacterTransformer(20, context=9)
+    tokens = torch.randint(0, 20, (2, 9))
+    changed = tokens.clone()
+    changed[:, 5:] = (changed[:, 5:] + 1) % 20
+    before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, :5], after[:, :5])
+    assert not torch.isclose(before[:, 5:], after[:, 5:]).all(-1).any()
+
+
+def test_text_is_read_in_one_order(tmp_path: Path) -> None:
+    (tmp_path / "b.py").write_text('"""Second."""\ndef f():\n    "third, with ü"\n')
+    (tmp_path / "a.py").write_text('class A:\n    """First.\n\n    More of it.\n    """\n')
+    (tmp_path / "broken.py").write_text("def (:")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "c.py").write_text('"""Left out."""')
+    assert docstrings(tmp_path) == ["First.\n\nMore of it.", "Second.", "third, with ü"]
+    (tmp_path / "long.py").write_text(f'"""{"abc " * 1000}"""')
+    data = TASKS["text-transformer"].load(tmp_path)
+    assert data.train.inputs.shape[1] == CONTEXT
+    assert torch.equal(data.train.inputs[:, 1:], data.train.targets[:, :-1])
+    assert int(data.train.inputs.max()) < data.classes == 97
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "channels", "classes"),
+    [("cifar10", write_cifar10, 3, 10), ("cifar100", write_cifar100, 3, 100), ("svhn", write_svhn, 3, 10)],
+)
+def test_data_sets_that_are_not_here_take_the_same_way(
+    name: str, write: Any, channels: int, classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench.convergence import tasks
+
+    write(tmp_path)
+    # So few images cannot be split by class.
+    monkeypatch.setattr(
+        tasks,
+        "_held_out",
+        lambda inputs, targets, _: (Split(inputs[:-1], targets[:-1]), Split(inputs[-1:], targets[-1:])),
+    )
+    for network, batch in (("lenet5", 2), ("resnet9", 3)):
+        tasks._loaded.cache_clear()
+        run = Job(f"{name}-{network}", "sofim", CONTENDERS["sofim"].grid[0], 0, "test", 1, None, batch)
+        outcome = train(run, tmp_path)
+        data = TASKS[run.task].data(tmp_path, None)
+        assert (data.train.inputs.shape[1:], data.classes) == ((channels, 32, 32), classes)
+        assert len(outcome.points) == 1
+    tasks._loaded.cache_clear()
+
+
+def test_more_examples_than_there_are() -> None:
+    with pytest.raises(ValueError, match="tabular-mlp: 1000 training examples of 298 asked for"):
+        train(Job("tabular-mlp", "sgd", CONTENDERS["sgd"].grid[0], 0, "test", 1, 1000, 16))
+
+
+# Results that stay
+
+
+def test_a_store_keeps_what_was_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results" / "a.jsonl"
+    store = Store(path)
+    assert len(store) == 0
+    store.add("one", {"x": [1, 2.5]})
+    store.add("two", None)
+    store.close()
+    again = Store(path)
+    assert list(again) == ["one", "two"]
+    assert again["one"] == {"x": [1, 2.5]}
+    assert "three" not in again
+    with pytest.raises(ValueError, match="there is a result for one already"):
+        again.add("one", 3)
+    again.add("three", 3)
+    again.close()
+    assert [machine["torch"] for machine in Store(path).machines] == [torch.__version__]
+    monkeypatch.setattr(store_module, "_machine", lambda: {"cpu": "another"})
+    again.add("four", 4)
+    again.close()
+    last = Store(path)
+    assert list(last) == ["one", "two", "three", "four"]
+    assert [machine["cpu"] == "another" for machine in last.machines] == [False, True]
+
+
+def test_a_torn_line_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    store = Store(path)
+    store.add("one", 1)
+    store.close()
+    whole = path.read_bytes()
+    for cut in range(1, 20):
+        path.write_bytes(whole + b'{"key":"two","result":2}\n'[:cut])
+        torn = Store(path)
+        assert list(torn) == ["one"]
+        torn.add("two", 3)
+        torn.close()
+        assert {key: Store(path)[key] for key in Store(path)} == {"one": 1, "two": 3}
+
+
+def test_a_broken_line_is_not_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    for line in ("nonsense", "[1]", '{"key": "a"}', "null"):
+        path.write_text('{"key":"a","result":1}\n' + line + "\n")
+        with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not a record of results"):
+            Store(path)
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is run twice, and the results are those of a run that was left alone."""
+    arguments = ["compare", "--task", "tabular-mlp", "--seeds", "1"]
+    script = (
+        "import sys\nfrom bench.convergence import __main__ as command, contenders, tasks\n"
+        "from dataclasses import replace\n"
+        "if __name__ == '__main__':\n"
+        "    task = tasks.TASKS['tabular-mlp']\n"
+        "    for name in set(contenders.CONTENDERS) - {'sofim', 'sgd'}:\n"
+        "        del contenders.CONTENDERS[name]\n"
+        "    tasks.TASKS['tabular-mlp'] = replace(task, small=tasks.Size(20, 200), tuning_seeds=1)\n"
+        "    sys.exit(command.main(sys.argv[1:]))\n"
+    )
+    program = tmp_path / "program.py"
+    program.write_text(script)
+
+    killed = subprocess.Popen(
+        [sys.executable, str(program), *arguments, "--jobs", "2", "--out", str(tmp_path / "a")],
+        env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    path = tmp_path / "a" / "tabular-mlp.jsonl"
+    deadline = time.monotonic() + 120
+    while not (path.exists() and len(path.read_bytes().splitlines()) > 3):
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    while True:  # its workers leave by themselves
+        assert time.monotonic() < deadline
+        try:
+            os.killpg(killed.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.05)
+    written = path.read_bytes()
+    assert len(Store(path)) < 2 * CONFIGURATIONS
+
+    # The same here, without the time that processes take to start.
+    monkeypatch.setattr(compare, "CONTENDERS", {name: CONTENDERS[name] for name in ("sofim", "sgd")})
+    monkeypatch.setitem(TASKS, "tabular-mlp", replace(TASKS["tabular-mlp"], small=Size(20, 200), tuning_seeds=1))
+    for out in ("a", "b"):
+        assert command.main([*arguments, "--jobs", "1", "--out", str(tmp_path / out)]) == 0
+    resumed, whole = Store(path), Store(tmp_path / "b" / "tabular-mlp.jsonl")
+    assert path.read_bytes().startswith(written[: written.rindex(b"\n") + 1])
+    assert len(whole) == 2 * CONFIGURATIONS + 2
+    assert set(resumed) == set(whole)
+    for key in whole:
+        assert [p[:4] for p in resumed[key]["points"]] == [p[:4] for p in whole[key]["points"]]
+    assert (tmp_path / "b" / "tabular-mlp.md").exists()
+    assert (tmp_path / "b" / "tabular-mlp.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failure_is_reported_and_what_was_done_is_kept(tmp_path: Path) -> None:
+    from bench.convergence.pool import run_missing
+
+    store = Store(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="invalid literal"):
+        run_missing({"a": "1", "b": "x", "c": "3"}, int, store, 1, "title", QUIET)
+    assert store["a"] == 1
+    assert "b" not in store
+
+
+# Choosing and comparing
+
+
+def fill(store: Store, plan: compare.Plan, loss: Any) -> None:
+    for contender in plan.contenders:
+        for number, settings in enumerate(contender.grid):
+            for run in plan.tuning(contender, settings):
+                store.add(run.key, loss(contender.name, number, run.seed)._asdict())
+
+
+def plan_of(**changes: Any) -> compare.Plan:
+    task = replace(TASKS["digits-lenet5"], targets=Targets(1.5, 0.5, 0.9), tuning_seeds=2)
+    return compare.Plan(task, Size(3, 96), 3, "cpu")._replace(**changes)
+
+
+def test_the_lowest_validation_loss_is_chosen(tmp_path: Path) -> None:
+    """In the mean over seeds, of any epoch; not of runs that diverged."""
+    plan, store = plan_of(), Store(tmp_path / "a.jsonl")
+
+    def loss(name: str, number: int, seed: int) -> Outcome:
+        if number == 2:
+            return outcome_of([0.1], diverged=seed == 1001)
+        if number == 4:
+            return outcome_of([0.5, 0.2 if seed == 1000 else 0.6, 0.9])
+        if number == 7:
+            return outcome_of([0.3, 0.8])
+        return outcome_of([0.45, 0.44])
+
+    fill(store, plan, loss)
+    for contender in plan.contenders:
+        settings, value = compare.choice(plan, contender, store)
+        assert settings == contender.grid[7]
+        assert value == 0.3
+
+
+def test_seeds_of_tuning_and_of_comparing_are_others() -> None:
+    plan = plan_of(seeds=500)
+    contender = CONTENDERS["sofim"]
+    tuning = {run.seed for run in plan.tuning(contender, contender.grid[0])}
+    assert not tuning & set(range(plan.seeds))
+    assert {run.held_out for run in plan.tuning(contender, contender.grid[0])} == {"validation"}
+    assert plan.job(contender, contender.grid[0], 0).held_out == "test"
+
+
+def test_when_a_target_is_reached() -> None:
+    outcome = outcome_of([0.9, 0.5, 0.2, 0.6])
+    assert compare.reached(outcome, lambda point: point.loss <= 0.5) == (2, 20.0, 2.0)
+    assert compare.reached(outcome, lambda point: point.loss <= 0.1) is None
+
+
+def test_tables_of_a_comparison() -> None:
+    plan = plan_of()
+    contender = CONTENDERS["sofim"]
+    ours = [
+        outcome_of([0.6, 0.4], [0.8, 0.95]),
+        outcome_of([0.6, 0.3], [0.9, 0.85]),
+        outcome_of([0.6, 0.5], [0.8, 0.7]),
+    ]
+    theirs = [outcome_of([0.5]), outcome_of([0.5]), outcome_of([0.5])]
+    broken = [outcome_of([0.5]), outcome_of([], diverged=True), outcome_of([0.5])]
+    result = compare.Comparison(
+        plan,
+        [
+            compare.Entry(contender, {"lr/rho": 0.1, "rho": 1.0}, 0.25, ours),
+            compare.Entry(CONTENDERS["sgd"], {"lr": 0.02, "momentum": 0.95}, 0.5, theirs),
+            compare.Entry(CONTENDERS["adamw"], {"lr": 1e-3, "weight_decay": 0.0}, math.inf, broken),
+        ],
+    )
+    lines = compare.ends(result).splitlines()
+    # 2.5 % quantile of t with 2 degrees of freedom: 4.303; differences -0.1, -0.2, 0: -0.1 ± 4.303 · 0.1 / √3
+    assert lines[2] == (
+        "| SOFIM | lr/rho 0.1\\*, rho 1 | 0.250 | 1.400 ± 0.100 | 0.400 ± 0.100 | -0.100 [-0.348, +0.148] |"
+        " 85.00 ± 13.23 | 83.33 ± 12.58 |".replace("85.00 ± 13.23", "88.33 ± 7.64")
+    )
+    assert lines[3].startswith("| SGD-momentum | lr 0.02, momentum 0.95 | 0.500 | 1.500 ± 0.000 | 0.500 ± 0.000 |  |")
+    assert "| none finite | diverged: 1 of 3 |" in lines[4]
+    speeds = compare.speeds(result).splitlines()
+    assert "| training loss ≤ 1.5 | test loss ≤ 0.5 | test accuracy ≥ 90 % |" in speeds[0]
+    assert speeds[2].endswith("| 2.0 / 20 / 2.0 | 2.0 / 20 / 2.0 | 1.5 / 15 / 1.5 (2 of 3) |")
+    assert speeds[3].endswith("| 1.0 / 10 / 1.0 | 1.0 / 10 / 1.0 | – |")
+
+
+def test_the_summary_is_beside_sgd() -> None:
+    sgd = [outcome_of([0.5, 0.4]), outcome_of([0.5, 0.6])]
+    others = {
+        "sofim": [outcome_of([0.3, 0.4]), outcome_of([0.3, 0.2])],  # -0.1, -0.3
+        "adamw": [outcome_of([0.501]), outcome_of([0.601])],  # 0.101, 0.101
+        "lbfgs": [outcome_of([], diverged=True), outcome_of([0.5])],
+    }
+    entries = [
+        compare.Entry(contender, contender.grid[0], 0.0, others.get(name, sgd))
+        for name, contender in CONTENDERS.items()
+    ]
+    lines = compare.summary([compare.Comparison(plan_of(seeds=2), entries)]).splitlines()
+    losses = [line for line in lines if line.startswith("| ")][1:11]
+    assert losses[0] == "| SOFIM | -0.200 [-1.471, +1.071] |"
+    assert losses[1] == "| SOFIM, per layer | +0.000 [+0.000, +0.000] |"
+    assert losses[6].startswith("| AdamW | **+0.101 [+0.10")
+    assert losses[7] == "| L-BFGS | diverged |"
+    costs = [line for line in lines if line.startswith("| ")][12:]
+    # Training losses are one higher; targets 1.5, 0.5 and 90 %: after the first epoch, or not at all.
+    assert costs[0] == "| SOFIM | 1.00 / 1.00 / – |"
+    assert costs[6] == "| AdamW | – / – / – |"
+
+
+def test_the_ratio_that_is_followed() -> None:
+    """After the first step the corrected moment is the gradient; afterwards the mean of gradients, weighted."""
+    run = job(settings={"lr/rho": 0.0, "rho": 0.25}, examples=64, epochs=1)
+    ratios = regime.follow(run, None)
+    training, data = prepare(run)
+    gradients = []
+    for indices in batch_order(run.seed, 1, 64).split(32):
+        training.optimizer.zero_grad()
+        loss_of(training.model, data.train.at(indices)).backward()
+        gradients.append(flat([p.grad for p in training.params]).double())
+    moment = (0.9 * gradients[0] + gradients[1]) / 1.9
+    assert ratios == pytest.approx([float(g.square().sum()) / 0.25 for g in (gradients[0], moment)], rel=1e-3)
+
+
+# The convex problem
+
+
+def test_the_minimiser_and_its_hessian() -> None:
+    given = convex.problem()
+    gradient = torch.func.grad(given.loss)(given.minimiser)
+    assert float(gradient.norm()) < 1e-14
+    torch.manual_seed(0)
+    v = torch.randn(650, dtype=torch.float64)
+    _, product = torch.func.jvp(torch.func.grad(given.loss), (given.minimiser,), (v,))
+    torch.testing.assert_close(given.hessian(given.minimiser) @ v, product, rtol=1e-10, atol=1e-12)
+    assert float(given.spectrum[0]) == pytest.approx(convex.PENALTY)  # of what the softmax does not see
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("sofim", {"lr/rho": 4.0, "rho": 0.1}),
+        ("sofim", {"lr/rho": 24.0, "rho": 10.0}),
+        ("sofim-parameter", {"lr/rho": 9.6, "rho": 0.3}),
+        ("sofim-gradient", {"lr/rho": 2.0, "rho": 1.0}),
+        ("sgd", {"lr": 1.28, "momentum": 0.9}),
+        ("sgd", {"lr": 0.32, "momentum": 0.95}),
+    ],
+)
+def test_predicted_factors_are_seen(name: str, settings: dict[str, float]) -> None:
+    """Second-order terms vanish at the minimiser: SOFIM's rate is that of SGD-momentum, or of gradient descent."""
+    distances = convex.descend(convex.Job(name, settings, 0, 500, None))["distances"]
+    predicted = convex.predicted(CONTENDERS[name], settings, convex.problem().spectrum)
+    seen = convex.seen(distances)
+    assert predicted is not None
+    assert seen is not None
+    assert 1 - seen == pytest.approx(1 - predicted, rel=0.1)
+
+
+def test_steps_that_grow_are_predicted_too() -> None:
+    spectrum = convex.problem().spectrum
+    factor = convex.predicted(CONTENDERS["sofim-gradient"], {"lr/rho": 3.0, "rho": 1.0}, spectrum)
+    assert factor is not None
+    assert factor > 1
+    assert convex.predicted(CONTENDERS["adamw"], {}, spectrum) is None
+
+
+def test_factors_apply_to_rates_alone() -> None:
+    for kind in ("full", "batches"):
+        for contender in CONTENDERS.values():
+            made = scaled(contender, convex.FACTORS[kind]).grid  # type: ignore[index]
+            assert len(made) == CONFIGURATIONS
+            for ours, theirs in zip(made, contender.grid, strict=True):
+                changed = {name for name in ours if ours[name] != theirs[name]}
+                assert changed <= {"lr", "lr/rho"}
+
+
+# The command line
+
+
+def test_sensitivity_covers_what_it_says() -> None:
+    plan = sensitivity.Plan("digits-lenet5", Size(1, 64), "cpu", rates=(0.1, 1.0), sgd_rates=(0.1,), momenta=(0.0,))
+    jobs = plan.jobs()
+    assert {name: (len(rows), len(rows[0])) for name, rows in jobs.items()} == {
+        "sofim-rho": (8, 2),
+        "sgd-momentum": (1, 1),
+        "sofim-momentum": (1, 2),
+        "sofim-batch": (4, 2),
+        "sgd-batch": (4, 1),
+    }
+    one = jobs["sofim-rho"][1][0]
+    assert one.settings == {"lr/rho": 3.33333, "rho": 0.03, "momentum": 0.9}
+    assert [row[0].batch_size for row in jobs["sgd-batch"]] == [32, 128, 512, 2048]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a figure"),
+        (["convex", "--device", "tpu"], "--device tpu"),
+        (["compare", "--task", "cifar10-lenet5", "--root", "/nowhere"], "no folder /nowhere"),
+    ],
+)
+def test_what_a_user_must_put_right(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([*arguments, "--out", str(tmp_path)] if arguments else []) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_documents_come_from_the_results_that_are_committed(tmp_path: Path) -> None:
+    """The tables beside the results, and those in docs, are what the results give."""
+    for path in RESULTS.glob("*.json*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert command.main(["report", "--out", str(tmp_path)]) == 0
+    written = {path.name for path in tmp_path.glob("*.md")}
+    assert written == {path.name for path in RESULTS.glob("*.md")}
+    assert written
+    for name in written:
+        assert (tmp_path / name).read_text() == (RESULTS / name).read_text(), name
+    document = (REPOSITORY / "docs" / "convergence.md").read_text()
+    assert documents.BLOCK.search(document)
+    assert documents.filled(document, tmp_path) == document
+
+
+def test_marks_in_a_document(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("Intro.\n\n### One\n\n| 1 |\n\n### Two\n\n| 2 |\n\n![a](a.png)\n")
+    document = "x\n<!-- a.md, Two -->\nold\nolder\n<!-- end -->\ny\n<!-- a.md -->\n<!-- end -->\n"
+    filled = "x\n<!-- a.md, Two -->\n\n| 2 |\n\n<!-- end -->\ny\n<!-- a.md -->\n\nIntro.\n\n<!-- end -->\n"
+    assert documents.filled(document, tmp_path) == filled
+    assert documents.filled(filled, tmp_path) == filled
+    with pytest.raises(ValueError, match=r"a\.md has no section 'Three'"):
+        documents.filled("<!-- a.md, Three -->\n<!-- end -->", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"b\.md"):
+        documents.filled("<!-- b.md -->\n<!-- end -->", tmp_path)

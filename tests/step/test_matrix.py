@@ -1,0 +1,179 @@
+"""Every backend, schedule, numerator, Fisher block, dtype, decay and layout against the oracle.
+
+All combinations on a CPU; in the interpreter and in the emulator, unless ``--all-cases`` is given, as many as it takes
+for any three of their values to meet (tests/support/covering.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice, product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sofim_fused import SOFIM
+from tests.support.oracle import Hyper, Oracle, real64
+from tests.support.problems import Problem, give, give_state, mixed_problem
+from tests.support.runs import Run
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clip": {"max_grad_norm": 1.2},
+    "clip-loose": {"max_grad_norm": 1e3},
+    "skip": {"skip_nonfinite": True},
+}
+TOLERANCES = {
+    torch.float64: 1e-12,
+    torch.complex128: 1e-12,
+    torch.float32: 5e-6,
+    torch.complex64: 5e-6,
+}
+
+
+def optimizer_for(problem: Problem, numerator: str, fisher: str, run: Run, **options: Any) -> SOFIM:
+    optimizer = SOFIM(problem.groups, numerator=numerator, fisher=fisher, backend=run.backend, **options)
+    if run.ready:
+        give_state(optimizer)
+    return optimizer
+
+
+def distance(params: list[Tensor], oracle: Oracle) -> float:
+    """The largest deviation in any tensor, relative to that tensor's norm."""
+    pairs = [(real64(p), w) for p, w in zip(params, oracle.weights, strict=True) if w.numel()]
+    return max(((p - w).norm() / w.norm()).item() for p, w in pairs)
+
+
+@pytest.mark.covering(3)
+@pytest.mark.parametrize("decay", ["none", "decoupled", "l2"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("fisher", ["model", "group", "parameter"])
+@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_follows_the_oracle(
+    schedule: str, numerator: str, fisher: str, dtype: torch.dtype, decay: str, run: Run
+) -> None:
+    problem = mixed_problem(dtype, decay, layouts=run.layouts, device=run.device)
+    oracle = problem.oracle(numerator, fisher, **SCHEDULES[schedule])
+    optimizer = optimizer_for(problem, numerator, fisher, run, **SCHEDULES[schedule])
+    start = [w.clone() for w in oracle.weights]
+    steps = run.steps(100 if decay == "none" else 30)
+    for count, grads in enumerate(islice(problem.gradients(), steps)):
+        if count == min(12, steps - 2):  # as schedulers do
+            for group in optimizer.param_groups:
+                group.update(lr=group["lr"] / 2, momentum=0.8, rho=1.1)
+            oracle.hypers = [replace(hyper, lr=hyper.lr / 2, momentum=0.8, rho=1.1) for hyper in oracle.hypers]
+        give(problem.params, grads)
+        optimizer.step()
+        oracle.step(grads)
+    assert distance(problem.params, oracle) <= TOLERANCES[dtype]
+    assert max((a - b).abs().max().item() for a, b in zip(start, oracle.weights, strict=True) if a.numel()) > 1e-3
+    assert [int(optimizer.state[p]["step"]) for p in problem.params] == oracle.steps
+    if schedule != "plain":
+        assert optimizer.grad_norm is not None
+        assert optimizer.grad_norm.item() == pytest.approx(oracle.norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+def test_follows_the_oracle_for_100_steps_above_the_dense_size(numerator: str, dtype: torch.dtype, run: Run) -> None:
+    """Larger than a tile, so that sums are put together from parts; the oracle is the closed form there."""
+    generator = torch.Generator().manual_seed(3)
+    params = [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in (40_001, 16_384, 70)]
+    params = [torch.nn.Parameter(p.to(run.device)) for p in params]
+    optimizer = SOFIM(params, lr=0.3, rho=2.0, numerator=numerator, backend=run.backend)
+    oracle = Oracle([p.detach() for p in params], [Hyper(lr=0.3, rho=2.0)] * 3, [0, 0, 0], numerator)
+    drift = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in params]
+    for _ in range(run.steps(100)):
+        grads: list[Tensor | None] = [
+            (0.01 * (d + torch.randn(p.shape, generator=generator, dtype=torch.float64))).to(run.device, dtype)
+            for p, d in zip(params, drift, strict=True)
+        ]
+        give(params, grads)
+        optimizer.step()
+        oracle.step(grads)
+    assert distance(list(params), oracle) <= TOLERANCES[dtype]
+
+
+# 16-bit weights lose bits in every step, so that a long run would need a tolerance that hides errors. Each step is
+# compared on its own, from the state that the optimizer is in, to what one rounding may do.
+
+EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half an ulp, relative
+SMALLEST = {torch.bfloat16: 0.0, torch.float16: 2.0**-25}  # half of the smallest subnormal
+
+
+NARROW = (torch.bfloat16, torch.float32, torch.float16)
+ANY = (*NARROW, torch.float64, torch.complex64)
+
+
+@pytest.mark.covering(3)
+@pytest.mark.parametrize("decay", ["none", "decoupled", "l2"])
+@pytest.mark.parametrize("kahan", [True, False])
+@pytest.mark.parametrize(
+    ("dtypes", "state_dtype"),
+    [
+        *product([(torch.bfloat16,), (torch.float16,), (torch.float32,), NARROW], [None, torch.bfloat16]),
+        (ANY, None),
+        (ANY[::-1], None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_each_step_of_16_bit_and_mixed_tensors(
+    schedule: str,
+    numerator: str,
+    dtypes: tuple[torch.dtype, ...],
+    state_dtype: torch.dtype | None,
+    kahan: bool,
+    decay: str,
+    run: Run,
+) -> None:
+    problem = mixed_problem(dtypes, decay, layouts=run.layouts, device=run.device)
+    options = {"state_dtype": state_dtype, "kahan": kahan, **SCHEDULES[schedule]}
+    optimizer = optimizer_for(problem, numerator, "model", run, **options)
+    oracle = problem.oracle(numerator, "model", **SCHEDULES[schedule])
+    for count, grads in enumerate(islice(problem.gradients(), run.steps(8))):
+        if count % 2:  # grad_dtype: float32 gradients of 16-bit parameters are legal
+            grads = [g.float() if g is not None and g.dtype.itemsize == 2 else g for g in grads]
+        give(problem.params, grads)
+        oracle.weights = [full_weight(optimizer, p) for p in problem.params]
+        oracle.kept = [full - real64(p) for full, p in zip(oracle.weights, problem.params, strict=True)]
+        optimizer.step()
+        stored = [moment_of(optimizer, p) for p in problem.params]
+        # The plain step reads the moment back as stored, the guarded one has it before its rounding.
+        oracle.step(grads, stored if schedule == "plain" else None)
+        for i, p in enumerate(problem.params):
+            if grads[i] is None:
+                continue
+            known = optimizer.state[p]
+            assert ("kahan" in known) == (kahan and p.dtype in EPSILON)
+            assert known["exp_avg"].dtype == (state_dtype or torch.promote_types(p.dtype, torch.float32))
+            rounding = 2.0**-7 if state_dtype else 1e-6  # stochastic: up to one ulp
+            assert within(stored[i], oracle.exact[i], rounding * oracle.exact[i].abs() + 1e-7)
+            bound = weight_bound(oracle.weights[i].abs(), p.dtype, "kahan" in known)
+            assert within(full_weight(optimizer, p), oracle.weights[i], bound), (count, i)
+        oracle.moments = stored
+
+
+def within(actual: Tensor, expected: Tensor, bound: Tensor) -> bool:
+    return bool(((actual - expected).abs() <= bound).all())
+
+
+def moment_of(optimizer: SOFIM, p: Tensor) -> Tensor:
+    return real64(optimizer.state[p]["exp_avg"] if p in optimizer.state else torch.zeros_like(p))
+
+
+def full_weight(optimizer: SOFIM, p: Tensor) -> Tensor:
+    kahan = optimizer.state[p].get("kahan") if p in optimizer.state else None
+    return real64(p) if kahan is None else real64(p) + real64(kahan)
+
+
+def weight_bound(weight: Tensor, dtype: torch.dtype, kahan: bool) -> Tensor:
+    exact = 1e-6 * (weight + 0.1)
+    if dtype not in EPSILON:
+        return exact
+    once = EPSILON[dtype] * weight
+    return exact + (EPSILON[dtype] * once * 2 if kahan else once) + SMALLEST[dtype]
