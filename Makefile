@@ -28,8 +28,8 @@ GPU_BUDGET ?= 540
 DEEP_TESTS := tests/step/test_properties.py tests/optimizer/test_state_fuzz.py tests/optimizer/test_faults.py
 COVERED := 95
 JOBS ?= 2
-# Slow tests stand together; who has none left takes over some.
-SPREAD = -n $(JOBS) --dist worksteal
+# Slow tests are adjacent; idle workers steal them. One job needs no worker.
+SPREAD = $(if $(filter 1,$(JOBS)),,-n $(JOBS) --dist worksteal)
 
 .PHONY: help demo test against deep coverage convergence native instruction-sets interpreter emulated cuda-syntax kernels gpu \
     sanitize threads tidy lint format types clean FORCE
@@ -116,11 +116,10 @@ instruction-sets: $(READY) $(NATIVE)
 interpreter: $(READY) $(NATIVE)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(SPREAD) $(INTERPRETER_TESTS) $(ARGS)
 
-# A copy of its own. Of the matrix it runs a covering, unless ARGS=--all-cases.
-emulated: $(READY)
+# In a copy, with the CPU part's objects. Of the matrix it runs a covering, unless ARGS=--all-cases.
+emulated: $(READY) $(NATIVE)
 	rm -rf $(EMULATED)/lib/tests
-	SOFIM_BUILD_CPU=1 SOFIM_BUILD_CUDA=emulated $(ONE_SET) \
-	    $(BIN)/python setup.py -q build --build-base $(EMULATED) --build-lib $(EMULATED)/lib
+	SOFIM_BUILD_CPU=1 SOFIM_BUILD_CUDA=emulated $(BIN)/python setup.py -q build --build-lib $(EMULATED)/lib
 	cp -r tests pyproject.toml $(EMULATED)/lib
 	cd $(EMULATED)/lib && \
 	    SOFIM_EMULATED=1 $(abspath $(BIN))/python -m pytest -q $(SPREAD) -p no:cacheprovider $(EMULATED_TESTS) $(ARGS)
