@@ -9,7 +9,7 @@ NUMPY ?= numpy>=1.26
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := $(VENV)/.native
-SOURCES := setup.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+SOURCES := setup.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 SANITIZED := build/sanitized
 SANITIZE_TESTS ?= tests/backends/test_native.py tests/backends/test_passes.py
@@ -182,7 +182,7 @@ tidy: $(READY)
 	@if ! command -v clang-tidy > /dev/null; then echo "clang-tidy is not there: csrc is not checked"; exit 0; fi; \
 	torch=$$($(BIN)/python $(INCLUDES)) && \
 	for source in csrc/gather/*.cpp csrc/cpu/*.cpp csrc/cuda/*.cpp csrc/cuda/*.cu; do \
-	    case $$source in */kernels.*) checks=--checks=-clang-analyzer-*;; *) checks=;; esac; \
+	    case $$source in */kernels.*|*.cu) checks=--checks=-clang-analyzer-*;; *) checks=;; esac; \
 	    case $$source in \
 	        csrc/cpu/*) own="-DTORCH_EXTENSION_NAME=_cpu $(ONE_SET_FLAGS)";; \
 	        csrc/cuda/*) own="-DTORCH_EXTENSION_NAME=_cuda -DSOFIM_EMULATED -Wno-unknown-pragmas -Itests/emulator";; \

@@ -50,10 +50,7 @@ INSTRUCTION_SETS = {  # flags by instruction set, the best first
 # Of kernels.cpp: GCC warns in its own AVX-512 headers, and of vectors as parameters, which are all inlined.
 QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 # What _cuda is made of: everything in csrc/cuda, and of the rest what knows of no CPU.
-KERNELS = Path("csrc/cuda/kernels.cu")
-SHARED = [
-    *(Path("csrc/gather", f"{name}.cpp") for name in ("op_arguments", "param_groups", "step_tensors", "tiling")),
-]
+SHARED = [Path("csrc/gather", f"{name}.cpp") for name in ("op_arguments", "param_groups", "step_tensors", "tiling")]
 EMULATOR = Path("tests/emulator")
 GPUS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # compute capabilities to compile for, unless told otherwise
 # The kernels use what the first of them has, and less has no bfloat16. So the compiler's front end, which takes most of
@@ -161,7 +158,7 @@ def extension(
         f"{PACKAGE}.{name}",
         [str(source) for source in sources],
         language="c++",
-        depends=[str(header) for header in sorted(Path("csrc").rglob("*.h"))],
+        depends=[str(header) for pattern in ("*.h", "*.cuh") for header in sorted(Path("csrc").rglob(pattern))],
         include_dirs=[*include_dirs, str(ROOT / "csrc")],
         define_macros=[("SOFIM_TORCH_VERSION", record["torch"])],  # another torch: another command, compiled anew
         library_dirs=[*library_paths(), *library_dirs],
@@ -272,7 +269,9 @@ def cuda_extension(record: dict[str, Any]) -> Extension:
         raise UnavailableError("SOFIM_BUILD_CUDA=0 was set")
     if record["reason"] is not None:
         raise UnavailableError(f"{NO_CPU}: {record['reason']}")
-    sources = [KERNELS, *sorted(Path("csrc/cuda").glob("*.cpp")), *SHARED]
+    # What takes longest to compile comes first.
+    kernels = sorted(Path("csrc/cuda").glob("*.cu"), key=lambda path: path.stem not in ("one_launch", "accumulate"))
+    sources = [*kernels, *sorted(Path("csrc/cuda").glob("*.cpp")), *SHARED]
     if SWITCHES["CUDA"] == "emulated":
         if not Path(ROOT, EMULATOR).is_dir():
             raise UnavailableError(f"{EMULATOR} is not there")
