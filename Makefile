@@ -168,11 +168,11 @@ threads: $(THREADS)/threads
 	TSAN_OPTIONS=exitcode=0:symbolize=0 $(FIXED_ADDRESSES) $(THREADS)/threads --races 2> $(THREADS)/races.log
 FIXED_ADDRESSES = $$(setarch $$(uname -m) -R true 2> /dev/null && echo setarch $$(uname -m) -R)
 
-$(THREADS)/threads: $(READY) $(wildcard csrc/*/*.h csrc/cpu/*.cpp tests/threads/*.cpp tests/threads/*/*.h)
+$(THREADS)/threads: $(READY) $(wildcard csrc/*/*.h csrc/*/*.cpp tests/threads/*.cpp tests/threads/*/*.h)
 	@mkdir -p $(THREADS)
 	$${CXX:-c++} -std=c++17 -O1 -g1 -fsanitize=thread -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror -Wno-psabi \
 	    $(ONE_SET_FLAGS) -Itests/threads -Icsrc $$($(BIN)/python $(INCLUDES)) -o $@ \
-	    tests/threads/threads.cpp csrc/cpu/parallel.cpp csrc/cpu/kernels.cpp -pthread
+	    tests/threads/threads.cpp csrc/cpu/parallel.cpp csrc/gather/tiling.cpp csrc/cpu/kernels.cpp -pthread
 ONE_SET_FLAGS = $$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo -mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 \
     -DCPU_CAPABILITY_AVX2 || echo -DCPU_CAPABILITY=DEFAULT -DCPU_CAPABILITY_DEFAULT)
 

@@ -52,8 +52,7 @@ QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 # What _cuda is made of: everything in csrc/cuda, and of the rest what knows of no CPU.
 KERNELS = Path("csrc/cuda/kernels.cu")
 SHARED = [
-    *(Path("csrc/gather", f"{name}.cpp") for name in ("op_arguments", "param_groups", "step_tensors")),
-    Path("csrc/cpu/parallel.cpp"),
+    *(Path("csrc/gather", f"{name}.cpp") for name in ("op_arguments", "param_groups", "step_tensors", "tiling")),
 ]
 EMULATOR = Path("tests/emulator")
 GPUS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # compute capabilities to compile for, unless told otherwise

@@ -98,7 +98,7 @@ class TritonPasses:
             laid.finish(gradient_step is not None, not dots, False)
         mm, mg, gg, mw, gw, ww = sheet.sums().unbind()
         if dots:
-            return Sums(mm, mg, gg, mw, gw, ww) if l2 else Sums(mm, mg, gg)
+            return Sums(mm=mm, mg=mg, mw=mw, gg=gg, gw=gw, ww=ww) if l2 else Sums(mm=mm, mg=mg, gg=gg)
         return Sums(mm, mg if decay.cross else None, mw=mw if decay.cross and l2 else None)
 
     @untraced
