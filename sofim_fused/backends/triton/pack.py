@@ -162,12 +162,13 @@ def _has_address(x: Tensor) -> bool:
     return placed and x.untyped_storage().data_ptr() != 0
 
 
-def _kind(w: Tensor, g: Tensor, m: Tensor, kahan: Tensor | None, addresses: Sequence[int]) -> int:
+def _kind(w: Tensor, g: Tensor, m: Tensor, kahan: Tensor | None, addresses: tuple[int, int, int, int]) -> int:
     kind = TYPES[w.dtype]
     kind |= WIDE if w.dtype in checks.NARROW_DTYPES and g.dtype == torch.float32 else 0
     kind |= ROUNDS if m.dtype == torch.bfloat16 else 0
     kind |= KEEPS if kahan is not None else 0
-    return kind | (UNALIGNED if any(address & 15 for address in addresses) else 0)
+    at_w, at_g, at_m, at_kahan = addresses
+    return kind | (UNALIGNED if (at_w | at_g | at_m | at_kahan) & 15 else 0)
 
 
 def _placed(
@@ -178,11 +179,10 @@ def _placed(
     Copies that are needed are added to ``copies`` if the pass writes them, and to ``kept`` if it only reads them.
     """
     address = memory.address
-    others = [x for x in (w, g, kahan) if x is not None]
     if m.is_contiguous():
-        flat = all(x.is_contiguous() for x in others)
+        flat = w.is_contiguous() and g.is_contiguous() and (kahan is None or kahan.is_contiguous())
     else:
-        flat = _dense(m) and all(_in_order(x, m.stride()) for x in others)
+        flat = _dense(m) and all(_in_order(x, m.stride()) for x in (w, g, kahan) if x is not None)
     if flat and not (w.is_neg() or g.is_neg() or m.is_neg()):
         return address(w), address(g), address(m), 0 if kahan is None else address(kahan)
     order = m.stride() if _dense(m) else _contiguous(m.shape)
