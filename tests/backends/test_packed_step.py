@@ -1,4 +1,7 @@
-"""The table of a step's tensors, in C++ and in Python: what it says, what it declines, and that nothing is stale."""
+"""The packed tensors of a step: what they say, which steps are declined, and that nothing is stale.
+
+Almost all of it is about ``sofim_fused._C.PackedStep``; the last part about ``pack.lay_out``.
+"""
 
 from __future__ import annotations
 
@@ -25,22 +28,14 @@ from tests.support.problems import give, give_state, mixed_problem, same_bits, s
 
 MODULE = native.cpu()
 TILE = 4
-PYTHON = ["python", "python-unwatched"]
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU")
 
-New = Callable[..., Any]
+pytestmark = pytest.mark.skipif(isinstance(MODULE, str), reason=str(MODULE))
 
 
-@pytest.fixture(params=["c++", *PYTHON])
-def new(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> New:
-    """Makes a table: in C++; in Python; in Python, with PyTorch's check of unchanged tensors not there."""
-    if request.param == "c++":
-        if isinstance(MODULE, str):
-            pytest.skip(MODULE)
-        return lambda tile=TILE: MODULE.PackedStep(tile)
-    if request.param == "python-unwatched":
-        monkeypatch.setattr(pack, "_watch", lambda tensors: None)
-    return lambda tile=TILE: pack.Table(tile)
+def new(tile: int = TILE) -> Any:
+    """What gathers the tensors of steps."""
+    return MODULE.PackedStep(tile)  # type: ignore[union-attr]
 
 
 def made(params: list[Any], **options: Any) -> SOFIM:
@@ -63,7 +58,7 @@ def gathered(t: Any, optimizer: SOFIM) -> int | None:
     return changed
 
 
-# What stands in a table
+# What the rows say
 
 
 def laid_like(x: Tensor, m: Tensor) -> Tensor:
@@ -110,7 +105,7 @@ def expected_kind(w: Tensor, g: Tensor, m: Tensor, keeps: bool, row: list[int]) 
 
 
 def check_everything(t: Any, optimizer: SOFIM, tile: int = TILE) -> None:
-    """All that a table says of an optimizer whose tensors it has just gathered."""
+    """All that is said of an optimizer whose tensors were just gathered."""
     expected_rows = []
     first = 0
     rows = t.rows.tolist()
@@ -175,9 +170,7 @@ OPTIONS: list[dict[str, Any]] = [
     ],
     ids=str,
 )
-def test_rows_and_hyper(
-    new: New, dtypes: tuple[torch.dtype, ...], state_dtype: Any, decay: str, options: dict[str, Any]
-) -> None:
+def test_rows_and_hyper(dtypes: tuple[torch.dtype, ...], state_dtype: Any, decay: str, options: dict[str, Any]) -> None:
     """Over all layouts, with gradients that come late or rarely, in other strides, conjugated or wider."""
     problem = mixed_problem(dtypes, decay)
     optimizer = made(problem.groups, state_dtype=state_dtype, **options)
@@ -190,34 +183,7 @@ def test_rows_and_hyper(
         t.finish(True, True, True)
 
 
-def test_both_say_the_same() -> None:
-    """The same numbers and attributes, and the same account of what changed."""
-    if isinstance(MODULE, str):
-        pytest.skip(MODULE)
-    problem = mixed_problem((torch.bfloat16, torch.float32, torch.complex64), "l2")
-    optimizer = made(problem.groups, momentum=0.3, max_grad_norm=1.5)
-    both = [MODULE.PackedStep(TILE), pack.Table(TILE)]
-    for step, grads in zip(range(7), problem.gradients(), strict=False):
-        give(problem.params, grads)
-        optimizer.param_groups[step % 3]["lr"] = 0.1 + step // 3
-        changed = [gathered(t, optimizer) for t in both]
-        assert None not in changed
-        rows = [t.rows.clone() for t in both]
-        for row in zip(*rows, strict=True):  # but for where copies lie
-            at = [place for place in range(4) if row[0][place] != row[1][place]]
-            assert all(place in (pack.W, pack.G, pack.M) for place in at)
-        assert torch.equal(rows[0][:, pack.STEP :], rows[1][:, pack.STEP :])
-        assert same_bits([both[0].hyper], [both[1].hyper])
-        for name in ("size", "tiles", "kinds", "device", "gradient_form", "fisher", "max_grad_norm", "skip_nonfinite"):
-            assert getattr(both[0], name) == getattr(both[1], name)
-        assert (both[0].l2, both[0].decoupled) == (both[1].l2, both[1].decoupled) == (True, False)
-        # Copies may lie where the last ones did.
-        assert changed[0] | pack.POINTERS == changed[1] | pack.POINTERS
-        for t in both:
-            t.finish(True, True, True)
-
-
-def test_a_moment_with_gaps(new: New) -> None:
+def test_a_moment_with_gaps() -> None:
     optimizer, params = three()
     known = optimizer.state[params[0]]
     known["exp_avg"] = torch.arange(32.0).reshape(4, 8)[:, ::2]
@@ -237,7 +203,7 @@ VIEWS: dict[str, Callable[[Tensor, Tensor, SOFIM], None]] = {
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_negated_and_conjugated_tensors(new: New, name: str) -> None:
+def test_negated_and_conjugated_tensors(name: str) -> None:
     """Views whose bit is set, over the very memory of the tensor without it."""
     c, x = nn.Parameter(torch.randn(6, dtype=torch.complex64)), nn.Parameter(torch.randn(5))
     give([c, x], [torch.randn(6, dtype=torch.complex64), torch.randn(5)])
@@ -256,7 +222,7 @@ def test_negated_and_conjugated_tensors(new: New, name: str) -> None:
 
 
 @pytest.mark.parametrize("shift", ["w", "g", "m", "kahan", "nothing"])
-def test_kinds(new: New, shift: str) -> None:
+def test_kinds(shift: str) -> None:
     """Four types of weights, wider gradients, rounded moments, kept bits; any one address may be off."""
 
     def offset(x: Tensor, shifted: bool) -> Tensor:
@@ -292,7 +258,7 @@ def test_kinds(new: New, shift: str) -> None:
     assert [kind & 31 for kind in t.rows[:, pack.KIND].tolist()] == [kind % 16 + 8 for kind in narrow]
 
 
-def test_an_empty_tensor_has_a_tile_and_no_addresses(new: New) -> None:
+def test_an_empty_tensor_has_a_tile_and_no_addresses() -> None:
     params = [nn.Parameter(torch.zeros(n)) for n in (0, 3 * TILE, 0, 1)]
     give(params, [torch.zeros_like(p) for p in params])
     optimizer = made(params)
@@ -305,7 +271,7 @@ def test_an_empty_tensor_has_a_tile_and_no_addresses(new: New) -> None:
         check_everything(t, optimizer)
 
 
-def test_no_gradient_at_all(new: New) -> None:
+def test_no_gradient_at_all() -> None:
     optimizer, params = three()
     t = new()
     give(params, [None] * 3)
@@ -323,7 +289,7 @@ def test_no_gradient_at_all(new: New) -> None:
     check_everything(t, optimizer)
 
 
-def test_hyperparameters_as_tensors_on_the_cpu_are_read_each_time(new: New) -> None:
+def test_hyperparameters_as_tensors_on_the_cpu_are_read_each_time() -> None:
     optimizer, _ = three()
     lr = torch.tensor(0.5, requires_grad=True)
     optimizer.param_groups[0].update(lr=lr, rho=torch.tensor([2], dtype=torch.int64))
@@ -338,7 +304,7 @@ def test_hyperparameters_as_tensors_on_the_cpu_are_read_each_time(new: New) -> N
     assert gathered(t, optimizer) is None
 
 
-def test_a_tile_has_elements(new: New) -> None:
+def test_a_tile_has_elements() -> None:
     with pytest.raises(ValueError, match="tile: at least 1 element"):
         new(0)
     optimizer, _ = three()
@@ -452,7 +418,7 @@ CHANGES: dict[str, tuple[Callable[[SOFIM], object], int]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_nothing_is_stale(new: New, name: str) -> None:
+def test_nothing_is_stale(name: str) -> None:
     """After a few steps as usual; what is said to have changed is what has."""
     change, expected = CHANGES[name]
     optimizer, params = three()
@@ -476,7 +442,7 @@ def test_nothing_is_stale(new: New, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_was_shown_is_as_it_was_after_a_change_and_back(new: New, name: str) -> None:
+def test_what_was_shown_is_as_it_was_after_a_change_and_back(name: str) -> None:
     """A gather that is declined is none: what changed is told from the one before it."""
     optimizer, params = three()
     t = new()
@@ -495,7 +461,7 @@ def test_what_was_shown_is_as_it_was_after_a_change_and_back(new: New, name: str
     del kept
 
 
-def test_lost_bits_are_replaced(new: New) -> None:
+def test_lost_bits_are_replaced() -> None:
     optimizer, params = three(torch.bfloat16)
     t = new()
     gathered(t, optimizer)
@@ -516,7 +482,7 @@ def test_lost_bits_are_replaced(new: New) -> None:
     assert gathered(t, optimizer) is None
 
 
-def test_a_limit_that_moves_is_no_other_layout(new: New) -> None:
+def test_a_limit_that_moves_is_no_other_layout() -> None:
     optimizer, _ = three(max_grad_norm=1.0)
     t = new()
     gathered(t, optimizer)
@@ -639,8 +605,8 @@ DECLINED: dict[str, Callable[[SOFIM], object]] = {
 
 @pytest.mark.parametrize("seasoned", [False, True], ids=["first", "later"])
 @pytest.mark.parametrize("name", DECLINED)
-def test_what_is_declined_is_left_alone(new: New, name: str, seasoned: bool) -> None:
-    """At the first gather and at a later one; no value, no version and nothing that the table says is another."""
+def test_what_is_declined_is_left_alone(name: str, seasoned: bool) -> None:
+    """At the first gather and at a later one; no value, no version and nothing that is said of the step is another."""
     params = [nn.Parameter(torch.linspace(-1, 1, n)) for n in (5, 40)]
     give(params, [torch.full_like(p, 0.5) for p in params])
     optimizer = made([{"params": [p]} for p in params])
@@ -668,7 +634,7 @@ def test_what_is_declined_is_left_alone(new: New, name: str, seasoned: bool) -> 
 
 
 @pytest.mark.parametrize("groups", [None, (), "groups", {"params": []}], ids=str)
-def test_groups_and_state_of_other_types(new: New, groups: Any) -> None:
+def test_groups_and_state_of_other_types(groups: Any) -> None:
     optimizer, _ = three()
     t = new()
     assert t.gather(groups, optimizer.state) is None
@@ -677,7 +643,7 @@ def test_groups_and_state_of_other_types(new: New, groups: Any) -> None:
 
 
 @pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake"])
-def test_tensors_without_memory(new: New, fake: bool) -> None:
+def test_tensors_without_memory(fake: bool) -> None:
     """All of them on one device, but on none that has addresses."""
     with FakeTensorMode() if fake else torch.device("meta"):
         p = nn.Parameter(torch.ones(3))
@@ -686,7 +652,7 @@ def test_tensors_without_memory(new: New, fake: bool) -> None:
     assert gathered(new(), optimizer) is None
 
 
-def test_modes_that_watch_operators_see_them(new: New) -> None:
+def test_modes_that_watch_operators_see_them() -> None:
     optimizer, _ = three()
     t = new()
     gathered(t, optimizer)
@@ -695,7 +661,7 @@ def test_modes_that_watch_operators_see_them(new: New) -> None:
     assert gathered(t, optimizer) == 0
 
 
-def test_modes_that_watch_functions_see_nothing(new: New) -> None:
+def test_modes_that_watch_functions_see_nothing() -> None:
     """Nor do subclasses without dispatch of their own, which are as good as tensors."""
     optimizer, params = three()
     params[0].grad = params[0].grad.as_subclass(Subclass)  # type: ignore[union-attr]
@@ -709,7 +675,7 @@ def test_modes_that_watch_functions_see_nothing(new: New) -> None:
     check_everything(t, optimizer)
 
 
-def test_transformed_tensors(new: New) -> None:
+def test_transformed_tensors() -> None:
     """Inside of vmap and grad, what looks like a tensor stands for others."""
     optimizer, params = three()
     t = new()
@@ -726,7 +692,7 @@ def test_transformed_tensors(new: New) -> None:
     assert answers == [None, None]
 
 
-def test_inference_tensors(new: New) -> None:
+def test_inference_tensors() -> None:
     """In inference mode they can be updated, outside of it not."""
     t = new()
     with torch.inference_mode():
@@ -746,7 +712,7 @@ def test_inference_tensors(new: New) -> None:
     assert [x.is_inference() for x in (t.rows, t.hyper)] == [False, False]
 
 
-def test_a_parameter_without_a_gradient_may_lie_anywhere(new: New) -> None:
+def test_a_parameter_without_a_gradient_may_lie_anywhere() -> None:
     optimizer, _ = three()
     optimizer.param_groups[0]["params"].insert(1, nn.Parameter(torch.ones(3, device="meta")))
     t = new()
@@ -766,7 +732,7 @@ def write(address: int, values: list[float]) -> None:
 
 
 @pytest.mark.parametrize(("weights", "moments"), [(True, True), (True, False), (False, True), (False, False)])
-def test_copies_go_home(new: New, weights: bool, moments: bool) -> None:
+def test_copies_go_home(weights: bool, moments: bool) -> None:
     """A sliced parameter and a moment with gaps: what a pass writes in their place arrives, and only if it wrote."""
     p = nn.Parameter(torch.zeros(3, 8)[:, ::2])
     q = nn.Parameter(torch.zeros(3, 4))
@@ -787,11 +753,11 @@ def test_copies_go_home(new: New, weights: bool, moments: bool) -> None:
         there = torch.tensor(values).view(3, 4)
         assert torch.equal(p, there) == weights
         assert torch.equal(optimizer.state[q]["exp_avg"], there) == moments
-        assert torch.equal(q, there)  # these lie where the table says
+        assert torch.equal(q, there)  # these lie where the rows say
         assert torch.equal(optimizer.state[p]["exp_avg"], there)
 
 
-def test_lost_bits_go_home(new: New) -> None:
+def test_lost_bits_go_home() -> None:
     p = nn.Parameter(torch.zeros(6, dtype=torch.bfloat16))
     p.grad = torch.ones(6, dtype=torch.bfloat16)
     optimizer = made([p])
@@ -810,7 +776,7 @@ def test_lost_bits_go_home(new: New) -> None:
 @pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("moments", [False, True])
 @pytest.mark.parametrize("steps", [False, True])
-def test_version_counters(new: New, weights: bool, moments: bool, steps: bool) -> None:
+def test_version_counters(weights: bool, moments: bool, steps: bool) -> None:
     """Each tensor's rises if it was written, so that autograd notices."""
     optimizer, params = three(torch.bfloat16)
     t = new()
@@ -829,7 +795,7 @@ def test_version_counters(new: New, weights: bool, moments: bool, steps: bool) -
     assert versions() == before
 
 
-def test_autograd_notices(new: New) -> None:
+def test_autograd_notices() -> None:
     optimizer, params = three()
     loss = params[1].square().sum()
     t = new()
@@ -839,9 +805,9 @@ def test_autograd_notices(new: New) -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("end", ["finish", "gather", "declined gather", "table gone"])
-def test_gradients_are_held_until_finish(new: New, end: str) -> None:
-    """From gather on the table keeps them alive, and copies as well; then it lets go of all of them."""
+@pytest.mark.parametrize("end", ["finish", "gather", "declined gather", "packed step gone"])
+def test_gradients_are_held_until_finish(end: str) -> None:
+    """From gather on they are kept alive, and copies as well; then it lets go of all of them."""
     optimizer, params = three()
     t = new()
     for _ in range(2):
@@ -870,7 +836,7 @@ def test_gradients_are_held_until_finish(new: New, end: str) -> None:
     assert moment() is None
 
 
-def test_a_gradient_dies_after_finish(new: New) -> None:
+def test_a_gradient_dies_after_finish() -> None:
     optimizer, params = three()
     params[1].grad = torch.ones(80)[::2]
     t = new()
@@ -882,7 +848,7 @@ def test_a_gradient_dies_after_finish(new: New) -> None:
     assert [ref() for ref in refs] == [None] * 3
 
 
-def test_a_callback_may_come_back(new: New) -> None:
+def test_a_callback_may_come_back() -> None:
     """What goes may run code that asks for another gather."""
     optimizer, params = three()
     t = new()
@@ -897,7 +863,7 @@ def test_a_callback_may_come_back(new: New) -> None:
     check_everything(t, optimizer)
 
 
-# The table of lists of tensors
+# Packed in Python
 
 
 def test_laid_out() -> None:
@@ -942,7 +908,7 @@ def test_nothing_laid_out() -> None:
 
 @pytest.mark.gpu
 @NO_GPU
-def test_on_a_gpu(new: New) -> None:
+def test_on_a_gpu() -> None:
     """Addresses on the device, copies there, and hyperparameters that are not read."""
     params = [nn.Parameter(torch.zeros(n, device="cuda")) for n in (5, 40)]
     give(params, [torch.ones(5, device="cuda"), torch.ones(80, device="cuda")[::2]])

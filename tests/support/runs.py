@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from sofim_fused import backends
-from sofim_fused.backends import cuda
-from sofim_fused.backends.triton import launch as triton
+from sofim_fused.backends import cuda, triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = os.environ.get("SOFIM_EMULATED") == "1"
