@@ -16,16 +16,18 @@ SANITIZE_TESTS ?= tests/backends/test_native.py tests/backends/test_passes.py
 LESSER_SETS := avx2 default
 # For copies that are built to test something else than instruction sets.
 ONE_SET = SOFIM_INSTRUCTION_SETS=$$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo avx2 || echo default)
-INTERPRETER_TESTS := tests/step/test_matrix.py tests/backends/test_passes.py tests/backends/test_triton.py tests/step/test_amp.py \
-    tests/in_backward/test_in_backward.py tests/backends/test_shared_memory.py
+# What kernels compute, wherever they run. Folders: what nothing stands in for a GPU in is skipped there.
+KERNEL_TESTS := tests/step/test_matrix.py tests/step/test_amp.py tests/backends/test_passes.py tests/backends/test_shared_memory.py \
+    tests/in_backward
+INTERPRETER_TESTS := $(KERNEL_TESTS) tests/backends/test_triton.py
 EMULATED := build/emulated
-EMULATED_TESTS := tests/step/test_matrix.py tests/backends/test_passes.py tests/backends/test_cuda.py tests/step/test_amp.py tests/in_backward/test_in_backward.py \
-    tests/backends/test_shared_memory.py
+EMULATED_TESTS := $(KERNEL_TESTS) tests/backends/test_cuda.py
 CUDA_SYNTAX := build/cuda-syntax
 THREADS := build/threads
 AGAINST = build/against/$(subst ==,-,$(TORCH))
 GPU_BUDGET ?= 540
-DEEP_TESTS := tests/step/test_properties.py tests/optimizer/test_state_fuzz.py tests/optimizer/test_faults.py
+DEEP_TESTS := tests/step/test_properties.py tests/optimizer/test_state_fuzz.py tests/optimizer/test_faults.py \
+    tests/optimizer/test_faults_of_processes.py
 COVERED := 95
 JOBS ?= 2
 # Slow tests are adjacent; idle workers steal them. One job needs no worker.

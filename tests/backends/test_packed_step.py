@@ -23,7 +23,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from sofim_fused import SOFIM, native
 from sofim_fused.backends.triton import pack
 from sofim_fused.step import gather
-from tests.backends.test_native import LEFT_TO_PYTHON, Subclass, Watching
+from tests.backends.support import LEFT_TO_PYTHON, Subclass, Watching
 from tests.support.problems import give, give_state, mixed_problem, same_bits, snapshot
 
 MODULE = native.cpu()

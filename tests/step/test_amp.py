@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sofim_fused import SOFIM
 from sofim_fused.step import gather, schedule
-from tests.backends.test_passes import Transfers
+from tests.backends.support import Transfers
 from tests.support.problems import GUARDED, Problem, give, give_state, mixed_problem, ready_problem, same_bits, snapshot
 from tests.support.runs import GPU_BACKENDS, NO_GPU, Run, on_gpu, once
 
