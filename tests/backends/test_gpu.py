@@ -13,9 +13,9 @@ from torch import nn
 
 from sofim_fused import SOFIM
 from tests.support.problems import GUARDED, OPTIONS, ready_problem, same_bits, snapshot
-from tests.support.runs import GPU_BACKENDS, NO_GPU, on_gpu
+from tests.support.runs import GPU_BACKENDS, on_gpu
 
-pytestmark = [pytest.mark.gpu, NO_GPU]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(params=GPU_BACKENDS)

@@ -26,7 +26,6 @@ from tests.support.problems import give, give_state, mixed_problem, same_bits, s
 MODULE = native.cpu()
 TILE = 4
 PYTHON = ["python", "python-unwatched"]
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU")
 
 New = Callable[..., Any]
 
@@ -941,7 +940,6 @@ def test_nothing_laid_out() -> None:
 
 
 @pytest.mark.gpu
-@NO_GPU
 def test_on_a_gpu(new: New) -> None:
     """Addresses on the device, copies there, and hyperparameters that are not read."""
     params = [nn.Parameter(torch.zeros(n, device="cuda")) for n in (5, 40)]
