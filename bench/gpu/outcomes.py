@@ -14,12 +14,10 @@ import pytest
 
 from bench.gpu import record
 
-VARIABLE = "SOFIM_GPU_RECORD"
-
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what has passed."""
-    passed = record.Record(Path(os.environ[VARIABLE])).passed()
+    passed = record.Record(Path(os.environ[record.VARIABLE])).passed()
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
     items[:] = [item for item in items if item.nodeid not in passed]
 
@@ -31,14 +29,14 @@ class Writer:
         """A file that cannot be imported may need a package that is not here."""
         if report.failed:
             reason = report.longreprtext.strip().splitlines()[-1].removeprefix("E").strip()[:300]
-            record.add(Path(os.environ[VARIABLE]), "uncollected", name=report.nodeid, reason=reason)
+            record.add(Path(os.environ[record.VARIABLE]), "uncollected", name=report.nodeid, reason=reason)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Of a test that passes there are three reports, of set-up, call and tear-down."""
         around = report.when != "call" and report.outcome == "failed"
         if report.when == "call" or around or (report.when == "setup" and report.outcome == "skipped"):
             how = {"name": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
-            record.add(Path(os.environ[VARIABLE]), "test", **how)
+            record.add(Path(os.environ[record.VARIABLE]), "test", **how)
 
 
 def pytest_configure(config: pytest.Config) -> None:

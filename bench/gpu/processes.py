@@ -77,6 +77,7 @@ class Command:
             os.killpg(self._process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a device may take its time
             self._process.wait(5)
+        self._printed.close()
 
     def _new_lines(self, see: Callable[[str], object] | None) -> bool:
         *lines, _ = os.pread(self._printed.fileno(), 1 << 24, self._seen).split(b"\n")

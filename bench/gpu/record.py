@@ -18,6 +18,7 @@ from typing import Any
 Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[2]
+VARIABLE = "SOFIM_GPU_RECORD"  # of the environment: the file, for tests
 CODE = ("csrc", "sofim_fused", "tests", "setup.py")
 SUFFIXES = (".py", ".h", ".cpp", ".cu", ".cuh")
 
