@@ -42,7 +42,7 @@ FINDINGS = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)"
 FINISHING = 5.0  # seconds at the end of the budget
 QUIET = 90.0  # seconds without a line after which a process counts as hanging, compiling kernels included
 NO_TESTS = 5  # pytest's exit code
-MATRIX = "tests/test_matrix.py"
+MATRIX = "tests/step/test_matrix.py"
 # Of the matrix: enough to see whether to go on; and what compute-sanitizer watches, all storage types in each case.
 SMOKE = "follows_the_oracle and float32 and decoupled or 16_bit and complex64 and True-none"
 WATCHED = "16_bit and complex64 and True-none and (plain- or skip-)"
@@ -322,7 +322,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     options = parser.parse_args(arguments)
     if options.tests is None:  # where there is no GPU, something that takes seconds
-        options.tests = [Path("tests") if options.device == "cuda" else Path("tests/test_rounding.py")]
+        options.tests = [Path("tests") if options.device == "cuda" else Path("tests/step/test_rounding.py")]
     if (folder := options.prebuilt) is not None and (missing := [x for x in NATIVE if not list(folder.glob(x))]):
         parser.error(f"--prebuilt {folder}: {' and '.join(missing)} not there; compile them with setup.py build_ext")
     for file in [*options.tests_first, *options.tests]:

@@ -27,6 +27,7 @@ SGD: Mapping[str, Any] = {"lr": 1e-3, "momentum": 0.9}
 MAX_GRAD_NORM = 0.1  # below the gradients' norm of every model, so that clipping is at work
 GUARD: Mapping[str, Any] = {"max_grad_norm": MAX_GRAD_NORM, "skip_nonfinite": True}
 BF16 = torch.bfloat16
+LAUNCHING = {"cuda": "sofim_fused.backends.cuda", "triton": "sofim_fused.backends.triton.launch"}
 WARMUP = 2  # calls for each set of tensors: the first makes the state, the second what later steps keep
 
 
@@ -44,7 +45,7 @@ class Provider:
         options: its arguments.
         form: a call of ``step``, a replayed CUDA graph of a step, or a step under ``torch.compile``.
         clip: ``clip_grad_norm_`` before the step.
-        one_launch: what the backend's ``SINGLE_LAUNCH`` is set to; ``None``: left alone.
+        one_launch: what ``SINGLE_LAUNCH`` of the backend's module is set to; ``None``: left alone.
         moves: bytes that a step reads and writes per parameter, by the sizes of a weight, of a moment and of the bits
             that are kept beside the weight (docs/method.md); ``None``: not counted.
     """
@@ -238,9 +239,9 @@ def launches(provider: Provider) -> Iterator[None]:
     if provider.one_launch is None:
         yield
         return
-    module: Any = importlib.import_module(f"sofim_fused.backends.{provider.options['backend']}")
-    if not hasattr(module, "SINGLE_LAUNCH"):
-        raise UnavailableError(f"{module.__name__} has no SINGLE_LAUNCH")
+    if (backend := provider.options["backend"]) not in LAUNCHING:
+        raise UnavailableError(f"the backend {backend} has no launches")
+    module: Any = importlib.import_module(LAUNCHING[backend])
     before, module.SINGLE_LAUNCH = module.SINGLE_LAUNCH, provider.one_launch
     try:
         yield

@@ -26,6 +26,7 @@ from bench.gpu.record import ROOT, Record, Row
 from bench.gpu.rows import Rows
 from bench.shapes import GPU_MODELS
 from sofim_fused.backends import cpu
+from tests.support.runs import GPU_BACKENDS
 
 CPU = torch.device("cpu")
 DEVICE = {"name": "NVIDIA X", "torch": "2.11.0", "compute capability": "9.0"}
@@ -91,7 +92,7 @@ def test_every_provider_works_on_every_set_in_turn(dtype: torch.dtype, sets: int
         # A step that 16 bits notice.
         provider = dataclasses.replace(provider, options={**provider.options, "lr": 1000 * provider.options["lr"]})
         if provider.form != "step" or provider.one_launch is not None or provider in providers.PEERS:
-            with pytest.raises(UnavailableError, match=r"needs a GPU|has no SINGLE_LAUNCH|cannot be imported"):
+            with pytest.raises(UnavailableError, match=r"needs a GPU|has no launches|cannot be imported"):
                 ready(provider, work)
             continue
         with contextlib.suppress(UnavailableError):  # of another package, where that is not installed
@@ -115,14 +116,13 @@ def test_providers_share_weights_and_gradients_but_not_what_clipping_writes() ->
     assert torch.equal(first.grad, before)
 
 
-def test_the_switch_of_launches_is_turned_only_meanwhile() -> None:
-    from sofim_fused.backends import triton
-
-    before = triton.SINGLE_LAUNCH
-    with pytest.raises(KeyError), launches(sofim("triton", one_launch=not before)):  # noqa: PT012
-        assert triton.SINGLE_LAUNCH is not before
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_the_switch_of_launches_is_turned_only_meanwhile(backend: str) -> None:
+    before = GPU_BACKENDS[backend].SINGLE_LAUNCH
+    with pytest.raises(KeyError), launches(sofim(backend, one_launch=not before)):  # noqa: PT012
+        assert GPU_BACKENDS[backend].SINGLE_LAUNCH is not before
         raise KeyError
-    assert triton.SINGLE_LAUNCH is before
+    assert GPU_BACKENDS[backend].SINGLE_LAUNCH is before
 
 
 # Rows
