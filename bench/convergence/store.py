@@ -107,7 +107,7 @@ class Store:
 
 def _machine() -> dict[str, Any]:
     return {
-        **report.machine(threads=1),
+        **report.machine(torch.get_num_threads()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "pytorch-optimizer": _version("pytorch-optimizer"),

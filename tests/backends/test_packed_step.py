@@ -28,7 +28,6 @@ from tests.support.problems import give, give_state, mixed_problem, same_bits, s
 
 MODULE = native.cpu()
 TILE = 4
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU")
 
 pytestmark = pytest.mark.skipif(isinstance(MODULE, str), reason=str(MODULE))
 
@@ -907,7 +906,6 @@ def test_nothing_laid_out() -> None:
 
 
 @pytest.mark.gpu
-@NO_GPU
 def test_on_a_gpu() -> None:
     """Addresses on the device, copies there, and hyperparameters that are not read."""
     params = [nn.Parameter(torch.zeros(n, device="cuda")) for n in (5, 40)]
