@@ -1,7 +1,7 @@
 """Draws the README's figure from the committed results: ``python -m bench.figures``.
 
 Writes docs/figures/step_time.svg from bench/results/step_cpu.json and bench/results/gpu_nvidia_h200.json. The SVG is
-written as text, so that the same results always give the same file (tests/test_documents.py compares them).
+written as text, so that the same results always give the same file (tests/docs/test_documents.py compares them).
 """
 
 from __future__ import annotations
