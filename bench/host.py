@@ -1,10 +1,10 @@
-"""What a step costs the host, apart from its launches: ``python -m bench.host``.
+"""The host's time for a step, without its launches: ``python -m bench.host``.
 
-Times :meth:`SOFIM.step` on the Triton backend with every launch replaced by a counter, on tensors on the CPU: checks,
-pointers, tables. What a GPU adds is not in it: the launches themselves and, where something changed, a copy through
-pinned memory. Where the CUDA backend was built for the emulator (``make emulated``), its steps are timed too, with
-launches that take over their arguments and run nothing. Tensors have one element each, so that torch's fused SGD, which
-runs on the same list, computes next to nothing either. Gradients are kept from step to step, or made anew outside of
+Times :meth:`SOFIM.step` on the Triton backend with tensors on the CPU, and with every launch replaced by a counter:
+checks, pointers, tables. It does not include what a GPU adds: the launches themselves and, if something changed, a copy
+through pinned memory. If the CUDA backend was built for the emulator (``make emulated``), its steps are timed too, with
+launches that copy their arguments and run nothing. Tensors have one element each, so torch's fused SGD, which runs on
+the same list, has almost nothing to compute either. Gradients are kept from step to step, or created anew outside of
 the timed part.
 """
 
@@ -152,9 +152,11 @@ def as_markdown(rows: list[Row], command: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print; ``--save`` also writes bench/results/host.{json,md}."""
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.partition("\n")[0])
-    parser.add_argument("--tensors", type=int, nargs="+", default=[10, len(shapes.resnet50()), 1000])
-    parser.add_argument("--seconds", type=float, default=2.0, help="per table of results")
-    parser.add_argument("--save", action="store_true")
+    parser.add_argument(
+        "--tensors", type=int, nargs="+", default=[10, len(shapes.resnet50()), 1000], help="numbers of tensors"
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each table of results")
+    parser.add_argument("--save", action="store_true", help="write the results to bench/results")
     args = parser.parse_args(argv)
     rows = [row for count in args.tensors for row in measured(count, args.seconds)]
     text = as_markdown(rows, " ".join(["python -m bench.host", *(argv if argv is not None else sys.argv[1:])]))

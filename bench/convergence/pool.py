@@ -1,4 +1,4 @@
-"""Runs side by side, each in a process with one thread, each done once."""
+"""Executes runs in parallel, each in a process with one thread, and each only once."""
 
 from __future__ import annotations
 
