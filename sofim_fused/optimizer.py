@@ -55,12 +55,12 @@ class SOFIM(Optimizer):
     r"""SOFIM: a Newton-like step with a regularized Fisher information matrix of rank one plus a diagonal.
 
     .. math::
-       \begin{aligned}
-            &m_t = \beta\, m_{t-1} + (1 - \beta)\, g_t  && \text{first moment}                                \\
-            &\hat m_t = m_t / (1 - \beta^t)             && \text{bias correction}                             \\
-            &F_t = \hat m_t \hat m_t^\top + \rho I      && \text{regularized Fisher information matrix}       \\
-            &w_t = w_{t-1} - \eta\, F_t^{-1} v_t        && v_t = \hat m_t \text{ or } g_t
-       \end{aligned}
+       \begin{array}{ll}
+            m_t = \beta\, m_{t-1} + (1 - \beta)\, g_t  & \text{first moment}                                \\
+            \hat m_t = m_t / (1 - \beta^t)             & \text{bias correction}                             \\
+            F_t = \hat m_t \hat m_t^\top + \rho I      & \text{regularized Fisher information matrix}       \\
+            w_t = w_{t-1} - \eta\, F_t^{-1} v_t        & v_t = \hat m_t \text{ or } g_t
+       \end{array}
 
     The Sherman-Morrison formula gives the inverse: :math:`F^{-1} \hat m = \hat m / (\rho + \|\hat m\|^2)`. So a step
     needs one sum of squares over all parameters, and scales the update by it. With :math:`v_t = \hat m_t` every step is

@@ -31,6 +31,8 @@ exclude_patterns = [".*", "build", "csrc", "dist", "tests"]
 suppress_warnings = ["myst.header"]  # the tables of results have headings of the third level, for other documents
 html_theme = "furo"
 html_copy_source = False
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 myst_heading_anchors = 3  # the anchors that GitHub gives headings, as in docs/method.md#the-update
 autodoc_typehints = "none"  # the signature and the text give the types
@@ -80,15 +82,27 @@ def complete(_app: Sphinx, name: str, source: list[str]) -> None:
         source[0] = f"# {Path(name).name}\n\n{source[0]}"
 
 
+def mathml(text: str, display: str) -> str:
+    """A formula as MathML, which browsers show without a script.
+
+    Raises:
+        ValueError: it has a command or an environment that the converter does not know.
+    """
+    result = convert(text, display=display)
+    if unknown := re.search(r"<m[io]>(\\\w+|&)</m[io]>", result):
+        raise ValueError(f"latex2mathml does not know {unknown[1]!r} in this place: {text}")
+    return str(result)
+
+
 def formula(self: HTML5Translator, node: nodes.math) -> None:
-    """A formula within a line, as MathML, which browsers show without a script."""
-    self.body.append(convert(node.astext()))
+    """Write a formula that is part of a line."""
+    self.body.append(mathml(node.astext(), "inline"))
     raise nodes.SkipNode
 
 
 def formula_block(self: HTML5Translator, node: nodes.math_block) -> None:
-    """A formula of its own."""
-    self.body.append(convert(node.astext(), display="block"))
+    """Write a formula that is a paragraph."""
+    self.body.append(mathml(node.astext(), "block"))
     raise nodes.SkipNode
 
 
