@@ -1,4 +1,4 @@
-"""Outcomes of runs as JSON lines: what was written stays, whatever ends the process."""
+"""Results of runs as JSON lines: written results remain if the process ends for any reason."""
 
 from __future__ import annotations
 
