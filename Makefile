@@ -8,7 +8,7 @@ NUMPY ?= numpy>=1.26
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-DOCS := $(VENV)/.docs
+DOCS := $(VENV)/docs
 NATIVE := $(VENV)/.native
 SOURCES := setup.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
@@ -209,14 +209,18 @@ format: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-docs: $(DOCS)
+docs: $(DOCS)/.ready
 	rm -rf $(SITE)
-	$(BIN)/python -m sphinx -q -E -W --keep-going -b html -d build/doctrees -c docs/site . $(SITE)
-	$(BIN)/python docs/site/check.py $(SITE)
+	$(DOCS)/bin/python -m sphinx -q -E -W --keep-going -b html -d build/doctrees -c docs/site . $(SITE)
+	$(DOCS)/bin/python docs/site/check.py $(SITE)
 
-# The package is installed already: pip adds only the packages of its extra.
-$(DOCS): $(READY)
-	$(BIN)/python -m pip install -q 'sofim_fused[docs]'
+# An environment that sees the packages of .venv but does not change them: Sphinx needs other versions of some. sofim_fused is
+# installed there, so pip adds only the packages of its extra.
+SITE_PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(DOCS)/.ready: $(READY)
+	$(PYTHON) -m venv $(DOCS)
+	$(BIN)/python $(SITE_PACKAGES) > "$$($(DOCS)/bin/python $(SITE_PACKAGES))/packages.pth"
+	$(DOCS)/bin/python -m pip install -q 'sofim_fused[docs]'
 	@touch $@
 
 # 1 if C++ can be compiled for Python here (a build that fails is then an error), else auto.
