@@ -1,4 +1,4 @@
-"""What a step costs the host, apart from its launches: ``python -m bench.host``.
+"""The host's time for a step, without its launches: ``python -m bench.host``.
 
 Times :meth:`SOFIM.step` on the Triton backend with every launch replaced by a counter, on tensors on the CPU: checks,
 pointers, packing. Whole steps in one call take the native part; without it, steps run by the passes, which is timed
@@ -169,9 +169,11 @@ def as_markdown(rows: list[Row], command: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print; ``--save`` also writes bench/results/host.{json,md}."""
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.partition("\n")[0])
-    parser.add_argument("--tensors", type=int, nargs="+", default=[10, len(shapes.resnet50()), 1000])
-    parser.add_argument("--seconds", type=float, default=2.0, help="per table of results")
-    parser.add_argument("--save", action="store_true")
+    parser.add_argument(
+        "--tensors", type=int, nargs="+", default=[10, len(shapes.resnet50()), 1000], help="numbers of tensors"
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each table of results")
+    parser.add_argument("--save", action="store_true", help="write the results to bench/results")
     args = parser.parse_args(argv)
     rows = [row for count in args.tensors for row in measured(count, args.seconds)]
     text = as_markdown(rows, " ".join(["python -m bench.host", *(argv if argv is not None else sys.argv[1:])]))

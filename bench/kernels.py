@@ -1,23 +1,23 @@
-"""What the kernels for GPUs come to, without a GPU: ``python -m bench.kernels``.
+"""Checks and reports on the compiled GPU kernels, without a GPU: ``python -m bench.kernels``.
 
-Compiles every Triton kernel as the backend launches it for sm_80, sm_90, sm_100 and gfx942, where nvcc is there the
-CUDA C++ kernels for the former three, and reads from the compilers' output what each pass moves and needs. The exit
-code is 1 where the full tiles of a kernel, its hot path,
+Compiles every Triton kernel as the backend launches it for sm_80, sm_90, sm_100 and gfx942, and the CUDA C++ kernels
+for the first three if nvcc is installed. The compilers' output shows which memory accesses each pass makes, and which
+resources it needs. The exit code is 1 if the full tiles of a kernel, its hot path,
 
 - have an access narrower than 128 bits, or none at all,
-- move more or fewer bytes per parameter than docs/method.md says, or where a kernel
-- spills registers (those for any mixture of types: more than 16), or
-- starts more programs that wait for each other than a multiprocessor has room for, or has room for fewer blocks than
+- move more or fewer bytes per parameter than docs/method.md says, or if a kernel
+- spills registers (kernels for any mixture of types: more than 16), or
+- starts more programs that wait for each other than fit on a multiprocessor, or fits fewer blocks than
   ``__launch_bounds__`` promises.
 
 Between the passes of a step that runs pass by pass, ``fold`` and ``solve`` work on a few numbers per tensor: of them
 only registers and spills are reported.
 
-Tensors whose addresses are no multiple of 16 have narrow accesses by nature, in full tiles as in others, so that the
-compiler may make one of both; of those only the rest is required. CUDA C++ is there twice: the kernels that are
-shipped, which serve several kinds and say nothing of bytes, and instances of the same templates for one kind each.
+Tensors at addresses that are not multiples of 16 need narrow accesses in full tiles too, and the compiler may merge
+both paths; for these kernels only the other conditions hold. The CUDA C++ kernels occur twice: as shipped, for several
+combinations of types, whose bytes cannot be counted; and as instances of the same templates for one combination each.
 
-With ``--covering`` it takes half as long: all kernels for sm_90, and for the other targets a part of them.
+With ``--covering`` it takes half as long: all kernels for sm_90, and some of them for the other targets.
 """
 
 from __future__ import annotations
@@ -658,10 +658,10 @@ def _examined(index: int, targets: Iterable[str]) -> list[Row]:
 def main(argv: list[str] | None = None) -> int:
     """Report; 1 if something is wrong with a kernel."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.partition("\n")[0])
-    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
-    parser.add_argument("--kinds", nargs="+", default=ALL_KINDS, choices=ALL_KINDS)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS, help="GPUs (default: all)")
+    parser.add_argument("--kinds", nargs="+", default=ALL_KINDS, choices=ALL_KINDS, help="dtypes (default: all)")
     parser.add_argument(
-        "--covering", action="store_true", help=f"all kernels for {MAIN_TARGET}, and a part of them for the others"
+        "--covering", action="store_true", help=f"all kernels for {MAIN_TARGET}, and some of them for the others"
     )
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)

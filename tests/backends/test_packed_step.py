@@ -22,8 +22,6 @@ from sofim_fused.backends.triton import pack
 from tests.support.packed import TILE, check_everything, gathered, made, new, three
 from tests.support.problems import give, give_state, mixed_problem, same_bits, snapshot
 
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU")
-
 pytestmark = pytest.mark.skipif(isinstance(native.cpu(), str), reason=str(native.cpu()))
 
 
@@ -513,7 +511,6 @@ def test_a_callback_may_come_back() -> None:
 
 
 @pytest.mark.gpu
-@NO_GPU
 def test_on_a_gpu() -> None:
     """Addresses on the device, copies there, and hyperparameters that are not read."""
     params = [nn.Parameter(torch.zeros(n, device="cuda")) for n in (5, 40)]

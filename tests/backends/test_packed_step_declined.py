@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 from sofim_fused import SOFIM, native
-from tests.backends.test_native import LEFT_TO_PYTHON, Subclass, Watching
+from tests.backends.support import LEFT_TO_PYTHON, Subclass, Watching
 from tests.support.packed import check_everything, gathered, made, new, three
 from tests.support.problems import give, same_bits
 
