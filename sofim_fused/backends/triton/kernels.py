@@ -22,7 +22,7 @@ from sofim_fused.backends.triton import pack
 
 TILE = 4096  # elements; a power of two, so that the elements of a tile share the upper half of their index
 NUM_WARPS = 8
-SLOTS = 1024  # of a tensor, added up at once
+SLOTS = 1024  # of a tensor, one per tile, that are added up at once
 SOLVE_BLOCK = 256  # tensors whose sums are worked on at once: one per thread; more would spill registers
 _SLOTS = tl.constexpr(SLOTS)
 _SOLVE_BLOCK = tl.constexpr(SOLVE_BLOCK)
@@ -90,13 +90,13 @@ _GRAD_SCALE = tl.constexpr(GRAD_SCALE)
 _FOUND_INF = tl.constexpr(FOUND_INF)
 _SKIP_NONFINITE = tl.constexpr(SKIP_NONFINITE)
 
-_SEED = tl.constexpr(rounding.SEED)
-_WEYL = tl.constexpr(rounding.WEYL)
-# Fisher blocks, as in step/solve.py.
+# What a Fisher block is: the whole model, or one per parameter group or parameter.
 MODEL, GROUP, PARAMETER = range(3)
 _BY_GROUP = tl.constexpr(GROUP)
 _BY_PARAMETER = tl.constexpr(PARAMETER)
 
+_SEED = tl.constexpr(rounding.SEED)
+_WEYL = tl.constexpr(rounding.WEYL)
 _CANCELLED = tl.constexpr(2.0**-46)  # (2 ulp of float32 arithmetic)², as in sofim_fused/step/solve.py
 _FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 # The interpreter truncates where it should round to bfloat16, and mistreats subnormal numbers.
