@@ -22,7 +22,7 @@ from sofim_fused.backends.triton import pack
 
 TILE = 4096  # elements; a power of two, so that the elements of a tile share the upper half of their index
 NUM_WARPS = 8
-SLOTS = 1024  # of a tensor, added up at once
+SLOTS = 1024  # of a tensor, one per tile, that are added up at once
 SOLVE_BLOCK = 256  # tensors whose sums are worked on at once: one per thread; more would spill registers
 _SLOTS = tl.constexpr(SLOTS)
 _SOLVE_BLOCK = tl.constexpr(SOLVE_BLOCK)
@@ -90,13 +90,13 @@ _GRAD_SCALE = tl.constexpr(GRAD_SCALE)
 _FOUND_INF = tl.constexpr(FOUND_INF)
 _SKIP_NONFINITE = tl.constexpr(SKIP_NONFINITE)
 
-_SEED = tl.constexpr(rounding.SEED)
-_WEYL = tl.constexpr(rounding.WEYL)
-# Fisher blocks, as in step/solve.py.
+# What a Fisher block is: the whole model, or one per parameter group or parameter.
 MODEL, GROUP, PARAMETER = range(3)
 _BY_GROUP = tl.constexpr(GROUP)
 _BY_PARAMETER = tl.constexpr(PARAMETER)
 
+_SEED = tl.constexpr(rounding.SEED)
+_WEYL = tl.constexpr(rounding.WEYL)
 _CANCELLED = tl.constexpr(2.0**-46)  # (2 ulp of float32 arithmetic)², as in sofim_fused/step/solve.py
 _FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 # The interpreter truncates where it should round to bfloat16, and mistreats subnormal numbers.
@@ -617,34 +617,34 @@ def _polynomial(constant, linear, square, gain):
 @triton.jit
 def _at_gain(s0, s1, s2, most0, most1, most2, p0, p1, p2, gain, FINISH: tl.constexpr, CROSS: tl.constexpr):
     """S and P of Fisher blocks from ``_parts``, with the clip factor ``gain``."""
-    norm = s0
-    cross = p0
+    s = s0
+    p = p0
     if FINISH == _GUARDED:
-        norm = _polynomial(s0, s1, s2, gain)
+        s = _polynomial(s0, s1, s2, gain)
         floor = _CANCELLED * _polynomial(most0, most1, most2, gain)
-        norm = tl.where(norm < floor, floor, norm)
+        s = tl.where(s < floor, floor, s)
         if CROSS:
-            cross = _polynomial(p0, p1, p2, gain)
-    return norm, cross
+            p = _polynomial(p0, p1, p2, gain)
+    return s, p
 
 
 @triton.jit
 def _solve(
-    rows, hyper, coefs, tensors, at, mask, norm, cross, skip,
+    rows, hyper, coefs, tensors, at, mask, s, p, skip,
     L2: tl.constexpr, CROSS: tl.constexpr, HYPERS: tl.constexpr,
 ):  # fmt: skip
     """The Sherman-Morrison step of tensors, from S and P of their block; counts one more update unless ``skip``."""
     group, steps, correction = _located(rows, hyper, at, mask, HYPERS)
     lr = tl.load(group + _LR, mask=mask, other=0.0)
     rho = tl.load(group + _RHO, mask=mask, other=1.0)
-    shrink = correction / (rho * (1.0 + norm))
+    shrink = correction / (rho * (1.0 + s))
     by_weight = 1.0 - lr * tl.load(group + _WEIGHT_DECAY, mask=mask, other=0.0)
     if CROSS:
         if L2:
             by_weight -= _decayed(tl.load(group + _L2, mask=mask, other=0.0), lr / rho)
         by_gradient = _finite(-(lr / rho) * tl.load(group + _SIGN, mask=mask, other=0.0))
         tl.store(coefs + _BY_GRADIENT * tensors + at, by_gradient, mask=mask)
-        by_moment = lr * shrink * cross
+        by_moment = lr * shrink * p
     else:
         by_moment = -lr * shrink
     tl.store(coefs + _BY_WEIGHT * tensors + at, by_weight, mask=mask)
@@ -708,8 +708,8 @@ def _finish(
             s0, s1, s2, most0, most1, most2, p0, p1, p2 = _parts(
                 rows, groups, mm, mg, mw, gg, gw, ww, at, mask, FINISH, L2, CROSS, _HYPERS
             )
-            norm, cross = _at_gain(s0, s1, s2, most0, most1, most2, p0, p1, p2, gain, FINISH, CROSS)
-            _solve(rows, groups, coefs, tensors, at, mask, norm, cross, skip, L2, CROSS, _HYPERS)
+            s, p = _at_gain(s0, s1, s2, most0, most1, most2, p0, p1, p2, gain, FINISH, CROSS)
+            _solve(rows, groups, coefs, tensors, at, mask, s, p, skip, L2, CROSS, _HYPERS)
     else:
         for block in range(blocks):
             begin = tl.load(bounds + block)
@@ -717,10 +717,10 @@ def _finish(
             s0, s1, s2, most0, most1, most2, p0, p1, p2 = _fold(
                 rows, groups, mm, mg, mw, gg, gw, ww, rows, 0, begin, end, FINISH, L2, CROSS, False, _HYPERS
             )
-            norm, cross = _at_gain(s0, s1, s2, most0, most1, most2, p0, p1, p2, gain, FINISH, CROSS)
+            s, p = _at_gain(s0, s1, s2, most0, most1, most2, p0, p1, p2, gain, FINISH, CROSS)
             for start in range(begin, end, _SOLVE_BLOCK):
                 at = (start + lanes).to(tl.int64)
-                _solve(rows, groups, coefs, tensors, at, at < end, norm, cross, skip, L2, CROSS, _HYPERS)
+                _solve(rows, groups, coefs, tensors, at, at < end, s, p, skip, L2, CROSS, _HYPERS)
 
 
 @triton.jit
@@ -957,7 +957,7 @@ def solve(
 
     Counts one more update of each tensor, unless the step is skipped. If guarded, ``square`` is the sum of gg,
     ``outcome`` (float64 ``[2]``) gets the norm and the clip factor, and ``skipped`` (bool ``[1]``, as int8) whether to
-    skip. ``grad_scale`` and ``found_inf``, of one element and any type, are read with ``SCALED`` and ``FOUND``.
+    skip. ``grad_scale`` and ``found_inf``, of one element, float32 or float64, are read with ``SCALED`` and ``FOUND``.
     """
     lanes = tl.arange(0, _SOLVE_BLOCK)
     at = (tl.program_id(0) * _SOLVE_BLOCK + lanes).to(tl.int64)
@@ -968,9 +968,9 @@ def solve(
         scale = tl.full([], 1.0, tl.float64)
         found = tl.full([], 0.0, tl.float64)
         if SCALED:
-            scale = _wide(tl.load(grad_scale), 1)
+            scale = tl.load(grad_scale).to(tl.float64)
         if FOUND:
-            found = _wide(tl.load(found_inf), 1)
+            found = tl.load(found_inf).to(tl.float64)
         norm, gain, skip = _guard(
             tl.load(square), tl.full([], 0.0, tl.float64) + limit, scale, found,
             tl.full([], 1.0 if SKIP_NONFINITE else 0.0, tl.float64), CLIP or SCALED, SKIP_NONFINITE or FOUND,

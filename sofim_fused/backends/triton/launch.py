@@ -7,14 +7,16 @@ import functools
 import importlib
 import re
 from dataclasses import dataclass
+from math import inf
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sofim_fused.backends.interface import Sums
 from sofim_fused.backends.triton import pack
-from sofim_fused.backends.triton.workspace import Workspace
+from sofim_fused.backends.triton.workspace import Located, Workspace
 
 OLDEST = (3, 6)  # the oldest Triton that the kernels were compiled with
 CAPABILITY = (8, 0)  # of an NVIDIA GPU: the first with bfloat16
@@ -121,7 +123,136 @@ def launch_single(kernels: ModuleType, workspace: Workspace, config: KernelConfi
     )
 
 
-def run(kernel: Any, programs: int, *arguments: Tensor | int, **constants: Any) -> None:
+@dataclass(frozen=True)
+class SolveConfig:
+    """What ``fold`` and ``solve`` are compiled for.
+
+    Attributes:
+        fisher: ``kernels.MODEL``, ``GROUP`` or ``PARAMETER``: what a Fisher block is.
+        cross: the gradient form of the step.
+        guarded: the step may clip, unscale or skip.
+    """
+
+    fisher: int
+    cross: bool
+    guarded: bool
+
+    @property
+    def rows(self) -> int:
+        """How many values a Fisher block has: S and P, or the polynomials of S, of its scale, and of P."""
+        return (9 if self.cross else 6) if self.guarded else (2 if self.cross else 1)
+
+    def common(self, kernels: ModuleType) -> dict[str, Any]:
+        """Arguments of both kernels."""
+        return {
+            "FINISH": kernels.GUARDED if self.guarded else kernels.PLAIN,
+            "CROSS": self.cross,
+            "num_warps": kernels.SOLVE_BLOCK // 32,
+            "enable_fp_fusion": False,
+        }
+
+
+def launch_fold(
+    kernels: ModuleType,
+    config: SolveConfig,
+    located: Located,
+    hyper: Tensor,
+    sums: Sums,
+    class_of: Tensor | None,
+    totals: Tensor,
+    squares: Tensor,
+) -> None:
+    """Launch ``fold``: sums to totals per Fisher block.
+
+    Args:
+        kernels: :mod:`sofim_fused.backends.triton.kernels`.
+        config: what to compile for.
+        located: the tensors.
+        hyper: float64 ``[groups, columns]``, whose columns begin as those of ``pack`` do, up to ``SIGN``.
+        sums: of the tensors; with L2 weight decay ``mw`` (and ``gw``, ``ww``) are there.
+        class_of: int64 ``[n]``, the class of each tensor; ``None``: there is one class.
+        totals: float64 ``[classes, config.rows, blocks]``, is written.
+        squares: float64 ``[classes]``, gets the sums of gg.
+    """
+    vectors = [sums.mm, sums.mg, sums.mw, sums.gg, sums.gw, sums.ww]
+    run(
+        kernels.fold,
+        len(squares),
+        located.rows,
+        located.bounds,
+        hyper,
+        *(sums.mm if vector is None else vector.contiguous() for vector in vectors),  # what is not there is not read
+        located.rows if class_of is None else class_of.contiguous(),
+        totals,
+        squares,
+        len(located.rows),
+        totals.shape[-1],
+        L2=sums.mw is not None,
+        PER_TENSOR=config.fisher == kernels.PARAMETER,
+        CLASSES=class_of is not None,
+        HYPERS=hyper.shape[1],
+        **config.common(kernels),
+    )
+
+
+def launch_solve(
+    kernels: ModuleType,
+    config: SolveConfig,
+    located: Located,
+    hyper: Tensor,
+    totals: Tensor,
+    coefficients: Tensor,
+    square: Tensor | None = None,
+    outcome: Tensor | None = None,
+    skipped: Tensor | None = None,
+    max_norm: float | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    skip_nonfinite: bool = False,
+) -> None:
+    """Launch ``solve``: totals to coefficients; it also counts the update.
+
+    Args:
+        kernels: :mod:`sofim_fused.backends.triton.kernels`.
+        config: what to compile for. If guarded, ``square``, ``outcome`` and ``skipped`` are tensors.
+        located: the tensors.
+        hyper: as for :func:`launch_fold`.
+        totals: float64 ``[config.rows, blocks]``.
+        coefficients: float64 ``[COEFFICIENTS, n]``, is written.
+        square: float64, one element: the sum of gg over everything.
+        outcome: float64 ``[2]``, gets the gradients' norm and the clip factor.
+        skipped: int8 ``[1]``, gets 1 if the step is to be skipped, else 0.
+        max_norm: the limit of the norm; ``None``: none.
+        grad_scale: one element, float32 or float64; ``None``: 1.
+        found_inf: likewise; ``None``: 0.
+        skip_nonfinite: skip the step if the norm is not finite.
+    """
+    run(
+        kernels.solve,
+        max(1, -(-len(located.rows) // kernels.SOLVE_BLOCK)),
+        located.rows,
+        hyper,
+        totals,
+        totals if square is None else square,
+        totals if grad_scale is None else grad_scale,
+        totals if found_inf is None else found_inf,
+        coefficients,
+        totals if outcome is None else outcome,
+        totals if skipped is None else skipped,
+        inf if max_norm is None else float(max_norm),
+        len(located.rows),
+        totals.shape[-1],
+        FISHER=config.fisher,
+        CLIP=max_norm is not None,
+        SCALED=grad_scale is not None,
+        SKIP_NONFINITE=skip_nonfinite,
+        FOUND=found_inf is not None,
+        HYPERS=hyper.shape[1],
+        **config.common(kernels),
+    )
+
+
+def run(kernel: Any, programs: int, *arguments: Tensor | float, **constants: Any) -> None:
     """Launch a kernel; Triton compiles it first if it is not in Triton's cache.
 
     Raises:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from math import inf
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from sofim_fused.backends import memory
 from sofim_fused.backends.triton import pack
 
 
@@ -145,6 +147,38 @@ class Workspace:
         for at, value in ((end, gain), (end + 1, skip)):
             if value is not None:
                 self.work[at].copy_(value)
+
+
+class Located:
+    """On a device, what the algebra between the sweeps needs to know of n tensors: step counts, groups, Fisher blocks.
+
+    Args:
+        device: of the arrays.
+        steps: the step counts, 0-dimensional int64 tensors on ``device``.
+        sizes: how many tensors each parameter group has; tensors are in the order of groups.
+        by_group: a Fisher block is a parameter group; else there is one, or one per tensor.
+
+    Attributes:
+        rows: int64 ``[n, COLUMNS]`` with ``STEP`` and ``GROUP`` (:mod:`sofim_fused.backends.triton.pack`), else 0.
+        bounds: int32, where Fisher blocks begin and end among the tensors: ``[0, ..., n]``.
+    """
+
+    def __init__(self, device: torch.device, steps: Sequence[Tensor], sizes: Sequence[int], by_group: bool) -> None:
+        self._key = (device, _addresses(steps), tuple(sizes), by_group)
+        rows = torch.zeros(len(steps), pack.COLUMNS, dtype=torch.int64, device="cpu")
+        rows[:, pack.STEP] = torch.tensor(self._key[1], dtype=torch.int64)
+        rows[:, pack.GROUP] = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes)))
+        bounds = torch.tensor([0, *accumulate(sizes)] if by_group else [0, len(steps)], dtype=torch.int32)
+        self.rows = send(rows, torch.empty_like(rows, device=device))
+        self.bounds = send(bounds, torch.empty_like(bounds, device=device))
+
+    def fits(self, device: torch.device, steps: Sequence[Tensor], sizes: Sequence[int], by_group: bool) -> bool:
+        """Whether it was made for these step counts, at the same addresses, and for these groups."""
+        return self._key == (device, _addresses(steps), tuple(sizes), by_group)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(memory.address, tensors))
 
 
 def send(values: Tensor, to: Tensor, pinned: Tensor | None = None) -> Tensor:
