@@ -63,7 +63,9 @@ LEFT_OUT = pytest.StashKey[int]()  # how many cases
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-cases", action="store_true", help="also the cases that covering(strength) leaves out")
+    parser.addoption(
+        "--all-cases", action="store_true", help="also the cases that the mark covering(strength) leaves out"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -71,18 +73,19 @@ def pytest_configure(config: pytest.Config) -> None:
     if isinstance(native.cpu(), str):  # then so it is; tests/install/test_install.py has what is said of it
         config.addinivalue_line("filterwarnings", "ignore:SOFIM runs in pure PyTorch:UserWarning")
     config.addinivalue_line(
-        "markers", "covering(strength): where kernels run on the CPU, cases in which so many values meet as in all"
+        "markers",
+        "covering(strength): on a CPU a selection of cases, in which any so many values meet that meet in all",
     )
 
 
 @pytest.hookimpl(trylast=True)  # of the cases that -k leaves
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Choose cases of tests that are marked ``covering``, unless ``--all-cases`` is given."""
-    if config.getoption("all_cases") or not (INTERPRETED or EMULATED):
+    if config.getoption("all_cases"):
         return
     tests: defaultdict[Any, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("covering"):
+        if item.get_closest_marker("covering") and not item.get_closest_marker("gpu"):
             tests[item.function].append(item)  # type: ignore[attr-defined]
     left_out: set[pytest.Item] = set()
     for cases in tests.values():
@@ -95,10 +98,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def values_of(item: Any) -> list[str]:
-    """What a case is called with, and which launches that takes."""
+    """What a case is called with, on which backend, and which launches that takes."""
     values = dict(item.callspec.params)
     run = as_named(values.pop("run"), item.name)
-    return [*map(str, values.values()), str(run.single), str(run.ready)]
+    return [*map(str, values.values()), run.backend, str(run.single), str(run.ready)]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

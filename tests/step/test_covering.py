@@ -33,27 +33,23 @@ def test_nothing_is_left_out_of_one_case_or_none() -> None:
 
 
 class Case:
-    """As pytest collects it: of a test that is marked, or not."""
+    """As pytest collects it: of a test that is marked ``covering``, or not, and ``gpu``, or not."""
 
-    def __init__(self, marked: bool, **params: Any) -> None:
-        self.marked = marked
+    def __init__(self, marked: bool, gpu: bool = False, **params: Any) -> None:
+        self.marked, self.gpu = marked, gpu
         self.function = type(self) if marked else None
         self.name = f"test[{params}]"
         self.callspec = SimpleNamespace(params={"run": Run("triton", "cpu", None, None), **params})
 
     def get_closest_marker(self, name: str) -> Any:
-        assert name == "covering"
-        return SimpleNamespace(args=(1,)) if self.marked else None
+        marked = {"covering": self.marked, "gpu": self.gpu}[name]
+        return SimpleNamespace(args=(1,)) if marked else None
 
 
-@pytest.mark.parametrize(("slow", "asked", "expected"), [(True, False, 4), (True, True, 16), (False, False, 16)])
-def test_cases_are_left_out_where_each_is_dear(
-    slow: bool, asked: bool, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only of a test that is marked, and not with ``--all-cases``."""
-    monkeypatch.setattr(conftest, "INTERPRETED", slow)
-    monkeypatch.setattr(conftest, "EMULATED", False)
-    marked, other = ([Case(yes, a=a, b=b) for a, b in product(range(4), repeat=2)] for yes in (True, False))
+@pytest.mark.parametrize(("gpu", "asked", "expected"), [(False, False, 4), (False, True, 16), (True, False, 16)])
+def test_cases_are_left_out_where_there_are_many(gpu: bool, asked: bool, expected: int) -> None:
+    """Only of a test that is marked, not with ``--all-cases``, and none on a GPU."""
+    marked, other = ([Case(yes, gpu, a=a, b=b) for a, b in product(range(4), repeat=2)] for yes in (True, False))
     items: list[Any] = [*marked, *other]
     deselected: list[Any] = []
     hook = SimpleNamespace(pytest_deselected=lambda items: deselected.extend(items))
@@ -66,6 +62,16 @@ def test_cases_are_left_out_where_each_is_dear(
     assert [case for case in items if not case.marked] == other
     assert set(deselected) == set(marked) - set(kept)
     assert config.stash[conftest.LEFT_OUT] == len(deselected)
+
+
+def test_each_backend_is_in_the_selection() -> None:
+    """And each of its values with each backend, as every value of another argument."""
+    cases = [Case(True, a=a) for a in range(4) for _ in ("cpu", "reference")]
+    for i, case in enumerate(cases):
+        case.callspec.params["run"] = Run(("cpu", "reference")[i % 2], "cpu")
+    values = [conftest.values_of(case) for case in cases]
+    assert {(a, backend) for a, backend, *_ in values} == set(product("0123", ("cpu", "reference")))
+    assert len(chosen(values, 2)) == len(cases)
 
 
 def test_what_other_processes_leave_out_is_said() -> None:
