@@ -12,7 +12,6 @@ from sofim_fused import native
 from tests.support.covering import chosen
 from tests.support.runs import (
     ALL_ON_GPU,
-    EMULATED,
     GPU_BACKENDS,
     INTERPRETED,
     RUNS,
