@@ -39,6 +39,7 @@ PACKAGE = ROOT / "sofim_fused"
 NATIVE = ("_build.json", "_C.*.so")  # what native parts consist of at least
 TOOLS = ("racecheck", "memcheck", "synccheck")  # compute-sanitizer's
 FINDINGS = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
+LEAST = 15.0  # seconds for a part, if there are as many: starting Python and PyTorch takes some of them
 FINISHING = 5.0  # seconds at the end of the budget
 QUIET = 90.0  # seconds without a line after which a process counts as hanging, compiling kernels included
 NO_TESTS = 5  # pytest's exit code
@@ -98,7 +99,8 @@ class Run:
         parts = self.parts()
         try:
             for index, (name, weight, action) in enumerate(parts):
-                seconds = self.left() * weight / sum(part.weight for part in parts[index:])
+                share = self.left() * weight / sum(part.weight for part in parts[index:])
+                seconds = min(max(share, LEAST), self.left())
                 say(f"[{time.monotonic() - self.started:5.0f} s] {name} (has {seconds:.0f} s)")
                 self.failed = False
                 try:
@@ -219,7 +221,7 @@ class Run:
 
     def rows(self, seconds: float) -> str:
         """Time what has no row yet; a provider that hangs, or whose process dies, gets one that says so."""
-        end = time.monotonic() + min(seconds, self.left())
+        end, before = time.monotonic() + min(seconds, self.left()), set[str]()
         command = ["-m", "bench.gpu.rows", str(self.path), "--device", self.device, "--rows", self.options.rows]
         while (left := end - time.monotonic()) > 1:
             more = ["--seconds", str(left), "--each", str(self.options.each)]
@@ -232,9 +234,10 @@ class Run:
                 return f"the time was over {at}"
             title, _, provider = at.removeprefix("at ").rpartition(": ")
             why = f"nothing came for {QUIET:g} s" if done.quiet else str(done)
-            if title in ("", "backend"):  # nothing can be timed
+            if title in ("", "backend") or at in before:  # nothing can be timed, or not without what failed
                 self.failed = True
                 return f"bench.gpu.rows {why} ({at})"
+            before.add(at)
             if (title, provider) not in Record(self.path).rows:
                 ours = provider.startswith("SOFIM")
                 failed: Row = {"title": title, "provider": provider, "ours": ours, "status": "failed", "reason": why}
