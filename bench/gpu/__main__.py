@@ -5,8 +5,8 @@
 Takes a fixed time at most, the most telling first. What is found goes at once to a new file, bench/results/
 gpu_<device>_<date>.jsonl, and to a document beside it: a run may be ended at any time. The exit code is 1 after a
 failed test, an exception or a hang in a step of this package, or a finding of compute-sanitizer, and 2 where there is
-no GPU. With ``--device cpu`` the same code runs on the CPU: miniature models, Triton in its interpreter, and the CUDA
-kernels where the native parts are the emulator's.
+no GPU. With ``--device cpu`` the same code runs on the CPU: miniature models, Triton in its interpreter, and, with
+SOFIM_EMULATED=1, the CUDA kernels, where the native parts are those of ``make emulated``.
 
 Where one run has not enough time, another goes on: ``--continue`` takes the first one's file, leaves out what is known
 there and adds to it. ``--prebuilt`` takes native parts that were compiled elsewhere.
@@ -69,7 +69,8 @@ class Run:
     def __init__(self, options: argparse.Namespace, path: Path, environment: dict[str, str]) -> None:
         self.options, self.path, self.environment = options, path, environment
         self.device: str = options.device
-        self.native = ("cuda", "triton") if self.device == "cuda" else ("cpu",)
+        on_cpu = ("cuda",) if environment.get("SOFIM_EMULATED") == "1" else ("cpu",)
+        self.native = ("cuda", "triton") if self.device == "cuda" else on_cpu
         self.started = time.monotonic()
         self.failed = False  # whether the part that is done has failed
         self._written = 0.0
