@@ -13,7 +13,7 @@ from sofim_fused import SOFIM
 from sofim_fused.backends import Coefficients, Decay
 from sofim_fused.step import schedule
 from sofim_fused.step.solve import Solver
-from tests.step.test_matrix import TOLERANCES, distance
+from tests.step.support import TOLERANCES, distance
 from tests.support.oracle import DENSE, Hyper, Oracle
 from tests.support.problems import give, mixed_problem
 
