@@ -31,6 +31,7 @@ from sofim_fused.backends.interface import (
     StepTensors,
     Sums,
 )
+from sofim_fused.backends.solve import TorchSolve
 from sofim_fused.backends.triton import pack
 
 OLDEST = (3, 6)  # the oldest Triton that the kernels were compiled with
@@ -46,7 +47,7 @@ REGISTERS = 128  # per thread at most
 ALONE = 224  # where a program waits for others, and is the only one on its multiprocessor
 
 
-class TritonPasses:
+class TritonPasses(TorchSolve):
     """See :class:`sofim_fused.backends.interface.Passes`. An instance serves one optimizer: it keeps tables.
 
     Args:
