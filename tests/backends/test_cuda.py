@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from sofim_fused import SOFIM, backends, native
-from sofim_fused.backends import cpu, cuda, reference
-from sofim_fused.backends.triton import launch as triton
+from sofim_fused.backends import cpu, cuda, reference, triton
+from tests.backends.support import launches, module
 from tests.support.problems import GUARDED, OPTIONS, give, mixed_problem, ready_problem, same_bits, snapshot
 from tests.support.runs import EMULATED
 
@@ -28,20 +28,6 @@ emulated = pytest.mark.skipif(not EMULATED, reason="runs with SOFIM_EMULATED=1 (
 
 
 NONE = torch.empty(0)  # no bits are kept
-
-
-def module() -> Any:
-    """The extension, which has to be there."""
-    found = native.cuda()
-    assert not isinstance(found, str), found
-    return found
-
-
-def launches(work: Callable[[], object]) -> int:
-    """How many kernels it launches."""
-    before = module().launches()
-    work()
-    return int(module().launches() - before)
 
 
 # Launches

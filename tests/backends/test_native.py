@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sofim_fused import SOFIM, backends, native
 from sofim_fused.backends import Coefficients, Decay, GradientStep, StepTensors
 from sofim_fused.backends.reference import ReferencePasses
 from sofim_fused.backends.rounding import random_bits, round_stochastic
+from tests.backends.support import LEFT_TO_PYTHON, Subclass, Watching, set_grad
 from tests.support.problems import give, mixed_problem, same_bits, snapshot
 
 CPU = torch.device("cpu")
@@ -291,78 +291,6 @@ def two_parameters(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[
     return optimizer, params
 
 
-class Watching(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-class Subclass(Tensor):
-    pass
-
-
-def _state(optimizer: SOFIM) -> dict[str, Any]:
-    return optimizer.state[optimizer.param_groups[1]["params"][0]]
-
-
-def _set(name: str, value: Any) -> Callable[[SOFIM], None]:
-    def change(optimizer: SOFIM) -> None:
-        optimizer.param_groups[1][name] = value
-
-    return change
-
-
-def _set_state(name: str, value: Any) -> Callable[[SOFIM], None]:
-    def change(optimizer: SOFIM) -> None:
-        _state(optimizer)[name] = value
-
-    return change
-
-
-def _set_grad(make: Callable[[Tensor], Tensor]) -> Callable[[SOFIM], None]:
-    def change(optimizer: SOFIM) -> None:
-        p = optimizer.param_groups[1]["params"][0]
-        p.grad_dtype = None
-        p.grad = make(p.grad)
-
-    return change
-
-
-LEFT_TO_PYTHON: dict[str, Callable[[SOFIM], None]] = {
-    "no state": lambda optimizer: optimizer.state.pop(optimizer.param_groups[1]["params"][0]),
-    "no moment": lambda optimizer: _state(optimizer).pop("exp_avg"),
-    "no count": lambda optimizer: _state(optimizer).pop("step"),
-    "lr is NaN": _set("lr", float("nan")),
-    "lr is negative": _set("lr", -0.1),
-    "lr is a string": _set("lr", "0.1"),
-    "lr has two elements": _set("lr", torch.ones(2)),
-    "lr is complex": _set("lr", torch.ones((), dtype=torch.complex64)),
-    "momentum is 1": _set("momentum", 1.0),
-    "momentum is a tensor": _set("momentum", torch.tensor(0.9)),
-    "rho is 0": _set("rho", 0.0),
-    "rho is True": _set("rho", True),
-    "a huge integer": _set("rho", 10**400),
-    "weight_decay is infinite": _set("weight_decay", float("inf")),
-    "maximize is 1": _set("maximize", 1),
-    "no decoupled_weight_decay": lambda optimizer: optimizer.param_groups[1].pop("decoupled_weight_decay"),
-    "kahan is a string": _set("kahan", "on"),
-    "state_dtype is a string": _set("state_dtype", "bfloat16"),
-    "state_dtype is float16": _set("state_dtype", torch.float16),
-    "state_dtype is not the state's": _set("state_dtype", torch.bfloat16),
-    "groups that disagree": _set("numerator", "gradient"),
-    "an unknown fisher": lambda optimizer: [group.update(fisher="layer") for group in optimizer.param_groups],
-    "max_grad_norm is 0": lambda optimizer: [group.update(max_grad_norm=0.0) for group in optimizer.param_groups],
-    "skip_nonfinite is 1": lambda optimizer: [group.update(skip_nonfinite=1) for group in optimizer.param_groups],
-    "a count of float32": _set_state("step", torch.tensor(1.0)),
-    "a moment of another shape": _set_state("exp_avg", torch.zeros(39)),
-    "a moment of another dtype": _set_state("exp_avg", torch.zeros(40, dtype=torch.float64)),
-    "a moment on another device": _set_state("exp_avg", torch.zeros(40, device="meta")),
-    "a moment that is none": _set_state("exp_avg", 0.0),
-    "a gradient of another dtype": _set_grad(lambda g: g.double()),
-    "a sparse gradient": _set_grad(lambda g: g.to_sparse()),
-    "a parameter that is none": lambda optimizer: optimizer.param_groups[1]["params"].append("w"),
-}
-
-
 @pytest.mark.parametrize("name", LEFT_TO_PYTHON)
 def test_what_one_call_does_not_expect_it_leaves_alone(name: str) -> None:
     """Python then takes the step or refuses it. The first parameter is in order and must not have been updated."""
@@ -386,7 +314,7 @@ def snapshot_of(params: list[nn.Parameter], optimizer: SOFIM) -> list[Tensor]:
 
 def test_a_subclass_without_dispatch_of_its_own_is_as_good_as_a_tensor() -> None:
     optimizer, _ = two_parameters()
-    _set_grad(lambda g: g.as_subclass(Subclass))(optimizer)
+    set_grad(lambda g: g.as_subclass(Subclass))(optimizer)
     assert native_step()(optimizer.param_groups, optimizer.state) is True
 
 

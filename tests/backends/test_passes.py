@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sofim_fused import SOFIM, backends
 from sofim_fused.backends import Coefficients, Decay, GradientStep, Passes, StepTensors, reference
 from sofim_fused.backends.reference import TILE, dot
 from sofim_fused.step import gather
+from tests.backends.support import Transfers
 from tests.support.problems import give, mixed_problem, same_bits, snapshot
 from tests.support.runs import CPU_BACKENDS as BACKENDS
 from tests.support.runs import EMULATED, INTERPRETED, once
@@ -191,22 +190,6 @@ def test_dot_of_any_size(size: int) -> None:
     large = torch.full((size,), 1e30)
     assert dot(large, torch.ones_like(large)).item() == pytest.approx(size * float(torch.tensor(1e30)), rel=1e-12)
     assert dot(large, large).isfinite()
-
-
-class Transfers(TorchDispatchMode):
-    """Collects what moves between devices. Reading a value, or a shape that depends on one, raises by itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() + x.numel() > 1]
-        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-        if len({x.device for x in given + made}) > 1:
-            self.seen.append(str(func))
-        return result
 
 
 @once

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,9 @@ from torch import Tensor, distributed, nn
 
 from bench.ranks import Ranks
 from sofim_fused import SOFIM
-from tests.distributed.test_dtensor import Net, fsdp, loss_of, mesh_of, train
-from tests.distributed.test_fsdp1 import fsdp1
-from tests.support.runs import EMULATED, INTERPRETED
+from tests.distributed.support import Net, fsdp, fsdp1, loss_of, mesh_of, needs_ranks, train
 
-pytestmark = [
-    pytest.mark.skipif(EMULATED or INTERPRETED, reason="nothing of it is the kernels'"),
-    pytest.mark.skipif(not distributed.is_available(), reason="PyTorch was built without torch.distributed"),
-]
+pytestmark = needs_ranks
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -102,13 +96,6 @@ def spread_over_two(rank: int) -> dict[str, bool]:
             results.append(trained(model, made(model, options), early, rank, 2))
         found[kind] = same(*results)
     return found
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
 
 
 def test_nor_of_shards(two: Ranks) -> None:

@@ -7,7 +7,6 @@ import functools
 import sys
 import types
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,40 +16,11 @@ from torch import Tensor, distributed, nn
 import sofim_fused.distributed
 from bench.ranks import Ranks
 from sofim_fused import SOFIM
-from tests.distributed.test_dtensor import CLOSE, Net, farthest, loss_of, train
-from tests.support.runs import EMULATED, INTERPRETED
+from tests.distributed.support import CLOSE, Net, farthest, fsdp1, loss_of, needs_ranks, train
 
-pytestmark = [
-    pytest.mark.skipif(EMULATED or INTERPRETED, reason="processes of their own have no stand-ins"),
-    pytest.mark.skipif(not distributed.is_available(), reason="PyTorch was built without torch.distributed"),
-]
+pytestmark = needs_ranks
 
 STEPS = 10
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
-
-
-def fsdp1(model: nn.Module, strategy: str = "FULL_SHARD", **options: Any) -> Any:
-    """Two layers apart, and the rest with the whole model: three flat parameters."""
-    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-
-    options.setdefault("auto_wrap_policy", ModuleWrapPolicy({nn.Linear}))
-    return FullyShardedDataParallel(
-        model, sharding_strategy=ShardingStrategy[strategy], device_id=torch.device("cpu"), **options
-    )
 
 
 def gathered(model: Any) -> list[Tensor]:

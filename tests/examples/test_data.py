@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
 from examples import data
 from examples.data import ImageData
+from tests.examples.support import Bytes, pixels, write_cifar10, write_cifar100, write_svhn
 
-Bytes = NDArray[np.uint8]
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 FASHION_FILES = (
     "train-images-idx3-ubyte",
@@ -25,11 +24,6 @@ FASHION_FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-
-
-def pixels(count: int, channels: int, side: int, seed: int) -> Bytes:
-    """Random images, uint8 (count, channels, side, side)."""
-    return np.random.default_rng(seed).integers(0, 256, (count, channels, side, side), np.uint8)
 
 
 def write_idx(path: Path, values: Bytes, zipped: bool = False) -> None:
@@ -50,51 +44,6 @@ def write_fashion(root: Path, zipped: bool = False) -> tuple[Bytes, Bytes]:
     write_idx(root / FASHION_FILES[1], np.array([3, 0, 9, 1, 1, 2, 5], np.uint8), zipped)
     write_idx(root / FASHION_FILES[2], test[:, 0], zipped)
     write_idx(root / FASHION_FILES[3], np.array([9, 8, 0], np.uint8), zipped)
-    return train, test
-
-
-def cifar_bytes(images: Bytes, *labels: list[int]) -> bytes:
-    """Records as the data set's page describes them: label bytes, then red, green, blue by rows."""
-    content = bytearray()
-    for index, image in enumerate(images):
-        content += bytes(column[index] for column in labels)
-        for channel in range(3):
-            for row in range(32):
-                content += bytes(image[channel, row, column] for column in range(32))
-    return bytes(content)
-
-
-def write_cifar10(root: Path) -> tuple[Bytes, Bytes]:
-    train, test = pixels(10, 3, 32, seed=3), pixels(2, 3, 32, seed=4)
-    for part in range(5):
-        content = cifar_bytes(train[2 * part : 2 * part + 2], [part, 9 - part])
-        (root / f"data_batch_{part + 1}.bin").write_bytes(content)
-    (root / "test_batch.bin").write_bytes(cifar_bytes(test, [7, 4]))
-    return train, test
-
-
-def write_cifar100(root: Path) -> tuple[Bytes, Bytes]:
-    train, test = pixels(4, 3, 32, seed=5), pixels(2, 3, 32, seed=6)
-    (root / "train.bin").write_bytes(cifar_bytes(train, [0, 19, 3, 4], [99, 0, 42, 10]))
-    (root / "test.bin").write_bytes(cifar_bytes(test, [1, 2], [5, 98]))
-    return train, test
-
-
-def write_mat(path: Path, images: Bytes, labels: list[int]) -> None:
-    """As the data set's page describes it: X(row, column, channel, image), y(image, 1)."""
-    count = len(images)
-    x = np.empty((32, 32, 3, count), np.uint8)
-    for index in range(count):
-        for channel in range(3):
-            x[:, :, channel, index] = images[index, channel]
-    y = np.array(labels, np.uint8).reshape(-1, 1)
-    scipy.io.savemat(path, {"X": x, "y": y}, do_compression=True)
-
-
-def write_svhn(root: Path) -> tuple[Bytes, Bytes]:
-    train, test = pixels(4, 3, 32, seed=7), pixels(3, 3, 32, seed=8)
-    write_mat(root / "train_32x32.mat", train, [1, 10, 9, 5])
-    write_mat(root / "test_32x32.mat", test, [10, 2, 3])
     return train, test
 
 

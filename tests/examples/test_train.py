@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from torch.optim import SGD, Optimizer
 from examples import data, train
 from examples.models import LeNet5
 from sofim_fused import SOFIM
+from tests.examples.support import assert_equal, checkpoint, history
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ("--batch-size", "256")  # six steps an epoch
@@ -30,39 +30,6 @@ QUICK = ("--batch-size", "256")  # six steps an epoch
 
 def run(out: Path, *options: str) -> int:
     return train.main([*QUICK, "--out", str(out), *options])
-
-
-def checkpoint(out: Path) -> dict[str, Any]:
-    """What a checkpoint holds, without what differs from run to run: the times."""
-    content: dict[str, Any] = torch.load(out / "checkpoint.pt", weights_only=True)
-    for state in content["runs"].values():
-        for row in state["history"]:
-            assert row.pop("seconds") > 0
-            assert row.pop("step_ms") > 0
-    return content
-
-
-def history(out: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((out / "history.json").read_text())
-    return content
-
-
-def assert_equal(one: Any, other: Any) -> None:
-    """Equality bit for bit, through nested containers."""
-    assert type(one) is type(other)
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert list(one) == list(other)
-        for key in one:
-            assert_equal(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for mine, theirs in zip(one, other, strict=True):
-            assert_equal(mine, theirs)
-    else:
-        assert one == other
 
 
 @pytest.fixture(scope="module")

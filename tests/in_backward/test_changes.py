@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tests.in_backward.test_in_backward import NUMERATORS, Pair, alike, backward, in_backward_of, made, on_cpu, plain
+from tests.in_backward.support import NUMERATORS, Pair, alike, backward, in_backward_of, made, on_cpu, plain
 from tests.support.problems import give, give_state, same_bits, snapshot
 from tests.support.runs import INTERPRETED, Run
 

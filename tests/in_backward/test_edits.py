@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sofim_fused import SOFIM, in_backward
-from tests.in_backward.test_in_backward import (
+from tests.in_backward.support import (
     FISHERS,
     NUMERATORS,
     alike,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -16,28 +15,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from sofim_fused import SOFIM, backends
 from sofim_fused.backends.reference import ReferencePasses
+from tests.optimizer.support import saved_and_loaded, small_model, train
 from tests.support.oracle import Hyper, Oracle
 from tests.support.problems import LAYOUTS, give, make_parameter, mixed_problem, same_bits, snapshot
-
-
-def small_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
-
-
-def train(model: nn.Module, optimizer: SOFIM, steps: int, first: int = 0) -> list[float]:
-    """Regression on data that is a function of the step's number."""
-    losses = []
-    dtype = next(model.parameters()).dtype
-    for step in range(first, first + steps):
-        generator = torch.Generator().manual_seed(step)
-        x = torch.randn(16, 4, generator=generator).to(dtype)
-        optimizer.zero_grad()
-        loss = (model(x) - x[:, :3].sin()).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 def test_a_model_learns() -> None:
@@ -300,15 +280,6 @@ def test_the_gradient_scaler_works_as_with_any_optimizer() -> None:
 
 
 # Saving and copying
-
-
-def saved_and_loaded(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Through a file, as a checkpoint from a stranger would be read."""
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    loaded: dict[str, Any] = torch.load(file, weights_only=True)
-    return loaded
 
 
 CONFIGURATIONS: list[tuple[torch.dtype, dict[str, Any]]] = [

@@ -1,7 +1,7 @@
 """Every backend, schedule, numerator, Fisher block, dtype, decay and layout against the oracle.
 
-All combinations on a CPU; in the interpreter and in the emulator, unless ``--all-cases`` is given, as many as it takes
-for any three of their values to meet (tests/support/covering.py).
+As many of the combinations as it takes for any three of their values to meet (tests/support/covering.py); all of them
+with ``--all-cases``, as in ``make deep``, and on a GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sofim_fused import SOFIM
+from tests.step.support import EPSILON, TOLERANCES, distance, full_weight, moment_of, weight_bound, within
 from tests.support.oracle import Hyper, Oracle, real64
 from tests.support.problems import Problem, give, give_state, mixed_problem
 from tests.support.runs import Run
@@ -25,12 +26,6 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "clip-loose": {"max_grad_norm": 1e3},
     "skip": {"skip_nonfinite": True},
 }
-TOLERANCES = {
-    torch.float64: 1e-12,
-    torch.complex128: 1e-12,
-    torch.float32: 5e-6,
-    torch.complex64: 5e-6,
-}
 
 
 def optimizer_for(problem: Problem, numerator: str, fisher: str, run: Run, **options: Any) -> SOFIM:
@@ -38,12 +33,6 @@ def optimizer_for(problem: Problem, numerator: str, fisher: str, run: Run, **opt
     if run.ready:
         give_state(optimizer)
     return optimizer
-
-
-def distance(params: list[Tensor], oracle: Oracle) -> float:
-    """The largest deviation in any tensor, relative to that tensor's norm."""
-    pairs = [(real64(p), w) for p, w in zip(params, oracle.weights, strict=True) if w.numel()]
-    return max(((p - w).norm() / w.norm()).item() for p, w in pairs)
 
 
 @pytest.mark.covering(3)
@@ -100,10 +89,6 @@ def test_follows_the_oracle_for_100_steps_above_the_dense_size(numerator: str, d
 # 16-bit weights lose bits in every step, so that a long run would need a tolerance that hides errors. Each step is
 # compared on its own, from the state that the optimizer is in, to what one rounding may do.
 
-EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half an ulp, relative
-SMALLEST = {torch.bfloat16: 0.0, torch.float16: 2.0**-25}  # half of the smallest subnormal
-
-
 NARROW = (torch.bfloat16, torch.float32, torch.float16)
 ANY = (*NARROW, torch.float64, torch.complex64)
 
@@ -156,24 +141,3 @@ def test_each_step_of_16_bit_and_mixed_tensors(
             bound = weight_bound(oracle.weights[i].abs(), p.dtype, "kahan" in known)
             assert within(full_weight(optimizer, p), oracle.weights[i], bound), (count, i)
         oracle.moments = stored
-
-
-def within(actual: Tensor, expected: Tensor, bound: Tensor) -> bool:
-    return bool(((actual - expected).abs() <= bound).all())
-
-
-def moment_of(optimizer: SOFIM, p: Tensor) -> Tensor:
-    return real64(optimizer.state[p]["exp_avg"] if p in optimizer.state else torch.zeros_like(p))
-
-
-def full_weight(optimizer: SOFIM, p: Tensor) -> Tensor:
-    kahan = optimizer.state[p].get("kahan") if p in optimizer.state else None
-    return real64(p) if kahan is None else real64(p) + real64(kahan)
-
-
-def weight_bound(weight: Tensor, dtype: torch.dtype, kahan: bool) -> Tensor:
-    exact = 1e-6 * (weight + 0.1)
-    if dtype not in EPSILON:
-        return exact
-    once = EPSILON[dtype] * weight
-    return exact + (EPSILON[dtype] * once * 2 if kahan else once) + SMALLEST[dtype]

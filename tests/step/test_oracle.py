@@ -12,7 +12,7 @@ from torch import Tensor
 from sofim_fused import SOFIM
 from sofim_fused.backends import Coefficients, Decay, solve
 from sofim_fused.step.solve import Solver
-from tests.step.test_matrix import TOLERANCES, distance
+from tests.step.support import TOLERANCES, distance
 from tests.support.oracle import DENSE, Hyper, Oracle
 from tests.support.problems import give, mixed_problem
 

@@ -18,8 +18,8 @@ from sofim_fused import SOFIM
 from sofim_fused.backends import Settings, reference, solve
 from sofim_fused.step import gather
 from sofim_fused.step import solve as step_solve
-from tests.in_backward.test_in_backward import backward
-from tests.step.test_matrix import EPSILON, SMALLEST, full_weight, moment_of, within
+from tests.in_backward.support import backward
+from tests.step.support import EPSILON, SMALLEST, full_weight, moment_of, within
 from tests.support.oracle import Hyper, Oracle, real64
 from tests.support.problems import Problem, give, give_state, same_bits, snapshot
 from tests.support.runs import CPU_BACKENDS, once

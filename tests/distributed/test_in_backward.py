@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,20 +11,9 @@ from torch import distributed, nn
 
 from bench.ranks import Ranks
 from sofim_fused import SOFIM
-from tests.distributed.test_dtensor import CLOSE, Net, farthest, fsdp, loss_of, mesh_of, train
-from tests.support.runs import EMULATED, INTERPRETED
+from tests.distributed.support import CLOSE, Net, farthest, fsdp, loss_of, mesh_of, needs_ranks, train
 
-pytestmark = [
-    pytest.mark.skipif(EMULATED or INTERPRETED, reason="processes of their own have no stand-ins"),
-    pytest.mark.skipif(not distributed.is_available(), reason="PyTorch was built without torch.distributed"),
-]
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
+pytestmark = needs_ranks
 
 
 def refusal(work: Callable[[], object]) -> str:

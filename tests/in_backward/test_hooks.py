@@ -1,0 +1,180 @@
+"""The hooks of ``in_backward=True``: whose they are, and how long they stay."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from sofim_fused import SOFIM
+from tests.in_backward.support import NUMERATORS, Pair, backward, both_ways, hooks, made, on_cpu, three_batches
+from tests.support.problems import same_bits, snapshot
+from tests.support.runs import Run
+
+
+@on_cpu
+@pytest.mark.parametrize("release", [False, True])
+def test_remove_hooks(release: bool, run: Run) -> None:
+    """From then on step() takes all gradients; also those of a step that is under way."""
+    pair = Pair(run, decay="l2", release=release, numerator="gradient")
+    batches = list(pair.gradients(5))
+    for count, grads in enumerate(batches):
+        if count == 2:
+            pair.optimizer.remove_hooks()
+            pair.optimizer.remove_hooks()
+            assert hooks(pair.params) == [0] * len(pair.params)
+        before = snapshot(pair.optimizer)
+        pair.backward(grads)
+        assert same_bits(before, snapshot(pair.optimizer)) == (count >= 2)
+        if count == 1:
+            pair.optimizer.remove_hooks()
+        pair.step()
+    assert pair.alike()
+    pair.plain.remove_hooks()
+
+
+@on_cpu
+def test_without_hooks_gradients_add_up_as_ever(run: Run) -> None:
+    pair = Pair(run)
+    first, second, _ = three_batches(pair)
+    pair.optimizer.remove_hooks()
+    for grads in (first, second):
+        backward(pair.params, grads)
+        backward(pair.plain_params, grads)
+    pair.step()
+    assert pair.alike()
+
+
+@on_cpu
+def test_removed_hooks_do_not_come_back(run: Run) -> None:
+    """With a group that is added later, or with loaded state."""
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = made([p], run)
+    optimizer.remove_hooks()
+    optimizer.add_param_group({"params": [q]})
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert hooks([p, q]) == [0, 0]
+    backward([p, q], [torch.ones(3), torch.ones(3)])
+    assert not optimizer.state
+    optimizer.step()
+    assert [int(optimizer.state[x]["step"]) for x in (p, q)] == [1, 1]
+
+
+@on_cpu
+def test_hooks_go_with_the_optimizer(run: Run) -> None:
+    pair = Pair(run)
+    assert hooks(pair.params) == [1] * len(pair.params)
+    (grads,) = pair.gradients(1)
+    pair.backward(grads)
+    pair.optimizer.step()
+    before = [p.detach().clone() for p in pair.params]
+    pair.optimizer = pair.plain
+    gc.collect()
+    assert hooks(pair.params) == [0] * len(pair.params)
+    backward(pair.params, grads)
+    assert same_bits(before, [p.detach() for p in pair.params])
+
+
+@on_cpu
+def test_an_optimizer_is_gone_at_once(run: Run) -> None:
+    """Nothing of its own keeps it in a cycle: its moments would stay until Python looks for cycles."""
+    p = nn.Parameter(torch.ones(3))
+    optimizer = made([p], run)
+    backward([p], [torch.ones(3)])
+    moment = StorageWeakRef(optimizer.state[p]["exp_avg"].untyped_storage())
+    gc.disable()
+    try:
+        del optimizer
+        assert moment.expired()
+        assert hooks([p]) == [0]
+    finally:
+        gc.enable()
+
+
+@on_cpu
+def test_one_optimizer_at_a_time_takes_a_parameter_s_gradients(run: Run) -> None:
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    first = made([p], run)
+    refused = pytest.raises(
+        ValueError, match=r"parameter 1 of group 0: another optimizer with in_backward=True .* remove_hooks\(\)"
+    )
+    with refused:
+        made([q, p], run)
+    assert hooks([p, q]) == [1, 0]
+    other = made([q], run)
+    with pytest.raises(ValueError, match=r"parameter 0 of group 1: another optimizer with in_backward=True"):
+        other.add_param_group({"params": [p]})
+    assert len(other.param_groups) == 1
+    SOFIM([p, q], backend=run.backend)  # a plain one may have them
+    first.remove_hooks()
+    second = made([p], run)
+    backward([p], [torch.ones(3)])
+    assert len(first.state) == 0
+    assert len(second.state) == 1
+    del second
+    made([p], run)
+
+
+@on_cpu
+def test_a_cycle_does_not_keep_parameters(run: Run) -> None:
+    """Schedulers of some versions of PyTorch keep their optimizer in one."""
+    p = nn.Parameter(torch.ones(3))
+    optimizer: Any = made([p], run)
+    optimizer.itself = optimizer
+    gc.disable()
+    try:
+        del optimizer
+        assert hooks([p]) == [1]
+        second = made([p], run)
+        assert hooks([p]) == [1]
+    finally:
+        gc.enable()
+    backward([p], [torch.ones(3)])
+    assert len(second.state) == 1
+
+
+@on_cpu
+@pytest.mark.parametrize("numerator", NUMERATORS)
+def test_groups_that_are_added_later(numerator: str, run: Run) -> None:
+    """They are watched from then on."""
+
+    def start() -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        params = [nn.Parameter(torch.linspace(-1, 1, n)) for n in (4, 3, 6, 1)]
+        return params[:2], params
+
+    def work(optimizer: SOFIM, params: list[nn.Parameter]) -> None:
+        for step in range(6):
+            if step in (2, 4):
+                optimizer.add_param_group({"params": params[step // 2 + 1], "lr": 0.1 * step, "momentum": 0.5})
+            present = params[: 2 + step // 2]
+            optimizer.zero_grad()
+            backward(present, [torch.linspace(0, 1 + step, p.numel()) for p in present])
+            assert optimizer._backward is None or len(optimizer.state) == len(present)
+            optimizer.step()
+
+    assert both_ways(run, start, work, numerator=numerator)
+
+
+@on_cpu
+def test_step_hooks_and_a_closure(run: Run) -> None:
+    pair = Pair(run, numerator="gradient")
+    seen: list[str] = []
+    pair.optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    pair.optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    for grads in pair.gradients(3):
+
+        def closure(params: Sequence[Tensor], grads: Sequence[Tensor | None] = grads) -> float:
+            pair.zero_grad()
+            backward(params, grads)
+            seen.append("closure")
+            return 7.0
+
+        assert pair.optimizer.step(lambda: closure(pair.params)) == 7.0
+        assert pair.plain.step(lambda: closure(pair.plain_params)) == 7.0
+    assert seen == ["before", "closure", "after", "closure"] * 3
+    assert pair.alike()
