@@ -23,11 +23,12 @@ void define_operators(torch::Library& m) {
       " Tensor? weight, Tensor? gradient, Tensor? gain, Tensor? skip) -> ()");
   m.def(
       "fold(Tensor mm, Tensor? mg, Tensor? mw, Tensor? gg, Tensor? gw, Tensor? ww, Tensor[] steps, Tensor hyper,"
-      " int[] sizes, int fisher, bool gradient_form, bool guarded, Tensor? class_of, int classes) -> (Tensor, Tensor)");
+      " int[] sizes, int fisher, bool gradient_form, bool guarded, Tensor? class_of, int classes)"
+      " -> (Tensor blocks, Tensor squares)");
   m.def(
       "solve(Tensor blocks, Tensor? square, Tensor(a!)[] steps, Tensor hyper, int[] sizes, int fisher,"
       " bool gradient_form, bool guarded, float? max_norm, Tensor? grad_scale, Tensor? found_inf, bool skip_nonfinite)"
-      " -> (Tensor, Tensor)");
+      " -> (Tensor coefficients, Tensor guard)");
 }
 
 StepTensors gathered(bool anywhere, TensorList params, TensorList grads, TensorList exp_avgs,

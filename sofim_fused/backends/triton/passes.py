@@ -17,6 +17,7 @@ from sofim_fused.backends.interface import (
     StepTensors,
     Sums,
 )
+from sofim_fused.backends.solve import TorchSolve
 from sofim_fused.backends.triton import pack
 from sofim_fused.backends.triton.launch import (
     KernelConfig,
@@ -30,7 +31,7 @@ from sofim_fused.backends.triton.step import TritonStep
 from sofim_fused.backends.triton.workspace import Workspace
 
 
-class TritonPasses:
+class TritonPasses(TorchSolve):
     """See :class:`sofim_fused.backends.interface.Passes`. An instance serves one optimizer: it keeps a workspace.
 
     Args:
