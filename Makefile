@@ -8,7 +8,7 @@ NUMPY ?= numpy>=1.26
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-DOCS := $(VENV)/.docs
+DOCS := $(VENV)/docs
 NATIVE := $(VENV)/.native
 SOURCES := setup.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
@@ -18,9 +18,9 @@ SANITIZE_TESTS ?= tests/backends/test_native.py tests/backends/test_passes.py
 LESSER_SETS := avx2 default
 # One instruction set is enough for builds that test something else.
 ONE_SET = SOFIM_INSTRUCTION_SETS=$$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo avx2 || echo default)
-# What kernels compute, wherever they run. Folders: what nothing stands in for a GPU in is skipped there.
-KERNEL_TESTS := tests/step/test_matrix.py tests/step/test_amp.py tests/backends/test_passes.py tests/backends/test_shared_memory.py \
-    tests/in_backward
+# What kernels compute, wherever they run. Edited groups and gradients are the host's concern, and slow in the interpreter.
+KERNEL_TESTS := tests/step/test_matrix.py tests/step/test_amp.py tests/backends/test_passes.py \
+    tests/backends/test_shared_memory.py $(filter-out %_changes.py %_edits.py,$(wildcard tests/in_backward/test_*.py))
 INTERPRETER_TESTS := $(KERNEL_TESTS) tests/backends/test_triton.py
 EMULATED := build/emulated
 EMULATED_TESTS := $(KERNEL_TESTS) tests/backends/test_cuda.py
@@ -30,6 +30,8 @@ AGAINST = build/against/$(subst ==,-,$(TORCH))
 GPU_BUDGET ?= 540
 DEEP_TESTS := tests/step/test_properties.py tests/optimizer/test_state_fuzz.py tests/optimizer/test_faults.py \
     tests/optimizer/test_faults_of_processes.py
+# Tests of which other targets run a selection of cases (@pytest.mark.covering).
+COVERED_TESTS := tests/step/test_matrix.py tests/backends/test_shared_memory.py
 COVERED := 95
 JOBS ?= 2
 # Slow tests are adjacent; idle workers steal them. One job needs no worker.
@@ -90,6 +92,7 @@ against:
 
 deep: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest $(SPREAD) --hypothesis-profile=deep $(DEEP_TESTS) $(ARGS)
+	$(BIN)/python -m pytest $(SPREAD) --all-cases $(COVERED_TESTS) $(ARGS)
 	$(BIN)/python -m bench.long_run
 
 # Lines that run on the CPU only in the interpreter or in the emulator count as reached.
@@ -209,14 +212,18 @@ format: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-docs: $(DOCS)
+docs: $(DOCS)/.ready
 	rm -rf $(SITE)
-	$(BIN)/python -m sphinx -q -E -W --keep-going -b html -d build/doctrees -c docs/site . $(SITE)
-	$(BIN)/python docs/site/check.py $(SITE)
+	$(DOCS)/bin/python -m sphinx -q -E -W --keep-going -b html -d build/doctrees -c docs/site . $(SITE)
+	$(DOCS)/bin/python docs/site/check.py $(SITE)
 
-# The package is installed already: pip adds only the packages of its extra.
-$(DOCS): $(READY)
-	$(BIN)/python -m pip install -q 'sofim_fused[docs]'
+# An environment that sees the packages of .venv but does not change them: Sphinx needs other versions of some. sofim_fused is
+# installed there, so pip adds only the packages of its extra.
+SITE_PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(DOCS)/.ready: $(READY)
+	$(PYTHON) -m venv $(DOCS)
+	$(BIN)/python $(SITE_PACKAGES) > "$$($(DOCS)/bin/python $(SITE_PACKAGES))/packages.pth"
+	$(DOCS)/bin/python -m pip install -q 'sofim_fused[docs]'
 	@touch $@
 
 # 1 if C++ can be compiled for Python here (a build that fails is then an error), else auto.

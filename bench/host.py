@@ -1,13 +1,13 @@
 """The host's time for a step, without its launches: ``python -m bench.host``.
 
-Times :meth:`SOFIM.step` on the Triton backend with every launch replaced by a counter, on tensors on the CPU: checks,
-pointers, packing. Whole steps in one call take the native part; without it, steps run by the passes, which is timed
-too. What a GPU adds is not in it: the launches, and copies through pinned memory where something changed. By the passes
-a GPU adds more: there each of PyTorch's operators on small vectors is a launch as well.
+Times :meth:`SOFIM.step` on the Triton backend with tensors on the CPU, and with every launch replaced by a counter:
+checks, pointers, packing. Whole steps in one call need the native part; without it, steps run pass by pass, which is
+timed too. It does not include what a GPU adds: the launches and, if something changed, copies through pinned memory.
+Pass by pass a GPU adds more, because each of PyTorch's operators on small vectors is a launch as well.
 
-Where the CUDA backend was built for the emulator (``make emulated``), its steps are timed too, with launches that take
-over their arguments and run nothing. Tensors have one element each, so that torch's fused SGD, which runs on the same
-list, computes next to nothing either. Gradients are kept from step to step, or made anew outside of the timed part.
+If the CUDA backend was built for the emulator (``make emulated``), its steps are timed too, with launches that copy
+their arguments and run nothing. Tensors have one element each, so torch's fused SGD, which runs on the same list, has
+almost nothing to compute either. Gradients are kept from step to step, or created anew outside of the timed part.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from sofim_fused import native
 from tests.support.covering import chosen
 from tests.support.runs import (
     ALL_ON_GPU,
-    EMULATED,
     GPU_BACKENDS,
     INTERPRETED,
     RUNS,
@@ -67,7 +66,9 @@ COVERED = "cases left out of a covering: --all-cases runs them"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-cases", action="store_true", help="also the cases that covering(strength) leaves out")
+    parser.addoption(
+        "--all-cases", action="store_true", help="also the cases that the mark covering(strength) leaves out"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -75,7 +76,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if isinstance(native.cpu(), str):  # then so it is; tests/install/test_install.py has what is said of it
         config.addinivalue_line("filterwarnings", "ignore:SOFIM runs in pure PyTorch:UserWarning")
     config.addinivalue_line(
-        "markers", "covering(strength): where kernels run on the CPU, cases in which so many values meet as in all"
+        "markers",
+        "covering(strength): on a CPU a selection of cases, in which any so many values meet that meet in all",
     )
 
 
@@ -88,10 +90,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     elif not ALL_ON_GPU:
         cases = [item for item in on_gpus if "run" in getattr(item, "fixturenames", ())]
         _leave_out(config, items, [item for item in cases if chance(item.name) >> 2 & 7], ONE_IN_EIGHT)
-    if (INTERPRETED or EMULATED) and not config.getoption("all_cases"):
+    if not config.getoption("all_cases"):
         tests: defaultdict[Any, list[pytest.Item]] = defaultdict(list)
         for item in items:
-            if item.get_closest_marker("covering"):
+            if item.get_closest_marker("covering") and not item.get_closest_marker("gpu"):
                 tests[item.function].append(item)  # type: ignore[attr-defined]
         left_out: set[pytest.Item] = set()
         for covering in tests.values():
@@ -109,10 +111,10 @@ def _leave_out(config: pytest.Config, items: list[pytest.Item], left_out: Collec
 
 
 def values_of(item: Any) -> list[str]:
-    """What a case is called with, and which launches that takes."""
+    """What a case is called with, on which backend, and which launches that takes."""
     values = dict(item.callspec.params)
     run = as_named(values.pop("run"), item.name)
-    return [*map(str, values.values()), str(run.single), str(run.ready)]
+    return [*map(str, values.values()), run.backend, str(run.single), str(run.ready)]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

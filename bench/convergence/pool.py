@@ -1,8 +1,8 @@
-"""Runs side by side, each in a process with one thread, each done once.
+"""Executes runs in parallel, each in a process with one thread, and each only once.
 
-This is not left to joblib: when a job fails, or on Ctrl-C, ``joblib.Parallel`` ends the other jobs at once, and work of
-minutes that is under way is lost; here it goes to the store. Workers of joblib's go on after their parent was killed,
-and these leave with it.
+joblib is not used for this. If a job fails, or on Ctrl-C, ``joblib.Parallel`` ends the other jobs at once, and minutes
+of work are lost; here their results are stored. Workers of joblib continue after their parent was killed; these end
+with it.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 Takes a fixed time at most, the most telling first. What is found goes at once to a new file, bench/results/
 gpu_<device>_<date>.jsonl, and to a document beside it: a run may be ended at any time. The exit code is 1 after a
 failed test, an exception or a hang in a step of this package, or a finding of compute-sanitizer, and 2 where there is
-no GPU. With ``--device cpu`` the same code runs on the CPU: miniature models, Triton in its interpreter, and the CUDA
-kernels where the native parts are the emulator's.
+no GPU. With ``--device cpu`` the same code runs on the CPU: miniature models, Triton in its interpreter, and, with
+SOFIM_EMULATED=1, the CUDA kernels, where the native parts are those of ``make emulated``.
 
 Where one run has not enough time, another goes on: ``--continue`` takes the first one's file, leaves out what is known
 there and adds to it. ``--prebuilt`` takes native parts that were compiled elsewhere.
@@ -39,6 +39,7 @@ PACKAGE = ROOT / "sofim_fused"
 NATIVE = ("_build.json", "_C.*.so")  # what native parts consist of at least
 TOOLS = ("racecheck", "memcheck", "synccheck")  # compute-sanitizer's
 FINDINGS = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
+LEAST = 15.0  # seconds for a part, if there are as many: starting Python and PyTorch takes some of them
 FINISHING = 5.0  # seconds at the end of the budget
 QUIET = 90.0  # seconds without a line after which a process counts as hanging, compiling kernels included
 NO_TESTS = 5  # pytest's exit code
@@ -68,7 +69,8 @@ class Run:
     def __init__(self, options: argparse.Namespace, path: Path, environment: dict[str, str]) -> None:
         self.options, self.path, self.environment = options, path, environment
         self.device: str = options.device
-        self.native = ("cuda", "triton") if self.device == "cuda" else ("cpu",)
+        on_cpu = ("cuda",) if environment.get("SOFIM_EMULATED") == "1" else ("cpu",)
+        self.native = ("cuda", "triton") if self.device == "cuda" else on_cpu
         self.started = time.monotonic()
         self.failed = False  # whether the part that is done has failed
         self._written = 0.0
@@ -98,7 +100,8 @@ class Run:
         parts = self.parts()
         try:
             for index, (name, weight, action) in enumerate(parts):
-                seconds = self.left() * weight / sum(part.weight for part in parts[index:])
+                share = self.left() * weight / sum(part.weight for part in parts[index:])
+                seconds = min(max(share, LEAST), self.left())
                 say(f"[{time.monotonic() - self.started:5.0f} s] {name} (has {seconds:.0f} s)")
                 self.failed = False
                 try:
@@ -219,7 +222,7 @@ class Run:
 
     def rows(self, seconds: float) -> str:
         """Time what has no row yet; a provider that hangs, or whose process dies, gets one that says so."""
-        end = time.monotonic() + min(seconds, self.left())
+        end, before = time.monotonic() + min(seconds, self.left()), set[str]()
         command = ["-m", "bench.gpu.rows", str(self.path), "--device", self.device, "--rows", self.options.rows]
         while (left := end - time.monotonic()) > 1:
             more = ["--seconds", str(left), "--each", str(self.options.each)]
@@ -232,9 +235,10 @@ class Run:
                 return f"the time was over {at}"
             title, _, provider = at.removeprefix("at ").rpartition(": ")
             why = f"nothing came for {QUIET:g} s" if done.quiet else str(done)
-            if title in ("", "backend"):  # nothing can be timed
+            if title in ("", "backend") or at in before:  # nothing can be timed, or not without what failed
                 self.failed = True
                 return f"bench.gpu.rows {why} ({at})"
+            before.add(at)
             if (title, provider) not in Record(self.path).rows:
                 ours = provider.startswith("SOFIM")
                 failed: Row = {"title": title, "provider": provider, "ours": ours, "status": "failed", "reason": why}

@@ -27,7 +27,7 @@ SGD: Mapping[str, Any] = {"lr": 1e-3, "momentum": 0.9}
 MAX_GRAD_NORM = 0.1  # below the gradients' norm of every model, so that clipping is at work
 GUARD: Mapping[str, Any] = {"max_grad_norm": MAX_GRAD_NORM, "skip_nonfinite": True}
 BF16 = torch.bfloat16
-LAUNCHING = {"cuda": "sofim_fused.backends.cuda", "triton": "sofim_fused.backends.triton.launch"}
+LAUNCHING = ("cuda", "triton")  # backends whose modules have the switch
 WARMUP = 2  # calls for each set of tensors: the first makes the state, the second what later steps keep
 
 
@@ -241,7 +241,7 @@ def launches(provider: Provider) -> Iterator[None]:
         return
     if (backend := provider.options["backend"]) not in LAUNCHING:
         raise UnavailableError(f"the backend {backend} has no launches")
-    module: Any = importlib.import_module(LAUNCHING[backend])
+    module: Any = importlib.import_module(f"sofim_fused.backends.{backend}")
     before, module.SINGLE_LAUNCH = module.SINGLE_LAUNCH, provider.one_launch
     try:
         yield

@@ -58,14 +58,14 @@ def left(items: list[Any], deselected: list[Any], asked: bool = False) -> Counte
     return +config.stash[conftest.LEFT_OUT]
 
 
-@pytest.mark.parametrize(("slow", "asked", "expected"), [(True, False, 4), (True, True, 16), (False, False, 16)])
-def test_cases_are_left_out_where_each_is_dear(
-    slow: bool, asked: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("gpu", "asked", "expected"), [(False, False, 4), (False, True, 16), (True, False, 16)])
+def test_cases_are_left_out_where_there_are_many(
+    gpu: bool, asked: bool, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only of a test that is marked, and not with ``--all-cases``."""
-    monkeypatch.setattr(conftest, "INTERPRETED", slow)
-    monkeypatch.setattr(conftest, "EMULATED", False)
-    marked, other = ([Case(yes, a=a, b=b) for a, b in product(range(4), repeat=2)] for yes in (True, False))
+    """Only of a test that is marked, not with ``--all-cases``, and none on a GPU."""
+    monkeypatch.setattr(conftest, "ALL_ON_GPU", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    marked, other = ([Case(yes, gpu, a=a, b=b) for a, b in product(range(4), repeat=2)] for yes in (True, False))
     items: list[Any] = [*marked, *other]
     deselected: list[Any] = []
     counts = left(items, deselected, asked)
@@ -83,8 +83,6 @@ def test_cases_for_a_gpu_are_left_out_where_there_is_none(
     gpu: bool, every: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On one, a case in eight of the tests of backends runs, unless all are asked for."""
-    monkeypatch.setattr(conftest, "INTERPRETED", False)
-    monkeypatch.setattr(conftest, "EMULATED", False)
     monkeypatch.setattr(conftest, "ALL_ON_GPU", every)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     cases = [Case(False, gpu=True, a=a) for a in range(400)]
@@ -104,6 +102,16 @@ def test_cases_for_a_gpu_are_left_out_where_there_is_none(
         assert 30 < len(items) - 2 < 80
         assert counts == {conftest.ONE_IN_EIGHT: len(deselected)}
     assert len(items) + len(deselected) == 402
+
+
+def test_each_backend_is_in_the_selection() -> None:
+    """And each of its values with each backend, as every value of another argument."""
+    cases = [Case(True, a=a) for a in range(4) for _ in ("cpu", "reference")]
+    for i, case in enumerate(cases):
+        case.callspec.params["run"] = Run(("cpu", "reference")[i % 2], "cpu")
+    values = [conftest.values_of(case) for case in cases]
+    assert {(a, backend) for a, backend, *_ in values} == set(product("0123", ("cpu", "reference")))
+    assert len(chosen(values, 2)) == len(cases)
 
 
 def test_what_other_processes_leave_out_is_said() -> None:

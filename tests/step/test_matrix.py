@@ -1,7 +1,7 @@
 """Every backend, schedule, numerator, Fisher block, dtype, decay and layout against the oracle.
 
-All combinations on a CPU; in the interpreter and in the emulator, unless ``--all-cases`` is given, as many as it takes
-for any three of their values to meet (tests/support/covering.py).
+As many of the combinations as it takes for any three of their values to meet (tests/support/covering.py); all of them
+with ``--all-cases``, as in ``make deep``, and on a GPU.
 """
 
 from __future__ import annotations

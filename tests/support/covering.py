@@ -1,8 +1,9 @@
-"""A choice of a test's cases in which any few values still meet, for where each case is dear."""
+"""A selection of a test's cases in which any few values still meet, for tests with many cases."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from heapq import heapify, heappop, heapreplace
 from itertools import combinations
 
 
@@ -17,8 +18,16 @@ def chosen(cases: Sequence[Sequence[Hashable]], strength: int) -> list[int]:
     ]
     missing = set().union(*meetings)
     places = []
+    # What a case has to add only shrinks: the first whose number is still right has the most.
+    queue = [(-len(found), place) for place, found in enumerate(meetings)]
+    heapify(queue)
     while missing:
-        best = max(range(len(cases)), key=lambda place: len(meetings[place] & missing))
-        places.append(best)
-        missing -= meetings[best]
+        known, place = queue[0]
+        adds = len(meetings[place] & missing)
+        if adds < -known:
+            heapreplace(queue, (-adds, place))
+            continue
+        heappop(queue)
+        places.append(place)
+        missing -= meetings[place]
     return sorted(places)
