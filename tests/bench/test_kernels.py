@@ -51,6 +51,18 @@ def test_a_kernel_is_as_it_should_be(name: str, target: str) -> None:
     assert row.programs >= 2
 
 
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_kernels_for_sums_are_compiled(target: str) -> None:
+    """``fold`` and ``solve`` with all that they can do."""
+    both = {case.launch: case for case in report.solve_cases(triton_kernels) if case.config.guarded}
+    for name, case in both.items():
+        row = report.examined_solve(case, target, triton_kernels)
+        assert row.wrong == [], name
+        assert row.registers > 16
+        assert (row.kind, row.read, row.written) == (report.SUMS, None, None)
+        assert case.name in report.as_text([row])
+
+
 MASK = [
     ("x = _load_full(pointer, offsets)", "x = _load_full(pointer, offsets, left)"),
     ("def _load_full(pointer, offsets):", "def _load_full(pointer, offsets, left):"),
@@ -109,12 +121,13 @@ def test_bytes_of_the_table() -> None:
 @pytest.mark.parametrize("targets", [report.TARGETS, ("gfx942", "sm_80"), ("sm_100",)], ids=str)
 def test_a_covering_has_all_kinds_and_passes_for_each_target(targets: tuple[str, ...]) -> None:
     plan = report.covering(triton_kernels, targets)
-    assert len(plan) == len(CASES)
+    every = [(label, case.name) for label, case in report.every_case(triton_kernels)]
+    assert len(plan) == len(every)
     main = "sm_90" if "sm_90" in targets else targets[0]
     assert all(some[0] == main and len(some) == min(len(targets), 2) for some in plan)
     for target in targets:
-        met = [place for place, some in zip(CASES, plan, strict=True) if target in some]
-        assert {label for label, _ in met} == set(report.KINDS)
+        met = [place for place, some in zip(every, plan, strict=True) if target in some]
+        assert {label for label, _ in met} == {*report.KINDS, report.SUMS}
         assert {name for _, name in met} >= {name for _, name in CASES if name.endswith("(moment)")}
         assert any("L2" in name for _, name in met)
         assert any("gradient" in name for _, name in met)
