@@ -32,7 +32,7 @@ WARMUP = 2  # calls for each set of tensors: the first makes the state, the seco
 
 
 class UnavailableError(Exception):
-    """Why something cannot run here, which is nobody's fault."""
+    """Something cannot run here for a reason that is no failure: a missing package, or no GPU."""
 
 
 @dataclass(frozen=True)
