@@ -1,20 +1,22 @@
-# Everything runs in a virtual environment of its own: `make demo`, `make test`, `make lint`, `make types`.
+# Every target creates and uses the virtual environment in .venv, except `gpu`. `make help` lists the targets.
 
 PYTHON ?= python3
 VENV ?= .venv
-# The version that tests and figures use. pyproject.toml says which others the package supports.
+# The version for tests and benchmarks. pyproject.toml says which others the package supports.
 TORCH ?= torch==2.13.0
 NUMPY ?= numpy>=1.26
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS := $(VENV)/docs
 NATIVE := $(VENV)/.native
 SOURCES := setup.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
+SITE := build/site
 SANITIZED := build/sanitized
 SANITIZE_TESTS ?= tests/backends/test_native.py tests/backends/test_passes.py
 LESSER_SETS := avx2 default
-# For copies that are built to test something else than instruction sets.
+# One instruction set is enough for builds that test something else.
 ONE_SET = SOFIM_INSTRUCTION_SETS=$$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo avx2 || echo default)
 # What kernels compute, wherever they run. Edited groups and gradients are the host's concern, and slow in the interpreter.
 KERNEL_TESTS := tests/step/test_matrix.py tests/step/test_amp.py tests/backends/test_passes.py \
@@ -32,35 +34,36 @@ DEEP_TESTS := tests/step/test_properties.py tests/optimizer/test_state_fuzz.py t
 COVERED_TESTS := tests/step/test_matrix.py tests/backends/test_shared_memory.py
 COVERED := 95
 JOBS ?= 2
-# Slow tests stand together; who has none left takes over some.
-SPREAD = -n $(JOBS) --dist worksteal
+# Slow tests are adjacent; idle workers steal them. One job needs no worker.
+SPREAD = $(if $(filter 1,$(JOBS)),,-n $(JOBS) --dist worksteal)
 
 .PHONY: help demo test against deep coverage convergence native instruction-sets interpreter emulated cuda-syntax kernels gpu \
-    sanitize threads tidy lint format types clean FORCE
+    sanitize threads tidy lint format types docs clean FORCE
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      train LeNet-5 on real images with SOFIM and with SGD-momentum"
-	@echo "make test      run the tests"
-	@echo "make against   run the tests with another torch, in a separate environment: TORCH=torch==2.10.0"
-	@echo "make deep      for minutes: random steps, states and faults by the thousand, then 10^5 steps beside the oracle"
-	@echo "make convergence  compare optimizers: in miniature, or ARGS='compare --task digits-lenet5' and so on"
-	@echo "make coverage  run the tests, also as interpreter and emulated do, and report the lines that none of them reaches"
-	@echo "make native    compile what has changed in csrc, and show all that the compiler says"
-	@echo "make sanitize  run tests of the C++ with AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make threads   run the C++ in threads with ThreadSanitizer"
-	@echo "make tidy      check the C++ with clang-tidy, where it is there"
-	@echo "make instruction-sets  run tests of the C++ as compiled for older CPUs than this one"
-	@echo "make interpreter  run the tests of the Triton kernels on the CPU, in Triton's interpreter"
-	@echo "make emulated  run the tests of the CUDA kernels on the CPU, in the emulator"
-	@echo "make cuda-syntax  check the C++ around the CUDA kernels against CUDA's headers, where nvcc is there"
-	@echo "make kernels   compile the kernels for GPUs and report what they come to"
-	@echo "make gpu       on a machine with a GPU: build, test and time there (GPU_BUDGET seconds)"
+	@echo "make test      run the tests; ARGS='-k guarded -x' passes arguments to pytest"
 	@echo "make lint      check style (make format: repair it)"
 	@echo "make types     check types"
-	@echo "make clean     remove the virtual environment and caches"
+	@echo "make docs      build the documentation site in build/site, and check its links"
+	@echo "make convergence  compare optimizers in miniature; ARGS='compare --task digits-lenet5' runs a whole task"
+	@echo "make native    compile what has changed in csrc, and show the compiler's messages"
+	@echo "make coverage  run the tests, also as interpreter and emulated do, and list the lines that no test reaches"
+	@echo "make deep      for minutes: thousands of random steps, states and faults, then 10^5 steps beside the oracle"
+	@echo "make against   run the tests with another version of torch, in a separate environment: TORCH=torch==2.10.0"
+	@echo "make instruction-sets  test the C++ as compiled for older CPUs than this one"
+	@echo "make interpreter  test the Triton kernels on the CPU, in Triton's interpreter"
+	@echo "make emulated  test the CUDA kernels on the CPU, in the emulator of tests/emulator"
+	@echo "make cuda-syntax  compile the C++ around the CUDA kernels against CUDA's headers, if nvcc is installed"
+	@echo "make kernels   compile the kernels for GPUs and report registers, memory accesses and occupancy"
+	@echo "make threads   run the C++ in several threads with ThreadSanitizer"
+	@echo "make sanitize  test the C++ with AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make tidy      check the C++ with clang-tidy, if it is installed"
+	@echo "make gpu       on a machine with a GPU: build, test and time there, for GPU_BUDGET seconds at most"
+	@echo "make clean     remove the virtual environment, everything that was built, and caches"
 
-# The demo runs without the native part where that cannot be built; tests do so only where there is no compiler.
+# The demo runs without the native part if that cannot be built; the tests do so only if there is no compiler.
 demo: BUILD_CPU := auto
 demo: $(READY) $(NATIVE)
 	@$(FASHION_MNIST)
@@ -69,9 +72,9 @@ demo: $(READY) $(NATIVE)
 test: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
-# Tests the source distribution (which shows that it has all that the tests need), compiled for that torch. It changes
-# neither .venv nor the native parts in this folder. With torch 2.10 set NUMPY='numpy<2.4': its Triton, 3.6, has an
-# interpreter that does not work with later ones. pip and setup.py refuse a torch older than pyproject.toml allows.
+# Builds a source distribution, compiles it for that torch, and tests it (so it has to contain all that the tests need).
+# .venv and the native parts in this folder stay as they are. With torch 2.10 set NUMPY='numpy<2.4': the interpreter of
+# its Triton, 3.6, does not work with later versions. pip and setup.py refuse a torch older than pyproject.toml allows.
 against:
 	mkdir -p $(AGAINST)
 	test -x $(AGAINST)/venv/bin/python || $(PYTHON) -m venv $(AGAINST)/venv
@@ -92,7 +95,7 @@ deep: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest $(SPREAD) --all-cases $(COVERED_TESTS) $(ARGS)
 	$(BIN)/python -m bench.long_run
 
-# What runs on the CPU only in the interpreter or in the emulator counts too.
+# Lines that run on the CPU only in the interpreter or in the emulator count as reached.
 coverage: export COVERAGE_FILE = $(abspath .coverage)
 coverage: $(READY) $(NATIVE)
 	rm -f .coverage .coverage.*
@@ -117,22 +120,23 @@ instruction-sets: $(READY) $(NATIVE)
 	    $(BIN)/python -m pytest -q $(SPREAD) -k "cpu and not reference" tests/step/test_matrix.py tests/backends/test_passes.py $(ARGS) || exit 1; \
 	done
 
-# The interpreter is chosen for a whole process. It is slow: of the matrix it runs a covering, unless ARGS=--all-cases.
+# TRITON_INTERPRET holds for a whole process. The interpreter is slow: it runs a selection of the matrix of cases, unless
+# ARGS=--all-cases.
 interpreter: $(READY) $(NATIVE)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(SPREAD) $(INTERPRETER_TESTS) $(ARGS)
 
-# A copy of its own. Of the matrix it runs a covering, unless ARGS=--all-cases.
-emulated: $(READY)
+# Builds a copy that uses the CPU part's objects. It runs a selection of the matrix of cases, unless ARGS=--all-cases.
+emulated: $(READY) $(NATIVE)
 	rm -rf $(EMULATED)/lib/tests
-	SOFIM_BUILD_CPU=1 SOFIM_BUILD_CUDA=emulated $(ONE_SET) \
-	    $(BIN)/python setup.py -q build --build-base $(EMULATED) --build-lib $(EMULATED)/lib
+	SOFIM_BUILD_CPU=1 SOFIM_BUILD_CUDA=emulated $(BIN)/python setup.py -q build --build-lib $(EMULATED)/lib
 	cp -r tests pyproject.toml $(EMULATED)/lib
 	cd $(EMULATED)/lib && \
 	    SOFIM_EMULATED=1 $(abspath $(BIN))/python -m pytest -q $(SPREAD) -p no:cacheprovider $(EMULATED_TESTS) $(ARGS)
 
-# PyTorch's headers for CUDA are there without CUDA, but for one that its build writes; nvcc knows where its own are.
+# PyTorch installs its CUDA headers without CUDA too, except one that its build generates: an empty stand-in is written
+# here. nvcc prints where CUDA's own headers are.
 cuda-syntax: $(READY)
-	@if ! command -v nvcc > /dev/null; then echo "nvcc is not there: csrc/cuda/*.cpp are not checked"; exit 0; fi; \
+	@if ! command -v nvcc > /dev/null; then echo "nvcc is not installed: csrc/cuda/*.cpp are not checked"; exit 0; fi; \
 	mkdir -p $(CUDA_SYNTAX)/c10/cuda/impl && \
 	printf '#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n' > $(CUDA_SYNTAX)/c10/cuda/impl/cuda_cmake_macros.h && \
 	torch=$$($(BIN)/python $(INCLUDES)) && \
@@ -145,15 +149,15 @@ cuda-syntax: $(READY)
 INCLUDES = -c 'from sysconfig import get_path; from torch.utils.cpp_extension import include_paths; \
     print(*(f"-isystem {path}" for path in (*include_paths(), get_path("include"))))'
 
-# All of them for all targets; ARGS=--covering leaves out a part of those for other targets than sm_90.
+# Compiles all kernels for all targets; ARGS=--covering leaves out some of those for other targets than sm_90.
 kernels: $(READY)
 	$(BIN)/python -m bench.kernels $(ARGS)
 
-# With what the machine has: no virtual environment, no network.
+# Uses the packages of the machine: no virtual environment, no network.
 gpu:
 	$(PYTHON) -m bench.gpu --budget $(GPU_BUDGET) $(ARGS)
 
-# A copy of its own. The sanitizers have to be in the process before anything else is, libstdc++ before they look for it.
+# Builds a separate copy. The sanitizers' libraries have to be loaded first, and libstdc++ before they look for it.
 sanitize: $(READY)
 	rm -rf $(SANITIZED)/lib/tests
 	SOFIM_BUILD_CPU=1 SOFIM_BUILD_CUDA=0 SOFIM_SANITIZE=address,undefined $(ONE_SET) \
@@ -167,25 +171,25 @@ sanitize: $(READY)
 	    $(abspath $(BIN))/python -m pytest -q $(SPREAD) -p no:cacheprovider --capture=sys \
 	        --deselect tests/backends/test_native.py::test_instruction_sets $(SANITIZE_TESTS) $(ARGS)
 
-# PyTorch's parallel_for runs on libgomp, of whose barriers ThreadSanitizer knows nothing: here it is one of std::threads.
-# The sanitizer's map of memory has no place for what newer kernels make of random addresses.
+# PyTorch's parallel_for runs on libgomp, whose barriers ThreadSanitizer does not know: here one of std::threads replaces
+# it. Address randomization is off, because the sanitizer's memory layout does not fit that of newer kernels.
 threads: $(THREADS)/threads
 	$(FIXED_ADDRESSES) $(THREADS)/threads
 	TSAN_OPTIONS=exitcode=0:symbolize=0 $(FIXED_ADDRESSES) $(THREADS)/threads --races 2> $(THREADS)/races.log
 FIXED_ADDRESSES = $$(setarch $$(uname -m) -R true 2> /dev/null && echo setarch $$(uname -m) -R)
 
-$(THREADS)/threads: $(READY) $(wildcard csrc/*/*.h csrc/cpu/*.cpp tests/threads/*.cpp tests/threads/*/*.h)
+$(THREADS)/threads: $(READY) $(wildcard csrc/*/*.h csrc/*/*.cpp tests/threads/*.cpp tests/threads/*/*.h)
 	@mkdir -p $(THREADS)
 	$${CXX:-c++} -std=c++17 -O1 -g1 -fsanitize=thread -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror -Wno-psabi \
 	    $(ONE_SET_FLAGS) -Itests/threads -Icsrc $$($(BIN)/python $(INCLUDES)) -o $@ \
-	    tests/threads/threads.cpp csrc/cpu/parallel.cpp csrc/cpu/kernels.cpp -pthread
+	    tests/threads/threads.cpp csrc/cpu/parallel.cpp csrc/gather/tiling.cpp csrc/cpu/kernels.cpp -pthread
 ONE_SET_FLAGS = $$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo -mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 \
     -DCPU_CAPABILITY_AVX2 || echo -DCPU_CAPABILITY=DEFAULT -DCPU_CAPABILITY_DEFAULT)
 
-# The checks are in .clang-tidy. It takes minutes; the analyzer would take many of them for all that the templates of the
-# passes make. Without OpenMP: clang's header for it need not be there.
+# .clang-tidy lists the checks. This takes minutes; clang's analyzer is off for the passes, whose many template instances
+# would take it far longer. OpenMP is off, because clang's header for it may be missing.
 tidy: $(READY)
-	@if ! command -v clang-tidy > /dev/null; then echo "clang-tidy is not there: csrc is not checked"; exit 0; fi; \
+	@if ! command -v clang-tidy > /dev/null; then echo "clang-tidy is not installed: csrc is not checked"; exit 0; fi; \
 	torch=$$($(BIN)/python $(INCLUDES)) && \
 	for source in csrc/gather/*.cpp csrc/cpu/*.cpp csrc/cuda/*.cpp csrc/cuda/*.cu; do \
 	    case $$source in */kernels.*) checks=--checks=-clang-analyzer-*;; *) checks=;; esac; \
@@ -208,19 +212,33 @@ format: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# 1 where C++ can be compiled for Python (then a build that fails is an error), else auto.
+docs: $(DOCS)/.ready
+	rm -rf $(SITE)
+	$(DOCS)/bin/python -m sphinx -q -E -W --keep-going -b html -d build/doctrees -c docs/site . $(SITE)
+	$(DOCS)/bin/python docs/site/check.py $(SITE)
+
+# An environment that sees the packages of .venv but does not change them: Sphinx needs other versions of some. sofim_fused is
+# installed there, so pip adds only the packages of its extra.
+SITE_PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(DOCS)/.ready: $(READY)
+	$(PYTHON) -m venv $(DOCS)
+	$(BIN)/python $(SITE_PACKAGES) > "$$($(DOCS)/bin/python $(SITE_PACKAGES))/packages.pth"
+	$(DOCS)/bin/python -m pip install -q 'sofim_fused[docs]'
+	@touch $@
+
+# 1 if C++ can be compiled for Python here (a build that fails is then an error), else auto.
 BUILD_CPU = $$(command -v "$${CXX:-c++}" > /dev/null && $(BIN)/python $(HEADERS) && echo 1 || echo auto)
 HEADERS = -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2> /dev/null
 BUILD = SOFIM_BUILD_CPU=$(or $(SOFIM_BUILD_CPU),$(BUILD_CPU)) $(BIN)/python setup.py build_ext --inplace
 STAMP = { rm -f $(NATIVE); ! grep -q '"reason": null' sofim_fused/_build.json || touch $(NATIVE); }
 
-# As long as nothing was built it is tried again; without a compiler that takes a moment.
+# If nothing was built, the next call tries again; without a compiler that takes a moment.
 $(NATIVE): $(READY) $(SOURCES) $(if $(SOFIM_BUILD_CPU),FORCE)
 	@echo "Building the native part"; \
 	$(BUILD) > $(VENV)/native.log 2>&1 || { cat $(VENV)/native.log; exit 1; }; \
 	grep -E 'warning: |^sofim_fused: ' $(VENV)/native.log; $(STAMP)
 
-# For what takes these data: Debian has them. Where they cannot be had so, the program says what is missing.
+# For commands that use Fashion-MNIST: Debian has a package of it. Elsewhere the program says what is missing.
 FASHION_MNIST = case "$(ARGS)" in *--root*) ;; *fashion-mnist*|*sensitivity*|*cost*) \
     if [ ! -d /usr/share/datasets/fashion-mnist ] && command -v apt-get > /dev/null; then \
         echo "Installing Debian's dataset-fashion-mnist"; \
@@ -228,7 +246,7 @@ FASHION_MNIST = case "$(ARGS)" in *--root*) ;; *fashion-mnist*|*sensitivity*|*co
           || echo "That takes root: run  sudo apt-get install dataset-fashion-mnist" >&2; \
     fi;; esac
 
-# torch goes first and alone: a range in a dependency could pull a build of several gigabytes.
+# torch is installed first and alone: otherwise a dependency could select another build, of several gigabytes.
 $(READY): pyproject.toml setup.py Makefile
 	@if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
 	    echo "Python's venv module is missing; installing Debian's python3-venv"; \

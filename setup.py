@@ -1,18 +1,19 @@
-"""Set-up of the package: builds its native parts, for CPUs and for CUDA, from ``csrc`` where that is possible.
+"""Builds the package's native parts, for CPUs and for CUDA, from ``csrc``, if the machine allows it.
 
-What does not depend on the machine stands in pyproject.toml. Read from the environment:
+Settings that do not depend on the machine are in pyproject.toml. Environment variables:
 
-    SOFIM_BUILD_CPU=auto|1|0  auto: if it cannot be built, install without it; 1: fail then; 0: do not try. If torch
-        cannot be imported, nothing can be compiled, and pip would not show it: this is an error, except with 0
-    SOFIM_BUILD_CUDA=auto|1|0|emulated  the same, for CUDA, which needs the CPU part; emulated: the kernels compiled for
-        the CPU, for the tests (tests/emulator); fails where it cannot be built
-    SOFIM_INSTRUCTION_SETS=avx512,avx2,default  the CPU part for these alone
+    SOFIM_BUILD_CPU=auto|1|0  auto: install without the CPU part if it cannot be built; 1: fail then; 0: do not build
+        it. If torch cannot be imported, nothing can be compiled, and pip would not show it: this is an error, except
+        with 0
+    SOFIM_BUILD_CUDA=auto|1|0|emulated  the same for the CUDA part, which needs the CPU part; emulated: compile the
+        kernels for the CPU, for the tests (tests/emulator), and fail if they cannot be built
+    SOFIM_INSTRUCTION_SETS=avx512,avx2,default  build the CPU part only for these
     SOFIM_SANITIZE=address,undefined  build with these sanitizers, for the tests
-    SOFIM_WERROR=1  the C++ compiler's warnings are errors, as .ci/run has it
-    TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX, CFLAGS, MAX_JOBS  as PyTorch's extensions take them; of GPUs from 8.0 on
+    SOFIM_WERROR=1  turn warnings of the C++ compiler into errors, as in .ci/run
+    TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX, CFLAGS, MAX_JOBS  as in PyTorch's extensions; GPUs from 8.0
 
-What was built, or why nothing was, is recorded in ``sofim_fused/_build.json`` (see ``sofim_fused/native.py``).
-Preparing metadata or a source distribution (``pip download``, ``python -m build --sdist``) does not need torch.
+``sofim_fused/_build.json`` records what was built, or why nothing was (see ``sofim_fused/native.py``). Preparing
+metadata or a source distribution (``pip download``, ``python -m build --sdist``) does not need torch.
 """
 
 from __future__ import annotations
@@ -47,18 +48,17 @@ INSTRUCTION_SETS = {  # flags by instruction set, the best first
     "avx2": _AVX2,
     "default": [],
 }
-# Of kernels.cpp: GCC warns in its own AVX-512 headers, and of vectors as parameters, which are all inlined.
+# For kernels.cpp: GCC warns in its own AVX-512 headers, and about vectors as parameters, all of which are inlined.
 QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
-# What _cuda is made of: everything in csrc/cuda, and of the rest what knows of no CPU.
+# The sources of _cuda: everything in csrc/cuda, and the shared files that do not depend on the CPU part.
 KERNELS = Path("csrc/cuda/kernels.cu")
 SHARED = [
-    *(Path("csrc/gather", f"{name}.cpp") for name in ("op_arguments", "param_groups", "step_tensors")),
-    Path("csrc/cpu/parallel.cpp"),
+    *(Path("csrc/gather", f"{name}.cpp") for name in ("op_arguments", "param_groups", "step_tensors", "tiling")),
 ]
 EMULATOR = Path("tests/emulator")
-GPUS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # compute capabilities to compile for, unless told otherwise
-# The kernels use what the first of them has, and less has no bfloat16. So the compiler's front end, which takes most of
-# the time, runs for that one alone. What it makes, PTX, becomes the code for each GPU: here, or when it is loaded.
+GPUS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # compute capabilities, unless TORCH_CUDA_ARCH_LIST is set
+# The kernels need only the features of the first one (older GPUs have no bfloat16). So the compiler's front end, which
+# takes most of the time, runs once, for that one. Its output, PTX, is translated for each GPU, here or at load time.
 PTX = "compute_80"
 NO_CPU = "it needs the native CPU part, which is not there"
 OLDEST_TORCH, OLDEST_SETUPTOOLS = (
@@ -72,11 +72,11 @@ INSTALL = (
 
 
 class UnavailableError(Exception):
-    """Why a native part cannot be built: a fragment of a sentence."""
+    """The reason why a native part cannot be built, as part of a sentence."""
 
 
 class UnusableTorchError(Exception):
-    """Why the build fails, unless SOFIM_BUILD_CPU=0 asks for no native part: several sentences."""
+    """The reason why the build fails, unless SOFIM_BUILD_CPU=0 is set, in several sentences."""
 
 
 def switch(name: str, *values: str) -> str:
@@ -88,8 +88,8 @@ def switch(name: str, *values: str) -> str:
 
 
 def find_compiler() -> str:
-    """What the C++ compiler calls itself."""
-    command = shlex.split(os.environ.setdefault("CXX", "c++"))  # one for compiling and for linking
+    """The name and version that the C++ compiler prints."""
+    command = shlex.split(os.environ.setdefault("CXX", "c++"))  # the same for compiling and for linking
     try:
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
     except (OSError, IndexError, subprocess.CalledProcessError):
@@ -123,7 +123,7 @@ def release(version: str) -> list[int]:
 
 
 def instruction_sets() -> list[str]:
-    """What to build on this machine."""
+    """The instruction sets to build for on this machine."""
     possible = list(INSTRUCTION_SETS) if platform.machine().lower() in ("x86_64", "amd64") else ["default"]
     if wanted := os.environ.get("SOFIM_INSTRUCTION_SETS"):
         if not set(wanted.split(",")) <= set(possible):
@@ -133,7 +133,7 @@ def instruction_sets() -> list[str]:
 
 
 def cxx_flags(optimization: str) -> list[str]:
-    """Flags of all C++."""
+    """Compiler flags for all C++."""
     from torch.utils.cpp_extension import include_paths
 
     flags = ["-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -154,7 +154,7 @@ def extension(
     library_dirs: Iterable[str] = (),
     libraries: Iterable[str] = (),
 ) -> Extension:
-    """An extension module, with what all of them have."""
+    """An extension module, with the settings that all of them share."""
     from torch.utils.cpp_extension import library_paths
 
     sanitizers = [f"-fsanitize={record['sanitizers']}"] if record["sanitizers"] else []
@@ -164,7 +164,7 @@ def extension(
         language="c++",
         depends=[str(header) for header in sorted(Path("csrc").rglob("*.h"))],
         include_dirs=[*include_dirs, str(ROOT / "csrc")],
-        define_macros=[("SOFIM_TORCH_VERSION", record["torch"])],  # another torch: another command, compiled anew
+        define_macros=[("SOFIM_TORCH_VERSION", record["torch"])],  # another torch then recompiles
         library_dirs=[*library_paths(), *library_dirs],
         libraries=["c10", "torch", "torch_cpu", "torch_python", *libraries],
         extra_compile_args=flags,
@@ -173,14 +173,14 @@ def extension(
 
 
 def openmp(torch_libraries: list[str], compiler: str) -> list[str]:
-    """Link flags for OpenMP: the library that torch brings and uses, as another one would have threads of its own."""
+    """Link flags for OpenMP: torch's own library, because a second one would start threads of its own."""
     own = [str(file) for path in torch_libraries for file in sorted(Path(path).glob("libgomp*.so*"))]
     return own[:1] if own and "clang" not in compiler else ["-fopenmp"]
 
 
 def cpu_extensions(record: dict[str, Any]) -> list[Extension]:
-    """The extension modules of the CPU part, those that take longest to compile first."""
-    flags = cxx_flags("-O2")  # the passes mark what to inline and vectorize; -O3 makes none faster
+    """The extension modules of the CPU part, those that compile longest first."""
+    flags = cxx_flags("-O2")  # the passes mark what to inline and vectorize; -O3 is not faster
     result = [
         extension(
             f"_cpu_{name}",
@@ -214,7 +214,7 @@ def find_nvcc(home: str | None, torch_cuda: str) -> tuple[str, str]:
 
 
 def said(nvcc: str, *arguments: str) -> str:
-    """What CUDA's compiler says when it is asked about itself."""
+    """The output of CUDA's compiler for options that print information."""
     try:
         done = subprocess.run(
             [nvcc, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
@@ -225,14 +225,15 @@ def said(nvcc: str, *arguments: str) -> str:
 
 
 def toolkit(nvcc: str) -> tuple[list[str], list[str]]:
-    """Where CUDA has headers and libraries: nvcc knows, and may be a script that lies somewhere else."""
+    """CUDA's folders of headers and of libraries, from nvcc, which may itself be a script in another place."""
     text = said(nvcc, "--dryrun", "-x", "cu", os.devnull)
     headers, libraries = (dict.fromkeys(map(os.path.realpath, re.findall(rf'"-{x}([^"]+)"', text))) for x in "IL")
-    return [path for path in headers if path != "/usr/include"], list(libraries)  # that one has a place of its own
+    # /usr/include is a default of the compiler and must keep its place in the order.
+    return [path for path in headers if path != "/usr/include"], list(libraries)
 
 
 def architectures(wanted: str, known: Iterable[str], visible: Callable[[], Iterable[tuple[int, int]]]) -> list[str]:
-    """What to compile for: GPUs, as "sm_90", and behind them ``PTX`` if others are to be served, such as later ones.
+    """The GPUs to compile for, as "sm_90", and then ``PTX`` if the code should also run on others, such as later ones.
 
     Args:
         wanted: as TORCH_CUDA_ARCH_LIST has it; empty: all of ``GPUS`` that the compiler knows, and ``PTX``.
@@ -267,7 +268,7 @@ def architectures(wanted: str, known: Iterable[str], visible: Callable[[], Itera
 
 
 def cuda_extension(record: dict[str, Any]) -> Extension:
-    """The extension module of the CUDA part; writes down what it is compiled by and for."""
+    """The extension module of the CUDA part; records its compiler and its GPUs."""
     cuda = record["cuda"]
     if SWITCHES["CUDA"] == "0":
         raise UnavailableError("SOFIM_BUILD_CUDA=0 was set")
@@ -297,7 +298,7 @@ def cuda_extension(record: dict[str, Any]) -> Extension:
         "cxx": [*cxx_flags("-O3"), *(part for path in headers for part in ("-isystem", path))],
         "nvcc": [
             *("-std=c++17", "-O3", "-fmad=false", "-lineinfo", "-Xcompiler=-fvisibility=hidden,-ffp-contract=off"),
-            *(f"-gencode=arch={PTX},code={name}" for name in cuda["architectures"]),  # torch then adds none of its own
+            *(f"-gencode=arch={PTX},code={name}" for name in cuda["architectures"]),  # else torch adds its own GPUs
         ],
     }
     return extension(
@@ -306,18 +307,18 @@ def cuda_extension(record: dict[str, Any]) -> Extension:
 
 
 def as_cpp(source: str, folder: str) -> str:
-    """A source for the C++ compiler; of one in CUDA, which by its name is left to nvcc, a file that includes it."""
+    """A source for the C++ compiler; for a CUDA file, which nvcc would compile, a C++ file that includes it."""
     if not source.endswith(".cu"):
         return source
     path, text = Path(folder, Path(source).name).with_suffix(".cpp"), f'#include "{ROOT / source}"\n'
-    if not path.exists() or path.read_text(encoding="utf-8") != text:  # or ninja would take it for a new one
+    if not path.exists() or path.read_text(encoding="utf-8") != text:  # otherwise ninja would recompile it
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return str(path)
 
 
 def plan() -> tuple[list[Extension], type[build_ext], dict[str, Any], str | None]:
-    """What to build, the command that does, and the record of it, with reasons where a part cannot be built.
+    """The extension modules, the command that builds them, and the record, with reasons if a part cannot be built.
 
     The last value is the reason why the build must fail, or ``None``. Metadata can be prepared in any case.
     """
@@ -361,18 +362,18 @@ def plan() -> tuple[list[Extension], type[build_ext], dict[str, Any], str | None
         refusal = record["reason"] = str(reason)
     try:
         modules = [cuda_extension(record), *modules]
-    except Exception as error:  # as above: PyTorch may be asked for GPUs
+    except Exception as error:  # of any type: PyTorch may be asked for its GPUs
         record["cuda"]["reason"] = str(error)
     return modules, command, record, refusal
 
 
-if release(setuptools.__version__) < release(OLDEST_SETUPTOOLS):  # it would fail on pyproject.toml
+if release(setuptools.__version__) < release(OLDEST_SETUPTOOLS):  # it cannot read pyproject.toml
     raise SystemExit(
         f"error: setuptools {setuptools.__version__} is too old to build {PACKAGE}. Run this (the dot at the end "
         f"stands for what you install):\n\n{INSTALL}\n"
     )
 
-# pip runs this file with the PATH of whoever calls it; ninja may be in the environment of this Python.
+# pip runs this file with its caller's PATH; ninja may be installed in the environment of this Python only.
 if not shutil.which("ninja"):
     os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")))
 
@@ -389,11 +390,11 @@ def part_of(ext: Extension) -> str:
 
 
 class BuildNative(COMMAND):  # type: ignore[misc, valid-type]
-    """Builds all of a native part or nothing of it, and writes the record."""
+    """Builds each native part completely or not at all, and writes the record."""
 
     def run(self) -> None:
-        """Build, record, and settle what failures mean."""
-        if REFUSAL is not None:  # before anything is changed: what was built earlier stays
+        """Build, write the record, and decide whether failures are errors."""
+        if REFUSAL is not None:  # before anything is changed, so that earlier builds are kept
             raise SetupError(REFUSAL)
         inplace = self.inplace
         self.failures: dict[str, str] = {}  # reasons by part
@@ -417,30 +418,30 @@ class BuildNative(COMMAND):  # type: ignore[misc, valid-type]
                         file.unlink()
             place.mkdir(parents=True, exist_ok=True)
             (place / "_build.json").write_text(json.dumps(RECORD, indent=2) + "\n", encoding="utf-8")
-        self.extensions = [ext for ext in self.extensions if reasons[part_of(ext)] is None]  # these have outputs
+        self.extensions = [ext for ext in self.extensions if reasons[part_of(ext)] is None]  # only these have outputs
         failed = {part: reason for part, reason in reasons.items() if reason is not None}
         for part, reason in failed.items():
             if SWITCHES[part] not in ("0", "auto"):
                 text = f"SOFIM_BUILD_{part}={SWITCHES[part]}, but the native {part} part cannot be built"
                 raise SetupError(f"{text}: {reason}")
         for part, reason in failed.items():
-            # Without nvcc nobody expects a CUDA part; without a CPU part enough was said.
+            # Without nvcc nobody expects a CUDA part; and the message about the CPU part covers both.
             if part == "CPU" or (cuda["compiler"] and "CPU" not in failed):
                 print(f"{PACKAGE}: going on without the native {part} part: {reason}", file=sys.stderr)
 
     def fail(self, part: str, error: Exception) -> None:
-        """Note why a part is not there, unless something else came first."""
+        """Store why a part could not be built, unless there is an earlier reason."""
         self.failures.setdefault(part, " ".join(str(error).split()))
 
     def build_extensions(self) -> None:
-        """Several extensions at a time, all of them together with ``MAX_JOBS`` processes."""
-        self.force = True  # distutils sees neither a new torch nor new flags; ninja does
+        """Build several extensions at a time, with ``MAX_JOBS`` processes in total."""
+        self.force = True  # distutils does not notice a new torch or new flags; ninja does
         jobs = max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
         if self.use_ninja:
             self.parallel = min(jobs, len(self.extensions))
             os.environ["MAX_JOBS"] = str(jobs // self.parallel)
-        # Half of them for nvcc, which takes longest and compiles for several GPUs; others have one long source each.
-        # In the environment, as another number is no reason to compile anew.
+        # Half of the processes for nvcc, which takes longest and compiles for several GPUs; the other extensions have
+        # one long source each. Set in the environment, because a change of an option would cause a recompilation.
         threads = f"--threads={max(1, jobs // 2)}"
         os.environ["NVCC_APPEND_FLAGS"] = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} {threads}".strip()
         if SWITCHES["CUDA"] == "emulated":
@@ -448,7 +449,7 @@ class BuildNative(COMMAND):  # type: ignore[misc, valid-type]
                 ext.sources = [as_cpp(source, self.build_temp) for source in ext.sources]
         try:
             super().build_extensions()
-        except Exception as error:  # of PyTorch's, which asks for tools that fit before it compiles anything
+        except Exception as error:  # from PyTorch, which checks its tools before it compiles anything
             cpu = [ext for ext in self.extensions if part_of(ext) == "CPU"]
             if len(cpu) == len(self.extensions):
                 raise
@@ -458,8 +459,8 @@ class BuildNative(COMMAND):  # type: ignore[misc, valid-type]
         self.extensions = [ext for ext in self.extensions if part_of(ext) not in self.failures]
 
     def build_extension(self, ext: Extension) -> None:
-        """Build one extension with a directory of its own for its objects. If that fails, others go on."""
-        # Extensions share sources, but not flags: without a place of its own, one would take another one's objects.
+        """Build one extension, with a separate directory for its objects. If that fails, the others are still built."""
+        # Extensions share sources, but not flags: in one directory they would reuse each other's objects.
         command = copy.copy(self)
         command.build_temp = os.path.join(self.build_temp, ext.name)
         try:
@@ -475,13 +476,13 @@ class BuildNative(COMMAND):  # type: ignore[misc, valid-type]
         return [*super().get_outputs(), os.path.join(self.build_lib, PACKAGE, "_build.json")]
 
     def get_output_mapping(self) -> dict[str, str]:
-        """Where an editable installation finds the outputs."""
+        """The places where an editable installation finds the outputs."""
         record = {os.path.join(self.build_lib, PACKAGE, "_build.json"): os.path.join(PACKAGE, "_build.json")}
         return {**super().get_output_mapping(), **(record if self.inplace else {})}
 
 
 class Build(build):
-    """Runs ``build_ext`` also where there is nothing to compile: it writes the record."""
+    """Runs ``build_ext`` even if there is nothing to compile, because it writes the record."""
 
     sub_commands: ClassVar = [(name, None if name == "build_ext" else wanted) for name, wanted in build.sub_commands]
 

@@ -1,1 +1,1 @@
-"""Measurements: what the documents state, and the scripts that anyone can repeat it with."""
+"""Benchmarks: the scripts behind the numbers in the documents."""

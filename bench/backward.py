@@ -1,24 +1,23 @@
-"""What ``SOFIM(in_backward=True)`` costs in time and memory, beside SGD with momentum.
+"""The time and memory of ``SOFIM(in_backward=True)``, compared with SGD with momentum.
 
     python -m bench.backward --threads 2
 
 **A step alone.** In each round every optimizer is given gradients, one parameter after the other from the last to the
-first, and then takes its step; only the latter is compared. A gradient is made by one kernel that reads a weight and
-the values that all optimizers have in common, and writes: a backward pass meets a layer's weight, for the gradient of
-the layer's input, when it makes the gradient. So each optimizer's step begins with its weights and gradients where a
-backward pass leaves them in the caches, and its moments where that left them too: touched just now if the hooks have
-taken gradients, else not since the last step. In between the others take their turn, with parameters, gradients and
-moments of their own, so that of a large model nothing stays in a cache from round to round. What a forward pass and
-activations would push out besides is left out; that is in the training steps.
+first, and then takes its step; only the step is compared. Each gradient is computed by one kernel that reads a weight
+and values that all optimizers share, as a backward pass reads a layer's weight when it computes gradients. So each
+step begins with the weights and gradients in the caches as after a backward pass. The moments are in the caches only if
+hooks have just used them. The other optimizers then take their turns with their own parameters, gradients and moments,
+so nothing of a large model stays in a cache from round to round. A forward pass and activations would displace more;
+the training steps include these.
 
-In SGD's loop nothing is done to a gradient after it is made. With ``in_backward`` the parameter's hooks are called from
-Python, as autograd would. What this loop takes longer than SGD's in the same round is the column "taking".
+SGD's loop does nothing to a gradient after it is computed. With ``in_backward`` the loop calls the parameter's hooks
+from Python, as autograd would. The additional time of this loop over SGD's in the same round is the column "taking".
 
-**Training steps.** ``zero_grad``, forward, backward, ``step``; every optimizer with a copy of the same network, and the
-same batches in the same order. That the first losses agree, and in the end the parameters of all SOFIMs, is checked.
+**Training steps.** ``zero_grad``, forward, backward, ``step``; every optimizer has a copy of the same network, and the
+same batches in the same order. It is checked that the first losses agree, and finally the parameters of all SOFIMs.
 
-**Memory.** The growth of the resident set at its peak over some training steps, each run in a process of its own, over
-a network that has taken none: moments, gradients, activations, and what operators need besides.
+**Memory.** The growth of the peak resident set over some training steps, compared with a network that has taken none:
+moments, gradients, activations, and temporary memory of operators. Each run has a process of its own.
 
 Writes bench/results/backward_cpu.json and .md.
 """
@@ -470,15 +469,17 @@ INTRODUCTION = (
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.backward", description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, help="for each comparison of steps (default: 20; 0.5 if quick)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, help="time for each comparison of steps (default: 20; 0.5 with --quick)"
+    )
     parser.add_argument("--quick", action="store_true", help="small models, few repetitions")
     parser.add_argument("--only", nargs="+", choices=list(TABLES), default=list(TABLES), metavar="TABLE")
     parser.add_argument(
         "--json",
         type=Path,
-        help="the Markdown goes beside it (default: bench/results/backward_cpu.json for all tables, not quick; else"
-        " nothing is written)",
+        help="file for the results; the tables are written beside it as Markdown (default:"
+        " bench/results/backward_cpu.json, but nothing with --quick or --only)",
     )
     options = parser.parse_args(arguments)
     if options.seconds is None:

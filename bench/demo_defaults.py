@@ -2,11 +2,11 @@
 
     python -m bench.demo_defaults
 
-The same number of configurations for each optimizer, LeNet-5 for 25 epochs at batch size 32, ten seeds each. Every seed
-has its own initial weights, batch order, and split of the training images into four fifths to train on and one fifth to
-choose by. The demo takes the lowest mean validation loss (accuracy on 288 images comes in steps of 0.35 %); what the
-highest mean accuracy would have chosen is compared, too. Only then are the chosen ones trained on all training images,
-ten seeds each, and shown the test images. Writes bench/results/demo_defaults.json and .md.
+Each optimizer has the same number of configurations: LeNet-5 for 25 epochs at batch size 32, ten seeds each. Every seed
+has its own initial weights, batch order, and split of the training images: four fifths for training and one fifth for
+validation. The demo uses the configuration with the lowest mean validation loss (accuracy on 288 images has steps of
+0.35 %); the one with the highest mean accuracy is compared too. Finally the chosen ones are trained on all training
+images, ten seeds each, and evaluated on the test images. Writes bench/results/demo_defaults.json and .md.
 """
 
 from __future__ import annotations

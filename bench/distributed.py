@@ -1,9 +1,9 @@
-"""What a step of sharded parameters takes, what it sends, and how that scales.
+"""The time of a step with sharded parameters, its communication, and how both scale.
 
     python -m bench.distributed
 
-Processes are ranks, gloo is what they exchange tensors by, and each has one thread. What cannot be measured on one
-machine is computed by the model that NCCL itself chooses algorithms by, with its latencies: a model, not a measurement.
+Ranks are processes on this machine with one thread each, which communicate through gloo. GPU clusters cannot be
+measured here: their numbers are computed with the cost model by which NCCL chooses its algorithms.
 """
 
 from __future__ import annotations
@@ -270,10 +270,14 @@ INTRODUCTION = "One thread for each rank. Ratios are medians of the rounds' rati
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.distributed", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=25, help="(default: 25)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="(default: 2 4)")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="(default: all)")
-    where = "JSON file to write, with a document beside it (default: bench/results/distributed.json for whole runs)"
+    parser.add_argument("--rounds", type=int, default=25, help="rounds of measurements (default: 25)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="numbers of ranks (default: 2 4)")
+    parser.add_argument(
+        "--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="models to measure (default: all)"
+    )
+    where = (
+        "file for the results; tables are written beside it (default: bench/results/distributed.json for a full run)"
+    )
     parser.add_argument("--out", type=Path, help=where)
     options = parser.parse_args(arguments)
     whole = len(options.models) == len(MODELS) and options.rounds == 25 and options.ranks == [2, 4]

@@ -1,4 +1,4 @@
-"""Tables of the results in other documents: what stands between two marks is a section of a results file."""
+"""Puts tables of results into documents: the text between two marks is replaced by a section of a results file."""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
-"""What a step costs the host, apart from its launches: ``python -m bench.host``.
+"""The host's time for a step, without its launches: ``python -m bench.host``.
 
-Times :meth:`SOFIM.step` on the Triton backend with every launch replaced by a counter, on tensors on the CPU: checks,
-pointers, tables. What a GPU adds is not in it: the launches themselves and, where something changed, a copy through
-pinned memory. Where the CUDA backend was built for the emulator (``make emulated``), its steps are timed too, with
-launches that take over their arguments and run nothing. Tensors have one element each, so that torch's fused SGD, which
-runs on the same list, computes next to nothing either. Gradients are kept from step to step, or made anew outside of
-the timed part.
+Times :meth:`SOFIM.step` on the Triton backend with tensors on the CPU, and with every launch replaced by a counter:
+checks, pointers, packing. Whole steps in one call need the native part; without it, steps run pass by pass, which is
+timed too. It does not include what a GPU adds: the launches and, if something changed, copies through pinned memory.
+Pass by pass a GPU adds more, because each of PyTorch's operators on small vectors is a launch as well.
+
+If the CUDA backend was built for the emulator (``make emulated``), its steps are timed too, with launches that copy
+their arguments and run nothing. Tensors have one element each, so torch's fused SGD, which runs on the same list, has
+almost nothing to compute either. Gradients are kept from step to step, or created anew outside of the timed part.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ from torch import nn
 
 from bench import shapes
 from bench.timing import Timing, compare
-from sofim_fused import SOFIM, native
-from sofim_fused.backends.triton import pack
-from sofim_fused.backends.triton.launch import TritonStep
+from sofim_fused import SOFIM, backends, native
+from sofim_fused.backends import NativeStep
+from sofim_fused.backends.triton.passes import TritonPasses
 
 RESULTS = Path(__file__).parent / "results" / "host"
 
@@ -48,30 +50,44 @@ class Counter:
 
 @dataclass(frozen=True)
 class Row:
-    """Times in microseconds per step; ``table``: the backend, and what gathers the tensors."""
+    """Times in microseconds per step; ``provider``: the optimizer, the backend and how its step runs."""
 
     tensors: int
     gradients: str
-    table: str
+    provider: str
     median: float
     low: float
     high: float
 
 
+class ByPasses(TritonPasses):
+    """Takes no whole steps, as without the native part."""
+
+    def native_step(self) -> NativeStep:
+        """Of no step."""
+        return lambda groups, state, grad_scale, found_inf, counter: None
+
+
 def counted(kernels: ModuleType) -> tuple[Any, Counter]:
     """The kernels' constants, with one counter for every launch."""
     counter = Counter()
-    return SimpleNamespace(**{**vars(kernels), "first": counter, "second": counter, "single": counter}), counter
+    names = ("first", "second", "single")
+    return SimpleNamespace(**{**vars(kernels), **dict.fromkeys(names, counter)}), counter
 
 
-def sofim(count: int, kernels: ModuleType, new_table: Any) -> tuple[SOFIM, list[nn.Parameter], Counter]:
-    """An optimizer whose launches are counted, with state."""
-    params = [nn.Parameter(torch.ones(1)) for _ in range(count)]
-    optimizer = SOFIM(params, backend="reference")
-    renew(params)
-    optimizer.step()
+def on_triton(count: int, kernels: ModuleType, passes: type[TritonPasses]) -> tuple[SOFIM, list[nn.Parameter], Counter]:
+    """An optimizer with state, whose launches are counted."""
     spied, counter = counted(kernels)
-    optimizer._step_in_one_call = TritonStep(spied, emulated=True, new_table=new_table)
+    registered = backends._REGISTRY["triton"]
+    backends._REGISTRY["triton"] = lambda device: passes(spied, emulated=True)
+    try:
+        params = [nn.Parameter(torch.ones(1)) for _ in range(count)]
+        optimizer = SOFIM(params, backend="triton")
+        renew(params)
+        optimizer.step()  # which asks for the passes
+    finally:
+        backends._REGISTRY["triton"] = registered
+    counter.launches = 0
     return optimizer, params, counter
 
 
@@ -91,17 +107,16 @@ def renew(params: list[nn.Parameter]) -> None:
 
 
 def measured(count: int, seconds: float) -> list[Row]:
-    """Every table and torch's fused SGD, in turns, with gradients kept and made anew."""
+    """Every provider and torch's fused SGD, in turns, with gradients kept and made anew."""
     kernels = importlib.import_module("sofim_fused.backends.triton.kernels")
-    tables: dict[str, Any] = {"Triton, Python": pack.Table}
-    module = native.cpu()
-    if not isinstance(module, str):
-        tables["Triton, C++"] = module.PackedStep
+    ways: dict[str, type[TritonPasses]] = {"Triton, by passes": ByPasses}
+    if not isinstance(native.cpu(), str):
+        ways["Triton, whole step"] = TritonPasses
     providers: dict[str, Callable[[], object]] = {}
     params: dict[str, list[nn.Parameter]] = {}
     counters = {}
-    for name, new_table in tables.items():
-        optimizer, params[name], counters[name] = sofim(count, kernels, new_table)
+    for name, passes in ways.items():
+        optimizer, params[name], counters[name] = on_triton(count, kernels, passes)
         providers[name] = optimizer.step
     cuda = native.cuda()
     emulated = not isinstance(cuda, str) and cuda.emulated
@@ -142,19 +157,23 @@ def as_markdown(rows: list[Row], command: str) -> str:
         f"`{command}`, torch {torch.__version__}, Python {platform.python_version()}, "
         f"{torch.get_num_threads()} threads. Microseconds per step, 20th and 80th percentile in brackets.",
         "",
-        "| tensors | gradients | who gathers | µs |",
+        "| tensors | gradients | step | µs |",
         "|---|---|---|---|",
     ]
-    lines += [f"| {r.tensors} | {r.gradients} | {r.table} | {r.median:.1f} [{r.low:.1f}, {r.high:.1f}] |" for r in rows]
+    lines += [
+        f"| {r.tensors} | {r.gradients} | {r.provider} | {r.median:.1f} [{r.low:.1f}, {r.high:.1f}] |" for r in rows
+    ]
     return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print; ``--save`` also writes bench/results/host.{json,md}."""
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.partition("\n")[0])
-    parser.add_argument("--tensors", type=int, nargs="+", default=[10, len(shapes.resnet50()), 1000])
-    parser.add_argument("--seconds", type=float, default=2.0, help="per table of results")
-    parser.add_argument("--save", action="store_true")
+    parser.add_argument(
+        "--tensors", type=int, nargs="+", default=[10, len(shapes.resnet50()), 1000], help="numbers of tensors"
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each table of results")
+    parser.add_argument("--save", action="store_true", help="write the results to bench/results")
     args = parser.parse_args(argv)
     rows = [row for count in args.tensors for row in measured(count, args.seconds)]
     text = as_markdown(rows, " ".join(["python -m bench.host", *(argv if argv is not None else sys.argv[1:])]))

@@ -1,20 +1,23 @@
-"""What the kernels for GPUs come to, without a GPU: ``python -m bench.kernels``.
+"""Checks and reports on the compiled GPU kernels, without a GPU: ``python -m bench.kernels``.
 
-Compiles every Triton kernel as the backend launches it for sm_80, sm_90, sm_100 and gfx942, where nvcc is there the
-CUDA C++ kernels for the former three, and reads from the compilers' output what each pass moves and needs. The exit
-code is 1 where the full tiles of a kernel, its hot path,
+Compiles every Triton kernel as the backend launches it for sm_80, sm_90, sm_100 and gfx942, and the CUDA C++ kernels
+for the first three if nvcc is installed. The compilers' output shows which memory accesses each pass makes, and which
+resources it needs. The exit code is 1 if the full tiles of a kernel, its hot path,
 
 - have an access narrower than 128 bits, or none at all,
-- move more or fewer bytes per parameter than docs/method.md says, or where a kernel
-- spills registers (those for any mixture of types: more than 16), or
-- starts more programs that wait for each other than a multiprocessor has room for, or has room for fewer blocks than
+- move more or fewer bytes per parameter than docs/method.md says, or if a kernel
+- spills registers (kernels for any mixture of types: more than 16), or
+- starts more programs that wait for each other than fit on a multiprocessor, or fits fewer blocks than
   ``__launch_bounds__`` promises.
 
-Tensors whose addresses are no multiple of 16 have narrow accesses by nature, in full tiles as in others, so that the
-compiler may make one of both; of those only the rest is required. CUDA C++ is there twice: the kernels that are
-shipped, which serve several kinds and say nothing of bytes, and instances of the same templates for one kind each.
+Between the passes of a step that runs pass by pass, ``fold`` and ``solve`` work on a few numbers per tensor: of them
+only registers and spills are reported.
 
-With ``--covering`` it takes half as long: all kernels for sm_90, and for the other targets a part of them.
+Tensors at addresses that are not multiples of 16 need narrow accesses in full tiles too, and the compiler may merge
+both paths; for these kernels only the other conditions hold. The CUDA C++ kernels occur twice: as shipped, for several
+combinations of types, whose bytes cannot be counted; and as instances of the same templates for one combination each.
+
+With ``--covering`` it takes half as long: all kernels for sm_90, and some of them for the other targets.
 """
 
 from __future__ import annotations
@@ -39,9 +42,19 @@ import torch
 
 from bench import kernels_cuda
 from bench.kernels_cuda import SHIPPED, Instance, kind_of
-from sofim_fused.backends.triton import launch as backend
+from sofim_fused.backends import Sums
 from sofim_fused.backends.triton import pack
-from sofim_fused.backends.triton.launch import Form, Sheet, launch_first, launch_second, launch_single
+from sofim_fused.backends.triton.launch import (
+    KernelConfig,
+    SolveConfig,
+    launch_first,
+    launch_fold,
+    launch_second,
+    launch_single,
+    launch_solve,
+    programs_per_multiprocessor,
+)
+from sofim_fused.backends.triton.workspace import Located, Workspace
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 MAIN_TARGET = "sm_90"
@@ -65,15 +78,34 @@ class Case:
 
     Attributes:
         name: of the pass or passes.
-        form: what the backend asks for; ``form.kinds`` has one kind.
+        config: what the backend asks for; ``config.kinds`` has one kind.
         launch: ``"first"``, ``"second"`` or ``"single"``.
         with_step: ``accumulate`` also takes the known part of the update.
     """
 
     name: str
-    form: Form
+    config: KernelConfig
     launch: str
     with_step: bool = False
+
+
+@dataclass(frozen=True)
+class SolveCase:
+    """``fold`` and ``solve`` as they are used between passes.
+
+    Attributes:
+        name: of the kernel, and of what it is compiled for.
+        config: what the backend asks for.
+        launch: ``"fold"`` or ``"solve"``.
+        l2: some tensor has L2 weight decay; ``fold`` alone asks.
+        classes: of tensors; ``fold`` alone asks.
+    """
+
+    name: str
+    config: SolveConfig
+    launch: str
+    l2: bool = False
+    classes: int = 1
 
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = (
@@ -101,21 +133,22 @@ CUDA_KINDS = {
     "fp64": ("double", "double", "double"),
 }
 TWO_LAUNCHES = ("bf16, fp32 gradient, Kahan", "fp64")  # in any case
-ALL_KINDS = list(dict.fromkeys([*KINDS, *CUDA_KINDS, *SHIPPED.values()]))
+SUMS = "sums"  # in the place of a kind, for what works on sums
+ALL_KINDS = list(dict.fromkeys([*KINDS, SUMS, *CUDA_KINDS, *SHIPPED.values()]))
 
 
 def cases(kernels: ModuleType) -> Iterator[tuple[str, Case]]:
     """Every kernel with the kind that it is for; the gradient form and L2 decay for float32 and float64 alone."""
     k = kernels
     for label, kind in KINDS.items():
-        forms = [("moment", False, False)]
+        variants = [("moment", False, False)]
         if kind == FLOAT32:
-            forms += [("gradient", True, False), ("L2", False, True)]
+            variants += [("gradient", True, False), ("L2", False, True)]
         if kind in (FLOAT32, FLOAT64):
-            forms += [("gradient, L2", True, True)]
-        for name, cross, l2 in forms:
-            plain = Form((kind,), k.ACCUMULATE, k.APPLY, k.PLAIN, l2=l2, cross=cross)
-            guarded = Form((kind,), k.DOTS, k.COMMIT, k.GUARDED, l2=l2, cross=cross, clip=True, skip=True)
+            variants += [("gradient, L2", True, True)]
+        for name, cross, l2 in variants:
+            plain = KernelConfig((kind,), k.ACCUMULATE, k.APPLY, k.PLAIN, l2=l2, cross=cross)
+            guarded = KernelConfig((kind,), k.DOTS, k.COMMIT, k.GUARDED, l2=l2, cross=cross, clip=True, skip=True)
             yield label, Case(f"accumulate ({name})", plain, "first")
             if not l2:
                 yield label, Case(f"apply ({name})", plain, "second")
@@ -123,10 +156,20 @@ def cases(kernels: ModuleType) -> Iterator[tuple[str, Case]]:
             yield label, Case(f"commit ({name})", guarded, "second")
             yield label, Case(f"one launch, plain ({name})", plain, "single")
             yield label, Case(f"one launch, guarded ({name})", guarded, "single")
-    blocks = Form((FLOAT32,), k.DOTS, k.COMMIT, k.GUARDED, cross=True, clip=True, skip=True, per_tensor=True)
+    blocks = KernelConfig((FLOAT32,), k.DOTS, k.COMMIT, k.GUARDED, cross=True, clip=True, skip=True, per_tensor=True)
     yield "fp32", Case("dots (gradient, a block per tensor)", blocks, "first")
-    early = Form((FLOAT32,), k.ACCUMULATE, 0, k.SUMS_ONLY, cross=True)
+    early = KernelConfig((FLOAT32,), k.ACCUMULATE, 0, k.SUMS_ONLY, cross=True)
     yield "fp32", Case("accumulate with the gradient's part of the step", early, "first", with_step=True)
+
+
+def solve_cases(kernels: ModuleType) -> Iterator[SolveCase]:
+    """``fold`` and ``solve``: the least that they do and the most, for each kind of Fisher block."""
+    for name, fisher in (("model", kernels.MODEL), ("group", kernels.GROUP), ("parameter", kernels.PARAMETER)):
+        for guarded in (False, True):
+            config = SolveConfig(fisher, guarded, guarded)
+            label = f"{'guarded, gradient' if guarded else 'plain, moment'}, a block per {name}"
+            yield SolveCase(f"fold ({label})", config, "fold", l2=guarded, classes=2 if guarded else 1)
+            yield SolveCase(f"solve ({label})", config, "solve")
 
 
 def cuda_cases(kernels: ModuleType) -> Iterator[tuple[str, Case, Instance]]:
@@ -134,14 +177,14 @@ def cuda_cases(kernels: ModuleType) -> Iterator[tuple[str, Case, Instance]]:
     seen: set[Instance] = set()
     for label, storage in CUDA_KINDS.items():
         for other, case in cases(kernels):
-            if other != label or case.form.per_tensor or (case.launch == "single" and label in TWO_LAUNCHES):
+            if other != label or case.config.per_tensor or (case.launch == "single" and label in TWO_LAUNCHES):
                 continue
-            form = case.form
+            config = case.config
             passes = {
-                kernels.ACCUMULATE: kind_of("accumulate", l2=form.l2, gradient=form.cross, step=case.with_step),
-                kernels.APPLY: kind_of("apply", gradient=form.cross),
-                kernels.DOTS: kind_of("dots", l2=form.l2),
-                kernels.COMMIT: kind_of("commit", l2=form.l2, gradient=form.cross),
+                kernels.ACCUMULATE: kind_of("accumulate", l2=config.l2, gradient=config.cross, step=case.with_step),
+                kernels.APPLY: kind_of("apply", gradient=config.cross),
+                kernels.DOTS: kind_of("dots", l2=config.l2),
+                kernels.COMMIT: kind_of("commit", l2=config.l2, gradient=config.cross),
             }
             template = {"first": "first", "second": "second", "single": "both"}[case.launch]
             instance = Instance(template, storage, tuple(passes[which] for which in _passes(case)))
@@ -154,11 +197,16 @@ def covering(kernels: ModuleType, targets: Sequence[str]) -> list[list[str]]:
     """For each of the cases the main target and, in turn, one of the others, so that each has all kinds and passes."""
     main = main_of(targets)
     others = [target for target in targets if target != main]
-    labels = list(KINDS)
+    labels = [*KINDS, SUMS]
     return [
         [main, *(others[(i + labels.index(label)) % len(others)] for _ in others[:1])]
-        for i, (label, _) in enumerate(cases(kernels))
+        for i, (label, _) in enumerate(every_case(kernels))
     ]
+
+
+def every_case(kernels: ModuleType) -> list[tuple[str, Case | SolveCase]]:
+    """All Triton kernels, with their kinds."""
+    return [*cases(kernels), *((SUMS, case) for case in solve_cases(kernels))]
 
 
 def main_of(targets: Sequence[str]) -> str:
@@ -168,18 +216,18 @@ def main_of(targets: Sequence[str]) -> str:
 
 def _passes(case: Case) -> list[int]:
     """The passes of a case, as the Triton kernels number them."""
-    form = case.form
-    return {"first": [form.first], "second": [form.second], "single": [form.first, form.second]}[case.launch]
+    config = case.config
+    return {"first": [config.first], "second": [config.second], "single": [config.first, config.second]}[case.launch]
 
 
 def table_bytes(case: Case, kernels: ModuleType) -> tuple[int, int]:
     """Bytes per parameter that a case has to read and to write, from the table of passes in docs/method.md."""
-    kind = case.form.kinds[0]
+    kind = case.config.kinds[0]
     w = 8 if kind & 3 == FLOAT64 else 4 if kind & 3 == FLOAT32 else 2
     g = 4 if kind & pack.WIDE else w
     m = 2 if kind & pack.ROUNDS else max(w, 4)
     kahan = w if kind & pack.KEEPS else 0
-    l2, cross = case.form.l2, case.form.cross
+    l2, cross = case.config.l2, case.config.cross
     step = case.with_step
     passes = {
         kernels.ACCUMULATE: (g + m + (w if l2 or step else 0) + (kahan if step else 0), m + (w + kahan if step else 0)),
@@ -212,20 +260,54 @@ class Launch:
 def launched(case: Case, kernels: ModuleType) -> Launch:
     """What the backend passes to Triton for a case."""
     rows = torch.zeros(1, pack.COLUMNS, dtype=torch.int64)
-    rows[0, pack.NUMEL], rows[0, pack.KIND] = kernels.TILE, case.form.kinds[0]
-    sheet = Sheet(kernels, torch.device("cpu"), rows, torch.zeros(1, pack.HYPERS, dtype=torch.float64), 1, [0, 1])
+    rows[0, pack.NUMEL], rows[0, pack.KIND] = kernels.TILE, case.config.kinds[0]
+    workspace = Workspace(
+        kernels, torch.device("cpu"), rows, torch.zeros(1, pack.HYPERS, dtype=torch.float64), 1, [0, 1]
+    )
     noted = {name: Launch(getattr(kernels, name)) for name in ("first", "second", "single")}
     spy: Any = SimpleNamespace(**{**vars(kernels), **noted})
     if case.launch == "first":
-        launch_first(spy, sheet, case.form, case.with_step)
+        launch_first(spy, workspace, case.config, case.with_step)
     elif case.launch == "second":
-        launch_second(spy, sheet, case.form)
+        launch_second(spy, workspace, case.config)
     else:
-        launch_single(spy, sheet, case.form, 1)
+        launch_single(spy, workspace, case.config, 1)
     return noted[case.launch]
 
 
-_POINTERS = {torch.int64: "*i64", torch.int32: "*i32", torch.float64: "*fp64"}
+def launched_solve(case: SolveCase, kernels: ModuleType) -> Launch:
+    """What the backend passes to Triton for ``fold`` and ``solve``: of two tensors, in one group."""
+    noted = {name: Launch(getattr(kernels, name)) for name in ("fold", "solve")}
+    spy: Any = SimpleNamespace(**{**vars(kernels), **noted})
+    located = Located(torch.device("cpu"), [torch.tensor(1), torch.tensor(1)], [2], case.config.fisher == kernels.GROUP)
+    blocks = 2 if case.config.fisher == kernels.PARAMETER else 1
+    double = torch.float64
+    hyper, totals = torch.ones(1, 6, dtype=double), torch.ones(case.classes, case.config.rows, blocks, dtype=double)
+    one = torch.ones((), dtype=double)
+    if case.launch == "fold":
+        some = torch.ones(2, dtype=double)
+        weights = some if case.l2 else None
+        sums = Sums(mm=some, mg=some, mw=weights, gg=some, gw=weights, ww=weights)
+        class_of = torch.tensor([0, 1]) if case.classes > 1 else None
+        launch_fold(spy, case.config, located, hyper, sums, class_of, totals, torch.ones(case.classes, dtype=double))
+    else:
+        coefficients = torch.ones(kernels.COEFFICIENTS, 2, dtype=double)
+        guard: dict[str, Any] = {}
+        if case.config.guarded:
+            outcome, skipped = torch.ones(2, dtype=double), torch.zeros(1, dtype=torch.int8)
+            guard = {"square": one, "outcome": outcome, "skipped": skipped, "max_norm": 1.0, "skip_nonfinite": True}
+            guard.update(grad_scale=torch.ones(()), found_inf=torch.zeros(()))
+        launch_solve(spy, case.config, located, hyper, totals[0], coefficients, **guard)
+    return noted[case.launch]
+
+
+_POINTERS = {
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+}
 
 
 def compiled(launch: Launch, target: str) -> Any:
@@ -243,7 +325,7 @@ def compiled(launch: Launch, target: str) -> Any:
             signature[name] = "constexpr"
             constants[(i,)] = value
         else:
-            signature[name] = "i32"
+            signature[name] = "fp64" if isinstance(value, float) else "i32"
     options = dict(launch.options)
     if target.startswith("sm_"):
         gpu = compiler.GPUTarget("cuda", int(target[3:]), 32)
@@ -308,11 +390,28 @@ def examined(case: Case, label: str, target: str, kernels: ModuleType) -> Row:
         instructions * threads / kernels.TILE if nvidia else None, _milliseconds(read + written), [],
     )  # fmt: skip
     single = case.launch == "single"
-    needed = backend.programs_per_multiprocessor(case.form, hip=not nvidia) if single else 0
-    if case.form.kinds[0] & pack.UNALIGNED:
+    needed = programs_per_multiprocessor(case.config, hip=not nvidia) if single else 0
+    if case.config.kinds[0] & pack.UNALIGNED:
         row.wrong = list(_wrong(row, needed))
     else:
         row.wrong = list(_wrong(row, needed, table_bytes(case, kernels), NARROWEST))
+    return row
+
+
+def examined_solve(case: SolveCase, target: str, kernels: ModuleType) -> Row:
+    """Compile ``fold`` or ``solve`` for a target and read what came out."""
+    launch = launched_solve(case, kernels)
+    kernel = compiled(launch, target)
+    warps = launch.options["num_warps"]
+    if target.startswith("sm_"):
+        registers, spills, shared = _of_cubin(kernel.asm["cubin"])
+        programs, occupancy = _room(registers, shared, warps, target)
+    else:
+        registers, spills, shared, programs, occupancy = _of_amdgcn(kernel.asm["amdgcn"], warps)
+    row = Row(
+        TRITON, SUMS, case.name, target, None, None, {}, registers, spills, shared, programs, occupancy, None, None, []
+    )
+    row.wrong = list(_wrong(row, 1))
     return row
 
 
@@ -550,24 +649,27 @@ def _figure(value: float | None, how: str) -> str:
 
 def _examined(index: int, targets: Iterable[str]) -> list[Row]:
     kernels = importlib.import_module("sofim_fused.backends.triton.kernels")
-    label, case = list(cases(kernels))[index]
+    label, case = every_case(kernels)[index]
+    if isinstance(case, SolveCase):
+        return [examined_solve(case, target, kernels) for target in targets]
     return [examined(case, label, target, kernels) for target in targets]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Report; 1 if something is wrong with a kernel."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.partition("\n")[0])
-    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
-    parser.add_argument("--kinds", nargs="+", default=ALL_KINDS, choices=ALL_KINDS)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS, help="GPUs (default: all)")
+    parser.add_argument("--kinds", nargs="+", default=ALL_KINDS, choices=ALL_KINDS, help="dtypes (default: all)")
     parser.add_argument(
-        "--covering", action="store_true", help=f"all kernels for {MAIN_TARGET}, and a part of them for the others"
+        "--covering", action="store_true", help=f"all kernels for {MAIN_TARGET}, and some of them for the others"
     )
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)
     kernels = importlib.import_module("sofim_fused.backends.triton.kernels")
-    chosen = [i for i, (label, _) in enumerate(cases(kernels)) if label in args.kinds]
-    targets_of = covering(kernels, args.targets) if args.covering else [args.targets] * len(list(cases(kernels)))
+    every = every_case(kernels)
+    chosen = [i for i, (label, _) in enumerate(every) if label in args.kinds]
+    targets_of = covering(kernels, args.targets) if args.covering else [args.targets] * len(every)
     with ProcessPoolExecutor() as pool:
         rows = [row for some in pool.map(_examined, chosen, [targets_of[i] for i in chosen]) for row in some]
     targets = [target for target in args.targets if target.startswith("sm_")]

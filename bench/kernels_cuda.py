@@ -1,8 +1,8 @@
-"""The kernels of csrc/cuda/kernels.cu, compiled without a GPU and read: the CUDA C++ part of bench.kernels.
+"""The kernels of csrc/cuda/kernels.cu, compiled and examined without a GPU: the CUDA C++ part of bench.kernels.
 
-What is shipped is compiled for sets of storage types, with a branch per tile, so that bytes per parameter cannot be
-read from it: of these kernels, widths of accesses, registers and spills are known. For bytes, :func:`instantiated`
-gives the same templates for one kind of tensors each.
+The shipped kernels are compiled for sets of storage types, with a branch per tile, so their code does not show the
+bytes per parameter, only widths of accesses, registers and spills. To count bytes, :func:`instantiated` compiles the
+same templates for one combination of types each.
 """
 
 from __future__ import annotations

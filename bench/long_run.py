@@ -1,10 +1,10 @@
-"""How far rounding takes a long run from the oracle, and whether it keeps its speed and its memory.
+"""Measures how far rounding drives a long run from the oracle, and whether speed and memory stay constant.
 
     python -m bench.long_run
 
 A small network is trained by the float64 oracle of the tests, for 10^5 steps, on batches of noisy clusters. Its
-gradients, rounded to bfloat16, go to the oracle and to every optimizer; so what parts them from it is rounding, step
-after step, and no gradient brings them back. Writes bench/results/long_run.json and .md.
+gradients, rounded to bfloat16, go to the oracle and to every optimizer. So all differences come from rounding, in each
+step, and no gradient reduces them. Writes bench/results/long_run.json and .md.
 """
 
 from __future__ import annotations
@@ -286,7 +286,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run, print, and write down."""
     parser = argparse.ArgumentParser(prog="python -m bench.long_run", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS, help="at least 1000 (default: %(default)s)")
-    parser.add_argument("--json", type=Path, default=RESULTS / "long_run.json", help="the Markdown goes beside it")
+    parser.add_argument(
+        "--json", type=Path, default=RESULTS / "long_run.json", help="file for the results; the tables go beside it"
+    )
     options: Any = parser.parse_args(arguments)
     torch.set_num_threads(1)
     command = "python -m bench.long_run" + ("" if options.steps == STEPS else f" --steps {options.steps}")

@@ -1,4 +1,4 @@
-"""The norm of a large float32 gradient: ``grad_norm`` beside ``clip_grad_norm_`` and float64.
+"""The norm of a large float32 gradient: ``grad_norm`` compared with ``clip_grad_norm_`` and float64.
 
     python -m bench.norms 124000000
 

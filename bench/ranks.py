@@ -1,4 +1,4 @@
-"""Processes that make up a process group (gloo, CPU): each does what it is told, rank by rank."""
+"""Processes that form a process group (gloo, CPU) and run the functions that they are given."""
 
 from __future__ import annotations
 

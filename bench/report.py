@@ -1,4 +1,4 @@
-"""What the CPU benchmarks share besides timing: memory in processes of their own, verdicts, tables, documents."""
+"""Shared by the CPU benchmarks besides timing: memory measured in separate processes, targets, tables, documents."""
 
 from __future__ import annotations
 

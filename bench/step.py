@@ -1,9 +1,10 @@
-"""What a step costs in time and memory, beside SGD with momentum.
+"""The time and memory of a step, compared with SGD with momentum.
 
     python -m bench.step --device cpu --threads 2
 
-Parameters have the shapes of models; gradients are normal, of standard deviation 1e-3, and the same for all that are
-compared. Writes bench/results/step_cpu.json and .md.
+Parameters have the shapes of models; gradients are normal with standard deviation 1e-3, and the same for all
+optimizers.
+Writes bench/results/step_cpu.json and .md.
 """
 
 from __future__ import annotations
@@ -475,11 +476,11 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=[*MODELS, "grid"],
         default=list(MODELS),
         metavar="MODEL",
-        help=f"of {', '.join(MODELS)}, and grid: equal tensors by number and size (default: all but grid)",
+        help=f"some of {', '.join(MODELS)}, and grid: equal tensors by number and size (default: all but grid)",
     )
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each comparison (default: %(default)g)")
-    parser.add_argument("--json", type=Path, help="the Markdown goes beside it (default: bench/results/step_cpu.json)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="time for each comparison (default: %(default)g)")
+    parser.add_argument("--json", type=Path, help="file for the results (default: bench/results/step_cpu.json)")
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""Timing of several ways to do one thing: in turns, within one process, so that all meet the same machine."""
+"""Times several ways to do one thing in turns, in one process, so that all run in the same conditions."""
 
 from __future__ import annotations
 

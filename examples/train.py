@@ -1,4 +1,4 @@
-"""Train LeNet-5 with SOFIM and with SGD-momentum from the same start, and compare them.
+"""Train LeNet-5 with SOFIM and with SGD-momentum from the same initial weights, and compare them.
 
 Run it from the repository root:
 
@@ -228,14 +228,14 @@ def _parser() -> _Parser:
     )
     add = parser.add_argument
     by_data = "(default: see below)"
-    add("--data", choices=image_data.NAMES, default="digits", help="(default: digits)")
+    add("--data", choices=image_data.NAMES, default="digits", help="data set (default: digits)")
     roots = "/usr/share/datasets/fashion-mnist; data/<data> for cifar10, cifar100 and svhn"
     add("--root", type=Path, metavar="DIR", help=f"folder of the data's files (default: {roots})")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help=f"(default: cuda where available; here {device})")
-    add("--optimizer", choices=[*LABELS, "both"], default="both", help="(default: both)")
-    add("--epochs", type=_whole(1), metavar="N", help=by_data)
-    add("--batch-size", type=_whole(1), metavar="N", help=f"images a step {by_data}")
+    add("--device", default=device, help=f"device to train on (default: cuda if available; here {device})")
+    add("--optimizer", choices=[*LABELS, "both"], default="both", help="optimizers to train with (default: both)")
+    add("--epochs", type=_whole(1), metavar="N", help=f"epochs {by_data}")
+    add("--batch-size", type=_whole(1), metavar="N", help=f"images per step {by_data}")
     seeded = "determines initial weights and batch order (default: 0)"
     add("--seed", type=_whole(0), default=0, metavar="N", help=seeded)
     add("--lr", type=_real(0), metavar="X", help=f"SOFIM's learning rate {by_data}")
@@ -245,7 +245,7 @@ def _parser() -> _Parser:
     add("--sgd-lr", type=_real(0), metavar="X", help=sgd)
     files = "checkpoint.pt, history.json and history.png, which are overwritten"
     add("--out", type=Path, metavar="DIR", help=f"folder for {files} (default: runs/<data>)")
-    resume = "go on from the checkpoint in --out; only --epochs may differ from its settings"
+    resume = "continue from the checkpoint in --out; only --epochs may differ from its settings"
     add("--resume", action="store_true", help=resume)
     return parser
 

@@ -5,8 +5,8 @@ Run it from the repository root; without torchrun it is one process with the sam
     torchrun --nproc-per-node 2 -m examples.train_distributed --mode fsdp
     python -m examples.train_distributed
 
-After every epoch a checkpoint is written, from which `--resume` goes on: with `fsdp` and `ddp` on any number of ranks,
-and from one of the two modes to the other.
+It writes a checkpoint after every epoch, and `--resume` continues from it: with `fsdp` and `ddp` on any number of
+ranks, also from one of these modes to the other.
 """
 
 from __future__ import annotations
@@ -68,15 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m examples.train_distributed", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--mode", choices=MODES, default="fsdp", help="how parameters are spread over ranks (default: fsdp)")
+    add("--mode", choices=MODES, default="fsdp", help="how parameters are distributed over ranks (default: fsdp)")
     add("--replicas", type=int, default=1, help="fsdp: copies of the model, each sharded (HSDP; default: 1)")
-    add("--data", choices=image_data.NAMES, default="digits", help="(default: digits)")
+    add("--data", choices=image_data.NAMES, default="digits", help="data set (default: digits)")
     add("--root", type=Path, help="folder of the data's files")
-    add("--epochs", type=int, default=5, help="(default: 5)")
-    add("--batch-size", type=int, default=32, help="of all ranks together (default: 32)")
-    add("--clip", type=float, help="max_grad_norm (default: no clipping)")
+    add("--epochs", type=int, default=5, help="epochs (default: 5)")
+    add("--batch-size", type=int, default=32, help="images per step, of all ranks together (default: 32)")
+    add("--clip", type=float, help="max_grad_norm of SOFIM (default: no clipping)")
     add("--out", type=Path, default=Path("runs/distributed"), help="folder of checkpoints (default: runs/distributed)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add("--resume", action="store_true", help="continue from the last checkpoint in --out")
     return parser
 
 

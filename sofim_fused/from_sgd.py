@@ -1,13 +1,13 @@
-"""A running ``torch.optim.SGD`` in SOFIM's terms: groups, learning rates, momentum buffers.
+"""Converts a running ``torch.optim.SGD`` to SOFIM: groups, learning rates, momentum buffers.
 
 With μ ``momentum``, τ ``dampening`` and γ ``lr``, SGD keeps b ← μ b + (1-τ) g and steps by γ b. SOFIM keeps
 m ← β m + (1-β) g and steps by η m̂/(ρ + ‖m̂‖²). So β = μ, and
 
     m = b (1-μ)/(1-τ)        η = ρ γ (1-τ)/(1-μ)
 
-give η m/ρ = γ b, now and after every further gradient: SGD's step, where ‖m̂‖² is far below ρ and m̂ is m. Without
-momentum SGD has neither buffer nor dampening, and η = ρ γ. With τ = 0 the buffer is the sum Σ μᵗ⁻ⁱ gᵢ, and m exactly
-the moment that SOFIM would have after t updates. With τ ≠ 0 it is not in its first term, g₁, which SGD never dampens.
+give η m/ρ = γ b, now and after every further gradient. If ‖m̂‖² is far below ρ and m̂ is m, this is SGD's step. Without
+momentum SGD has neither buffer nor dampening, and η = ρ γ. With τ = 0 the buffer is the sum Σ μᵗ⁻ⁱ gᵢ, and m is exactly
+the moment that SOFIM would have after t updates. With τ ≠ 0 the first term, g₁, differs, because SGD never dampens it.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from sofim_fused import checks
 from sofim_fused.distributed import local
 from sofim_fused.step import gather
 
-# What SGD has under the same name. Its weight decay is L2.
+# Options that have the same name in SGD. Its weight decay is L2.
 COMMON = ("lr", "momentum", "weight_decay", "maximize")
 FROM_SGD = ("params", *COMMON, "decoupled_weight_decay")
 ONLY_SGD = ("dampening", "nesterov", "foreach", "differentiable", "fused")
-# Learning rates in groups: the optimizer's, and what schedulers leave there.
+# Learning rates in groups: the optimizer's, and those that schedulers store there.
 RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
 
 
 class Taken(NamedTuple):
-    """What was read from an SGD optimizer, checked, and not converted yet.
+    """The values of an SGD optimizer, checked, and not yet converted.
 
     Attributes:
         groups: new group dicts, with SGD's own values under SOFIM's names.
-        defaults: the constructor's arguments, for groups to come; likewise.
+        defaults: the constructor's arguments, for groups that are added later; likewise.
         dampenings: τ of each group, and of ``defaults`` last.
-        buffers: the momentum buffers in the place of gradients, and whose they are.
+        buffers: the parameters that have a momentum buffer, with the buffer in place of the gradient.
         steps: how many updates SGD took, or ``None``.
     """
 
@@ -51,15 +51,15 @@ class Taken(NamedTuple):
 
 
 def taken(optimizer: torch.optim.SGD, steps: int | None, options: Mapping[str, Any]) -> Taken:
-    """Read an SGD optimizer, and leave it as it is.
+    """Read an SGD optimizer, without changing it.
 
     Args:
         optimizer: of class ``torch.optim.SGD``, or derived from it.
         steps: how many updates it took, at least 1; ``None``: not known.
-        options: further arguments of SOFIM's constructor, for names that are SGD's to set.
+        options: further arguments of SOFIM's constructor; names that come from SGD are refused.
 
     Raises:
-        TypeError, ValueError: the optimizer or an argument cannot be taken; the message says which and what to do.
+        TypeError, ValueError: the optimizer or an argument is refused; the message says which and what to do.
     """
     if not isinstance(optimizer, torch.optim.SGD):
         raise TypeError(
@@ -78,7 +78,8 @@ def taken(optimizer: torch.optim.SGD, steps: int | None, options: Mapping[str, A
         dampenings.append(_dampening(where, group))
         groups.append(_renamed(group))
         for place, param in enumerate(group["params"]):
-            known = optimizer.state.get(param, {}) if group.get("momentum") else {}  # else an older one is not in use
+            # Without momentum SGD does not use a buffer, but an older one may still be there.
+            known = optimizer.state.get(param, {}) if group.get("momentum") else {}
             buffer = known.get("momentum_buffer")
             if buffer is not None:
                 _check_buffer(f"momentum buffer of parameter {place} of group {index}", param, buffer)
@@ -90,7 +91,7 @@ def taken(optimizer: torch.optim.SGD, steps: int | None, options: Mapping[str, A
 
 
 def _renamed(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group without what only SGD has; keys that the user added stay."""
+    """A group without options that only SGD has; keys that the user added are kept."""
     kept = {name: _unwrapped(name, value) for name, value in group.items() if name not in ONLY_SGD}
     for name in ("params", "param_names"):
         if name in kept:
@@ -108,15 +109,15 @@ def _unwrapped(name: str, value: Any) -> Any:
 def convert(
     given: Taken, groups: Sequence[dict[str, Any]], defaults: dict[str, Any], state: MutableMapping[Tensor, Any]
 ) -> None:
-    """Turn a new optimizer's learning rates into SOFIM's, and SGD's buffers into its state.
+    """Convert a new optimizer's learning rates to SOFIM's, and SGD's buffers to its state.
 
     Args:
-        given: what the optimizer was made from.
+        given: the values that the optimizer was created from.
         groups: its parameter groups, whose values its constructor has checked.
         defaults: its constructor's arguments.
-        state: its state; gets what :func:`sofim_fused.step.gather.ensure_state` makes, for each buffer.
+        state: its state; for each buffer, :func:`sofim_fused.step.gather.ensure_state` creates its entries.
     """
-    with torch.inference_mode(False), torch.no_grad():  # or nothing could write to what is made here
+    with torch.inference_mode(False), torch.no_grad():  # otherwise nothing could write to the new tensors
         for values, dampening in zip([*groups, defaults], given.dampenings, strict=True):
             rho = values["rho"].detach() if isinstance(values["rho"], Tensor) else values["rho"]
             factor = float(rho) * (1 - dampening) / (1 - float(values["momentum"]))
@@ -137,7 +138,7 @@ def settled(momentum: float) -> int:
 
 
 def _scaled(value: Any, factor: float) -> Any:
-    """A learning rate times ``factor``, a tensor as a new one; what is no number is a user's own."""
+    """A learning rate times ``factor``, a tensor as a new one; other values, which a user added, unchanged."""
     if isinstance(value, Tensor):
         return value.detach() * factor
     return float(value) * factor if isinstance(value, Real) and not isinstance(value, bool) else value

@@ -31,7 +31,10 @@ def lines() -> Iterator[str]:
         chosen = passes.name if passes is not None else ""
         for backend, passes_for in backends._REGISTRY.items():
             found = passes_for(device)
-            yield f"  {'*' if backend == chosen else ' '} {backend:<10} {found if isinstance(found, str) else 'ok'}"
+            state = found if isinstance(found, str) else "ok"
+            if backend == "triton" and state == "ok" and isinstance(module, str):
+                state = "ok, but steps run pass by pass: whole steps in one call take the native CPU part"
+            yield f"  {'*' if backend == chosen else ' '} {backend:<10} {state}"
         if chosen == "reference" and backends.missing(device):
             yield f"  Pure PyTorch is many times slower than native kernels. To build them: {native.remedy()}"
 

@@ -43,86 +43,90 @@ if TYPE_CHECKING:
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _SOFIM = TypeVar("_SOFIM", bound="SOFIM")
-# What a copy takes along besides groups and state.
+# Attributes that copies and pickles preserve, besides groups and state.
 _KEPT = ("_capturable", "_amp_fused", "_in_backward", "_release_grads")
 
 
 def _no_native_step(*_: Any) -> None:
-    """What stands for :data:`NativeStep` where ranks exchange sums between the passes."""
+    """Takes the place of :data:`NativeStep` if ranks exchange sums between the passes: leaves the step to these."""
 
 
 class SOFIM(Optimizer):
     r"""SOFIM: a Newton-like step with a regularized Fisher information matrix of rank one plus a diagonal.
 
     .. math::
-       \begin{aligned}
-            &m_t = \beta\, m_{t-1} + (1 - \beta)\, g_t  && \text{first moment}                                \\
-            &\hat m_t = m_t / (1 - \beta^t)             && \text{bias correction}                             \\
-            &F_t = \hat m_t \hat m_t^\top + \rho I      && \text{regularized Fisher information matrix}       \\
-            &w_t = w_{t-1} - \eta\, F_t^{-1} v_t        && v_t = \hat m_t \text{ or } g_t
-       \end{aligned}
+       \begin{array}{ll}
+            m_t = \beta\, m_{t-1} + (1 - \beta)\, g_t  & \text{first moment}                                \\
+            \hat m_t = m_t / (1 - \beta^t)             & \text{bias correction}                             \\
+            F_t = \hat m_t \hat m_t^\top + \rho I      & \text{regularized Fisher information matrix}       \\
+            w_t = w_{t-1} - \eta\, F_t^{-1} v_t        & v_t = \hat m_t \text{ or } g_t
+       \end{array}
 
-    The inverse is taken in closed form (Sherman-Morrison): :math:`F^{-1} \hat m = \hat m / (\rho + \|\hat m\|^2)`, one
-    sum of squares over all parameters and a scaled update. With :math:`v_t = \hat m_t` every step is bounded,
-    :math:`\|\eta F^{-1} \hat m\| \le \eta / (2 \sqrt\rho)`, whatever the gradient. Source: arXiv 2403.02833,
+    The Sherman-Morrison formula gives the inverse: :math:`F^{-1} \hat m = \hat m / (\rho + \|\hat m\|^2)`. So a step
+    needs one sum of squares over all parameters, and scales the update by it. With :math:`v_t = \hat m_t` every step is
+    bounded, :math:`\|\eta F^{-1} \hat m\| \le \eta / (2 \sqrt\rho)`, whatever the gradient. Source: arXiv 2403.02833,
     Algorithm 1.
 
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups. Real or complex, of 16, 32
-            or 64 bits, dense. A group may set ``lr``, ``momentum``, ``rho``, ``weight_decay``,
-            ``decoupled_weight_decay``, ``maximize``, ``state_dtype`` and ``kahan`` for itself.
+            or 64 bits, dense. A group may have its own ``lr``, ``momentum``, ``rho``, ``weight_decay``,
+            ``decoupled_weight_decay``, ``maximize``, ``state_dtype`` and ``kahan``.
         lr: η, the learning rate: a float or a one-element tensor.
-        momentum: β in [0, 1), the decay of the first moment: as SGD's ``momentum`` with ``dampening=momentum``.
+        momentum: β in [0, 1), the decay of the first moment: SGD's ``momentum`` with ``dampening=momentum``.
         rho: ρ ≥ 1e-30, the regularization (damping) of the Fisher matrix: a float or a one-element tensor, in units of
-            a squared gradient norm. Several values in one Fisher block make the block's :math:`\rho I` a diagonal.
+            a squared gradient norm. If the groups of one Fisher block have different values, the block's
+            :math:`\rho I` is a diagonal matrix of these.
         numerator: v: ``"moment"`` is the paper's bias-corrected first moment; ``"gradient"`` is the gradient itself
             (the natural-gradient form, whose conditioning is :math:`1 + \|\hat m\|^2/\rho`).
-        fisher: what one Fisher matrix spans: ``"model"`` (the paper), each ``"group"``, or each ``"parameter"``.
+        fisher: the parameters that share a Fisher matrix: the whole ``"model"`` (the paper), each ``"group"``, or each
+            ``"parameter"``.
         weight_decay: λ ≥ 0.
-        decoupled_weight_decay: ``True``: w shrinks by 1 - ηλ besides the step (as AdamW); ``False``: λw is added to
-            the gradient (L2, as SGD), after clipping.
-        maximize: ascend instead of descend.
-        state_dtype: of the first moment: ``None`` (float64 for 64-bit parameters, else float32), ``torch.float32`` or
-            ``torch.bfloat16`` (stochastically rounded, reproducibly), or the name of one of them (``"bfloat16"``).
+        decoupled_weight_decay: ``True``: w is also multiplied by 1 - ηλ (as in AdamW); ``False``: λw is added to the
+            gradient (L2, as in SGD), after clipping.
+        maximize: maximize the objective instead of minimizing it.
+        state_dtype: dtype of the first moment: ``None`` (float64 for 64-bit parameters, else float32),
+            ``torch.float32`` or ``torch.bfloat16`` (stochastically rounded, reproducibly), or the name of one of them
+            (``"bfloat16"``).
         kahan: keep the bits of an update that a 16-bit parameter cannot hold in a second 16-bit tensor, and add them
-            later. ``None``: for 16-bit parameters, yes.
+            later. ``None``: yes for 16-bit parameters.
         max_grad_norm: clip the gradients, as one vector over all groups, to this norm inside the step.
-            :attr:`grad_norm` then has the norm before clipping.
-        skip_nonfinite: a step that meets a NaN or an infinity in any gradient changes nothing; :attr:`skipped_steps`
-            counts. (The test is on the sum of squares, so that a float64 gradient above 1e154 counts as infinite.)
-        foreach: ``True`` and ``False`` both ask for the pure-PyTorch backend; the native ones are neither.
-        fused: ``True`` asks for a native backend, and raises where there is none; ``False`` for the pure-PyTorch one.
-        capturable: a step may be captured in a CUDA graph, after one like it was taken. A replay takes gradients from
-            where they were, ``lr`` and ``rho`` from their tensors if these are on the device, and every number as it
-            was when the graph was captured. Step counts are on the device in any case.
-        amp_fused: under a ``torch.amp.GradScaler`` the step itself unscales the gradients, in passes that
-            read them anyway, and changes nothing if an infinity or a NaN was found in them, which
-            :attr:`skipped_steps` counts; nothing waits for the device. Gradients of float16 are taken too.
-            ``False``: GradScaler unscales the gradients in memory before the step, and waits to see whether to call it.
-        in_backward: gradients enter their moments in the backward pass, by hooks on the parameters, while they are in
-            cache; :meth:`step` has little left to do. The result is that of a plain step. Settings are read at the
-            first gradient of a step; in the moment form ``lr``, ``rho`` and decoupled decay only in :meth:`step`.
-            Moments, and in the gradient form parameters, change before :meth:`step` does, and a backward pass cannot
-            be undone: :meth:`step` raises if gradients or groups were changed in between (on a GPU, only if version
-            counters show it) or state was deleted. For several backward passes per step: :meth:`accumulate_grads`.
-            Does not work with ``max_grad_norm``, ``skip_nonfinite``, GradScaler, DistributedDataParallel,
-            FullyShardedDataParallel (``fully_shard`` works) or ZeroRedundancyOptimizer, nor with 16-bit parameters in
-            the gradient form.
-        release_grads: free each gradient as soon as it has entered its moment (``in_backward=True``): memory for all
+            :attr:`grad_norm` is then the norm before clipping.
+        skip_nonfinite: a step changes nothing if any gradient has a NaN or an infinity; :attr:`skipped_steps` counts
+            these steps. (The test is on the sum of squares, so a float64 gradient above 1e154 counts as infinite.)
+        foreach: ``True`` and ``False`` both select the pure-PyTorch backend, because the native ones are neither.
+        fused: ``True`` selects a native backend, and is an error if there is none; ``False`` selects the pure-PyTorch
+            one.
+        capturable: a step may be captured in a CUDA graph, after one like it was taken. A replay reads gradients from
+            the same memory, ``lr`` and ``rho`` from their tensors if these are on the device, and uses all numbers as
+            they were when the graph was captured. Step counts are on the device in any case.
+        amp_fused: under a ``torch.amp.GradScaler`` the step itself unscales the gradients, in passes that read them
+            anyway. If they contain an infinity or a NaN, the step changes nothing, and :attr:`skipped_steps` counts it.
+            Nothing waits for the device. float16 gradients are accepted too. ``False``: GradScaler unscales the
+            gradients in memory before the step, and waits for the device to decide whether to call it.
+        in_backward: hooks on the parameters add gradients to their moments in the backward pass, while the gradients
+            are in the cache; :meth:`step` has little left to do. The result is that of a plain step. Settings are read
+            at the first gradient of a step; in the moment form ``lr``, ``rho`` and decoupled decay only in
+            :meth:`step`. Moments, and in the gradient form parameters, change before :meth:`step` is called, and a
+            backward pass cannot be undone: :meth:`step` raises an error if gradients or groups were changed in between
+            (on a GPU, only if version counters show it) or state was deleted. For several backward passes per step use
+            :meth:`accumulate_grads`. Does not work with ``max_grad_norm``, ``skip_nonfinite``, GradScaler,
+            DistributedDataParallel, FullyShardedDataParallel (``fully_shard`` works) or ZeroRedundancyOptimizer, nor
+            with 16-bit parameters in the gradient form.
+        release_grads: free each gradient once it has entered its moment (``in_backward=True``), so that memory for all
             of them at once is never needed. Clipping then finds no gradients and has no effect, without an error.
-        differentiable: refused: the update is made in place.
+        differentiable: ``True`` is refused, because the update is made in place.
         shard_group: the ranks that hold other parameters of the same model, as with pipeline stages or DeepSpeed's
-            ZeRO: sums are taken over all of them, and a rank may have no parameter at all. ``None``: this rank has all
+            ZeRO. Sums are taken over all of them, and a rank may have no parameter at all. ``None``: this rank has all
             parameters, or SOFIM recognises how they are sharded: as ``DTensor``, by FullyShardedDataParallel, or by a
             ZeroRedundancyOptimizer around this optimizer (at the first step).
-        backend: ``"auto"``, ``"cpu"`` (C++), ``"cuda"`` (CUDA C++), ``"triton"`` or ``"reference"`` (PyTorch). Never
-            saved with the state; :attr:`backends` tells what is used.
+        backend: ``"auto"``, ``"cpu"`` (C++), ``"cuda"`` (CUDA C++), ``"triton"`` or ``"reference"`` (PyTorch). It is
+            never saved with the state; :attr:`backends` shows which is used.
 
     Raises:
-        TypeError, ValueError: an argument, a parameter, a gradient or a state dict cannot be taken; the message says
-            which and what to do, and nothing was changed.
+        TypeError, ValueError: an argument, a parameter, a gradient or a state dict is refused; the message says which
+            and what to do, and nothing was changed.
         RuntimeError: the requested backend cannot run on a parameter's device, or a step is captured in a graph
-            without ``capturable``, or before any like it was taken.
+            without ``capturable``, or before any step like it was taken.
 
     Example:
         >>> optimizer = SOFIM(model.parameters(), lr=0.5, momentum=0.9, rho=1.0)
@@ -130,10 +134,10 @@ class SOFIM(Optimizer):
         >>> loss_fn(model(input), target).backward()
         >>> optimizer.step()
 
-    State per parameter, made at its first gradient: ``exp_avg`` (of its shape), ``step`` (0-dimensional int64), and
-    ``kahan`` (of its shape and dtype) where bits are kept. A parameter without a gradient is outside of that step's
-    Fisher matrix, and neither its moment nor its step count moves. Nothing in a step waits for the device, unless the
-    parameters lie on devices of different kinds.
+    The state of a parameter, created at its first gradient: ``exp_avg`` (of its shape), ``step`` (0-dimensional int64),
+    and ``kahan`` (of its shape and dtype) if lost bits are kept. A parameter without a gradient is not part of that
+    step's Fisher matrix, and neither its moment nor its step count changes. Nothing in a step waits for the device,
+    unless the parameters are on devices of different kinds.
     """
 
     def __init__(
@@ -215,24 +219,27 @@ class SOFIM(Optimizer):
         steps: int | None = None,
         **options: Any,
     ) -> _SOFIM:
-        """Take over a running ``torch.optim.SGD``: its groups, hyperparameters and momentum buffers, as copies.
+        """Continue a running ``torch.optim.SGD``, with copies of its groups, hyperparameters and momentum buffers.
 
-        Learning rates become η = ρ·lr·(1-dampening)/(1-momentum), so that a step is SGD's where the squared norm of the
-        moment is far below ρ; moments are the buffers times (1-momentum)/(1-dampening). The SGD optimizer is left as it
-        is, and shares only the parameters, and values that the user added to groups. ``docs/from_sgd.md`` has the rest.
+        Learning rates become η = ρ·lr·(1-dampening)/(1-momentum), so that a step equals SGD's if the squared norm of
+        the moment is far below ρ; moments are the buffers times (1-momentum)/(1-dampening). The SGD optimizer does not
+        change. The two share only the parameters, and values that the user added to groups. ``docs/from_sgd.md`` has
+        the details.
 
         Args:
             optimizer: the SGD optimizer, without ``nesterov``.
-            rho: as the constructor's; a group of SGD's that has a ``rho`` of its own keeps it.
-            steps: how many updates SGD took, where bias correction goes on; ``None``: so many that there is none left.
-            options: the constructor's other arguments. ``foreach`` and ``fused`` are not taken over from SGD.
+            rho: as in the constructor; a group of the SGD optimizer that has its own ``rho`` keeps it.
+            steps: how many updates SGD took, from which bias correction continues; ``None``: so many that the
+                correction is 1.
+            options: the constructor's other arguments. SGD's ``foreach`` and ``fused`` are ignored.
 
         Returns:
-            A new optimizer. What has a momentum buffer has state; other parameters get it with their first gradient.
+            A new optimizer. Parameters with a momentum buffer have state; others get it with their first gradient.
 
         Raises:
-            TypeError, ValueError: the SGD optimizer or an argument cannot be taken, or comes from the SGD optimizer
-                (``lr``, ``momentum``, ``weight_decay``, ``maximize``); the message says which and what to do.
+            TypeError, ValueError: the SGD optimizer or an argument is refused, or an argument comes from the SGD
+                optimizer (``lr``, ``momentum``, ``weight_decay``, ``maximize``); the message says which and what to
+                do.
         """
         taken = from_sgd.taken(optimizer, steps, options)
         ours = cls(taken.groups, rho=rho, **taken.defaults, **options)
@@ -254,10 +261,10 @@ class SOFIM(Optimizer):
             closure: reevaluates the model and returns the loss.
 
         Returns:
-            What the closure returned.
+            The result of the closure.
 
         Raises:
-            ValueError: a gradient or a hyperparameter cannot be taken; nothing was changed.
+            ValueError: a gradient or a hyperparameter is refused; nothing was changed.
             RuntimeError: with ``in_backward=True``, gradients, groups or state were changed after ``backward()``. If
                 it was a gradient, a second call takes the step with the gradients of the backward pass.
         """
@@ -284,9 +291,9 @@ class SOFIM(Optimizer):
 
     @staticmethod
     def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
-        """What :class:`Optimizer` puts around ``step``, for the steps that a hook or a profiler waits for.
+        """Wrap ``step`` as :class:`Optimizer` does, but skip the wrapper if no hook and no profiler needs it.
 
-        For a few small tensors it would take longer than the step itself.
+        For a few small tensors the wrapper would take longer than the step itself.
         """
         observed = Optimizer.profile_hook_step(func)
 
@@ -319,7 +326,7 @@ class SOFIM(Optimizer):
         )
 
     def _native_step(self) -> NativeStep:
-        """The step in one call of the first parameter's device; a model on several devices it leaves to the passes."""
+        """The step in one call, for the first parameter's device; it leaves models on several devices to the passes."""
         if self._step_in_one_call is None:
             device = self._first_device()
             self.refresh_placement()
@@ -342,7 +349,7 @@ class SOFIM(Optimizer):
             schedule.plain(shares, self.param_groups)
             return
         if skip or found_inf is not None:
-            _ = self.skipped_steps  # once the step is taken there may be no memory for it
+            _ = self.skipped_steps  # create it now: after the step there may be no memory for it
         self._record_guard(*schedule.guarded(shares, self.param_groups, limit, skip, grad_scale, found_inf))
 
     @torch.no_grad()
@@ -363,16 +370,16 @@ class SOFIM(Optimizer):
         return True
 
     def _scaling(self) -> tuple[Tensor | float | None, Tensor | float | None]:
-        """What a ``torch.amp.GradScaler`` says of the gradients of this step, as :func:`schedule.guarded` takes it."""
+        """The scale and the flag of a ``torch.amp.GradScaler`` for this step, as for :func:`schedule.guarded`."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         checks.scaling("grad_scale", grad_scale)
         checks.scaling("found_inf", found_inf)
-        # What is on the CPU can be read: if nothing was found, a step may be a plain one, unless another rank found it.
+        # A flag on the CPU can be read: if it is not set, a plain step will do, unless it is set on another rank.
         known = not self._rank_sums() and (not isinstance(found_inf, Tensor) or found_inf.device.type == "cpu")
         return grad_scale, None if known and not found_inf else found_inf
 
     def _shares(self, guarded: bool = False) -> list[schedule.DeviceShare]:
-        """The tensors of this step by device, everything checked, and state made where a gradient is the first."""
+        """Check everything, create missing state, and return the tensors of this step by device."""
         for index, group in enumerate(self.param_groups):
             checks.group(group, index)
         checks.agreement(self.param_groups)
@@ -394,7 +401,7 @@ class SOFIM(Optimizer):
 
     def _shares_of(self, entries: list[gather.Entry]) -> list[schedule.DeviceShare]:
         if self._rank_sums():
-            return [self._share(self._first_device(), entries)]  # also without any: other ranks wait for this one
+            return [self._share(self._first_device(), entries)]  # even if it is empty: other ranks wait for this one
         return [self._share(device, mine) for device, mine in gather.by_device(entries)]
 
     def _share(self, device: torch.device, entries: list[gather.Entry]) -> schedule.DeviceShare:
@@ -410,7 +417,7 @@ class SOFIM(Optimizer):
         return schedule.DeviceShare(laid, passes, scalars, self._rank_sums() or None)
 
     def _rank_sums(self) -> RankSums | Literal[False]:
-        """How the parameters are spread over ranks; ``False``: this one has all of them."""
+        """How the parameters are sharded over ranks; ``False``: this rank has all of them."""
         if self._rank_sums_known is None:
             params = [param for group in self.param_groups for param in group["params"]]
             spread = find_sharding(self, params, self.param_groups[0]["fisher"], self._shard_group)
@@ -419,7 +426,7 @@ class SOFIM(Optimizer):
                 made = RankSums(spread.along, self._first_device(), spread.holders, spread.flattened)
                 before = self._rank_sums_before
                 if before is not None and before[0] == spread and before[1].device == made.device:
-                    made = before[1]  # what ranks have compared: one that alone did so again would wait for the others
+                    made = before[1]  # already compared: another comparison on this rank alone would wait for others
                 self._rank_sums_known, self._rank_sums_before = made, (spread, made)
             elif torch.compiler.is_compiling():
                 return False  # see _recorded
@@ -431,7 +438,7 @@ class SOFIM(Optimizer):
         """Forget how parameters are sharded and on which devices they are, if any parameter was replaced or moved.
 
         For example, users put ``DTensor``s into the groups after ``fully_shard()``. A native step needs no such check:
-        it leaves a step to Python if anything has changed.
+        it returns to Python if anything has changed.
 
         Returns:
             Whether there was anything to forget.
@@ -470,7 +477,7 @@ class SOFIM(Optimizer):
         return found
 
     def _record_guard(self, norm: Tensor, skip: Tensor | bool | None) -> None:
-        """Keep what a guarded step saw (:class:`sofim_fused.step.schedule.Guard`)."""
+        """Store the results of a guarded step (:class:`sofim_fused.step.schedule.Guard`)."""
         self._recorded["grad_norm"] = norm
         if isinstance(skip, Tensor):
             counter = self.skipped_steps
@@ -478,7 +485,7 @@ class SOFIM(Optimizer):
         elif skip:
             self.skipped_steps.add_(1)
 
-    # What a user can ask
+    # Properties
 
     @property
     def backends(self) -> dict[torch.device, str]:
@@ -488,21 +495,21 @@ class SOFIM(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """What a ``torch.amp.GradScaler`` asks: whether :meth:`step` itself takes the scale off the gradients.
+        """Tells a ``torch.amp.GradScaler`` whether :meth:`step` itself unscales the gradients.
 
         Not under FSDP1: its ``ShardedGradScaler`` tells all ranks about an infinity on one of them only if it unscales
         the gradients itself; otherwise the ranks would have different scales.
         """
         if self._in_backward:
-            return True  # to say that it cannot
+            return True  # so that step() can raise an error that says why this cannot work
         return self._amp_fused and not ((sums := self._rank_sums()) and sums.flattened)
 
     @property
     def grad_norm(self) -> Tensor | None:
         """The norm of all gradients of the last step before clipping, a 0-dimensional float64 tensor on the device.
 
-        ``None`` before the first step with ``max_grad_norm`` or ``skip_nonfinite``, or on scaled gradients: of these it
-        is the norm without their scale. Reading its value waits for the device.
+        ``None`` before the first step with ``max_grad_norm`` or ``skip_nonfinite`` or on scaled gradients (the norm is
+        that of the unscaled ones). Reading its value waits for the device.
         """
         return self._recorded.get("grad_norm")
 
@@ -510,25 +517,26 @@ class SOFIM(Optimizer):
     def skipped_steps(self) -> Tensor:
         """How many steps were skipped since construction, a 0-dimensional int64 tensor on the device.
 
-        Those that ``skip_nonfinite`` skipped, and those in whose gradients a ``torch.amp.GradScaler`` found an infinity
-        or a NaN (with ``amp_fused=False`` it leaves these steps out itself, and they are not counted).
-        It is the counter itself, which later steps raise; clone it to keep a value. Not part of :meth:`state_dict`.
+        It counts steps that ``skip_nonfinite`` skipped, and steps in whose gradients a ``torch.amp.GradScaler`` found
+        an infinity or a NaN (with ``amp_fused=False`` GradScaler does not call these steps, and they are not counted).
+        It is the counter itself, which later steps increase; clone it to keep a value. Not part of
+        :meth:`state_dict`.
         """
         if "skipped_steps" not in self._recorded:
             device = self._first_device()
-            with torch.inference_mode(False):  # or no later step could write to it
+            with torch.inference_mode(False):  # otherwise no later step could write to it
                 self._recorded["skipped_steps"] = torch.zeros((), dtype=torch.int64, device=device)
         return self._recorded["skipped_steps"]
 
     # Gradients in the backward pass
 
     def accumulate_grads(self) -> contextlib.AbstractContextManager[None]:
-        """A context for all backward passes of a step but the last one, whose gradients add up.
+        """A context for all backward passes of a step except the last one: their gradients add up.
 
-        It matters with ``in_backward=True`` alone; gradients of other optimizers add up in any case.
+        It has an effect only with ``in_backward=True``; otherwise gradients add up in any case.
 
         Raises:
-            ValueError: gradients are released, and the gradient form needs all of them together.
+            ValueError: with ``release_grads=True`` in the gradient form, which needs all gradients together.
 
         Example:
             >>> with optimizer.accumulate_grads():
@@ -540,17 +548,17 @@ class SOFIM(Optimizer):
         return contextlib.nullcontext() if self._backward is None else self._backward.accumulating()
 
     def remove_hooks(self) -> None:
-        """Take the hooks of ``in_backward=True`` off the parameters: from now on :meth:`step` takes all gradients."""
+        """Remove the hooks of ``in_backward=True`` from the parameters: from now on :meth:`step` uses all gradients."""
         if self._backward is not None:
             self._backward.remove()
 
     # Groups and state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; what it does not set is taken from the constructor's arguments.
+        """Add a parameter group. Options that it does not set have the values of the constructor's arguments.
 
         Raises:
-            TypeError, ValueError: the group, a value in it or one of its parameters cannot be taken.
+            TypeError, ValueError: the group, a value in it or one of its parameters is refused.
             RuntimeError: the requested backend cannot run on a parameter's device.
         """
         index = len(self.param_groups)
@@ -573,7 +581,7 @@ class SOFIM(Optimizer):
             self._backward.check_not_under_way("add_param_group()")
         try:
             super().add_param_group({**param_group, "params": params, "state_dtype": group["state_dtype"]})
-        except ValueError:  # nearly always a parameter in two groups; looking for it at each call would be slow
+        except ValueError:  # nearly always a parameter in two groups; checking this in each call would be slow
             taken = {param: at for at, other in enumerate(self.param_groups) for param in other["params"]}
             checks.parameters(params, index, taken, group["state_dtype"])
             raise
@@ -582,10 +590,10 @@ class SOFIM(Optimizer):
             self._backward.watch(since=index)
 
     def state_dict(self) -> StateDict:
-        """As every optimizer's: groups by number of parameter, and the state of each.
+        """Return the groups and the state by number of parameter, as every optimizer does.
 
-        Groups hold plain values, which all file formats and :mod:`torch.distributed.checkpoint` accept: ``state_dtype``
-        as its name, and numbers of other types (such as NumPy's) as Python numbers.
+        Groups contain plain values, which all file formats and :mod:`torch.distributed.checkpoint` accept:
+        ``state_dtype`` by its name, and numbers of other types (such as NumPy's) as Python numbers.
 
         Raises:
             RuntimeError: with ``in_backward=True``, between a backward pass and the step.
@@ -600,12 +608,12 @@ class SOFIM(Optimizer):
         return made
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Take over state and hyperparameters from :meth:`state_dict`; nothing is shared with it afterwards.
+        """Load state and hyperparameters from :meth:`state_dict`, as copies.
 
-        Moments keep the dtype that the loaded group's ``state_dtype`` gives them, whatever the parameter's. A parameter
-        whose saved state has none of SOFIM's entries starts anew; other entries are kept as they are. Options that an
-        older version did not save get the constructor's default, and unknown ones are kept. Learning rates and momenta
-        may be out of range, as schedulers may leave them: the next step checks them.
+        Moments have the dtype of the loaded group's ``state_dtype``, not that of the parameter. A parameter whose saved
+        state has none of SOFIM's entries starts without state; other entries are kept unchanged. Options that an older
+        version did not save get the constructor's default, and unknown ones are kept. Learning rates and momenta may be
+        out of range, as schedulers may leave them: the next step checks them.
 
         Raises:
             TypeError, ValueError: it is damaged, or of another model or optimizer; nothing was changed.
@@ -621,14 +629,14 @@ class SOFIM(Optimizer):
                         if param.requires_grad:
                             checks.in_backward_parameter(param, where, saved["param_groups"][index]["numerator"])
             self._restored = gather.restored_states(saved, self.param_groups)
-            # What is left for torch to copy: groups, and what belongs to no parameter.
+            # torch copies the rest: groups, and entries that belong to no parameter.
             keys = {key for group in saved["param_groups"] for key in group["params"]}
             rest = {key: value for key, value in saved["state"].items() if key not in keys}
             return {**saved, "state": rest}
 
         if not isinstance(state_dict, Mapping):  # the hook would come too late: torch copies the dict before
             checks.state_dict(state_dict, self.param_groups, _DEFAULTS)
-        # Registered last, so that it sees what the user's own hooks make of the dict.
+        # Registered last, so that it sees the dict as the user's own hooks return it.
         handle = self.register_load_state_dict_pre_hook(examine)
         try:
             super().load_state_dict(dict(state_dict))  # not every mapping has the copy() that torch calls
@@ -664,7 +672,7 @@ class SOFIM(Optimizer):
             self._backward = InBackward(self, self._release_grads) if self._in_backward else None
 
     def __getstate__(self) -> dict[str, Any]:
-        # The backend stays behind: what is unpickled may meet another machine.
+        # Without the backend: the copy may be unpickled on another machine.
         if self._backward is not None:
             self._backward.check_not_under_way("a copy")
         kept = {name: getattr(self, name) for name in _KEPT}
@@ -696,7 +704,7 @@ _DEFAULTS = {
 
 
 def _plain(group: Any) -> Any:
-    """A group of a state dict, with its options, and what schedulers add, as values of Python's own types."""
+    """A group of a state dict whose options, and the entries of schedulers, are values of Python's own types."""
     if not isinstance(group, dict):
         return group
     known = (*checks.PER_GROUP, *checks.WHOLE, *from_sgd.RATES, "base_momentum", "max_momentum")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -58,7 +59,10 @@ else:
     settings.register_profile("deep", max_examples=1_200, derandomize=False, print_blob=True, **common)
     settings.load_profile("ci")
 
-LEFT_OUT = pytest.StashKey[int]()  # how many cases
+LEFT_OUT = pytest.StashKey[Counter[str]]()  # how many cases, by why and what would run them
+NEED_GPU = "cases need a GPU that PyTorch finds; on such a machine: make gpu, or pytest -m gpu"
+ONE_IN_EIGHT = "cases on the GPU left out, seven in eight: SOFIM_ALL_GPU_TESTS=1 runs them"
+COVERED = "cases left out of a covering: --all-cases runs them"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,7 +72,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[LEFT_OUT] = 0
+    config.stash[LEFT_OUT] = Counter()
     if isinstance(native.cpu(), str):  # then so it is; tests/install/test_install.py has what is said of it
         config.addinivalue_line("filterwarnings", "ignore:SOFIM runs in pure PyTorch:UserWarning")
     config.addinivalue_line(
@@ -77,23 +81,33 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-@pytest.hookimpl(trylast=True)  # of the cases that -k leaves
+@pytest.hookimpl(trylast=True)  # of the cases that -k and -m leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Choose cases of tests that are marked ``covering``, unless ``--all-cases`` is given."""
-    if config.getoption("all_cases"):
-        return
-    tests: defaultdict[Any, list[pytest.Item]] = defaultdict(list)
-    for item in items:
-        if item.get_closest_marker("covering") and not item.get_closest_marker("gpu"):
-            tests[item.function].append(item)  # type: ignore[attr-defined]
-    left_out: set[pytest.Item] = set()
-    for cases in tests.values():
-        marker: Any = cases[0].get_closest_marker("covering")
-        kept = chosen([values_of(item) for item in cases], marker.args[0])
-        left_out |= {*cases} - {cases[place] for place in kept}
-    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
-    config.stash[LEFT_OUT] = len(left_out)
-    items[:] = [item for item in items if item not in left_out]
+    """Leave out what cannot run here, and of what takes long all but a choice; the summary says how much and why."""
+    on_gpus = [item for item in items if item.get_closest_marker("gpu")]
+    if not torch.cuda.is_available():
+        _leave_out(config, items, on_gpus, NEED_GPU)
+    elif not ALL_ON_GPU:
+        cases = [item for item in on_gpus if "run" in getattr(item, "fixturenames", ())]
+        _leave_out(config, items, [item for item in cases if chance(item.name) >> 2 & 7], ONE_IN_EIGHT)
+    if not config.getoption("all_cases"):
+        tests: defaultdict[Any, list[pytest.Item]] = defaultdict(list)
+        for item in items:
+            if item.get_closest_marker("covering") and not item.get_closest_marker("gpu"):
+                tests[item.function].append(item)  # type: ignore[attr-defined]
+        left_out: set[pytest.Item] = set()
+        for covering in tests.values():
+            marker: Any = covering[0].get_closest_marker("covering")
+            kept = chosen([values_of(item) for item in covering], marker.args[0])
+            left_out |= {*covering} - {covering[place] for place in kept}
+        _leave_out(config, items, left_out, COVERED)
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item], left_out: Collection[pytest.Item], why: str) -> None:
+    chosen_out = set(left_out)
+    config.hook.pytest_deselected(items=[item for item in items if item in chosen_out])
+    config.stash[LEFT_OUT][why] += len(chosen_out)
+    items[:] = [item for item in items if item not in chosen_out]
 
 
 def values_of(item: Any) -> list[str]:
@@ -105,7 +119,7 @@ def values_of(item: Any) -> list[str]:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["left_out"] = session.config.stash[LEFT_OUT]
+        session.config.workeroutput["left_out"] = dict(session.config.stash[LEFT_OUT])
         session.config.workeroutput["checked"] = dict(CHECKED)
 
 
@@ -113,13 +127,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_testnodedown(node: Any) -> None:
     """All of pytest-xdist's workers leave out the same, and none of them says so."""
     output = getattr(node, "workeroutput", {})
-    node.config.stash[LEFT_OUT] = output.get("left_out", 0)
+    node.config.stash[LEFT_OUT] = Counter(output.get("left_out", {}))
     CHECKED.update(output.get("checked", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if config.stash[LEFT_OUT]:
-        terminalreporter.write_line(f"{config.stash[LEFT_OUT]} cases left out of a covering: --all-cases runs them")
+    for why, count in config.stash[LEFT_OUT].items():
+        if count:
+            terminalreporter.write_line(f"{count:,} {why}")
     if CHECKED:
         terminalreporter.write_line(
             ", ".join(f"{count:,} {what}" for what, count in sorted(CHECKED.items())) + " checked"
@@ -131,8 +146,6 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Each backend on each device (:mod:`tests.support.runs`)."""
     name = request.node.name
     run = as_named(request.param, name)
-    if run.device == "cuda" and chance(name) >> 2 & 7 and not ALL_ON_GPU:
-        pytest.skip("one case in eight runs on a GPU, unless SOFIM_ALL_GPU_TESTS=1")
     if run.backend in GPU_BACKENDS:
         if run.device == "cuda":
             on_gpu(run.backend)

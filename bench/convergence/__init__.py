@@ -1,4 +1,4 @@
-"""Convergence of SOFIM beside first- and second-order optimizers, each tuned with the same number of configurations.
+"""Convergence of SOFIM and other first- and second-order optimizers, each tuned with the same number of configurations.
 
 python -m bench.convergence --help
 """

@@ -1,4 +1,4 @@
-"""The command line: one command per figure, and one for all of it in miniature."""
+"""The command line: one command per figure, and one for all of them in miniature."""
 
 from __future__ import annotations
 
@@ -60,22 +60,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=COMMAND,
-        description="Convergence of SOFIM beside other optimizers. Results are added to JSON lines as they come: a"
-        " command that was interrupted goes on where it stopped. Tables and figures are written beside them.",
+        description="Convergence of SOFIM and other optimizers. Each result is appended to a file of JSON lines, so"
+        " an interrupted command continues where it stopped. Tables and figures are written beside it.",
     )
     parser.add_argument("--quick", action="store_true", help="everything in miniature, in a temporary folder")
     _common(parser)
     commands = parser.add_subparsers(dest="command", title="commands")
-    one = commands.add_parser("compare", help="tune all optimizers on a task alike, then compare them")
+    one = commands.add_parser("compare", help="tune all optimizers on a task with equal effort, then compare them")
     one.add_argument("--task", choices=list(TASKS), required=True)
     one.add_argument("--seeds", type=int, default=SEEDS, help=f"runs of each after tuning (default: {SEEDS})")
     two = commands.add_parser("convex", help="distance to the minimiser of a convex loss")
     three = commands.add_parser("sensitivity", help="losses over learning rates, ρ, momentum and batch sizes")
-    four = commands.add_parser("cost", help="time of training steps, on the CPU; takes a quiet machine")
-    four.add_argument("--seconds", type=float, default=60.0, help="per task (default: 60)")
-    four.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
-    six = commands.add_parser("regime", help="when SOFIM is more than SGD with momentum, on the tasks compared so far")
-    five = commands.add_parser("report", help="tables and figures anew, from the results that there are")
+    four = commands.add_parser("cost", help="time of training steps on the CPU; needs an idle machine")
+    four.add_argument("--seconds", type=float, default=60.0, help="time for each task (default: 60)")
+    four.add_argument("--threads", type=int, default=1, help="threads of PyTorch (default: 1)")
+    six = commands.add_parser("regime", help="when SOFIM differs from SGD with momentum, on the tasks compared so far")
+    five = commands.add_parser("report", help="write tables and figures again, from the results so far")
     for command in (one, two, three, four, five, six):
         _common(command, suppress=True)
     return parser
@@ -89,7 +89,7 @@ def _common(parser: argparse.ArgumentParser, suppress: bool = False) -> None:
 
     add("--device", "cpu", help="cpu or cuda (default: cpu)")
     add("--full", False, action="store_true", help="all data and more epochs: for GPUs")
-    add("--root", None, type=Path, metavar="DIR", help="folder of the task's files (default: where they usually lie)")
+    add("--root", None, type=Path, metavar="DIR", help="folder of the task's files (default: their usual places)")
     add("--jobs", None, type=int, metavar="N", help="processes (default: one per core, on a GPU one)")
     add("--out", RESULTS, type=Path, metavar="DIR", help="folder of the results (default: bench/results/convergence)")
 

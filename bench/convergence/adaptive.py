@@ -1,6 +1,6 @@
-"""An experiment of this benchmark: SOFIM with a diagonal that adapts to the gradients, in plain PyTorch.
+"""An experiment: SOFIM with a diagonal that adapts to the gradients, in plain PyTorch.
 
-It is not part of the package, and it is not fast: it shows which losses such a step would reach.
+It is not part of the package and not fast; it shows which losses such an optimizer would reach.
 """
 
 from __future__ import annotations

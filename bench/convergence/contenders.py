@@ -1,4 +1,4 @@
-"""The optimizers that are compared, and the configurations among which each is tuned: twelve for every one."""
+"""The optimizers of the comparison, and the twelve configurations among which each is tuned."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 Multinomial logistic regression on scikit-learn's digits with an L2 penalty, in float64, from zero. The minimiser w* is
 found by Newton's method, and ‖w - w*‖ is followed, with full gradients and with mini-batches.
 
-Close to w*, where the loss is its second-order expansion with Hessian H and the gradient vanishes, what an optimizer
-does to an error along an eigenvector of H can be written down (:func:`predicted`), and is compared to what was seen.
+Close to w* the loss is its second-order expansion with Hessian H. There the factor by which an optimizer shrinks an
+error along an eigenvector of H has a formula (:func:`predicted`), which is compared with the measurement.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a training step costs with each optimizer: whole steps on the same mini-batch, timed in turns."""
+"""The time of a training step with each optimizer: whole steps on the same mini-batch, timed in turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Runs side by side, each in a process with one thread, each done once."""
+"""Executes runs in parallel, each in a process with one thread, and each only once.
+
+joblib is not used for this. If a job fails, or on Ctrl-C, ``joblib.Parallel`` ends the other jobs at once, and minutes
+of work are lost; here their results are stored. Workers of joblib continue after their parent was killed; these end
+with it.
+"""
 
 from __future__ import annotations
 
@@ -55,28 +60,33 @@ def run_missing(
         bar = bars.add_task(title, total=len(jobs), completed=len(jobs) - len(missing))
         if not missing:
             return
-        if workers == 1:
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            try:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # here too, where the machine is described
+        try:
+            if workers == 1:
                 for key, job in missing.items():
                     store.add(key, work(job))
                     bars.advance(bar)
-            finally:
-                torch.set_num_threads(threads)
-                store.close()
-            return
-        pool = ProcessPoolExecutor(min(workers, len(missing)), get_context("spawn"), initializer=_begin)
-        futures: dict[Future[Any], str] = {}
-        try:
-            futures.update((pool.submit(work, job), key) for key, job in missing.items())
-            for future in as_completed(futures):
-                store.add(futures[future], future.result())
-                bars.advance(bar)
+            else:
+                _side_by_side(missing, work, store, workers, lambda: bars.advance(bar))
         finally:
-            # After a failure or an interruption what is under way is still of use.
-            pool.shutdown(cancel_futures=True)
-            for future, key in futures.items():
-                if key not in store and future.done() and not future.cancelled() and future.exception() is None:
-                    store.add(key, future.result())
+            torch.set_num_threads(threads)
             store.close()
+
+
+def _side_by_side(
+    missing: Mapping[str, T], work: Callable[[T], Any], store: Store, workers: int, advance: Callable[[], object]
+) -> None:
+    pool = ProcessPoolExecutor(min(workers, len(missing)), get_context("spawn"), initializer=_begin)
+    futures: dict[Future[Any], str] = {}
+    try:
+        futures.update((pool.submit(work, job), key) for key, job in missing.items())
+        for future in as_completed(futures):
+            store.add(futures[future], future.result())
+            advance()
+    finally:
+        # After a failure or an interruption what is under way is still of use.
+        pool.shutdown(cancel_futures=True)
+        for future, key in futures.items():
+            if key not in store and future.done() and not future.cancelled() and future.exception() is None:
+                store.add(key, future.result())

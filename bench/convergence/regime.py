@@ -1,7 +1,7 @@
-"""When is SOFIM more than SGD with momentum? ‖m̂‖²/ρ along its runs.
+"""When does SOFIM differ from SGD with momentum? ‖m̂‖²/ρ along its runs.
 
-With F⁻¹ m̂ = m̂ / (ρ + ‖m̂‖²) a step is a momentum step, lr/ρ long per unit of m̂, where ‖m̂‖² is far below ρ; above, the
-rank-one part of F shortens it. The settings are those that the comparison of each task chose.
+With F⁻¹ m̂ = m̂ / (ρ + ‖m̂‖²), a step is the momentum step lr/ρ·m̂ if ‖m̂‖² is far below ρ; above, the rank-one part of F
+shortens it. The settings are those that the comparison of each task chose.
 """
 
 from __future__ import annotations

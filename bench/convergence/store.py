@@ -1,4 +1,4 @@
-"""Outcomes of runs as JSON lines: what was written stays, whatever ends the process."""
+"""Results of runs as JSON lines: written results remain if the process ends for any reason."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Store:
 
 def _machine() -> dict[str, Any]:
     return {
-        **report.machine(threads=1),
+        **report.machine(torch.get_num_threads()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "pytorch-optimizer": _version("pytorch-optimizer"),

@@ -1,4 +1,4 @@
-"""What is trained: data, split once and for all, a network, and what is aimed at."""
+"""The tasks: data with a fixed split, a network, and targets."""
 
 from __future__ import annotations
 

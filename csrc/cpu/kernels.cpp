@@ -139,9 +139,9 @@ struct Factors {
       : decay_m(static_cast<T>(r.decay.m)),
         decay_g(static_cast<T>(r.decay.g)),
         decay_w(static_cast<T>(r.decay.w)),
-        update_w(static_cast<T>(r.update.w)),
-        update_g(static_cast<T>(r.update.g)),
-        update_m(static_cast<T>(r.update.m)),
+        update_w(static_cast<T>(r.update.weight)),
+        update_g(static_cast<T>(r.update.gradient)),
+        update_m(static_cast<T>(r.update.moment)),
         gain(static_cast<T>(mode.gain)),
         decays(mode.weights && r.decay.w != 0),
         stretch(stretch_key(r.key, begin)) {}

@@ -29,9 +29,9 @@ void set_each(StepTensors& tensors, const char* name, const Vector& vector, Set 
 
 void set_update(StepTensors& tensors, Mode& mode, const Vector& moment, const Vector& weight, const Vector& gradient) {
   mode.gradient = gradient.has_value();
-  set_each(tensors, "moment", moment, [](Row& r, double x) { r.update.m = x; });
-  set_each(tensors, "weight", weight, [](Row& r, double x) { r.update.w = x; });
-  set_each(tensors, "gradient", gradient, [](Row& r, double x) { r.update.g = x; });
+  set_each(tensors, "moment", moment, [](Row& r, double x) { r.update.moment = x; });
+  set_each(tensors, "weight", weight, [](Row& r, double x) { r.update.weight = x; });
+  set_each(tensors, "gradient", gradient, [](Row& r, double x) { r.update.gradient = x; });
 }
 
 // Rows of sums over all tensors.
@@ -96,7 +96,7 @@ Tensor dots(TensorList params, TensorList grads, TensorList exp_avgs, bool weigh
   std::vector<double> scratch;
   const auto products = run_pass(Pass::dots, tensors, mode, scratch);
   if (!weights) return table(products, {&Products::mm, &Products::mg, &Products::gg});
-  return table(products, {&Products::mm, &Products::mg, &Products::gg, &Products::mw, &Products::gw, &Products::ww});
+  return table(products, {&Products::mm, &Products::mg, &Products::mw, &Products::gg, &Products::gw, &Products::ww});
 }
 
 void commit(TensorList params, TensorList grads, TensorList exp_avgs, TensorList kahans, TensorList steps,

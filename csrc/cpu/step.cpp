@@ -192,8 +192,7 @@ class Step {
     mode.weights = record.decay.w != 0.0;
     mode.cross = mode.gradient = hook_groups_.options().gradient_form;
     if (mode.gradient) {
-      const Update known = gradient_part(hook_groups_.hyper(0));
-      record.update = {known.weight, known.gradient, 0.0};
+      record.update = gradient_part(hook_groups_.hyper(0));
     }
     unlocked(hook_groups_, [&] {
       tensors.key_random_bits(1);
@@ -227,7 +226,7 @@ class Step {
       for (size_t i = 0; i < tensors_.size(); ++i) products.push_back(products_[tensors_.ordinal(i)]);
       set_updates(blocks<PlainBlock>(products));
       for (size_t i = 0; i < tensors_.size() && options().gradient_form; ++i) {
-        tensors_.record(i).update = {1.0, 0.0, tensors_.record(i).update.m};
+        tensors_.record(i).update = {1.0, 0.0, tensors_.record(i).update.moment};
       }
       mode_ = Mode();
       tensors_.bump_weights();
@@ -357,14 +356,14 @@ class Step {
   const Options& options() const { return param_groups_.options(); }
 
   size_t block_of(size_t i) const {
-    return options().fisher == Options::kModel ? 0 : options().fisher == Options::kGroup ? param_groups_.group_of(i) : i;
+    return options().fisher == Fisher::model ? 0 : options().fisher == Fisher::group ? param_groups_.group_of(i) : i;
   }
 
   // Weights tensors into Fisher blocks, in the order of tensors.
   template <class Block>
   std::vector<Block> blocks(const std::vector<Products>& products) const {
-    std::vector<Block> result(options().fisher == Options::kModel   ? 1
-                              : options().fisher == Options::kGroup ? param_groups_.groups().size()
+    std::vector<Block> result(options().fisher == Fisher::model   ? 1
+                              : options().fisher == Fisher::group ? param_groups_.groups().size()
                                                                : tensors_.size());
     for (size_t i = 0; i < tensors_.size(); ++i) result[block_of(i)].add(param_groups_.hyper(i), corrections_[i], products[i]);
     return result;
@@ -372,8 +371,8 @@ class Step {
 
   void set_updates(const std::vector<PlainBlock>& blocks) {
     for (size_t i = 0; i < tensors_.size(); ++i) {
-      const Update u = sherman_morrison(param_groups_.hyper(i), corrections_[i], blocks[block_of(i)], options().gradient_form);
-      tensors_.record(i).update = {u.weight, u.gradient, u.moment};
+      tensors_.record(i).update =
+          sherman_morrison(param_groups_.hyper(i), corrections_[i], blocks[block_of(i)], options().gradient_form);
     }
   }
 
@@ -459,7 +458,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_property_readonly("fisher",
                              [](const PackedStep& packed) {
                                const char* const names[] = {"model", "group", "parameter"};
-                               return names[packed.options().fisher];
+                               return names[static_cast<int>(packed.options().fisher)];
                              })
       .def_property_readonly("max_grad_norm", [](const PackedStep& packed) { return packed.options().max_grad_norm; })
       .def_property_readonly("skip_nonfinite", [](const PackedStep& packed) { return packed.options().skip_nonfinite; })

@@ -8,14 +8,13 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cpu/kernels.h"
+#include "step/row.h"
 #include "step/solve.h"
 
 namespace sofim::cuda {
 
 constexpr int kThreads = 256;    // of a block
 constexpr int64_t kTile = 4096;  // elements that a block works on; a power of two, so that they share their index's upper half
-constexpr int kSums = kWW + 1;   // in the order of sofim::Sum
 constexpr int kBlocks = 2;       // on one multiprocessor, or more, which limits registers to 128 per thread at most
 constexpr int kSmall = 4096;     // bytes of arguments that every version takes
 constexpr int kLarge = 32764;    // bytes of arguments that CUDA takes from 12.1 on
@@ -46,7 +45,6 @@ struct Group {
 
 // What follows the sums of the tensors: nothing, or the coefficients of a step, plain or guarded.
 enum class Finish : uint8_t { none, plain, guarded };
-enum class Fisher : uint8_t { model, group, parameter };
 
 // What is to be done, the same for all tensors. Addresses are in the device's memory.
 struct alignas(16) Task {

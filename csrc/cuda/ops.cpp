@@ -133,7 +133,7 @@ Tensor dots(TensorList params, TensorList grads, TensorList exp_avgs, bool weigh
   Sweep sweep(tensors);
   sweep.form().l2 = weights;
   sweep.run(Pass::dots);
-  return weights ? sweep.sums({kMM, kMG, kGG, kMW, kGW, kWW}) : sweep.sums({kMM, kMG, kGG});
+  return weights ? sweep.sums({kMM, kMG, kMW, kGG, kGW, kWW}) : sweep.sums({kMM, kMG, kGG});
 }
 
 void commit(TensorList params, TensorList grads, TensorList exp_avgs, TensorList kahans, TensorList steps,

@@ -104,9 +104,7 @@ class Step {
     packed_.form.l2 = param_groups_.l2();
     packed_.form.gradient = options().gradient_form;
     Task& task = packed_.task;
-    task.fisher = options().fisher == Options::kModel   ? Fisher::model
-                  : options().fisher == Options::kGroup ? Fisher::group
-                                                    : Fisher::parameter;
+    task.fisher = options().fisher;
     task.gradient_form = options().gradient_form;
   }
 

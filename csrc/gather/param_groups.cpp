@@ -112,11 +112,11 @@ bool read_whole(PyObject* groups, Options& whole) {
   if (!whole.gradient_form && !is(numerator, "moment")) return false;
   PyObject* fisher = item(first, n.fisher);
   if (is(fisher, "model")) {
-    whole.fisher = Options::kModel;
+    whole.fisher = Fisher::model;
   } else if (is(fisher, "group")) {
-    whole.fisher = Options::kGroup;
+    whole.fisher = Fisher::group;
   } else if (is(fisher, "parameter")) {
-    whole.fisher = Options::kParameter;
+    whole.fisher = Fisher::parameter;
   } else {
     return false;
   }

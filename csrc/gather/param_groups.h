@@ -18,7 +18,7 @@ namespace sofim {
 // What holds for the optimizer as a whole.
 struct Options {
   bool gradient_form = false;
-  enum Fisher { kModel, kGroup, kParameter } fisher = kModel;
+  Fisher fisher = Fisher::model;
   std::optional<double> max_grad_norm;
   bool skip_nonfinite = false;
 

@@ -38,7 +38,7 @@ bool storage_type(at::ScalarType dtype, Type& type) {
   }
 }
 
-// Whether elements that correspond lie in the same order; dimensions of one element have no say.
+// Whether elements that correspond lie in the same order; size-1 dimensions are ignored.
 bool same_order(const at::Tensor& a, const at::Tensor& b) {
   const auto sizes = a.sizes(), left = a.strides(), right = b.strides();
   for (size_t i = 0; i < sizes.size(); ++i) {
@@ -177,26 +177,27 @@ const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at:
     }
   }
   record.numel = w.numel() * (w.is_complex() ? 2 : 1);
-  record.update.w = 1.0;
+  record.step = step.defined() ? static_cast<int64_t*>(step.mutable_data_ptr()) : nullptr;
+  record.ordinal = static_cast<uint32_t>(ordinal);
+  const auto address = [](const void* at) { return reinterpret_cast<uintptr_t>(at); };
+  record.aligned = (address(record.w) | address(record.g) | address(record.m) | address(record.kahan)) % 16 == 0;
   records_.push_back(record);
   members_.push_back({w.unsafeGetTensorImpl(), g.unsafeGetTensorImpl(), m.unsafeGetTensorImpl(),
                       kahan.defined() ? kahan.unsafeGetTensorImpl() : nullptr,
-                      step.defined() ? step.unsafeGetTensorImpl() : nullptr,
-                      step.defined() ? static_cast<int64_t*>(step.mutable_data_ptr()) : nullptr,
-                      static_cast<uint32_t>(ordinal)});
+                      step.defined() ? step.unsafeGetTensorImpl() : nullptr});
   tiling_.add(record.numel);
   const size_t place = records_.size() - 1;
   if (place >= known_.size()) known_.resize(place + 1);
   Known& known = known_[place];
   if (in_place && known.w == record.w && known.m == record.m && known.kahan == record.kahan &&
-      known.updates == members_.back().updates && known.numel == record.numel && known.w_type == record.w_type &&
+      known.step == record.step && known.numel == record.numel && known.w_type == record.w_type &&
       known.m_type == record.m_type) {
     if (known.g == record.g && known.g_type == record.g_type) return nullptr;  // else it may end elsewhere
   } else {
     moved_ = true;
   }
-  known = {record.w, record.g, record.m, record.kahan, members_.back().updates, record.numel, record.w_type,
-           record.g_type, record.m_type};
+  known = {record.w,     record.g,      record.m,      record.kahan, record.step,
+           record.numel, record.w_type, record.g_type, record.m_type};
   unsure_.push_back(place);
   return nullptr;
 }
@@ -259,13 +260,13 @@ bool StepTensors::is_written(const Range& range) const {
 void StepTensors::key_random_bits(int64_t ahead) {
   for (size_t i = 0; i < records_.size(); ++i) {
     if (records_[i].m_type == Type::bfloat16) {
-      records_[i].key = tensor_key(members_[i].ordinal, updates(i) + ahead);
+      records_[i].key = tensor_key(records_[i].ordinal, updates(i) + ahead);
     }
   }
 }
 
 void StepTensors::advance() {
-  for (Member& member : members_) ++*member.updates;
+  for (Row& record : records_) ++*record.step;
   bump_steps();
 }
 

@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/kernels.h"
-#include "cpu/parallel.h"
+#include "gather/tiling.h"
+#include "step/row.h"
 
 namespace sofim {
 
@@ -41,14 +41,14 @@ class StepTensors {
   const Tiling& tiling() const { return tiling_; }
   const Row* records() const { return records_.data(); }
   Row& record(size_t i) { return records_[i]; }
-  // Where the tensors lie; of no meaning without any.
+  // Where the tensors lie; undefined if there are none.
   at::Device device() const { return device_; }
-  uint32_t ordinal(size_t i) const { return members_[i].ordinal; }
+  uint32_t ordinal(size_t i) const { return records_[i].ordinal; }
 
   // Where tensor i's count of updates lies, on the tensors' device.
-  const int64_t* count(size_t i) const { return members_[i].updates; }
+  const int64_t* count(size_t i) const { return records_[i].step; }
   // The updates that tensor i has received. This, key_random_bits() and advance() are for tensors on the CPU.
-  int64_t updates(size_t i) const { return *members_[i].updates; }
+  int64_t updates(size_t i) const { return *records_[i].step; }
   // Keys the random bits of each tensor by its update number: updates received plus `ahead`.
   void key_random_bits(int64_t ahead);
   // Counts one more update of every tensor.
@@ -66,8 +66,6 @@ class StepTensors {
  private:
   struct Member {
     c10::TensorImpl *w, *g, *m, *kahan, *step;
-    int64_t* updates;
-    uint32_t ordinal;
   };
   struct Copied {
     at::Tensor home, copy;
@@ -79,7 +77,7 @@ class StepTensors {
   };
   // Where a tensor lay in the last step; numbers, which point to nothing.
   struct Known {
-    const void *w, *g, *m, *kahan, *updates;
+    const void *w, *g, *m, *kahan, *step;
     int64_t numel;
     Type w_type, g_type, m_type;
   };

@@ -1,5 +1,5 @@
 // The arithmetic of one element. Each formula stands here once, as a template: for a scalar, on host or device, and for
-// a vector of elements (csrc/cpu/vector.h). V is a real type, float or double or a vector of them; U a 32-bit
+// a vector of elements (csrc/cpu/lanes.h). V is a real type, float or double or a vector of them; U a 32-bit
 // unsigned integer or a vector of them.
 #pragma once
 
@@ -89,7 +89,7 @@ SOFIM_HD U mixed(U x) {
   return x ^ (x >> 16);
 }
 
-// The key of one tensor in one update (atomic_inc_acq_rel from 1).
+// The key of one tensor in one update (updates count from 1).
 SOFIM_HD uint32_t tensor_key(uint32_t ordinal, int64_t update) {
   return mixed(mixed(kSeed + ordinal * kWeyl) ^ static_cast<uint32_t>(update));
 }

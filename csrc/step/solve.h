@@ -11,6 +11,9 @@
 
 namespace sofim {
 
+// What one Fisher matrix spans.
+enum class Fisher : uint8_t { model, group, parameter };
+
 // A parameter group's hyperparameters.
 struct Hyper {
   double lr = 0.0;

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from sofim_fused import native
-from sofim_fused.backends import cpu, cuda
+from sofim_fused.backends import cpu, cuda, triton
 from sofim_fused.backends.interface import (
     Coefficients,
     Decay,
@@ -23,7 +23,6 @@ from sofim_fused.backends.interface import (
 )
 from sofim_fused.backends.reference import ReferencePasses
 from sofim_fused.backends.sequential import apart
-from sofim_fused.backends.triton import launch as triton_launch
 from sofim_fused.backends.triton.launch import capturing
 
 __all__ = [
@@ -48,7 +47,7 @@ __all__ = [
 _REGISTRY: dict[str, Callable[[torch.device], Passes | str]] = {
     "cpu": cpu.passes_for,
     "cuda": cuda.passes_for,
-    "triton": triton_launch.passes_for,
+    "triton": triton.passes_for,
     "reference": lambda device: ReferencePasses(),
 }
 NATIVE = "native"  # what fused=True asks for: the best backend that is not pure PyTorch

@@ -60,12 +60,15 @@ class Decay(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Dot products per tensor, each a float64 vector of n on the pass's device, or ``None`` where not asked for."""
+    """Dot products per tensor, each a float64 vector of n on the pass's device, or ``None`` where not asked for.
+
+    Wherever several of them are stored together they are in this order (in C++: ``enum Sum`` of ``csrc/step/row.h``).
+    """
 
     mm: Tensor
     mg: Tensor | None = None
-    gg: Tensor | None = None
     mw: Tensor | None = None
+    gg: Tensor | None = None
     gw: Tensor | None = None
     ww: Tensor | None = None
 
@@ -170,7 +173,7 @@ class Passes(Protocol):
     emulated: bool
 
     def accumulate(self, tensors: StepTensors, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
-        """Update m in place and return its sums: ``mm``, with ``decay.cross`` also ``mg`` (and ``mw``).
+        """Update m in place and return its sums: ``mm``, with ``decay.cross`` also ``mg``, and with L2 decay ``mw``.
 
         The sums are of m as stored. With ``gradient_step``, w then takes that step in the same sweep.
         Runs before ``steps`` advance: a rounding to bfloat16 is keyed by ``steps + 1``.
@@ -180,7 +183,7 @@ class Passes(Protocol):
         """Update w in place from m (and g, where a gradient coefficient is given)."""
 
     def dots(self, tensors: StepTensors, decay: Decay) -> Sums:
-        """Write nothing; return ``mm``, ``mg``, ``gg``, and with ``decay.weight`` also ``mw``, ``gw``, ``ww``."""
+        """Write nothing; return ``mm``, ``mg``, ``gg``, and with ``decay.weight`` also ``mw``, ``gw`` and ``ww``."""
 
     def commit(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients) -> None:
         """Update m with ``gain·g`` in the place of g, then w from the new m before its rounding, all in place.

@@ -24,9 +24,6 @@ from sofim_fused.backends.interface import (
 )
 
 NAMESPACE = "sofim_fused"
-# The rows of the operators' sums; the last ones only where they are asked for.
-ACCUMULATED = ("mm", "mg", "mw")
-DOTS = ("mm", "mg", "gg", "mw", "gw", "ww")
 
 
 class OperatorPasses:
@@ -66,7 +63,7 @@ class OperatorPasses:
             sums = self._ops.accumulate_step(
                 tensors.params, tensors.grads, tensors.exp_avgs, _kahans(tensors), *counts, *decay, *gradient_step
             )
-        return Sums(**dict(zip(ACCUMULATED, sums.unbind(), strict=False)))
+        return Sums(*sums.unbind())
 
     def apply(self, tensors: StepTensors, coefficients: Coefficients) -> None:
         self._ops.apply(
@@ -81,7 +78,10 @@ class OperatorPasses:
 
     def dots(self, tensors: StepTensors, decay: Decay) -> Sums:
         sums = self._ops.dots(tensors.params, tensors.grads, tensors.exp_avgs, decay.weight is not None)
-        return Sums(**dict(zip(DOTS, sums.unbind(), strict=False)))
+        if decay.weight is not None:
+            return Sums(*sums.unbind())
+        mm, mg, gg = sums.unbind()
+        return Sums(mm=mm, mg=mg, gg=gg)
 
     def commit(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients) -> None:
         self._ops.commit(

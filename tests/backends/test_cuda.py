@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sofim_fused import SOFIM, backends, native
-from sofim_fused.backends import cpu, cuda, reference
-from sofim_fused.backends.triton import launch as triton
+from sofim_fused.backends import cpu, cuda, reference, triton
 from tests.backends.support import launches, module
 from tests.support.problems import GUARDED, OPTIONS, give, mixed_problem, ready_problem, same_bits, snapshot
 from tests.support.runs import EMULATED

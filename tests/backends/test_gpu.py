@@ -13,9 +13,9 @@ from torch import nn
 
 from sofim_fused import SOFIM
 from tests.support.problems import GUARDED, OPTIONS, ready_problem, same_bits, snapshot
-from tests.support.runs import GPU_BACKENDS, NO_GPU, on_gpu
+from tests.support.runs import GPU_BACKENDS, on_gpu
 
-pytestmark = [pytest.mark.gpu, NO_GPU]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(params=GPU_BACKENDS)
@@ -204,6 +204,21 @@ def test_bits_do_not_depend_on_the_run(backend: str) -> None:
             optimizer.step()
         results.append(snapshot(optimizer))
     assert all(same_bits(results[0], other) for other in results[1:])
+
+
+@pytest.mark.usefixtures("launches")
+@pytest.mark.parametrize("options", [{}, GUARDED], ids=str)
+def test_more_tensors_than_a_launch_carries(backend: str, options: dict[str, Any]) -> None:
+    """The arguments of a launch of the CUDA backend have room for about 500."""
+    sizes = [1 + i % 37 for i in range(1100)]
+    results = []
+    for name in (backend, "reference"):
+        optimizer, _ = ready_problem(name, sizes, "cuda", **options)
+        for _ in range(3):
+            optimizer.step()
+        results.append(snapshot(optimizer))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_steps_follow_the_current_stream(backend: str) -> None:

@@ -24,7 +24,7 @@ from tests.backends.support import LEFT_TO_PYTHON, Subclass, Watching, set_grad
 from tests.support.problems import give, mixed_problem, same_bits, snapshot
 
 CPU = torch.device("cpu")
-TILE = 32_768  # kTile in csrc/cpu/kernels.h
+TILE = 32_768  # kTile in csrc/gather/tiling.h
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = native.cpu()
 pytestmark = pytest.mark.skipif(isinstance(MODULE, str), reason=f"{MODULE}")

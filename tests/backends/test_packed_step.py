@@ -1,4 +1,7 @@
-"""The table of a step's tensors, in C++ and in Python: what it says, what it declines, and that nothing is stale."""
+"""``sofim_fused._C.PackedStep``, the tensors of a whole step: what its rows say, and that nothing is stale.
+
+``test_packed_step_declined.py`` has the steps that it leaves to Python.
+"""
 
 from __future__ import annotations
 
@@ -13,148 +16,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.testing._internal.two_tensor import TwoTensor
 
 from sofim_fused import SOFIM, native
 from sofim_fused.backends.triton import pack
-from sofim_fused.step import gather
-from tests.backends.support import LEFT_TO_PYTHON, Subclass, Watching
+from tests.support.packed import TILE, check_everything, gathered, made, new, three
 from tests.support.problems import give, give_state, mixed_problem, same_bits, snapshot
 
-MODULE = native.cpu()
-TILE = 4
-PYTHON = ["python", "python-unwatched"]
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU")
-
-New = Callable[..., Any]
+pytestmark = pytest.mark.skipif(isinstance(native.cpu(), str), reason=str(native.cpu()))
 
 
-@pytest.fixture(params=["c++", *PYTHON])
-def new(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> New:
-    """Makes a table: in C++; in Python; in Python, with PyTorch's check of unchanged tensors not there."""
-    if request.param == "c++":
-        if isinstance(MODULE, str):
-            pytest.skip(MODULE)
-        return lambda tile=TILE: MODULE.PackedStep(tile)
-    if request.param == "python-unwatched":
-        monkeypatch.setattr(pack, "_watch", lambda tensors: None)
-    return lambda tile=TILE: pack.Table(tile)
-
-
-def made(params: list[Any], **options: Any) -> SOFIM:
-    """An optimizer with state for every parameter, its groups being ``params``."""
-    optimizer = SOFIM(params, backend="reference", **options)
-    give_state(optimizer)
-    return optimizer
-
-
-def three(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[SOFIM, list[nn.Parameter]]:
-    """An optimizer with three parameters, a square one and two vectors, in two groups, with gradients and state."""
-    generator = torch.Generator().manual_seed(1)
-    params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in ((4, 4), (40,), (7,))]
-    give(params, [torch.randn(p.shape, generator=generator).to(dtype) for p in params])
-    return made([{"params": params[:2]}, {"params": params[2:], "lr": 0.25}], **options), params
-
-
-def gathered(t: Any, optimizer: SOFIM) -> int | None:
-    changed: int | None = t.gather(optimizer.param_groups, optimizer.state)
-    return changed
-
-
-# What stands in a table
-
-
-def laid_like(x: Tensor, m: Tensor) -> Tensor:
-    """A copy of x in m's order of memory; in that of a contiguous tensor if there are gaps in m."""
-    dense = torch.empty_like(m)  # preserves strides only without gaps
-    order = m.stride() if dense.stride() == m.stride() else m.contiguous().stride()
-    return torch.empty_strided(x.shape, order, dtype=x.dtype).copy_(x.detach())
-
-
-def bytes_at(address: int, size: int) -> bytes:
-    return ctypes.string_at(address, size) if size else b""
-
-
-def same_strides(x: Tensor, y: Tensor) -> bool:
-    return all(a == b for size, a, b in zip(x.shape, x.stride(), y.stride(), strict=True) if size != 1)
-
-
-def check_addresses(row: list[int], tensors: list[Tensor | None], m: Tensor) -> None:
-    """What lies at the addresses are the tensors' values in one order; the tensors themselves where those have it."""
-    for address, x in zip(row, tensors, strict=True):
-        if x is None or x.numel() == 0:
-            assert address == 0
-            continue
-        expected = laid_like(x, m)
-        size = x.numel() * x.element_size()
-        assert bytes_at(address, size) == bytes_at(expected.data_ptr(), size)
-        as_it_is = same_strides(x, expected) and not x.is_conj() and not x.is_neg()
-        assert (address == x.data_ptr()) == as_it_is
-
-
-def expected_kind(w: Tensor, g: Tensor, m: Tensor, keeps: bool, row: list[int]) -> int:
-    names = {torch.complex64: "float32", torch.complex128: "float64"}
-    name = names.get(w.dtype, str(w.dtype).removeprefix("torch."))
-    kind = ["float32", "float64", "bfloat16", "float16"].index(name)
-    if w.element_size() == 2 and g.element_size() == 4:
-        kind += 4
-    if m.element_size() == 2:
-        kind += 8
-    if keeps:
-        kind += 16
-    if w.numel() and any(address % 16 for address in row[:4]):
-        kind += 32
-    return kind
-
-
-def check_everything(t: Any, optimizer: SOFIM, tile: int = TILE) -> None:
-    """All that a table says of an optimizer whose tensors it has just gathered."""
-    expected_rows = []
-    first = 0
-    rows = t.rows.tolist()
-    present, ordinal = [], 0
-    for index, group in enumerate(optimizer.param_groups):
-        for p in group["params"]:
-            if p.grad is not None:
-                known = optimizer.state[p]
-                keeps = p.dtype in (torch.bfloat16, torch.float16) and group["kahan"] is not False
-                row = rows[len(expected_rows)]
-                m = known["exp_avg"]
-                check_addresses(row[:4], [p, p.grad, m, known["kahan"] if keeps else None], m)
-                numel = p.numel() * (1 + p.is_complex())
-                kind = expected_kind(p, p.grad, m, keeps, row)
-                expected_rows.append([*row[:4], known["step"].data_ptr(), numel, ordinal, kind, index, first])
-                first += (numel + tile - 1) // tile if numel else 1
-                present.append(group)
-            ordinal += 1
-    assert rows == expected_rows
-    assert (t.rows.dtype, t.rows.shape, t.rows.device.type) == (torch.int64, (len(present), 10), "cpu")
-    assert t.rows.is_contiguous()
-    assert (t.size, t.tiles) == (len(present), first)
-    assert t.kinds == sorted({row[7] for row in rows})
-    assert t.device == (present[0]["params"][0].device if present else None)
-    hyper = []
-    for group in optimizer.param_groups:
-        lr, beta, decay = (
-            torch.as_tensor(group["lr"], dtype=torch.float64).item(),
-            group["momentum"],
-            group["weight_decay"],
-        )
-        decoupled, l2 = (decay, 0.0) if group["decoupled_weight_decay"] else (0.0, decay)
-        sign = -1.0 if group["maximize"] else 1.0
-        hyper.append([lr, beta, float(group["rho"]), decoupled, l2, sign, beta, (1 - beta) * sign, (1 - beta) * l2])
-    assert t.hyper.dtype == torch.float64
-    assert t.hyper.tolist() == hyper
-    whole = optimizer.param_groups[0]
-    assert t.gradient_form is (whole["numerator"] == "gradient")
-    assert (t.fisher, t.max_grad_norm) == (whole["fisher"], whole["max_grad_norm"])
-    assert t.skip_nonfinite is whole["skip_nonfinite"]
-    assert t.l2 is any(g["weight_decay"] and not g["decoupled_weight_decay"] for g in present)
-    assert t.decoupled is any(g["weight_decay"] and g["decoupled_weight_decay"] for g in present)
-    assert t.scalars == []
-
+# What the rows say
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -175,9 +46,7 @@ OPTIONS: list[dict[str, Any]] = [
     ],
     ids=str,
 )
-def test_rows_and_hyper(
-    new: New, dtypes: tuple[torch.dtype, ...], state_dtype: Any, decay: str, options: dict[str, Any]
-) -> None:
+def test_rows_and_hyper(dtypes: tuple[torch.dtype, ...], state_dtype: Any, decay: str, options: dict[str, Any]) -> None:
     """Over all layouts, with gradients that come late or rarely, in other strides, conjugated or wider."""
     problem = mixed_problem(dtypes, decay)
     optimizer = made(problem.groups, state_dtype=state_dtype, **options)
@@ -190,34 +59,7 @@ def test_rows_and_hyper(
         t.finish(True, True, True)
 
 
-def test_both_say_the_same() -> None:
-    """The same numbers and attributes, and the same account of what changed."""
-    if isinstance(MODULE, str):
-        pytest.skip(MODULE)
-    problem = mixed_problem((torch.bfloat16, torch.float32, torch.complex64), "l2")
-    optimizer = made(problem.groups, momentum=0.3, max_grad_norm=1.5)
-    both = [MODULE.PackedStep(TILE), pack.Table(TILE)]
-    for step, grads in zip(range(7), problem.gradients(), strict=False):
-        give(problem.params, grads)
-        optimizer.param_groups[step % 3]["lr"] = 0.1 + step // 3
-        changed = [gathered(t, optimizer) for t in both]
-        assert None not in changed
-        rows = [t.rows.clone() for t in both]
-        for row in zip(*rows, strict=True):  # but for where copies lie
-            at = [place for place in range(4) if row[0][place] != row[1][place]]
-            assert all(place in (pack.W, pack.G, pack.M) for place in at)
-        assert torch.equal(rows[0][:, pack.STEP :], rows[1][:, pack.STEP :])
-        assert same_bits([both[0].hyper], [both[1].hyper])
-        for name in ("size", "tiles", "kinds", "device", "gradient_form", "fisher", "max_grad_norm", "skip_nonfinite"):
-            assert getattr(both[0], name) == getattr(both[1], name)
-        assert (both[0].l2, both[0].decoupled) == (both[1].l2, both[1].decoupled) == (True, False)
-        # Copies may lie where the last ones did.
-        assert changed[0] | pack.POINTERS == changed[1] | pack.POINTERS
-        for t in both:
-            t.finish(True, True, True)
-
-
-def test_a_moment_with_gaps(new: New) -> None:
+def test_a_moment_with_gaps() -> None:
     optimizer, params = three()
     known = optimizer.state[params[0]]
     known["exp_avg"] = torch.arange(32.0).reshape(4, 8)[:, ::2]
@@ -237,7 +79,7 @@ VIEWS: dict[str, Callable[[Tensor, Tensor, SOFIM], None]] = {
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_negated_and_conjugated_tensors(new: New, name: str) -> None:
+def test_negated_and_conjugated_tensors(name: str) -> None:
     """Views whose bit is set, over the very memory of the tensor without it."""
     c, x = nn.Parameter(torch.randn(6, dtype=torch.complex64)), nn.Parameter(torch.randn(5))
     give([c, x], [torch.randn(6, dtype=torch.complex64), torch.randn(5)])
@@ -256,7 +98,7 @@ def test_negated_and_conjugated_tensors(new: New, name: str) -> None:
 
 
 @pytest.mark.parametrize("shift", ["w", "g", "m", "kahan", "nothing"])
-def test_kinds(new: New, shift: str) -> None:
+def test_kinds(shift: str) -> None:
     """Four types of weights, wider gradients, rounded moments, kept bits; any one address may be off."""
 
     def offset(x: Tensor, shifted: bool) -> Tensor:
@@ -292,7 +134,7 @@ def test_kinds(new: New, shift: str) -> None:
     assert [kind & 31 for kind in t.rows[:, pack.KIND].tolist()] == [kind % 16 + 8 for kind in narrow]
 
 
-def test_an_empty_tensor_has_a_tile_and_no_addresses(new: New) -> None:
+def test_an_empty_tensor_has_a_tile_and_no_addresses() -> None:
     params = [nn.Parameter(torch.zeros(n)) for n in (0, 3 * TILE, 0, 1)]
     give(params, [torch.zeros_like(p) for p in params])
     optimizer = made(params)
@@ -305,7 +147,7 @@ def test_an_empty_tensor_has_a_tile_and_no_addresses(new: New) -> None:
         check_everything(t, optimizer)
 
 
-def test_no_gradient_at_all(new: New) -> None:
+def test_no_gradient_at_all() -> None:
     optimizer, params = three()
     t = new()
     give(params, [None] * 3)
@@ -323,7 +165,7 @@ def test_no_gradient_at_all(new: New) -> None:
     check_everything(t, optimizer)
 
 
-def test_hyperparameters_as_tensors_on_the_cpu_are_read_each_time(new: New) -> None:
+def test_hyperparameters_as_tensors_on_the_cpu_are_read_each_time() -> None:
     optimizer, _ = three()
     lr = torch.tensor(0.5, requires_grad=True)
     optimizer.param_groups[0].update(lr=lr, rho=torch.tensor([2], dtype=torch.int64))
@@ -338,7 +180,7 @@ def test_hyperparameters_as_tensors_on_the_cpu_are_read_each_time(new: New) -> N
     assert gathered(t, optimizer) is None
 
 
-def test_a_tile_has_elements(new: New) -> None:
+def test_a_tile_has_elements() -> None:
     with pytest.raises(ValueError, match="tile: at least 1 element"):
         new(0)
     optimizer, _ = three()
@@ -452,7 +294,7 @@ CHANGES: dict[str, tuple[Callable[[SOFIM], object], int]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_nothing_is_stale(new: New, name: str) -> None:
+def test_nothing_is_stale(name: str) -> None:
     """After a few steps as usual; what is said to have changed is what has."""
     change, expected = CHANGES[name]
     optimizer, params = three()
@@ -476,7 +318,7 @@ def test_nothing_is_stale(new: New, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_was_shown_is_as_it_was_after_a_change_and_back(new: New, name: str) -> None:
+def test_what_was_shown_is_as_it_was_after_a_change_and_back(name: str) -> None:
     """A gather that is declined is none: what changed is told from the one before it."""
     optimizer, params = three()
     t = new()
@@ -495,7 +337,7 @@ def test_what_was_shown_is_as_it_was_after_a_change_and_back(new: New, name: str
     del kept
 
 
-def test_lost_bits_are_replaced(new: New) -> None:
+def test_lost_bits_are_replaced() -> None:
     optimizer, params = three(torch.bfloat16)
     t = new()
     gathered(t, optimizer)
@@ -516,245 +358,13 @@ def test_lost_bits_are_replaced(new: New) -> None:
     assert gathered(t, optimizer) is None
 
 
-def test_a_limit_that_moves_is_no_other_layout(new: New) -> None:
+def test_a_limit_that_moves_is_no_other_layout() -> None:
     optimizer, _ = three(max_grad_norm=1.0)
     t = new()
     gathered(t, optimizer)
     _set_all(max_grad_norm=2.0)(optimizer)
     assert gathered(t, optimizer) == 0
     assert t.max_grad_norm == 2.0
-
-
-# What is declined
-
-
-class Quiet(TorchFunctionMode):
-    """Would see every function of torch that is called."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise AssertionError(func)
-
-
-def _given(name: str, make: Callable[[Tensor], Any]) -> Callable[[SOFIM], None]:
-    """Replace a tensor of the second group's first parameter."""
-
-    def change(optimizer: SOFIM) -> None:
-        p = optimizer.param_groups[1]["params"][0]
-        if name == "grad":
-            p.grad_dtype = None
-            p.grad = make(p.grad)
-        elif name == "w":
-            p.data = make(p.data)
-        else:
-            optimizer.state[p][name] = make(optimizer.state[p][name])
-
-    return change
-
-
-def _data_of(name: str, make: Callable[[Tensor], Any]) -> Callable[[SOFIM], None]:
-    """Give the very same tensor other data."""
-
-    def change(optimizer: SOFIM) -> None:
-        p = optimizer.param_groups[1]["params"][0]
-        x = {"w": p, "grad": p.grad}.get(name, optimizer.state[p].get(name))
-        x.data = make(x.data)
-
-    return change
-
-
-def _without_memory(x: Tensor) -> Tensor:
-    """A view into storage that was given up: its address is its offset."""
-    view = torch.ones(x.numel() + 3)[3:]
-    view.untyped_storage().resize_(0)
-    return view
-
-
-class Dispatching(Tensor):
-    """Has memory of its own, and ways of its own as well."""
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise AssertionError(func)
-
-
-def _dispatching(x: Tensor) -> Tensor:
-    made: Tensor = Tensor._make_subclass(Dispatching, x)
-    return made
-
-
-def _fake(x: Tensor) -> Any:
-    with FakeTensorMode():
-        return torch.ones(x.shape)
-
-
-def _meta_parameter(optimizer: SOFIM) -> None:
-    p = nn.Parameter(torch.ones(3, device="meta"))
-    p.grad = torch.ones(3, device="meta")
-    optimizer.param_groups[1]["params"].append(p)
-    optimizer.state[p] = {"exp_avg": torch.ones(3, device="meta"), "step": torch.tensor(1, device="meta")}
-
-
-DECLINED: dict[str, Callable[[SOFIM], object]] = {
-    **LEFT_TO_PYTHON,
-    "no group": lambda optimizer: optimizer.param_groups.clear(),
-    "a group that is none": lambda optimizer: optimizer.param_groups.append("group"),
-    "parameters in a tuple": lambda o: o.param_groups[1].update(params=tuple(o.param_groups[1]["params"])),
-    "no parameters": lambda optimizer: optimizer.param_groups[1].pop("params"),
-    "no kahan": lambda optimizer: optimizer.param_groups[1].pop("kahan"),
-    "no fisher": lambda optimizer: [group.pop("fisher") for group in optimizer.param_groups],
-    "lr on a device without memory": lambda o: o.param_groups[1].update(lr=torch.ones((), device="meta")),
-    "lr is a string of digits": lambda o: o.param_groups[0].update(lr="1"),
-    "rho is too small": lambda o: o.param_groups[0].update(rho=torch.tensor(1e-31)),
-    "max_grad_norm is a tensor": lambda o: [g.update(max_grad_norm=torch.tensor(1.0)) for g in o.param_groups],
-    "max_grad_norm is NaN": lambda o: [g.update(max_grad_norm=float("nan")) for g in o.param_groups],
-    "a state that is none": lambda o: o.state.__setitem__(o.param_groups[1]["params"][0], "state"),
-    "a count of two": _given("step", lambda x: torch.ones(2, dtype=torch.int64)),
-    "a count of two, in place": _data_of("step", lambda x: torch.ones(2, dtype=torch.int64)),
-    "a count of float64, in place": _data_of("step", lambda x: x.view(torch.float64)),
-    "a moment of another shape, in place": _data_of("exp_avg", lambda x: x.view(1, -1)),
-    "a shorter moment, in place": _data_of("exp_avg", lambda x: x[:-1]),
-    "a moment of another dtype, in place": _data_of("exp_avg", lambda x: x.view(torch.int32)),
-    "a parameter of another shape, in place": _data_of("w", lambda x: x.view(-1, 1)),
-    "a shorter parameter, in place": _data_of("w", lambda x: x[:-1]),
-    "a gradient of another shape, in place": _data_of("grad", lambda x: x.view(1, -1)),
-    "a gradient of another dtype, in place": _data_of("grad", lambda x: x.view(torch.int32)),
-    "a nested gradient, in place": _data_of(
-        "grad", lambda x: torch.nested.nested_tensor([torch.ones(2), torch.ones(5)], layout=torch.jagged)
-    ),
-    "a gradient without memory": _given("grad", _without_memory),
-    "a gradient without memory, in place": _data_of("grad", _without_memory),
-    "a parameter without memory": lambda o: o.param_groups[1]["params"][0].untyped_storage().resize_(0),
-    "a moment without memory": _given("exp_avg", _without_memory),
-    "a gradient of zeros that are nowhere": _given("grad", lambda x: torch._efficientzerotensor(x.shape)),
-    "a fake gradient": _given("grad", _fake),
-    "a moment with ways of its own": _given("exp_avg", lambda x: TwoTensor(x, x.clone())),
-    "a gradient with ways of its own": _given("grad", lambda x: TwoTensor(x, x.clone())),
-    "a moment with memory and ways of its own": _given("exp_avg", _dispatching),
-    "a gradient with memory and ways of its own": _given("grad", _dispatching),
-    "lr with ways of its own": lambda o: o.param_groups[1].update(lr=_dispatching(torch.ones(()))),
-    "an inference tensor": _given("exp_avg", lambda x: torch.inference_mode()(torch.zeros_like)(x)),
-    "parameters on several devices": _meta_parameter,
-}
-
-
-@pytest.mark.parametrize("seasoned", [False, True], ids=["first", "later"])
-@pytest.mark.parametrize("name", DECLINED)
-def test_what_is_declined_is_left_alone(new: New, name: str, seasoned: bool) -> None:
-    """At the first gather and at a later one; no value, no version and nothing that the table says is another."""
-    params = [nn.Parameter(torch.linspace(-1, 1, n)) for n in (5, 40)]
-    give(params, [torch.full_like(p, 0.5) for p in params])
-    optimizer = made([{"params": [p]} for p in params])
-    t = new()
-    if seasoned:
-        for _ in range(2):
-            assert gathered(t, optimizer) is not None
-            t.finish(True, True, True)
-    DECLINED[name](optimizer)
-    states = [optimizer.state.get(p) for p in params]
-    tensors = [*params, *(x for known in states if isinstance(known, dict) for x in known.values())]
-    tensors = [x for x in tensors if type(x) in (Tensor, nn.Parameter) and x.untyped_storage().nbytes()]
-    tensors = [x for x in tensors if x.device.type == "cpu" and not x.is_inference()]
-    before, versions = [x.detach().clone() for x in tensors], [x._version for x in tensors]
-    shown = [(t.size, t.tiles, t.rows.clone(), t.hyper.clone())] if seasoned else []
-    assert gathered(t, optimizer) is None
-    assert gathered(t, optimizer) is None
-    t.finish(True, True, True)
-    assert same_bits(before, [x.detach() for x in tensors])
-    assert versions == [x._version for x in tensors]
-    for size, count, rows, hyper in shown:
-        assert (size, count) == (t.size, t.tiles)
-        assert torch.equal(rows, t.rows)
-        assert torch.equal(hyper, t.hyper)
-
-
-@pytest.mark.parametrize("groups", [None, (), "groups", {"params": []}], ids=str)
-def test_groups_and_state_of_other_types(new: New, groups: Any) -> None:
-    optimizer, _ = three()
-    t = new()
-    assert t.gather(groups, optimizer.state) is None
-    assert t.gather(optimizer.param_groups, None) is None
-    assert t.gather(optimizer.param_groups, list(optimizer.state.items())) is None
-
-
-@pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake"])
-def test_tensors_without_memory(new: New, fake: bool) -> None:
-    """All of them on one device, but on none that has addresses."""
-    with FakeTensorMode() if fake else torch.device("meta"):
-        p = nn.Parameter(torch.ones(3))
-        p.grad = torch.ones(3)
-        optimizer = made([p])
-    assert gathered(new(), optimizer) is None
-
-
-def test_modes_that_watch_operators_see_them(new: New) -> None:
-    optimizer, _ = three()
-    t = new()
-    gathered(t, optimizer)
-    with Watching():
-        assert gathered(t, optimizer) is None
-    assert gathered(t, optimizer) == 0
-
-
-def test_modes_that_watch_functions_see_nothing(new: New) -> None:
-    """Nor do subclasses without dispatch of their own, which are as good as tensors."""
-    optimizer, params = three()
-    params[0].grad = params[0].grad.as_subclass(Subclass)  # type: ignore[union-attr]
-    params[1].grad = torch.ones(80)[::2]
-    t = new()
-    with Quiet():
-        for _ in range(2):
-            assert t.gather(optimizer.param_groups, optimizer.state) is not None
-            t.finish(True, True, True)
-    gathered(t, optimizer)
-    check_everything(t, optimizer)
-
-
-def test_transformed_tensors(new: New) -> None:
-    """Inside of vmap and grad, what looks like a tensor stands for others."""
-    optimizer, params = three()
-    t = new()
-    gathered(t, optimizer)
-    answers = []
-
-    def with_moment(x: Tensor) -> Tensor:
-        optimizer.state[params[1]]["exp_avg"] = x
-        answers.append(gathered(t, optimizer))
-        return x.sum()
-
-    torch.func.grad(with_moment)(torch.ones(40))
-    torch.vmap(with_moment)(torch.ones(3, 40))
-    assert answers == [None, None]
-
-
-def test_inference_tensors(new: New) -> None:
-    """In inference mode they can be updated, outside of it not."""
-    t = new()
-    with torch.inference_mode():
-        p = nn.Parameter(torch.ones(20), requires_grad=False)
-        p.grad = torch.ones(20)
-        optimizer = SOFIM([p], backend="reference")
-        optimizer.step()
-        assert gathered(t, optimizer) is not None
-        t.finish(True, True, True)
-        assert gathered(t, optimizer) == 0
-    assert gathered(t, optimizer) is None
-    ordinary = nn.Parameter(torch.ones(20))
-    ordinary.grad = torch.ones(20)
-    memory = t.rows.data_ptr()
-    assert gathered(t, made([ordinary])) is not None
-    assert t.rows.data_ptr() == memory
-    assert [x.is_inference() for x in (t.rows, t.hyper)] == [False, False]
-
-
-def test_a_parameter_without_a_gradient_may_lie_anywhere(new: New) -> None:
-    optimizer, _ = three()
-    optimizer.param_groups[0]["params"].insert(1, nn.Parameter(torch.ones(3, device="meta")))
-    t = new()
-    for _ in range(2):
-        assert gathered(t, optimizer) is not None
-        check_everything(t, optimizer)
-    optimizer.param_groups[0]["params"][1] = nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2)))
-    assert gathered(t, optimizer) is None
 
 
 # finish
@@ -766,7 +376,7 @@ def write(address: int, values: list[float]) -> None:
 
 
 @pytest.mark.parametrize(("weights", "moments"), [(True, True), (True, False), (False, True), (False, False)])
-def test_copies_go_home(new: New, weights: bool, moments: bool) -> None:
+def test_copies_go_home(weights: bool, moments: bool) -> None:
     """A sliced parameter and a moment with gaps: what a pass writes in their place arrives, and only if it wrote."""
     p = nn.Parameter(torch.zeros(3, 8)[:, ::2])
     q = nn.Parameter(torch.zeros(3, 4))
@@ -787,11 +397,11 @@ def test_copies_go_home(new: New, weights: bool, moments: bool) -> None:
         there = torch.tensor(values).view(3, 4)
         assert torch.equal(p, there) == weights
         assert torch.equal(optimizer.state[q]["exp_avg"], there) == moments
-        assert torch.equal(q, there)  # these lie where the table says
+        assert torch.equal(q, there)  # these lie where the rows say
         assert torch.equal(optimizer.state[p]["exp_avg"], there)
 
 
-def test_lost_bits_go_home(new: New) -> None:
+def test_lost_bits_go_home() -> None:
     p = nn.Parameter(torch.zeros(6, dtype=torch.bfloat16))
     p.grad = torch.ones(6, dtype=torch.bfloat16)
     optimizer = made([p])
@@ -810,7 +420,7 @@ def test_lost_bits_go_home(new: New) -> None:
 @pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("moments", [False, True])
 @pytest.mark.parametrize("steps", [False, True])
-def test_version_counters(new: New, weights: bool, moments: bool, steps: bool) -> None:
+def test_version_counters(weights: bool, moments: bool, steps: bool) -> None:
     """Each tensor's rises if it was written, so that autograd notices."""
     optimizer, params = three(torch.bfloat16)
     t = new()
@@ -829,7 +439,7 @@ def test_version_counters(new: New, weights: bool, moments: bool, steps: bool) -
     assert versions() == before
 
 
-def test_autograd_notices(new: New) -> None:
+def test_autograd_notices() -> None:
     optimizer, params = three()
     loss = params[1].square().sum()
     t = new()
@@ -839,9 +449,9 @@ def test_autograd_notices(new: New) -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("end", ["finish", "gather", "declined gather", "table gone"])
-def test_gradients_are_held_until_finish(new: New, end: str) -> None:
-    """From gather on the table keeps them alive, and copies as well; then it lets go of all of them."""
+@pytest.mark.parametrize("end", ["finish", "gather", "declined gather", "packed step gone"])
+def test_gradients_are_held_until_finish(end: str) -> None:
+    """From gather on they are kept alive, and copies as well; then it lets go of all of them."""
     optimizer, params = three()
     t = new()
     for _ in range(2):
@@ -870,7 +480,7 @@ def test_gradients_are_held_until_finish(new: New, end: str) -> None:
     assert moment() is None
 
 
-def test_a_gradient_dies_after_finish(new: New) -> None:
+def test_a_gradient_dies_after_finish() -> None:
     optimizer, params = three()
     params[1].grad = torch.ones(80)[::2]
     t = new()
@@ -882,7 +492,7 @@ def test_a_gradient_dies_after_finish(new: New) -> None:
     assert [ref() for ref in refs] == [None] * 3
 
 
-def test_a_callback_may_come_back(new: New) -> None:
+def test_a_callback_may_come_back() -> None:
     """What goes may run code that asks for another gather."""
     optimizer, params = three()
     t = new()
@@ -897,52 +507,11 @@ def test_a_callback_may_come_back(new: New) -> None:
     check_everything(t, optimizer)
 
 
-# The table of lists of tensors
-
-
-def test_laid_out() -> None:
-    """What the eager passes hand over: real views, on any of the layouts."""
-    problem = mixed_problem((torch.bfloat16, torch.float32, torch.complex64), "none")
-    optimizer = made(problem.groups)
-    grads = next(problem.gradients())
-    give(problem.params, [torch.ones_like(p) if g is None else g for p, g in zip(problem.params, grads, strict=True)])
-    (device, entries), *others = gather.by_device(gather.with_gradients(optimizer.param_groups))
-    assert not others
-    lists = gather.lay_out(device, entries, optimizer.param_groups, optimizer.state)
-    laid = pack.lay_out(
-        lists.params, lists.grads, lists.exp_avgs, lists.kahans, lists.steps, [7 * i for i in lists.ordinals], TILE
-    )
-    rows = laid.rows.tolist()
-    first = 0
-    for i, (row, w, g, m, kahan, step) in enumerate(
-        zip(rows, lists.params, lists.grads, lists.exp_avgs, lists.kahans, lists.steps, strict=True)
-    ):
-        check_addresses(row[:4], [w, g, m, kahan], m)
-        kind = expected_kind(w, g, m, kahan is not None, row)
-        assert row[4:] == [step.data_ptr(), w.numel(), 7 * i, kind, i, first]
-        first += max(1, -(-w.numel() // TILE))
-    assert (laid.tiles, laid.kinds) == (first, sorted({row[7] for row in rows}))
-    assert laid.copies
-    before = snapshot(optimizer)
-    versions = [x._version for x in (*lists.params, *lists.exp_avgs, *lists.steps)]
-    laid.finish(True, True, True)
-    assert same_bits(before, snapshot(optimizer))
-    raised = [x._version for x in (*lists.params, *lists.exp_avgs, *lists.steps)]
-    assert all(now > was for now, was in zip(raised, versions, strict=True))
-
-
-def test_nothing_laid_out() -> None:
-    laid = pack.lay_out([], [], [], [], [], [], TILE)
-    assert (laid.rows.shape, laid.kinds, laid.tiles) == ((0, 10), [], 0)
-    laid.finish(True, True, True)
-
-
 # On a GPU
 
 
 @pytest.mark.gpu
-@NO_GPU
-def test_on_a_gpu(new: New) -> None:
+def test_on_a_gpu() -> None:
     """Addresses on the device, copies there, and hyperparameters that are not read."""
     params = [nn.Parameter(torch.zeros(n, device="cuda")) for n in (5, 40)]
     give(params, [torch.ones(5, device="cuda"), torch.ones(80, device="cuda")[::2]])

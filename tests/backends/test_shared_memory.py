@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from sofim_fused import SOFIM, native
 from sofim_fused.backends import memory
-from sofim_fused.backends.triton import pack
 from tests.support.problems import give_state
 from tests.support.runs import EMULATED, INTERPRETED, Run, once
 
@@ -369,23 +368,21 @@ def _native_step() -> Callable[[SOFIM], bool]:
     return lambda optimizer: step(optimizer.param_groups, optimizer.state) is not None
 
 
-def _native_table() -> Callable[[SOFIM], bool]:
+def _packed_step() -> Callable[[SOFIM], bool]:
     module = native.cpu()
     if isinstance(module, str):
         pytest.skip(module)
-    return _gathers(module.PackedStep(1_024))
+    packed = module.PackedStep(1_024)
 
-
-def _gathers(made: Any) -> Callable[[SOFIM], bool]:
     def gathers(optimizer: SOFIM) -> bool:
-        changed = made.gather(optimizer.param_groups, optimizer.state)
-        made.finish(False, False, False)
+        changed = packed.gather(optimizer.param_groups, optimizer.state)
+        packed.finish(False, False, False)
         return changed is not None
 
     return gathers
 
 
-WHOLE = {"step": _native_step, "table": _native_table, "table-in-python": lambda: _gathers(pack.Table(1_024))}
+WHOLE = {"step": _native_step, "packed": _packed_step}
 
 
 def optimizer_of(shared: Shared) -> SOFIM:

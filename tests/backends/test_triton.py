@@ -20,15 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from sofim_fused import SOFIM, backends, native
-from sofim_fused.backends.triton import launch as triton
-from sofim_fused.backends.triton import pack
-from tests.support.problems import GUARDED, OPTIONS, give, give_state, mixed_problem, ready_problem, same_bits, snapshot
+from sofim_fused.backends import triton
+from sofim_fused.backends.triton import launch, pack, passes, step, workspace
+from tests.support.problems import OPTIONS, give, give_state, mixed_problem, ready_problem, same_bits, snapshot
 from tests.support.runs import INTERPRETED, RUNS, once
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")
 DEVICE = "cpu" if INTERPRETED else "cuda"
 runs_kernels = pytest.mark.skipif(not INTERPRETED, reason="runs with TRITON_INTERPRET=1 (make interpreter)")
+whole_steps = pytest.mark.skipif(
+    not INTERPRETED or isinstance(native.cpu(), str),
+    reason="runs with TRITON_INTERPRET=1 (make interpreter), and takes the native part",
+)
 
 
 made = partial(ready_problem, "triton")
@@ -39,15 +43,18 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts launches, by kernel."""
     counts: Counter[str] = Counter()
     for name in ("launch_first", "launch_second", "launch_single"):
-        monkeypatch.setattr(triton, name, _counting(name, getattr(triton, name), counts))
+        counting = _counting(getattr(launch, name), counts)
+        for user in (launch, passes):
+            if hasattr(user, name):
+                monkeypatch.setattr(user, name, counting)
     return counts
 
 
-def _counting(name: str, launch: Callable[..., None], counts: Counter[str]) -> Callable[..., None]:
+def _counting(launched: Callable[..., None], counts: Counter[str]) -> Callable[..., None]:
     def counted(kernels: Any, *args: Any, **kwargs: Any) -> None:
         spies = {which: _Counted(which, getattr(kernels, which), counts) for which in ("first", "second", "single")}
         spied = SimpleNamespace(**{**vars(kernels), **spies})
-        launch(spied, *args, **kwargs)
+        launched(spied, *args, **kwargs)
 
     return counted
 
@@ -57,14 +64,14 @@ class _Counted:
         self.name, self.kernel, self.counts = name, kernel, counts
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> None:
+        def launched(*args: Any, **kwargs: Any) -> None:
             self.counts[self.name] += 1
             self.kernel[grid](*args, **kwargs)
 
-        return launch
+        return launched
 
 
-@runs_kernels
+@whole_steps
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_step_is_one_launch_or_two(
     options: dict[str, Any], launches: Counter[str], monkeypatch: pytest.MonkeyPatch
@@ -87,7 +94,7 @@ def test_a_pass_is_one_launch(options: dict[str, Any], launches: Counter[str]) -
     assert launches == {"first": 1, "second": 1}
 
 
-@runs_kernels
+@whole_steps
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("fisher", ["model", "group", "parameter"])
 def test_one_launch_two_launches_and_the_passes_take_the_same_step(
@@ -153,19 +160,19 @@ def test_what_a_step_saw_stays() -> None:
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of elements of every table that is sent to the device."""
+    """The numbers of elements of everything that is sent to the device."""
     sizes: list[int] = []
-    send = triton._sent
+    send = workspace.send
 
     def noted(values: Tensor, to: Tensor, pinned: Tensor | None = None) -> Tensor:
         sizes.append(values.numel())
         return send(values, to, pinned)
 
-    monkeypatch.setattr(triton, "_sent", noted)
+    monkeypatch.setattr(workspace, "send", noted)
     return sizes
 
 
-@runs_kernels
+@whole_steps
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_tables_are_sent_only_when_something_changed(options: dict[str, Any], sent: list[int]) -> None:
     optimizer, params = made([3, 5000], **options)
@@ -188,36 +195,41 @@ def test_tables_are_sent_only_when_something_changed(options: dict[str, Any], se
         assert sent == [2 * pack.HYPERS]
 
 
-@runs_kernels
+@whole_steps
 def test_nothing_is_allocated_once_the_tables_exist() -> None:
     optimizer, _ = made([3, 5000])
     optimizer.step()
     optimizer.step()
-    step: Any = optimizer._step_in_one_call
-    sheet = step._sheet
-    memory = [x.data_ptr() for x in (sheet.rows, sheet.hyper, sheet.work, sheet.counters, sheet.tile_of)]
+    taken: Any = optimizer._step_in_one_call
+    used = taken._workspace
+    memory = [x.data_ptr() for x in (used.rows, used.hyper, used.work, used.counters, used.tile_of)]
     optimizer.step()
-    assert step._sheet is sheet
-    assert memory == [x.data_ptr() for x in (sheet.rows, sheet.hyper, sheet.work, sheet.counters, sheet.tile_of)]
-    assert not sheet.counters[:-1].any()  # ready for the next launch
+    assert taken._workspace is used
+    assert memory == [x.data_ptr() for x in (used.rows, used.hyper, used.work, used.counters, used.tile_of)]
+    assert not used.counters[:-1].any()  # ready for the next launch
 
 
-@runs_kernels
-def test_a_graph_has_tables_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eager steps after a capture write into other tables than a replay reads."""
+def _captures(monkeypatch: pytest.MonkeyPatch, capturing: bool) -> None:
+    for user in (step, passes):
+        monkeypatch.setattr(user, "capturing", lambda: capturing)
+
+
+@whole_steps
+def test_a_graph_has_a_workspace_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager steps after a capture write into other memory than a replay reads."""
     optimizer, params = made([3, 50], capturable=True)
-    monkeypatch.setattr(triton, "capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="whole steps alone"):  # no state yet: by the passes
+    _captures(monkeypatch, True)
+    with pytest.raises(RuntimeError, match="whole steps only"):  # no state yet: by the passes
         optimizer.step()
-    monkeypatch.setattr(triton, "capturing", lambda: False)
+    _captures(monkeypatch, False)
     optimizer.step()
     optimizer.step()
-    step: Any = optimizer._step_in_one_call
-    eager = step._sheet
-    monkeypatch.setattr(triton, "capturing", lambda: True)
+    taken: Any = optimizer._step_in_one_call
+    eager = taken._workspace
+    _captures(monkeypatch, True)
     optimizer.step()
-    (captured,) = step._captured
-    assert step._sheet is eager
+    (captured,) = taken._captured
+    assert taken._workspace is eager
     for name in ("rows", "hyper", "work", "counters"):
         assert getattr(captured, name).data_ptr() != getattr(eager, name).data_ptr()
     assert captured.tile_of is eager.tile_of
@@ -226,28 +238,30 @@ def test_a_graph_has_tables_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     params[0].grad = None
     with pytest.raises(RuntimeError, match="take one with the same gradients present"):
         optimizer.step()
-    monkeypatch.setattr(triton, "capturing", lambda: False)
+    _captures(monkeypatch, False)
     optimizer.step()
 
 
 @runs_kernels
-def test_either_table_serves() -> None:
-    """The one in Python and the one in C++."""
-    if isinstance(native.cpu(), str):
-        pytest.skip(f"the native part is not in use: {native.cpu()}")
-    results = []
-    for new_table in (pack.Table, native.cpu().PackedStep):  # type: ignore[union-attr]
-        problem = mixed_problem((torch.float32, torch.bfloat16), "l2")
-        optimizer = SOFIM(problem.groups, backend="triton", **GUARDED)
-        step = triton.TritonStep(optimizer._native_step()._kernels, True, new_table)  # type: ignore[attr-defined]
-        optimizer._step_in_one_call = step
-        gradients = problem.gradients()
-        for _ in range(6):
-            give(problem.params, next(gradients))
-            optimizer.step()
-        assert step._sheet is not None
-        results.append(snapshot(optimizer))
-    assert same_bits(*results)
+def test_without_the_native_part_steps_run_by_the_passes(
+    launches: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come to the same; a capture is refused with the reason, and changes nothing."""
+    with_native, _ = made([3, 5000])
+    monkeypatch.setattr(native, "cpu", lambda: "the native part was not built: no compiler")
+    optimizer, _ = made([3, 5000], capturable=True)
+    for _ in range(3):
+        with_native.step()
+        launches.clear()
+        optimizer.step()
+        assert launches == {"first": 1, "second": 1}
+    for a, b in zip(snapshot(with_native), snapshot(optimizer), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    before = snapshot(optimizer)
+    _captures(monkeypatch, True)
+    with pytest.raises(RuntimeError, match=r"takes the native part .*no compiler.*: build it with pip install"):
+        optimizer.step()
+    assert same_bits(before, snapshot(optimizer))
 
 
 @runs_kernels
@@ -291,7 +305,8 @@ def test_the_interpreter_is_taken_by_name_alone() -> None:
 def test_the_environment_chooses_for_a_whole_process() -> None:
     """Kernels are interpreted where the variable was set before Python started, and nowhere else."""
     code = (
-        "import torch; from sofim_fused.backends import triton; found = triton._kernels_for(torch.device('cpu')); "
+        "import torch; from sofim_fused.backends.triton import launch\n"
+        "found = launch.kernels_for(torch.device('cpu'))\n"
         "print('none' if isinstance(found, str) else 'interpreter' if found[1] else 'GPU')\n"
         "from sofim_fused import SOFIM; p = torch.nn.Parameter(torch.ones(2)); print(SOFIM([p]).backends)"
     )
@@ -308,9 +323,9 @@ def test_the_environment_chooses_for_a_whole_process() -> None:
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
-    triton._kernels_for.cache_clear()
+    launch.kernels_for.cache_clear()
     yield
-    triton._kernels_for.cache_clear()
+    launch.kernels_for.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh")
@@ -331,7 +346,7 @@ def test_a_triton_that_does_not_fit_is_a_reason(
             raise version
         return SimpleNamespace(__version__=version)
 
-    monkeypatch.setattr(triton.importlib, "import_module", module)
+    monkeypatch.setattr(launch.importlib, "import_module", module)
     reason = triton.passes_for(CPU)
     assert isinstance(reason, str)
     assert re.search(message, reason)

@@ -23,6 +23,7 @@ from bench.convergence import __main__ as command
 from bench.convergence import compare, regime, sensitivity
 from bench.convergence import store as store_module
 from bench.convergence.contenders import CONFIGURATIONS, CONTENDERS, PERIOD, gradients_by, layers, memory
+from bench.convergence.pool import run_missing
 from bench.convergence.store import Store
 from bench.convergence.tasks import CONTEXT, TASKS, Size, Split, Targets, docstrings
 from bench.convergence.training import Job, Outcome, Point, hessian_cost, loss_of, prepare, train
@@ -299,6 +300,22 @@ def test_a_store_keeps_what_was_added(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [machine["cpu"] == "another" for machine in last.machines] == [False, True]
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_store_tells_how_many_threads_there_were(threads: int, tmp_path: Path) -> None:
+    """Runs of a pool have one each, whatever PyTorch has here; others have what it has."""
+    store, pooled = Store(tmp_path / "a.jsonl"), Store(tmp_path / "b.jsonl")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        store.add("one", 1)
+        run_missing({"one": "1"}, int, pooled, 1, "title", QUIET)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+        store.close()
+    assert [machine["threads"] for machine in (*store.machines, *pooled.machines)] == [threads, 1]
+
+
 def test_a_torn_line_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     store = Store(path)
@@ -361,6 +378,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         time.sleep(0.05)
     written = path.read_bytes()
     assert len(Store(path)) < 2 * CONFIGURATIONS
+    assert [machine["threads"] for machine in Store(path).machines] == [1]  # of each process
 
     # The same here, without the time that processes take to start.
     monkeypatch.setattr(compare, "CONTENDERS", {name: CONTENDERS[name] for name in ("sofim", "sgd")})
@@ -378,8 +396,6 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_failure_is_reported_and_what_was_done_is_kept(tmp_path: Path) -> None:
-    from bench.convergence.pool import run_missing
-
     store = Store(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match="invalid literal"):
         run_missing({"a": "1", "b": "x", "c": "3"}, int, store, 1, "title", QUIET)

@@ -52,16 +52,16 @@ def test_a_kernel_is_as_it_should_be(name: str, target: str) -> None:
 
 
 MASK = [
-    ("x = _load_full(pointer, lanes)", "x = _load_full(pointer, lanes, left)"),
-    ("def _load_full(pointer, lanes):", "def _load_full(pointer, lanes, left):"),
-    ("return tl.load(pointer + lanes)\n", "return tl.load(pointer + lanes, mask=lanes < left, other=0.0)\n"),
+    ("x = _load_full(pointer, offsets)", "x = _load_full(pointer, offsets, left)"),
+    ("def _load_full(pointer, offsets):", "def _load_full(pointer, offsets, left):"),
+    ("return tl.load(pointer + offsets)\n", "return tl.load(pointer + offsets, mask=offsets < left, other=0.0)\n"),
 ]
 NO_HINT = [("    if not UNALIGNED:\n        pointer = tl.multiple_of(pointer, 16)\n", "")]
 READ_TWICE = [
     (
-        "    g = _load(_gradients(row, at, KIND), lanes, left, KIND, FULL)\n    if L2 or GRADIENT:",
-        "    g = _load(_gradients(row, at, KIND), lanes, left, KIND, FULL)\n"
-        "    g += _load(_weights(row, at, KIND), lanes, left, KIND, FULL)\n    if L2 or GRADIENT:",
+        "    g = _load(_gradients(row, at, KIND), offsets, left, KIND, FULL)\n    if L2 or GRADIENT:",
+        "    g = _load(_gradients(row, at, KIND), offsets, left, KIND, FULL)\n"
+        "    g += _load(_weights(row, at, KIND), offsets, left, KIND, FULL)\n    if L2 or GRADIENT:",
     )
 ]
 

@@ -19,7 +19,7 @@ import setuptools
 import torch
 from torch.utils import cpp_extension
 
-from sofim_fused import info, native
+from sofim_fused import backends, info, native
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_CPU = "it needs the native CPU part, which is not there: "
@@ -550,6 +550,18 @@ def test_info_tells_of_the_cuda_part(
     record.write_text(json.dumps({**WHOLE, "cuda": {**WHOLE["cuda"], **cuda}}))
     monkeypatch.setattr(info, "_devices", list)
     assert f"native CUDA part {text}" in info.lines()
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["with the native part", "without"])
+def test_info_tells_how_triton_takes_steps(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing the tensors of a whole step takes the native part."""
+    monkeypatch.setitem(backends._REGISTRY, "cpu", lambda device: "not here")
+    monkeypatch.setitem(backends._REGISTRY, "triton", lambda device: backends.choose("reference", device))
+    monkeypatch.setattr(native, "cpu", lambda: object() if there else "the native part was not built")
+    monkeypatch.setattr(native, "instruction_set", lambda: "default")
+    (line,) = (line for line in info.lines() if line.startswith("    triton "))
+    assert line.endswith(" ok") == there
+    assert ("steps run pass by pass" in line) != there
 
 
 def test_info_tells_what_is_used() -> None:

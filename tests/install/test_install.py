@@ -202,8 +202,9 @@ def test_documents_name_the_oldest_torch() -> None:
     if not (ROOT / "README.md").is_file():
         pytest.skip("these are not the sources")
     (oldest,) = re.findall(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
-    readme = (ROOT / "README.md").read_text()
-    assert set(re.findall(r"torch ?(?:>=|≥) ?([\d.]*\d)", readme)) == {oldest}
+    for document in ("README.md", "docs/installation.md"):
+        text = (ROOT / document).read_text()
+        assert set(re.findall(r"torch ?(?:>=|≥) ?([\d.]*\d)", text)) == {oldest}, document
     assert f"TORCH=torch=={oldest}." in (ROOT / "Makefile").read_text()
 
 

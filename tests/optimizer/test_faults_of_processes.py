@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from examples import train as example
 from sofim_fused import SOFIM, native
-from sofim_fused.backends.triton import launch as triton
+from sofim_fused.backends.triton import launch
 from tests.examples.support import assert_equal, checkpoint, history
 from tests.in_backward.support import backward
 from tests.support.faults_training import MOMENTS
@@ -363,10 +363,10 @@ def test_triton_s_cache_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch
     for error in errors:
         text = f"Triton could not compile or load a kernel ({str(error)[:10]}"
         with pytest.raises(RuntimeError, match=re.escape(text) + r".*TRITON_CACHE_DIR has to be a folder") as caught:
-            triton._run(Broken(error), 1)
+            launch.run(Broken(error), 1)
         assert caught.value.__cause__ is error
     with pytest.raises(RuntimeError, match=r"^out of registers$"):  # other errors speak for themselves
-        triton._run(Broken(RuntimeError("out of registers")), 1)
+        launch.run(Broken(RuntimeError("out of registers")), 1)
 
 
 def test_a_cache_that_keeps_triton_from_the_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,10 +382,10 @@ def test_a_cache_that_keeps_triton_from_the_gpu_is_a_reason(monkeypatch: pytest.
         "triton": SimpleNamespace(__version__="3.6.0", runtime=SimpleNamespace(JITFunction=jit, driver=Driver())),
         "sofim_fused.backends.triton.kernels": SimpleNamespace(first=jit()),
     }
-    monkeypatch.setattr(triton.importlib, "import_module", modules.__getitem__)
+    monkeypatch.setattr(launch.importlib, "import_module", modules.__getitem__)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    reason = triton._kernels_for.__wrapped__(torch.device("cuda", 0))
+    reason = launch.kernels_for.__wrapped__(torch.device("cuda", 0))
     assert reason == "Triton cannot use the GPU ([Errno 13] Permission denied: '/cache/00')"
 
 

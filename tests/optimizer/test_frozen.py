@@ -130,15 +130,14 @@ def test_whole_steps_are_still_taken_natively(kind: str) -> None:
     assert seen == [True, True]
 
 
-@pytest.mark.parametrize("make", [pack.Table, None], ids=["Python", "C++"])
 @pytest.mark.parametrize("kind", FROZEN)
-def test_tables_for_gpus_leave_them_out(kind: str, make: Any) -> None:
+def test_packed_steps_leave_them_out(kind: str) -> None:
     from sofim_fused import _C  # type: ignore[attr-defined]
 
     params = trained()
     optimizer = SOFIM([params[0], FROZEN[kind](), params[1]])
     train(optimizer, params, 1)
-    gathered = (make or _C.PackedStep)(1024)
+    gathered = _C.PackedStep(1024)
     assert gathered.gather(optimizer.param_groups, optimizer.state) is not None
     assert gathered.size == 2
     assert gathered.rows[:, pack.ORDINAL].tolist() == [0, 2]

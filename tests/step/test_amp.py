@@ -17,7 +17,7 @@ from sofim_fused import SOFIM
 from sofim_fused.step import gather, schedule
 from tests.backends.support import Transfers
 from tests.support.problems import GUARDED, Problem, give, give_state, mixed_problem, ready_problem, same_bits, snapshot
-from tests.support.runs import GPU_BACKENDS, NO_GPU, Run, on_gpu, once
+from tests.support.runs import GPU_BACKENDS, Run, on_gpu, once
 
 CPU = torch.device("cpu")
 NUMERATORS = ["moment", "gradient"]
@@ -487,7 +487,6 @@ def gpu_backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.gpu
-@NO_GPU
 @pytest.mark.parametrize("options", [{}, GUARDED], ids=str)
 def test_a_scaled_step_does_not_wait_for_the_gpu(gpu_backend: str, options: dict[str, Any]) -> None:
     optimizer, params = ready_problem(gpu_backend, [3, 5000, 1_000_003], "cuda", **options)
@@ -507,7 +506,6 @@ def test_a_scaled_step_does_not_wait_for_the_gpu(gpu_backend: str, options: dict
 
 
 @pytest.mark.gpu
-@NO_GPU
 @pytest.mark.parametrize("options", [{}, GUARDED], ids=str)
 def test_a_captured_step_reads_the_scale_of_each_replay(gpu_backend: str, options: dict[str, Any]) -> None:
     results = []

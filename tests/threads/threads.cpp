@@ -129,7 +129,7 @@ struct Tensors {
       records.push_back(record);
       tiling.add(size);
     }
-    sums.assign(tiling.tiles() * (kWW + 1), 0.0);
+    sums.assign(tiling.tiles() * kSums, 0.0);
   }
 
   void run(const Call& call, bool far) {

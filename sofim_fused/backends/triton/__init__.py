@@ -1,1 +1,13 @@
-"""The passes as Triton kernels."""
+"""The backend of Triton kernels, for GPUs.
+
+``kernels`` has the kernels, ``launch`` their launches, ``pack`` the rows of addresses that they read, ``workspace`` the
+memory that they share; ``passes`` runs them pass by pass, ``step`` a whole step in one call.
+"""
+
+SINGLE_LAUNCH: bool | None = None
+"""One launch per whole step (``True``), two (``False``), or one up to ``step.SINGLE_UP_TO`` (``None``). Read at each
+step."""
+
+from sofim_fused.backends.triton.passes import passes_for  # noqa: E402  (``step`` reads SINGLE_LAUNCH from here)
+
+__all__ = ["SINGLE_LAUNCH", "passes_for"]

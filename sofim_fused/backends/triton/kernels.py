@@ -1,15 +1,15 @@
-"""The passes as Triton kernels over a table of tensors; :mod:`sofim_fused.backends.triton` launches them.
+"""The Triton kernels: sweeps over packed tensors, and the algebra from sums to coefficients.
 
-One program works on one tile, ``TILE`` elements of one tensor: ``tile_of`` says of which, that tensor's row in ``rows``
-(:mod:`sofim_fused.backends.triton.pack`) where it lies and of which kind it is. A kernel is compiled for the kinds that
-a model has; a tile that is full is read and written without masks.
+A sweep has one program per tile. A tile is ``TILE`` consecutive elements of one tensor: ``tile_of`` has the index of
+the tensor, and that tensor's row in ``rows`` (:mod:`sofim_fused.backends.triton.pack`) says where it lies and how it is
+stored (its kind). A kernel is compiled for the kinds that a model has. Full tiles are read and written without masks.
 
-A pass that sums leaves one float64 per tile and sum in a slot. The program that ends a tensor's last tile adds up that
-tensor's slots, in their order; the one that ends the last tensor goes on to the step's coefficients (``FINISH``). Which
-program that is makes no difference to a bit of the result, and the host has nothing to wait for.
+A pass that sums writes one float64 per tile and sum into a slot of its own. The program that finishes a tensor's last
+tile adds up that tensor's slots in a fixed order; the one that finishes the last tensor goes on to the step's
+coefficients (``FINISH``). Which program that is makes no difference to the result, and the host waits for nothing.
+``fold`` and ``solve`` do the same algebra for steps that run pass by pass.
 
-What the formulas mean, and why they look as they do, is said in :mod:`sofim_fused.step.solve` and
-:mod:`sofim_fused.backends.interface`.
+:mod:`sofim_fused.step.solve` and :mod:`sofim_fused.backends.interface` derive and explain the formulas.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from sofim_fused.backends.triton import pack
 
 TILE = 4096  # elements; a power of two, so that the elements of a tile share the upper half of their index
 NUM_WARPS = 8
-SLOTS = 1024  # of a tensor, added up at once
-LANES = 256  # tensors that are worked on at once: one per thread, or the registers of a sweep would not do
+SLOTS = 1024  # of a tensor, one per tile, that are added up at once
+SOLVE_BLOCK = 256  # tensors whose sums are worked on at once: one per thread; more would spill registers
 _SLOTS = tl.constexpr(SLOTS)
-_LANES = tl.constexpr(LANES)
+_SOLVE_BLOCK = tl.constexpr(SOLVE_BLOCK)
 
-# Passes, and what follows the sums of a tensor. Triton reads globals that are wrapped; the host takes the numbers.
+# Passes, and what follows the sums. Kernels can read only globals that are constexpr; the host reads the plain numbers.
 ACCUMULATE, APPLY, DOTS, COMMIT = range(4)
 SUMS_ONLY, PLAIN, GUARDED = range(3)
 _ACCUMULATE = tl.constexpr(ACCUMULATE)
@@ -37,20 +37,20 @@ _SUMS_ONLY = tl.constexpr(SUMS_ONLY)
 _PLAIN = tl.constexpr(PLAIN)
 _GUARDED = tl.constexpr(GUARDED)
 
-# Rows of the sums.
+# Rows of the sums, in the order of all backends.
 SUMS = 6
 _SUMS = tl.constexpr(SUMS)
 _MM = tl.constexpr(0)
 _MG = tl.constexpr(1)
-_GG = tl.constexpr(2)
-_MW = tl.constexpr(3)
+_MW = tl.constexpr(2)
+_GG = tl.constexpr(3)
 _GW = tl.constexpr(4)
 _WW = tl.constexpr(5)
 
-# Rows of the coefficients, one value per tensor; behind them, single values.
-UPDATES = 3
+# Rows of the coefficients, one value per tensor; after them come EXTRAS single values.
+COEFFICIENTS = 3
 EXTRAS = 2
-_UPDATES = tl.constexpr(UPDATES)
+_COEFFICIENTS = tl.constexpr(COEFFICIENTS)
 _EXTRAS = tl.constexpr(EXTRAS)
 _BY_WEIGHT = tl.constexpr(0)
 _BY_GRADIENT = tl.constexpr(1)
@@ -81,31 +81,37 @@ _DECAY_M = tl.constexpr(pack.DECAY_M)
 _DECAY_G = tl.constexpr(pack.DECAY_G)
 _DECAY_W = tl.constexpr(pack.DECAY_W)
 
-# Columns of the first row of hyperparameters, which holds for all groups: the limit of the gradients' norm, what the
-# gradients were multiplied by, whether one of them was found not to be finite, and whether that is to be looked for.
+# Columns of the first row of hyperparameters, which holds for all groups: the limit of the gradients' norm, the factor
+# that the gradients were multiplied by (AMP), whether a gradient is known not to be finite (AMP), and whether to skip
+# the step if their norm is not finite.
 LIMIT, GRAD_SCALE, FOUND_INF, SKIP_NONFINITE = range(4)
 _LIMIT = tl.constexpr(LIMIT)
 _GRAD_SCALE = tl.constexpr(GRAD_SCALE)
 _FOUND_INF = tl.constexpr(FOUND_INF)
 _SKIP_NONFINITE = tl.constexpr(SKIP_NONFINITE)
 
+# What a Fisher block is: the whole model, or one per parameter group or parameter.
+MODEL, GROUP, PARAMETER = range(3)
+_BY_GROUP = tl.constexpr(GROUP)
+_BY_PARAMETER = tl.constexpr(PARAMETER)
+
 _SEED = tl.constexpr(rounding.SEED)
 _WEYL = tl.constexpr(rounding.WEYL)
 _CANCELLED = tl.constexpr(2.0**-46)  # (2 ulp of float32 arithmetic)², as in sofim_fused/step/solve.py
 _FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
-# The interpreter cuts off what it should round, and stumbles over subnormal numbers.
+# The interpreter truncates where it should round to bfloat16, and mistreats subnormal numbers.
 _EMULATED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _UPPER = tl.constexpr(0xFFFF0000)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 
 
-# A kind, bit by bit: what a tensor's storage types are.
+# A tensor's kind, bit by bit: how it is stored.
 
 
 @triton.jit
 def _typed(address, TYPE: tl.constexpr, UNALIGNED: tl.constexpr):
-    """An address as a pointer to a storage type; a hint on the integer would be lost in the cast."""
+    """An address as a pointer to a storage type. A hint of alignment on the integer would be lost in the cast."""
     if TYPE == 0:
         pointer = address.to(tl.pointer_type(tl.float32))
     elif TYPE == 1:
@@ -151,7 +157,7 @@ def _moments(row, at, KIND: tl.constexpr):
 
 @triton.jit
 def _wide(x, KIND: tl.constexpr):
-    """In the type of the arithmetic: float64 for float64 parameters, else float32."""
+    """Convert to the type of the arithmetic: float64 for float64 parameters, else float32."""
     if KIND & 3 == 1:
         y = x.to(tl.float64)
     elif _EMULATED and x.dtype == tl.bfloat16:
@@ -175,44 +181,44 @@ def _bfloat16(x):
     return y
 
 
-# Elements in memory: a full tile without masks, in accesses of 128 bits. bench/kernels.py finds them by their names.
+# Loads and stores: of a full tile without masks, 128 bits at a time. bench/kernels.py finds them by their names.
 
 
 @triton.jit
-def _load_full(pointer, lanes):
-    return tl.load(pointer + lanes)
+def _load_full(pointer, offsets):
+    return tl.load(pointer + offsets)
 
 
 @triton.jit
-def _load_tail(pointer, lanes, left):
-    return tl.load(pointer + lanes, mask=lanes < left, other=0.0)
+def _load_tail(pointer, offsets, left):
+    return tl.load(pointer + offsets, mask=offsets < left, other=0.0)
 
 
 @triton.jit
-def _store_full(pointer, x, lanes):
-    tl.store(pointer + lanes, x)
+def _store_full(pointer, x, offsets):
+    tl.store(pointer + offsets, x)
 
 
 @triton.jit
-def _store_tail(pointer, x, lanes, left):
-    tl.store(pointer + lanes, x, mask=lanes < left)
+def _store_tail(pointer, x, offsets, left):
+    tl.store(pointer + offsets, x, mask=offsets < left)
 
 
 @triton.jit
-def _load(pointer, lanes, left, KIND: tl.constexpr, FULL: tl.constexpr):
+def _load(pointer, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr):
     if FULL:
-        x = _load_full(pointer, lanes)
+        x = _load_full(pointer, offsets)
     else:
-        x = _load_tail(pointer, lanes, left)
+        x = _load_tail(pointer, offsets, left)
     return _wide(x, KIND)
 
 
 @triton.jit
-def _store(pointer, x, lanes, left, FULL: tl.constexpr):
+def _store(pointer, x, offsets, left, FULL: tl.constexpr):
     if FULL:
-        _store_full(pointer, x, lanes)
+        _store_full(pointer, x, offsets)
     else:
-        _store_tail(pointer, x, lanes, left)
+        _store_tail(pointer, x, offsets, left)
 
 
 @triton.jit
@@ -225,15 +231,15 @@ def _mixed(x):
 
 
 @triton.jit
-def _rounded(value, row, update, at, lanes):
+def _rounded(value, row, update, at, offsets):
     """The bits of float32 values, rounded to those of a bfloat16 (the lower half zero) with random bits.
 
-    ``sofim_fused/backends/rounding.py`` defines them. Infinities and NaN stay what they are: nothing is cut off.
+    ``sofim_fused/backends/rounding.py`` defines the random bits. Infinities and NaN stay as they are.
     """
     ordinal = tl.load(row + _ORDINAL).to(tl.uint32)
     key = _mixed(_mixed(ordinal * _WEYL + _SEED) ^ update.to(tl.uint32))
     stretch = _mixed(key ^ (at >> 32).to(tl.uint32))
-    place = (at.to(tl.uint32) + lanes.to(tl.uint32)) * _WEYL
+    place = (at.to(tl.uint32) + offsets.to(tl.uint32)) * _WEYL
     bits = value.to(tl.uint32, bitcast=True)
     raised = bits + (_mixed(place + stretch) >> 16)
     return tl.where((bits & _MAGNITUDE) < _INFINITY_BITS, raised, bits) & _UPPER
@@ -246,7 +252,7 @@ def _factor(address, KIND: tl.constexpr):
 
 @triton.jit
 def _new_moment(m, v, weight, group, KIND: tl.constexpr, L2: tl.constexpr):
-    """The first moment before it is stored; ``weight`` is read with L2 decay alone."""
+    """The first moment before it is stored; ``weight`` is used only with L2 decay."""
     moment = tl.fma(v, _factor(group + _DECAY_G, KIND), m * _factor(group + _DECAY_M, KIND))
     if L2:
         # A zero factor adds no term: zero times an infinite weight would be NaN.
@@ -256,33 +262,33 @@ def _new_moment(m, v, weight, group, KIND: tl.constexpr, L2: tl.constexpr):
 
 
 @triton.jit
-def _store_moment(pointer, moment, row, ahead, at, lanes, left, KIND: tl.constexpr, FULL: tl.constexpr):
-    """Store the first moment and return it as stored; ``ahead``: how many updates the step count is behind."""
+def _store_moment(pointer, moment, row, ahead, at, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr):
+    """Store the first moment and return it as stored. ``ahead``: 1 where the step count is still the last step's."""
     if (KIND >> 3) & 1:
         update = tl.load(tl.load(row + _STEP).to(tl.pointer_type(tl.int64))) + ahead
-        bits = _rounded(moment, row, update, at, lanes)
-        _store(pointer, (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), lanes, left, FULL)
+        bits = _rounded(moment, row, update, at, offsets)
+        _store(pointer, (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), offsets, left, FULL)
         stored = bits.to(tl.float32, bitcast=True)
     else:
-        _store(pointer, moment, lanes, left, FULL)
+        _store(pointer, moment, offsets, left, FULL)
         stored = moment
     return stored
 
 
 @triton.jit
 def _update(
-    w, v, m, row, coefs, tensors, at, lanes, left,
+    w, v, m, row, coefs, tensors, at, offsets, left,
     KIND: tl.constexpr, FULL: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Take a step with the weights, and with the bits that they lost; ``v`` and ``m`` enter as ``V`` and ``M`` say."""
+    """Update the weights and their lost bits. ``V`` and ``M``: the gradient ``v`` and the moment ``m`` are used."""
     if (KIND >> 4) & 1:
         if KIND & 3 == 2:
             half_eps: tl.constexpr = 0.00390625
         else:
             half_eps: tl.constexpr = 0.00048828125
         lost = _lost(row, at, KIND)
-        kahan = _load(lost, lanes, left, KIND, FULL)
-        # Above half an ulp it is none of w's bits: w was replaced from outside.
+        kahan = _load(lost, offsets, left, KIND, FULL)
+        # More than half an ulp cannot be a bit that w lost: w was replaced from outside.
         w += tl.where(tl.abs(kahan) <= tl.abs(w) * half_eps, kahan, 0.0)
     w *= _factor(coefs + _BY_WEIGHT * tensors, KIND)
     if V:
@@ -295,19 +301,19 @@ def _update(
         rounded = w.to(tl.float16)
     else:
         rounded = w
-    _store(_weights(row, at, KIND), rounded, lanes, left, FULL)
+    _store(_weights(row, at, KIND), rounded, offsets, left, FULL)
     if (KIND >> 4) & 1:
         kept = _wide(rounded, KIND)
         rest = tl.where(tl.abs(kept) <= _FLOAT32_MAX, w - kept, 0.0)
         if KIND & 3 == 2:
-            _store(lost, _bfloat16(rest), lanes, left, FULL)
+            _store(lost, _bfloat16(rest), offsets, left, FULL)
         else:
-            _store(lost, rest.to(tl.float16), lanes, left, FULL)
+            _store(lost, rest.to(tl.float16), offsets, left, FULL)
 
 
 @triton.jit
 def _sum(slot, a, b):
-    """Put the dot product of a tile into its slot; masked elements are zero."""
+    """Store the dot product of a tile in its slot; masked elements are zero."""
     tl.store(slot, tl.sum(a.to(tl.float64) * b.to(tl.float64), 0))
 
 
@@ -316,50 +322,50 @@ def _sum(slot, a, b):
 
 @triton.jit
 def _accumulate(
-    row, group, coefs, tensors, slot, tiles, at, lanes, left,
+    row, group, coefs, tensors, slot, tiles, at, offsets, left,
     KIND: tl.constexpr, FULL: tl.constexpr, L2: tl.constexpr, CROSS: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     m_pointer = _moments(row, at, KIND)
-    m = _load(m_pointer, lanes, left, KIND, FULL)
-    g = _load(_gradients(row, at, KIND), lanes, left, KIND, FULL)
+    m = _load(m_pointer, offsets, left, KIND, FULL)
+    g = _load(_gradients(row, at, KIND), offsets, left, KIND, FULL)
     if L2 or GRADIENT:
-        w = _load(_weights(row, at, KIND), lanes, left, KIND, FULL)
+        w = _load(_weights(row, at, KIND), offsets, left, KIND, FULL)
     else:
         w = m
-    m = _store_moment(m_pointer, _new_moment(m, g, w, group, KIND, L2), row, 1, at, lanes, left, KIND, FULL)
+    m = _store_moment(m_pointer, _new_moment(m, g, w, group, KIND, L2), row, 1, at, offsets, left, KIND, FULL)
     if not FULL:
-        m = tl.where(lanes < left, m, 0.0)  # rounding makes something of nothing
+        m = tl.where(offsets < left, m, 0.0)  # stochastic rounding does not keep the zeros of masked elements
     _sum(slot + _MM * tiles, m, m)
     if CROSS:
         _sum(slot + _MG * tiles, m, g)
         if L2:
             _sum(slot + _MW * tiles, m, w)
     if GRADIENT:
-        _update(w, g, m, row, coefs, tensors, at, lanes, left, KIND, FULL, True, False)
+        _update(w, g, m, row, coefs, tensors, at, offsets, left, KIND, FULL, True, False)
 
 
 @triton.jit
 def _apply(
-    row, coefs, tensors, at, lanes, left, KIND: tl.constexpr, FULL: tl.constexpr, GRADIENT: tl.constexpr
+    row, coefs, tensors, at, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr, GRADIENT: tl.constexpr
 ):  # fmt: skip
-    m = _load(_moments(row, at, KIND), lanes, left, KIND, FULL)
+    m = _load(_moments(row, at, KIND), offsets, left, KIND, FULL)
     if GRADIENT:
-        g = _load(_gradients(row, at, KIND), lanes, left, KIND, FULL)
+        g = _load(_gradients(row, at, KIND), offsets, left, KIND, FULL)
     else:
         g = m
-    w = _load(_weights(row, at, KIND), lanes, left, KIND, FULL)
-    _update(w, g, m, row, coefs, tensors, at, lanes, left, KIND, FULL, GRADIENT, True)
+    w = _load(_weights(row, at, KIND), offsets, left, KIND, FULL)
+    _update(w, g, m, row, coefs, tensors, at, offsets, left, KIND, FULL, GRADIENT, True)
 
 
 @triton.jit
-def _dots(row, slot, tiles, at, lanes, left, KIND: tl.constexpr, FULL: tl.constexpr, L2: tl.constexpr):
-    m = _load(_moments(row, at, KIND), lanes, left, KIND, FULL)
-    g = _load(_gradients(row, at, KIND), lanes, left, KIND, FULL)
+def _dots(row, slot, tiles, at, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr, L2: tl.constexpr):
+    m = _load(_moments(row, at, KIND), offsets, left, KIND, FULL)
+    g = _load(_gradients(row, at, KIND), offsets, left, KIND, FULL)
     _sum(slot + _MM * tiles, m, m)
     _sum(slot + _MG * tiles, m, g)
     _sum(slot + _GG * tiles, g, g)
     if L2:
-        w = _load(_weights(row, at, KIND), lanes, left, KIND, FULL)
+        w = _load(_weights(row, at, KIND), offsets, left, KIND, FULL)
         _sum(slot + _MW * tiles, m, w)
         _sum(slot + _GW * tiles, g, w)
         _sum(slot + _WW * tiles, w, w)
@@ -367,18 +373,18 @@ def _dots(row, slot, tiles, at, lanes, left, KIND: tl.constexpr, FULL: tl.conste
 
 @triton.jit
 def _commit(
-    row, group, coefs, tensors, extras, at, lanes, left,
+    row, group, coefs, tensors, extras, at, offsets, left,
     KIND: tl.constexpr, FULL: tl.constexpr, L2: tl.constexpr, GRADIENT: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     m_pointer = _moments(row, at, KIND)
-    m = _load(m_pointer, lanes, left, KIND, FULL)
-    v = _load(_gradients(row, at, KIND), lanes, left, KIND, FULL)
+    m = _load(m_pointer, offsets, left, KIND, FULL)
+    v = _load(_gradients(row, at, KIND), offsets, left, KIND, FULL)
     if SCALED:
         v *= _factor(extras + _GAIN, KIND)
-    w = _load(_weights(row, at, KIND), lanes, left, KIND, FULL)
+    w = _load(_weights(row, at, KIND), offsets, left, KIND, FULL)
     m = _new_moment(m, v, w, group, KIND, L2)
-    _store_moment(m_pointer, m, row, 0, at, lanes, left, KIND, FULL)
-    _update(w, v, m, row, coefs, tensors, at, lanes, left, KIND, FULL, GRADIENT, True)
+    _store_moment(m_pointer, m, row, 0, at, offsets, left, KIND, FULL)
+    _update(w, v, m, row, coefs, tensors, at, offsets, left, KIND, FULL, GRADIENT, True)
 
 
 @triton.jit
@@ -387,15 +393,15 @@ def _run(
     PASS: tl.constexpr, KIND: tl.constexpr, FULL: tl.constexpr, L2: tl.constexpr, CROSS: tl.constexpr,
     GRADIENT: tl.constexpr, SCALED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    lanes = tl.arange(0, SIZE)
+    offsets = tl.arange(0, SIZE)
     if PASS == _ACCUMULATE:
-        _accumulate(row, group, coefs, tensors, slot, tiles, at, lanes, left, KIND, FULL, L2, CROSS, GRADIENT)
+        _accumulate(row, group, coefs, tensors, slot, tiles, at, offsets, left, KIND, FULL, L2, CROSS, GRADIENT)
     elif PASS == _APPLY:
-        _apply(row, coefs, tensors, at, lanes, left, KIND, FULL, GRADIENT)
+        _apply(row, coefs, tensors, at, offsets, left, KIND, FULL, GRADIENT)
     elif PASS == _DOTS:
-        _dots(row, slot, tiles, at, lanes, left, KIND, FULL, L2)
+        _dots(row, slot, tiles, at, offsets, left, KIND, FULL, L2)
     else:
-        _commit(row, group, coefs, tensors, extras, at, lanes, left, KIND, FULL, L2, GRADIENT, SCALED)
+        _commit(row, group, coefs, tensors, extras, at, offsets, left, KIND, FULL, L2, GRADIENT, SCALED)
 
 
 @triton.jit
@@ -404,7 +410,7 @@ def _run_any(
     PASS: tl.constexpr, KIND: tl.constexpr, L2: tl.constexpr, CROSS: tl.constexpr, GRADIENT: tl.constexpr,
     SCALED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one kind, full or not."""
+    """One pass over a tile of a given kind, full or not."""
     if left >= SIZE:
         _run(
             row, group, coefs, tensors, extras, slot, tiles, at, left,
@@ -423,13 +429,13 @@ def _tile(
     PASS: tl.constexpr, KINDS: tl.constexpr, N_KINDS: tl.constexpr, L2: tl.constexpr, CROSS: tl.constexpr,
     GRADIENT: tl.constexpr, SCALED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """One pass over one tile of any kind; returns the tensor that it belongs to."""
+    """One pass over a tile of any kind. Returns the index of its tensor."""
     tensor = tl.load(tile_of + tile).to(tl.int64)
     row = rows + tensor * _COLUMNS
     group = hyper + (tl.load(row + _GROUP) + 1) * _HYPERS
     at = (tile - tl.load(row + _FIRST)) * SIZE
     left = tl.load(row + _NUMEL) - at
-    extras = coefs + _UPDATES * tensors
+    extras = coefs + _COEFFICIENTS * tensors
     if N_KINDS == 1:
         _run_any(
             row, group, coefs + tensor, tensors, extras, slots + tile, tiles, at, left,
@@ -451,7 +457,7 @@ def _tile(
 
 @triton.jit
 def _is_last(counter, total):
-    """Whether all but this program have come here; what they wrote before can then be read."""
+    """Count this program in; true for the last of ``total``, which can then read what all others wrote before."""
     tl.debug_barrier()
     last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == total - 1
     if last:
@@ -462,13 +468,13 @@ def _is_last(counter, total):
 
 @triton.jit
 def _load_cg(address, mask):
-    """Read what other programs wrote in this launch: not from a cache that they do not share."""
+    """Load what other programs may have written in this launch: past the L1 cache (``.cg``), which is not shared."""
     return tl.load(address, mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
 def _add_up(slots, sums, row, tensor, tensors, tiles, SUM: tl.constexpr, SIZE: tl.constexpr):
-    """One sum of a tensor from its tiles."""
+    """One sum of a tensor, from the slots of its tiles."""
     first = tl.load(row + _FIRST)
     count = tl.maximum((tl.load(row + _NUMEL) + SIZE - 1) // SIZE, 1)
     lanes = tl.arange(0, _SLOTS)
@@ -482,8 +488,8 @@ def _add_up(slots, sums, row, tensor, tensors, tiles, SUM: tl.constexpr, SIZE: t
 def _correction(momentum, update):
     """1/(1 - β^t), accurate where β^t is close to 1.
 
-    u - 1 has lost digits there, and ln u the same ones (Kahan; see Higham, Accuracy and Stability of Numerical
-    Algorithms, 1.14.1).
+    There u = β^t is rounded, and 1 - u has few correct digits; ln u has the same error, so that (1 - u)/ln u is
+    accurate (Kahan; see Higham, Accuracy and Stability of Numerical Algorithms, 1.14.1).
     """
     x = update.to(tl.float64) * tl.log(momentum)
     u = tl.exp(x)
@@ -493,118 +499,176 @@ def _correction(momentum, update):
 
 @triton.jit
 def _finite(x):
-    """As a float32, a larger coefficient would be infinite, and its product with a zero moment NaN."""
+    """Clamp to float32: a larger coefficient would become infinite, and its product with a zero moment NaN."""
     return tl.where(x > _FLOAT32_MAX, _FLOAT32_MAX, tl.where(x < -_FLOAT32_MAX, -_FLOAT32_MAX, x))
 
 
 @triton.jit
-def _decayed(l2, sums):
-    """0 where there is no L2 decay, whatever the sum: weights may be infinite there."""
-    return tl.where(l2 == 0.0, 0.0, l2 * sums)
+def _decayed(l2, x):
+    """l2·x, and 0 where there is no L2 decay, whatever x is: weights may be infinite there."""
+    return tl.where(l2 == 0.0, 0.0, l2 * x)
+
+
+@triton.jit
+def _located(rows, hyper, at, mask, HYPERS: tl.constexpr):
+    """Pointers to the hyperparameters and the step counts of tensors; and their bias correction in this step."""
+    row = rows + at * _COLUMNS
+    group = hyper + tl.load(row + _GROUP, mask=mask, other=0) * HYPERS
+    steps = tl.load(row + _STEP, mask=mask, other=0).to(tl.pointer_type(tl.int64))
+    update = tl.load(steps, mask=mask, other=0) + 1
+    return group, steps, _correction(tl.load(group + _MOMENTUM, mask=mask, other=0.0), update)
 
 
 @triton.jit
 def _parts(
-    rows, hyper, sums, tensors, at, mask, gain,
-    FINISH: tl.constexpr, L2: tl.constexpr, CROSS: tl.constexpr,
+    rows, hyper, mm_row, mg_row, mw_row, gg_row, gw_row, ww_row, at, mask,
+    FINISH: tl.constexpr, L2: tl.constexpr, CROSS: tl.constexpr, HYPERS: tl.constexpr,
 ):  # fmt: skip
-    """What tensors add to their Fisher block: to S, to what S would be if nothing cancelled, and to P.
+    """What tensors add to their Fisher block. Masked tensors have zero sums and add nothing.
 
-    Also the tensors' bias correction, and the address of their hyperparameters.
+    Nine values. Three each for S, for what S would be if nothing cancelled in β m + (1-β) v, and for P: coefficients of
+    1, κ and κ², where κ is the clip factor, which is not known yet. Without a guard there is no κ: the first of S and
+    of P are all.
     """
-    row = rows + at * _COLUMNS
-    group = hyper + (tl.load(row + _GROUP, mask=mask, other=0) + 1) * _HYPERS
-    steps = tl.load(row + _STEP, mask=mask, other=0).to(tl.pointer_type(tl.int64))
-    update = tl.load(steps, mask=mask, other=0) + 1
-    momentum = tl.load(group + _MOMENTUM, mask=mask, other=0.0)
-    correction = _correction(momentum, update)
+    group, _, correction = _located(rows, hyper, at, mask, HYPERS)
+    beta = tl.load(group + _MOMENTUM, mask=mask, other=0.0)
     rate = correction / tl.load(group + _RHO, mask=mask, other=1.0)
+    square = rate * correction
     sign = tl.load(group + _SIGN, mask=mask, other=0.0)
-    mm = _load_cg(sums + _MM * tensors + at, mask)
-    scale = tl.zeros_like(mm)
-    cross = tl.zeros_like(mm)
+    mm = _load_cg(mm_row + at, mask)
+    zero = tl.zeros_like(mm)
+    s0, s1, s2, most0, most1, most2, p0, p1, p2 = zero, zero, zero, zero, zero, zero, zero, zero, zero
     if L2:
         l2 = tl.load(group + _L2, mask=mask, other=0.0)
     if FINISH == _PLAIN:
-        square = rate * correction * mm
+        s0 = square * mm
         if CROSS:
-            mv = sign * _load_cg(sums + _MG * tensors + at, mask)
+            mv = sign * _load_cg(mg_row + at, mask)
             if L2:
-                mv += _decayed(l2, _load_cg(sums + _MW * tensors + at, mask))
-            cross = rate * mv
+                mv += _decayed(l2, _load_cg(mw_row + at, mask))
+            p0 = rate * mv
     else:
-        taken = 1.0 - momentum
-        # A norm that overflows makes the clip factor zero and some sums infinite.
-        mv = tl.where(gain == 0.0, 0.0, gain * sign * _load_cg(sums + _MG * tensors + at, mask))
-        gg = tl.where(gain == 0.0, 0.0, gain * gain * _load_cg(sums + _GG * tensors + at, mask))
-        vv = gg
-        still = momentum * tl.sqrt(mm)
+        one_minus_beta = 1.0 - beta
+        mv1 = sign * _load_cg(mg_row + at, mask)
+        vv2 = _load_cg(gg_row + at, mask)
+        mv0 = zero
+        vv0 = zero
+        vv1 = zero
         if L2:
-            ww = _decayed(l2 * l2, _load_cg(sums + _WW * tensors + at, mask))
-            gw = _decayed(l2, _load_cg(sums + _GW * tensors + at, mask))
-            mv += _decayed(l2, _load_cg(sums + _MW * tensors + at, mask))
-            vv += ww + tl.where(gain == 0.0, 0.0, 2.0 * gain * sign * gw)
-            still += taken * tl.sqrt(ww)
-        most = still + taken * tl.sqrt(gg)
-        square = rate * correction * (momentum * momentum * mm + 2.0 * momentum * taken * mv + taken * taken * vv)
-        scale = rate * correction * most * most
+            mv0 = _decayed(l2, _load_cg(mw_row + at, mask))
+            vv0 = _decayed(l2 * l2, _load_cg(ww_row + at, mask))
+            vv1 = 2.0 * sign * _decayed(l2, _load_cg(gw_row + at, mask))
+        s0 = square * (beta * beta * mm + 2.0 * beta * one_minus_beta * mv0 + one_minus_beta * one_minus_beta * vv0)
+        s1 = square * (2.0 * beta * one_minus_beta * mv1 + one_minus_beta * one_minus_beta * vv1)
+        s2 = square * (one_minus_beta * one_minus_beta * vv2)
+        still = beta * tl.sqrt(mm) + one_minus_beta * tl.sqrt(vv0)
+        moving = one_minus_beta * tl.sqrt(vv2)
+        most0 = square * still * still
+        most1 = square * 2.0 * still * moving
+        most2 = square * moving * moving
         if CROSS:
-            cross = rate * (momentum * mv + taken * vv)
-    return tl.where(mask, square, 0.0), tl.where(mask, scale, 0.0), tl.where(mask, cross, 0.0), correction, group
+            p0 = rate * (beta * mv0 + one_minus_beta * vv0)
+            p1 = rate * (beta * mv1 + one_minus_beta * vv1)
+            p2 = rate * (one_minus_beta * vv2)
+    return s0, s1, s2, most0, most1, most2, p0, p1, p2
 
 
 @triton.jit
-def _set_update(
-    rows, group, coefs, tensors, at, mask, correction, norm, scale, cross, skip,
-    FINISH: tl.constexpr, L2: tl.constexpr, CROSS: tl.constexpr,
+def _fold(
+    rows, hyper, mm, mg, mw, gg, gw, ww, class_of, which, begin, end,
+    FINISH: tl.constexpr, L2: tl.constexpr, CROSS: tl.constexpr, CLASSES: tl.constexpr, HYPERS: tl.constexpr,
 ):  # fmt: skip
-    """The Sherman-Morrison step of tensors, from S and P of their block; and one more update is counted."""
+    """The total of ``_parts`` over the tensors from ``begin`` to ``end``, with ``CLASSES`` those of class ``which``."""
+    lanes = tl.arange(0, _SOLVE_BLOCK)
+    zero = tl.zeros([_SOLVE_BLOCK], tl.float64)
+    s0, s1, s2, most0, most1, most2, p0, p1, p2 = zero, zero, zero, zero, zero, zero, zero, zero, zero
+    for start in range(begin, end, _SOLVE_BLOCK):
+        at = (start + lanes).to(tl.int64)
+        mask = at < end
+        if CLASSES:
+            mask = mask & (tl.load(class_of + at, mask=mask, other=-1) == which)
+        a0, a1, a2, b0, b1, b2, c0, c1, c2 = _parts(
+            rows, hyper, mm, mg, mw, gg, gw, ww, at, mask, FINISH, L2, CROSS, HYPERS
+        )
+        s0 += a0
+        if CROSS:
+            p0 += c0
+        if FINISH == _GUARDED:
+            s1 += a1
+            s2 += a2
+            most0 += b0
+            most1 += b1
+            most2 += b2
+            if CROSS:
+                p1 += c1
+                p2 += c2
+    return (
+        tl.sum(s0, 0), tl.sum(s1, 0), tl.sum(s2, 0), tl.sum(most0, 0), tl.sum(most1, 0), tl.sum(most2, 0),
+        tl.sum(p0, 0), tl.sum(p1, 0), tl.sum(p2, 0),
+    )  # fmt: skip
+
+
+@triton.jit
+def _polynomial(constant, linear, square, gain):
+    # A norm that overflows makes the clip factor zero and the other coefficients infinite.
+    return tl.where(gain == 0.0, constant, constant + gain * (linear + gain * square))
+
+
+@triton.jit
+def _at_gain(s0, s1, s2, most0, most1, most2, p0, p1, p2, gain, FINISH: tl.constexpr, CROSS: tl.constexpr):
+    """S and P of Fisher blocks from ``_parts``, with the clip factor ``gain``."""
+    s = s0
+    p = p0
     if FINISH == _GUARDED:
-        norm = tl.where(norm < _CANCELLED * scale, _CANCELLED * scale, norm)
+        s = _polynomial(s0, s1, s2, gain)
+        floor = _CANCELLED * _polynomial(most0, most1, most2, gain)
+        s = tl.where(s < floor, floor, s)
+        if CROSS:
+            p = _polynomial(p0, p1, p2, gain)
+    return s, p
+
+
+@triton.jit
+def _solve(
+    rows, hyper, coefs, tensors, at, mask, s, p, skip,
+    L2: tl.constexpr, CROSS: tl.constexpr, HYPERS: tl.constexpr,
+):  # fmt: skip
+    """The Sherman-Morrison step of tensors, from S and P of their block; counts one more update unless ``skip``."""
+    group, steps, correction = _located(rows, hyper, at, mask, HYPERS)
     lr = tl.load(group + _LR, mask=mask, other=0.0)
     rho = tl.load(group + _RHO, mask=mask, other=1.0)
-    shrink = correction / (rho * (1.0 + norm))
+    shrink = correction / (rho * (1.0 + s))
     by_weight = 1.0 - lr * tl.load(group + _WEIGHT_DECAY, mask=mask, other=0.0)
     if CROSS:
         if L2:
-            by_weight -= lr / rho * tl.load(group + _L2, mask=mask, other=0.0)
+            by_weight -= _decayed(tl.load(group + _L2, mask=mask, other=0.0), lr / rho)
         by_gradient = _finite(-(lr / rho) * tl.load(group + _SIGN, mask=mask, other=0.0))
         tl.store(coefs + _BY_GRADIENT * tensors + at, by_gradient, mask=mask)
-        by_moment = lr * shrink * cross
+        by_moment = lr * shrink * p
     else:
         by_moment = -lr * shrink
     tl.store(coefs + _BY_WEIGHT * tensors + at, by_weight, mask=mask)
     tl.store(coefs + _BY_MOMENT * tensors + at, _finite(by_moment), mask=mask)
-    steps = tl.load(rows + at * _COLUMNS + _STEP, mask=mask, other=0).to(tl.pointer_type(tl.int64))
     tl.store(steps, tl.load(steps, mask=mask, other=0) + (1.0 - skip).to(tl.int64), mask=mask)
 
 
 @triton.jit
-def _guard(
-    hyper, sums, coefs, outcome, tensors, CLIP: tl.constexpr, SKIP: tl.constexpr
-):  # fmt: skip
-    """The gradients' norm without their scale, what they are to be multiplied by, and whether to skip the step."""
-    lanes = tl.arange(0, _LANES)
-    total = tl.zeros([_LANES], tl.float64)
-    for start in range(0, tensors, _LANES):
-        total += _load_cg(sums + _GG * tensors + start + lanes, start + lanes < tensors)
-    norm = tl.sqrt(tl.sum(total, 0))
+def _guard(square, limit, grad_scale, found_inf, skip_nonfinite, CLIP: tl.constexpr, SKIP: tl.constexpr):
+    """The gradients' norm without their scale, the factor to multiply them by, and 1.0 to skip the step, else 0.0.
+
+    ``square`` is the square of the norm with the scale.
+    """
+    norm = tl.sqrt(square)
     gain = tl.full([], 1.0, tl.float64)
     if CLIP:
-        unscale = 1.0 / tl.load(hyper + _GRAD_SCALE)
-        limit = tl.load(hyper + _LIMIT)
+        unscale = 1.0 / grad_scale
         norm *= unscale
         gain = tl.where(norm > limit, limit / norm, gain) * unscale
     skip = tl.full([], 0.0, tl.float64)
     if SKIP:
-        fine = (tl.load(hyper + _SKIP_NONFINITE) == 0.0) | (tl.abs(norm) < float("inf"))
-        skip = tl.where(fine & (tl.load(hyper + _FOUND_INF) == 0.0), skip, 1.0)
-    extras = coefs + _UPDATES * tensors
-    tl.store(extras + _GAIN, gain)
-    tl.store(extras + _SKIP, skip)
-    tl.store(outcome, norm)
-    tl.store((outcome + 1).to(tl.pointer_type(tl.int64)), skip.to(tl.int64))
-    return gain, skip
+        fine = (skip_nonfinite == 0.0) | (tl.abs(norm) < float("inf"))
+        skip = tl.where(fine & (found_inf == 0.0), skip, 1.0)
+    return norm, gain, skip
 
 
 @triton.jit
@@ -613,45 +677,50 @@ def _finish(
     FINISH: tl.constexpr, L2: tl.constexpr, CROSS: tl.constexpr, PER_TENSOR: tl.constexpr, CLIP: tl.constexpr,
     SKIP: tl.constexpr,
 ):  # fmt: skip
-    """Coefficients of every tensor from the sums of all."""
+    """The coefficients of every tensor, from the sums of all."""
+    mm = sums + _MM * tensors
+    mg = sums + _MG * tensors
+    mw = sums + _MW * tensors
+    gg = sums + _GG * tensors
+    gw = sums + _GW * tensors
+    ww = sums + _WW * tensors
+    lanes = tl.arange(0, _SOLVE_BLOCK)
     gain = tl.full([], 1.0, tl.float64)
     skip = tl.full([], 0.0, tl.float64)
     if FINISH == _GUARDED:
-        gain, skip = _guard(hyper, sums, coefs, outcome, tensors, CLIP, SKIP)
-    lanes = tl.arange(0, _LANES)
+        total = tl.zeros([_SOLVE_BLOCK], tl.float64)
+        for start in range(0, tensors, _SOLVE_BLOCK):
+            total += _load_cg(gg + start + lanes, start + lanes < tensors)
+        norm, gain, skip = _guard(
+            tl.sum(total, 0), tl.load(hyper + _LIMIT), tl.load(hyper + _GRAD_SCALE), tl.load(hyper + _FOUND_INF),
+            tl.load(hyper + _SKIP_NONFINITE), CLIP, SKIP,
+        )  # fmt: skip
+        extras = coefs + _COEFFICIENTS * tensors
+        tl.store(extras + _GAIN, gain)
+        tl.store(extras + _SKIP, skip)
+        tl.store(outcome, norm)
+        tl.store((outcome + 1).to(tl.pointer_type(tl.int64)), skip.to(tl.int64))
+    groups = hyper + _HYPERS  # after the row that holds for all groups
     if PER_TENSOR:
-        for start in range(0, tensors, _LANES):
+        for start in range(0, tensors, _SOLVE_BLOCK):
             at = (start + lanes).to(tl.int64)
             mask = at < tensors
-            square, scale, cross, correction, group = _parts(
-                rows, hyper, sums, tensors, at, mask, gain, FINISH, L2, CROSS
+            s0, s1, s2, most0, most1, most2, p0, p1, p2 = _parts(
+                rows, groups, mm, mg, mw, gg, gw, ww, at, mask, FINISH, L2, CROSS, _HYPERS
             )
-            _set_update(
-                rows, group, coefs, tensors, at, mask, correction, square, scale, cross, skip, FINISH, L2, CROSS
-            )
+            s, p = _at_gain(s0, s1, s2, most0, most1, most2, p0, p1, p2, gain, FINISH, CROSS)
+            _solve(rows, groups, coefs, tensors, at, mask, s, p, skip, L2, CROSS, _HYPERS)
     else:
         for block in range(blocks):
-            first = tl.load(bounds + block)
+            begin = tl.load(bounds + block)
             end = tl.load(bounds + block + 1)
-            norms = tl.zeros([_LANES], tl.float64)
-            scales = tl.zeros([_LANES], tl.float64)
-            crosses = tl.zeros([_LANES], tl.float64)
-            for start in range(first, end, _LANES):
+            s0, s1, s2, most0, most1, most2, p0, p1, p2 = _fold(
+                rows, groups, mm, mg, mw, gg, gw, ww, rows, 0, begin, end, FINISH, L2, CROSS, False, _HYPERS
+            )
+            s, p = _at_gain(s0, s1, s2, most0, most1, most2, p0, p1, p2, gain, FINISH, CROSS)
+            for start in range(begin, end, _SOLVE_BLOCK):
                 at = (start + lanes).to(tl.int64)
-                square, scale, cross, _, _ = _parts(rows, hyper, sums, tensors, at, at < end, gain, FINISH, L2, CROSS)
-                norms += square
-                scales += scale
-                crosses += cross
-            norm = tl.sum(norms, 0)
-            whole = tl.sum(scales, 0)
-            product = tl.sum(crosses, 0)
-            for start in range(first, end, _LANES):
-                at = (start + lanes).to(tl.int64)
-                mask = at < end
-                _, _, _, correction, group = _parts(rows, hyper, sums, tensors, at, mask, gain, FINISH, L2, CROSS)
-                _set_update(
-                    rows, group, coefs, tensors, at, mask, correction, norm, whole, product, skip, FINISH, L2, CROSS
-                )
+                _solve(rows, groups, coefs, tensors, at, at < end, s, p, skip, L2, CROSS, _HYPERS)
 
 
 @triton.jit
@@ -661,10 +730,10 @@ def _first_sweep(
     CROSS: tl.constexpr, STEP: tl.constexpr, PER_TENSOR: tl.constexpr, CLIP: tl.constexpr, SKIP: tl.constexpr,
     SIZE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a pass that sums, and what is to be done once the last tile is; true for the program that did that."""
+    """One tile of a pass that sums, and what follows the last tile. True for the program that did the latter."""
     sums = work
     coefs = sums + _SUMS * tensors
-    slots = coefs + _UPDATES * tensors + _EXTRAS
+    slots = coefs + _COEFFICIENTS * tensors + _EXTRAS
     tensor = _tile(
         tile, rows, tile_of, hyper, coefs, slots, tensors, tiles,
         PASS, KINDS, N_KINDS, L2, CROSS, STEP, False, SIZE,
@@ -698,12 +767,12 @@ def _second_sweep(
     PASS: tl.constexpr, KINDS: tl.constexpr, N_KINDS: tl.constexpr, L2: tl.constexpr, GRADIENT: tl.constexpr,
     CLIP: tl.constexpr, SKIP: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a pass that updates, unless the step is skipped."""
+    """One tile of a pass that updates, unless the step is skipped."""
     coefs = work + _SUMS * tensors
-    slots = coefs + _UPDATES * tensors + _EXTRAS
+    slots = coefs + _COEFFICIENTS * tensors + _EXTRAS
     go = True
     if SKIP:
-        go = tl.load(coefs + _UPDATES * tensors + _SKIP) == 0.0
+        go = tl.load(coefs + _COEFFICIENTS * tensors + _SKIP) == 0.0
     if go:
         _tile(
             tile, rows, tile_of, hyper, coefs, slots, tensors, tiles,
@@ -711,11 +780,11 @@ def _second_sweep(
         )  # fmt: skip
 
 
-# The kernels. Tables, in the order of the arguments:
-#   rows     int64 [tensors, COLUMNS]      hyper    float64 [1 + groups, HYPERS], first what is for all
-#   tile_of  int32 [tiles]                 work     float64: sums [SUMS, tensors], coefficients [UPDATES, tensors], the
-#   bounds   int32 [blocks + 1]                     EXTRAS, then a slot for each sum and tile
-#   counters int32 [tensors + 2], zero     outcome  float64 [2]: the norm, and the bits of an int64: steps skipped
+# The kernels that sweep. Arrays, in the order of the arguments:
+#   rows     int64 [tensors, COLUMNS]      hyper    float64 [1 + groups, HYPERS]; the first row holds for all groups
+#   tile_of  int32 [tiles]                 work     float64: sums [SUMS, tensors], coefficients [COEFFICIENTS, tensors],
+#   bounds   int32 [blocks + 1]                     the EXTRAS, then a slot for each sum and tile
+#   counters int32 [tensors + 2], zero     outcome  float64 [2]: the norm, and the bits of an int64: 1 if skipped
 
 
 @triton.jit(do_not_specialize=["tensors", "tiles", "blocks"])
@@ -738,7 +807,7 @@ def second(
     PASS: tl.constexpr, KINDS: tl.constexpr, N_KINDS: tl.constexpr, L2: tl.constexpr, GRADIENT: tl.constexpr,
     CLIP: tl.constexpr, SKIP: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """``apply`` or ``commit``: one program per tile, the last tile first, which the sweep before left in the cache."""
+    """``apply`` or ``commit``: one program per tile, the last tile first: the first sweep left it in the cache."""
     _second_sweep(
         tiles - 1 - tl.program_id(0), rows, tile_of, hyper, work, tensors, tiles,
         PASS, KINDS, N_KINDS, L2, GRADIENT, CLIP, SKIP, SIZE,
@@ -754,14 +823,14 @@ def single(
 ):  # fmt: skip
     """A whole step: both sweeps, and between them a barrier that every program has to reach.
 
-    All programs have to run at once, or those that wait would keep out those that are waited for. A program takes the
-    same tiles in both sweeps, in the second one backwards.
+    All programs have to run at the same time, or those that wait would keep out those that they wait for. A program
+    takes the same tiles in both sweeps, in the second one in reverse.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     turns = counters + tensors + 1
     before = tl.load(turns, volatile=True)
-    # Nobody may read it after the turn has come; that takes all programs, and this one is not there yet.
+    # The turn comes only after all programs have worked, and this one has not begun: so all of them read it before.
     tl.debug_barrier()
     for tile in range(program, tiles, programs):
         done = _first_sweep(
@@ -782,3 +851,139 @@ def single(
             program + (mine - 1 - i) * programs, rows, tile_of, hyper, work, tensors, tiles,
             SECOND, KINDS, N_KINDS, L2, GRADIENT, CLIP, SKIP, SIZE,
         )  # fmt: skip
+
+
+# The kernels between the sweeps, for steps that run pass by pass. Arrays:
+#   rows     int64 [tensors, COLUMNS], of which STEP and GROUP are used    hyper    float64 [groups, 6], up to SIGN
+#   mm ... ww  float64 [tensors], those that are needed                    bounds   int32 [blocks + 1]
+#   totals   float64 [classes, k, blocks], in solve [k, blocks]: S and, in the gradient form (CROSS), P; if guarded
+#            their polynomials in the clip factor: S, S if nothing cancelled, and P
+
+
+@triton.jit
+def _store_total(
+    out, block, mask, blocks, s0, s1, s2, most0, most1, most2, p0, p1, p2, FINISH: tl.constexpr, CROSS: tl.constexpr
+):
+    """Write what belongs to Fisher blocks, one after the other along the rows of ``out``."""
+    tl.store(out + block, s0, mask=mask)
+    if FINISH == _PLAIN:
+        if CROSS:
+            tl.store(out + blocks + block, p0, mask=mask)
+    else:
+        tl.store(out + blocks + block, s1, mask=mask)
+        tl.store(out + 2 * blocks + block, s2, mask=mask)
+        tl.store(out + 3 * blocks + block, most0, mask=mask)
+        tl.store(out + 4 * blocks + block, most1, mask=mask)
+        tl.store(out + 5 * blocks + block, most2, mask=mask)
+        if CROSS:
+            tl.store(out + 6 * blocks + block, p0, mask=mask)
+            tl.store(out + 7 * blocks + block, p1, mask=mask)
+            tl.store(out + 8 * blocks + block, p2, mask=mask)
+
+
+@triton.jit
+def _load_total(totals, block, mask, blocks, FINISH: tl.constexpr, CROSS: tl.constexpr):
+    """Read what ``_store_total`` wrote; zeros where there is nothing."""
+    s0 = tl.load(totals + block, mask=mask, other=0.0)
+    zero = tl.zeros_like(s0)
+    s1, s2, most0, most1, most2, p0, p1, p2 = zero, zero, zero, zero, zero, zero, zero, zero
+    if FINISH == _PLAIN:
+        if CROSS:
+            p0 = tl.load(totals + blocks + block, mask=mask, other=0.0)
+    else:
+        s1 = tl.load(totals + blocks + block, mask=mask, other=0.0)
+        s2 = tl.load(totals + 2 * blocks + block, mask=mask, other=0.0)
+        most0 = tl.load(totals + 3 * blocks + block, mask=mask, other=0.0)
+        most1 = tl.load(totals + 4 * blocks + block, mask=mask, other=0.0)
+        most2 = tl.load(totals + 5 * blocks + block, mask=mask, other=0.0)
+        if CROSS:
+            p0 = tl.load(totals + 6 * blocks + block, mask=mask, other=0.0)
+            p1 = tl.load(totals + 7 * blocks + block, mask=mask, other=0.0)
+            p2 = tl.load(totals + 8 * blocks + block, mask=mask, other=0.0)
+    return s0, s1, s2, most0, most1, most2, p0, p1, p2
+
+
+@triton.jit(do_not_specialize=["tensors", "blocks"])
+def fold(
+    rows, bounds, hyper, mm, mg, mw, gg, gw, ww, class_of, totals, squares, tensors, blocks,
+    FINISH: tl.constexpr, L2: tl.constexpr, CROSS: tl.constexpr, PER_TENSOR: tl.constexpr, CLASSES: tl.constexpr,
+    HYPERS: tl.constexpr,
+):  # fmt: skip
+    """Sums to totals per Fisher block: one program per class of tensors.
+
+    ``class_of``, int64 ``[tensors]``, is read with ``CLASSES``. ``squares``, float64 ``[classes]``, gets the sums of
+    gg, or zeros without a guard.
+    """
+    which = tl.program_id(0)
+    lanes = tl.arange(0, _SOLVE_BLOCK)
+    k: tl.constexpr = (2 if CROSS else 1) if FINISH == _PLAIN else (9 if CROSS else 6)
+    out = totals + which.to(tl.int64) * k * blocks
+    square = tl.zeros([_SOLVE_BLOCK], tl.float64)
+    if FINISH == _GUARDED:
+        for start in range(0, tensors, _SOLVE_BLOCK):
+            at = (start + lanes).to(tl.int64)
+            mask = at < tensors
+            if CLASSES:
+                mask = mask & (tl.load(class_of + at, mask=mask, other=-1) == which)
+            square += _load_cg(gg + at, mask)
+    tl.store(squares + which, tl.sum(square, 0))
+    if PER_TENSOR:
+        for start in range(0, tensors, _SOLVE_BLOCK):
+            at = (start + lanes).to(tl.int64)
+            inside = at < tensors
+            mask = inside
+            if CLASSES:
+                mask = mask & (tl.load(class_of + at, mask=mask, other=-1) == which)
+            s0, s1, s2, most0, most1, most2, p0, p1, p2 = _parts(
+                rows, hyper, mm, mg, mw, gg, gw, ww, at, mask, FINISH, L2, CROSS, HYPERS
+            )
+            _store_total(out, at, inside, blocks, s0, s1, s2, most0, most1, most2, p0, p1, p2, FINISH, CROSS)
+    else:
+        for block in range(blocks):
+            s0, s1, s2, most0, most1, most2, p0, p1, p2 = _fold(
+                rows, hyper, mm, mg, mw, gg, gw, ww, class_of, which, tl.load(bounds + block),
+                tl.load(bounds + block + 1), FINISH, L2, CROSS, CLASSES, HYPERS,
+            )  # fmt: skip
+            _store_total(out, block, True, blocks, s0, s1, s2, most0, most1, most2, p0, p1, p2, FINISH, CROSS)
+
+
+@triton.jit(do_not_specialize=["tensors", "blocks"])
+def solve(
+    rows, hyper, totals, square, grad_scale, found_inf, coefs, outcome, skipped, limit: tl.float64, tensors, blocks,
+    FINISH: tl.constexpr, CROSS: tl.constexpr, FISHER: tl.constexpr, CLIP: tl.constexpr, SCALED: tl.constexpr,
+    SKIP_NONFINITE: tl.constexpr, FOUND: tl.constexpr, HYPERS: tl.constexpr,
+):  # fmt: skip
+    """Totals to coefficients, float64 ``[COEFFICIENTS, tensors]``: one program per ``SOLVE_BLOCK`` tensors.
+
+    Counts one more update of each tensor, unless the step is skipped. If guarded, ``square`` is the sum of gg,
+    ``outcome`` (float64 ``[2]``) gets the norm and the clip factor, and ``skipped`` (bool ``[1]``, as int8) whether to
+    skip. ``grad_scale`` and ``found_inf``, of one element, float32 or float64, are read with ``SCALED`` and ``FOUND``.
+    """
+    lanes = tl.arange(0, _SOLVE_BLOCK)
+    at = (tl.program_id(0) * _SOLVE_BLOCK + lanes).to(tl.int64)
+    mask = at < tensors
+    gain = tl.full([], 1.0, tl.float64)
+    skip = tl.full([], 0.0, tl.float64)
+    if FINISH == _GUARDED:
+        scale = tl.full([], 1.0, tl.float64)
+        found = tl.full([], 0.0, tl.float64)
+        if SCALED:
+            scale = tl.load(grad_scale).to(tl.float64)
+        if FOUND:
+            found = tl.load(found_inf).to(tl.float64)
+        norm, gain, skip = _guard(
+            tl.load(square), tl.full([], 0.0, tl.float64) + limit, scale, found,
+            tl.full([], 1.0 if SKIP_NONFINITE else 0.0, tl.float64), CLIP or SCALED, SKIP_NONFINITE or FOUND,
+        )  # fmt: skip
+        if tl.program_id(0) == 0:
+            tl.store(outcome, norm)
+            tl.store(outcome + 1, gain)
+            tl.store(skipped, skip.to(tl.int8))
+    block = tl.zeros_like(at)
+    if FISHER == _BY_GROUP:
+        block = tl.load(rows + at * _COLUMNS + _GROUP, mask=mask, other=0)
+    elif FISHER == _BY_PARAMETER:
+        block = at
+    s0, s1, s2, most0, most1, most2, p0, p1, p2 = _load_total(totals, block, mask, blocks, FINISH, CROSS)
+    s, p = _at_gain(s0, s1, s2, most0, most1, most2, p0, p1, p2, gain, FINISH, CROSS)
+    _solve(rows, hyper, coefs, tensors, at, mask, s, p, skip, True, CROSS, HYPERS)

@@ -1,0 +1,138 @@
+"""Makes the document of runs on a GPU from their record.
+
+python -m bench.gpu.report bench/results/gpu_DEVICE_DATE.jsonl
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from bench.gpu.record import Record, Row
+
+
+def failures(found: Record) -> list[str]:
+    """What makes the exit code 1. A missing package, another package's failure or a lack of time does not."""
+    bad = [f"test failed: {test['name']}" for test in found.of("test") if test["outcome"] == "failed"]
+    bad += [f"not imported: {x['name']}: {x['reason']}" for x in found.of("uncollected") if not _lacking(x)]
+    bad += [f"{x['name']}: {x['outcome']}: {x['detail']}" for x in found.of("sanitizer") if x["outcome"] == "failed"]
+    bad += [
+        f"{row['title']}: {row['provider']}: {row['reason']}"
+        for row in found.rows.values()
+        if row["status"] == "failed" and row["ours"]
+    ]
+    return bad + [f"{part['name']}: {part['outcome']}" for part in found.of("part") if part["failed"]]
+
+
+def remarks(found: Record) -> list[str]:
+    """What a reader has to know, and what does not make a run fail."""
+    told = [note["name"] for note in found.of("note")]
+    told += [f"tests left out: {x['name']}: {x['reason']}" for x in found.of("uncollected") if _lacking(x)]
+    mild = [x for x in found.of("sanitizer") if x["outcome"] not in ("passed", "failed")]
+    told += [f"{x['name']}: {x['outcome']} {x['detail']}" for x in mild]
+    parts = [part for part in found.of("part") if part["outcome"] and not part["failed"]]
+    return told + [f"{part['name']}: {part['outcome']}" for part in parts]
+
+
+def tested(found: Record) -> str:
+    """How many tests went how, and which were the slowest."""
+    tests = found.of("test")
+    counts = sorted(Counter(test["outcome"] for test in tests).items())
+    slowest = sorted(tests, key=lambda test: -test["seconds"])[:3]
+    times = ", ".join(f"{test['name'].rpartition('/')[2]} {test['seconds']:.0f} s" for test in slowest)
+    return ", ".join(f"{count:,} {how}" for how, count in counts) + f" (slowest: {times})" if tests else "none was run"
+
+
+def _lacking(line: Row) -> bool:
+    return "No module named" in line["reason"] and "sofim_fused" not in line["reason"]
+
+
+def _digits(value: float) -> str:
+    """Three digits that count."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
+
+
+def _spread(row: Row) -> str:
+    if row["status"] != "measured":
+        return f"{row['status']}: {row['reason']}"
+    return f"{_digits(row['median'] * 1e3)} [{_digits(row['low'] * 1e3)}, {_digits(row['high'] * 1e3)}]"
+
+
+def _number(name: str, show: Callable[[float], str] = _digits, unit: float = 1.0) -> Callable[[Row], str]:
+    return lambda row: "" if row.get(name) is None else show(row[name] * unit)
+
+
+COLUMNS: Mapping[str, Callable[[Row], str]] = {
+    "provider": lambda row: str(row["provider"]),
+    "step, ms [20 %, 80 %]": _spread,
+    "/ SGD fused": _number("ratio", "{:.3f}".format),
+    "device, ms": _number("device", _digits, 1e3),
+    "/ SGD fused (device)": _number("device_ratio", "{:.3f}".format),
+    "host, µs": _number("host", _digits, 1e6),
+    "B/param.": _number("bytes_per_parameter", "{:.0f}".format),
+    "GB/s": _number("gb_per_s", "{:.0f}".format),
+    "of copy": _number("share", "{:.0%}".format),
+    "sets": _number("sets", "{:.0f}".format),
+    "rounds": _number("rounds", "{:.0f}".format),
+    "run": lambda row: str(row["run"]),
+}
+LEGEND = (
+    "Step: steps one after the other, by device events, median and percentiles; where the host is the slower one it is"
+    " the host's time. Device: with all steps in the queue beforehand, where the step is not the device's time anyway."
+    " Host: until a step returns that finds the queue empty. Ratios are medians over rounds in which providers are"
+    " timed in turns, a few at a time, always with SGD fused. Bytes are what the sweeps read and write per parameter,"
+    " GB/s these by the device's time, beside the rate of `Tensor.copy_` (read and written) in the same run. From"
+    " memory: sets of tensors are used in turn that together exceed the L2 cache four times. In cache: one set."
+    " Training: `zero_grad`, forward, backward and `step` on one batch, each optimizer with a copy of one network."
+)
+
+
+def markdown(found: Record) -> str:
+    """The record as a document."""
+    device = found.runs[-1]["device"]
+    blocks = ["# GPU acceptance run", _filled("; ".join(f"{name} {value}" for name, value in device.items()))]
+    for number, run in enumerate(found.runs, 1):
+        copied = f"; copy {found.copies[number]:.0f} GB/s" if number in found.copies else ""
+        blocks.append(_filled(f"Run {number}, {run['date']}, code {run['code']}: `{run['command']}`{copied}."))
+    for title, entries in (("Failures", failures(found)), ("Remarks", remarks(found))):
+        blocks += [f"{title}: {len(entries) or 'none'}.", _items(entries)]
+    right = [f"{name}: no errors" for name in sorted(found.passed("sanitizer"))]
+    states = [f"backend {backend['name']}: {backend['state']}" for backend in found.of("backend")]
+    blocks += ["## Correctness", _items([f"tests: {tested(found)}", *right, *states]), "## Times", _filled(LEGEND)]
+    for title in dict.fromkeys(title for title, _ in found.rows):
+        table = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+        for row in (row for (other, _), row in found.rows.items() if other == title):
+            copied_at = found.copies.get(row["run"])
+            share = row["gb_per_s"] / copied_at if copied_at and row.get("gb_per_s") else None
+            table.append("| " + " | ".join(_cell(show({**row, "share": share})) for show in COLUMNS.values()) + " |")
+        blocks += [f"### {title}", "\n".join(table)]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _items(entries: Sequence[str]) -> str:
+    return "\n".join(f"- {_cell(entry)}" for entry in entries)
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def write(path: Path) -> Record:
+    """Write the document beside the record."""
+    found = Record(path)
+    draft = path.with_suffix(".md.new")
+    draft.write_text(markdown(found), encoding="utf-8")
+    draft.replace(path.with_suffix(".md"))  # a reader sees the old one or the new one
+    return found
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

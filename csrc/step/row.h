@@ -1,0 +1,41 @@
+// What the passes over tensors read and return, on a CPU and on a GPU alike. No header of PyTorch's is needed here.
+#pragma once
+
+#include <cstdint>
+
+#include "step/element.h"
+#include "step/solve.h"
+
+namespace sofim {
+
+// How elements are stored. A complex tensor counts as one of real numbers, of twice as many elements.
+enum class Type : uint8_t { float32, float64, bfloat16, float16 };
+constexpr bool is_narrow(Type type) { return type == Type::bfloat16 || type == Type::float16; }
+
+// Sums of products per tensor, in this order wherever several are stored. accumulate returns mm, then mg, then mw; dots
+// returns all of them, or all but those with w. See Sums in sofim_fused/backends/interface.py.
+enum Sum { kMM, kMG, kMW, kGG, kGW, kWW };
+constexpr int kSums = kWW + 1;
+
+// One tensor of a step: where its elements are, and how they are stored. w, g, m and kahan lie in memory in one and the
+// same order, without gaps.
+struct TensorRow {
+  void* w;
+  const void* g;
+  void* m;
+  void* kahan;    // nullptr: none is kept
+  int64_t* step;  // the number of updates that it has received, on the tensors' device; nullptr: not needed
+  int64_t numel;
+  uint32_t ordinal;  // its place among all parameters, which keys the rounding of a bfloat16 moment
+  Type w_type, g_type, m_type;
+  bool aligned;  // all four addresses are multiples of 16
+};
+
+// The same with the tensor's own coefficients, for passes that run on the host.
+struct Row : TensorRow {
+  uint32_t key;   // of the random bits that round m (tensor_key)
+  Decay decay;    // the first moment
+  Update update;  // the weight
+};
+
+}  // namespace sofim

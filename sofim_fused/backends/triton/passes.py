@@ -1,0 +1,151 @@
+"""The passes one by one: Triton kernels over packed tensors, one launch per pass for any number of tensors."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable imports the compiler: seconds
+
+from sofim_fused import native
+from sofim_fused.backends.interface import (
+    Coefficients,
+    Decay,
+    GradientStep,
+    NativeInBackward,
+    NativeStep,
+    StepTensors,
+    Sums,
+)
+from sofim_fused.backends.triton import pack
+from sofim_fused.backends.triton.launch import (
+    KernelConfig,
+    capturing,
+    device_scope,
+    kernels_for,
+    launch_first,
+    launch_second,
+)
+from sofim_fused.backends.triton.step import TritonStep
+from sofim_fused.backends.triton.workspace import Workspace
+
+
+class TritonPasses:
+    """See :class:`sofim_fused.backends.interface.Passes`. An instance serves one optimizer: it keeps a workspace.
+
+    Args:
+        kernels: :mod:`sofim_fused.backends.triton.kernels`.
+        emulated: the kernels run in Triton's interpreter, on the CPU.
+    """
+
+    name = "triton"
+
+    def __init__(self, kernels: ModuleType, emulated: bool = False) -> None:
+        self.emulated = emulated
+        self._kernels = kernels
+        self._workspace: Workspace | None = None
+
+    def accumulate(self, tensors: StepTensors, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
+        sums: Sums = self._sweep_first(tensors, decay, gradient_step, self._kernels.ACCUMULATE)
+        return sums
+
+    def dots(self, tensors: StepTensors, decay: Decay) -> Sums:
+        sums: Sums = self._sweep_first(tensors, decay, None, self._kernels.DOTS)
+        return sums
+
+    def apply(self, tensors: StepTensors, coefficients: Coefficients) -> None:
+        self._sweep_second(tensors, None, coefficients, self._kernels.APPLY)
+
+    def commit(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients) -> None:
+        self._sweep_second(tensors, decay, coefficients, self._kernels.COMMIT)
+
+    def native_step(self) -> NativeStep:
+        """Whole steps, where the native part of the package can be used; else none: all steps run by the passes."""
+        module = native.cpu()
+        if isinstance(module, str):
+            return lambda groups, state, grad_scale, found_inf, counter: None
+        return TritonStep(self._kernels, module.PackedStep(self._kernels.TILE), self.emulated)
+
+    def native_in_backward(self) -> NativeInBackward | None:
+        return None
+
+    @untraced
+    def _sweep_first(self, tensors: StepTensors, decay: Decay, gradient_step: GradientStep | None, which: int) -> Sums:
+        k = self._kernels
+        dots, l2 = which == k.DOTS, decay.weight is not None
+        with device_scope(tensors.device):
+            packed, workspace = self._filled(tensors, decay)
+            if gradient_step is not None:
+                workspace.set_coefficients(gradient_step.weight, gradient_step.gradient)
+            launch_first(
+                k,
+                workspace,
+                KernelConfig(tuple(packed.kinds), first=which, l2=l2, cross=decay.cross and not dots),
+                with_step=gradient_step is not None,
+            )
+            packed.finish(gradient_step is not None, not dots, False)
+        mm, mg, mw, gg, gw, ww = workspace.sums().unbind()
+        if dots:
+            return Sums(mm=mm, mg=mg, mw=mw, gg=gg, gw=gw, ww=ww) if l2 else Sums(mm=mm, mg=mg, gg=gg)
+        return Sums(mm=mm, mg=mg if decay.cross else None, mw=mw if decay.cross and l2 else None)
+
+    @untraced
+    def _sweep_second(self, tensors: StepTensors, decay: Decay | None, update: Coefficients, which: int) -> None:
+        with device_scope(tensors.device):
+            packed, workspace = self._filled(tensors, decay)
+            workspace.set_coefficients(update.weight, update.gradient, update.moment, update.gain, update.skip)
+            config = KernelConfig(
+                tuple(packed.kinds),
+                second=which,
+                l2=decay is not None and decay.weight is not None,
+                cross=update.gradient is not None,
+                clip=update.gain is not None,
+                skip=update.skip is not None,
+            )
+            launch_second(self._kernels, workspace, config)
+            packed.finish(True, decay is not None, False)
+
+    def _filled(self, tensors: StepTensors, decay: Decay | None) -> tuple[pack.PackedTensors, Workspace]:
+        """The packed tensors, and the workspace filled with them.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, which the passes cannot be part of.
+        """
+        if capturing():  # pinned memory cannot be allocated then
+            missing = native.cpu()
+            if isinstance(missing, str):
+                raise RuntimeError(
+                    "a step of the Triton backend is captured in a CUDA graph, which takes the native part of this "
+                    f"package ({missing}): build it with {native.remedy()}, or do not capture"
+                )
+            raise RuntimeError(
+                "a pass of the Triton backend is captured in a CUDA graph, which can contain whole steps only: leave "
+                "out in_backward, take one eager step before, or take backend='cuda'"
+            )
+        packed = pack.lay_out(
+            tensors.params,
+            tensors.grads,
+            tensors.exp_avgs,
+            tensors.kahans,
+            tensors.steps,
+            tensors.ordinals,
+            self._kernels.TILE,
+        )
+        n = len(tensors)
+        hyper = torch.zeros(n, pack.HYPERS, dtype=torch.float64)
+        if decay is not None:
+            factors = [decay.moment, decay.gradient, decay.weight or [0.0] * n]
+            hyper[:, pack.DECAY_M :] = torch.tensor(factors, dtype=torch.float64).t()
+        workspace = self._workspace
+        if workspace is None or not workspace.fits(tensors.device, packed.rows, packed.tiles):
+            workspace = Workspace(self._kernels, tensors.device, packed.rows, hyper, packed.tiles, [0, n])
+            self._workspace = workspace
+        workspace.load(packed.rows, hyper, None)
+        workspace.renew_work()  # sums that were returned stay what they are
+        return packed, workspace
+
+
+def passes_for(device: torch.device) -> TritonPasses | str:
+    """The passes for ``device``, or the reason why it has none."""
+    found = untraced(kernels_for)(device)
+    return found if isinstance(found, str) else TritonPasses(*found)
