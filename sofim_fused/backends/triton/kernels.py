@@ -9,7 +9,7 @@ tile adds up that tensor's slots in a fixed order; the one that finishes the las
 coefficients (``FINISH``). Which program that is makes no difference to the result, and the host waits for nothing.
 ``fold`` and ``solve`` do the same algebra for steps that run pass by pass.
 
-:mod:`sofim_fused.step.solve` and :mod:`sofim_fused.backends.interface` derive and explain the formulas.
+:mod:`sofim_fused.backends.solve` and :mod:`sofim_fused.backends.interface` derive and explain the formulas.
 """
 
 from __future__ import annotations
