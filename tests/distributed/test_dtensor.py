@@ -29,7 +29,8 @@ from tests.distributed.support import (
 
 pytestmark = needs_ranks
 
-STEPS = 200
+STEPS = 20  # a wrong sum shows in the first
+MANY_STEPS = 200  # in one case per kind of numerator: drift shows in many
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "guarded": {"max_grad_norm": 0.3, "skip_nonfinite": True},
@@ -72,12 +73,13 @@ def test_fsdp2_is_one_process(
 ) -> None:
     ranks: Ranks = request.getfixturevalue("two" if world == 2 else "four")
     options = {"numerator": numerator, "fisher": fisher, **KINDS[kind]}
-    found = ranks.run(against_one_process, "fsdp", options, STEPS)
+    steps = MANY_STEPS if (world, fisher, kind) == (2, "group", "guarded") else STEPS
+    found = ranks.run(against_one_process, "fsdp", options, steps)
     assert max(distance for distance, _ in found) <= CLOSE
     blocks = {"model": 1, "group": 2, "parameter": 7}[fisher]
     forms = 1 if numerator == "moment" else 2
     values = forms * blocks if kind == "plain" else 3 * (1 + forms) * blocks + 2
-    assert {tuple(sent) for _, sent in found} == {(8 * values,) * STEPS}  # one message per step
+    assert {tuple(sent) for _, sent in found} == {(8 * values,) * steps}  # one message per step
 
 
 @pytest.mark.parametrize("kind", ["plain", "guarded"])
@@ -105,8 +107,8 @@ def on_two_axes(rank: int, options: dict[str, Any]) -> tuple[float, int]:
     params = [p for name, p in spread.named_parameters() if name != "scale"]
     twins = [p for name, p in alone.named_parameters() if name != "scale"]
     first, second = SOFIM(twins, **settings), SOFIM(params, **settings)
-    train(alone, first, range(50))
-    sent = all_reduced(lambda: train(spread, second, range(50), mesh.get_local_rank("data"), 2))
+    train(alone, first, range(STEPS))
+    sent = all_reduced(lambda: train(spread, second, range(STEPS), mesh.get_local_rank("data"), 2))
     pairs = zip(map(whole, params), map(whole, twins), strict=True)
     return max(float((a - b).norm() / b.norm()) for a, b in pairs), len(sent)
 
@@ -115,7 +117,7 @@ def on_two_axes(rank: int, options: dict[str, Any]) -> tuple[float, int]:
 def test_tensor_parallel_inside_of_fsdp2(options: dict[str, Any], four: Ranks) -> None:
     found = four.run(on_two_axes, options)
     assert max(distance for distance, _ in found) <= CLOSE
-    assert {messages for _, messages in found} == {2 * 50}  # one along each axis
+    assert {messages for _, messages in found} == {2 * STEPS}  # one along each axis
 
 
 class Block(nn.Module):
@@ -209,8 +211,8 @@ def zero_redundancy(rank: int, options: dict[str, Any], few: bool) -> tuple[floa
     first = SOFIM(twins, **settings)
     ours = functools.partial(SOFIM, shard_group=distributed.group.WORLD)
     second = ZeroRedundancyOptimizer(params, optimizer_class=ours, **settings)
-    train(alone, first, range(50))
-    train(spread, second, range(50))
+    train(alone, first, range(STEPS))
+    train(spread, second, range(STEPS))
     second.consolidate_state_dict(to=0)
     if rank == 0:  # all of it, whoever held it
         whole_state = pickle.loads(pickle.dumps(second.state_dict()))
@@ -218,12 +220,12 @@ def zero_redundancy(rank: int, options: dict[str, Any], few: bool) -> tuple[floa
     else:
         whole_state = None
     (whole_state,) = shared([whole_state])
-    spread.load_state_dict({name: value + 1 for name, value in spread.state_dict().items()})
+    spread.load_state_dict({name: value + 0.1 for name, value in spread.state_dict().items()})
     alone.load_state_dict(spread.state_dict())
     third = ZeroRedundancyOptimizer(params, optimizer_class=ours, **settings)
     third.load_state_dict(whole_state)
-    train(alone, first, range(50, 100))
-    train(spread, third, range(50, 100))
+    train(alone, first, range(STEPS, 2 * STEPS))
+    train(spread, third, range(STEPS, 2 * STEPS))
     held = sum(len(group["params"]) for group in second.optim.param_groups)
     return farthest(spread, alone), held, len(second.optim.state)
 
@@ -300,7 +302,7 @@ def in_backward(rank: int, options: dict[str, Any], batches: int) -> float:
     settings = {"lr": 0.1, "rho": 1.0, **{name: options[name] for name in options if name != "release_grads"}}
     first = SOFIM(grouped(plain), **settings)
     second = SOFIM(grouped(overlapped), in_backward=True, **options, lr=0.1, rho=1.0)
-    for step in range(0, 30 * batches, batches):
+    for step in range(0, 10 * batches, batches):
         for optimizer in (first, second):
             optimizer.zero_grad()
         for i in range(batches):

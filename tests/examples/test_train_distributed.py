@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import distributed
 
+from bench.ranks import Ranks
 from examples import train_distributed
 from tests.support.runs import EMULATED, INTERPRETED
 
@@ -45,11 +49,21 @@ def test_shards_and_one_process_go_on_from_each_other(tmp_path: Path, capsys: py
     assert losses(capsys.readouterr().out) == pytest.approx({3: expected[3]}, rel=1e-4)
 
 
+def trained(rank: int, *options: str) -> str:
+    """What training prints on a rank, one of two."""
+    parsed = train_distributed._parser().parse_args([*QUICK, *options])
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        train_distributed.train(parsed, rank, 2, torch.device("cpu"))
+    return out.getvalue()
+
+
 def test_sharded_state_goes_on(tmp_path: Path) -> None:
     """ZeRO: the optimizer's state is gathered, saved, and spread again."""
-    whole = on_two_ranks("--mode", "zero", "--epochs", "2", "--out", str(tmp_path / "whole"))
-    on_two_ranks("--mode", "zero", "--epochs", "1", "--out", str(tmp_path / "parts"))
-    text = on_two_ranks("--mode", "zero", "--epochs", "2", "--out", str(tmp_path / "parts"), "--resume")
+    zero = ("--mode", "zero", "--out", str(tmp_path / "parts"))
+    with Ranks(2) as ranks:
+        whole = ranks.run(trained, "--mode", "zero", "--epochs", "2", "--out", str(tmp_path / "whole"))[0]
+        ranks.run(trained, *zero, "--epochs", "1")
+        text = ranks.run(trained, *zero, "--epochs", "2", "--resume")[0]
     assert losses(text) == {2: losses(whole)[2]}
 
 

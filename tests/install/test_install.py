@@ -11,6 +11,7 @@ import sys
 import tarfile
 import warnings
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -337,27 +338,65 @@ def test_the_remedy_fits_the_installation(tmp_path: Path, monkeypatch: pytest.Mo
     assert native.remedy() == f"{COMMAND[:-1]}-e '{tmp_path}/a b'"
 
 
-FIRST_STEP = """
-import json, sys, warnings
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+# PyTorch is imported once; each folder that is named gets a process of its own, forked from there.
+FIRST_STEPS = """
+import json, os, sys, warnings
+import torch, torch._dynamo  # which torch.optim.Optimizer takes a second to import
 # That of an installation with -e would find what is missing here.
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
-import torch
-torch.__version__ = sys.argv[2] or torch.__version__
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    import sofim_fused
-assert not caught
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    for _ in range(2):
-        p = torch.nn.Parameter(torch.ones(2))
-        optimizer = sofim_fused.SOFIM([p])
-        p.grad = torch.ones(2)
-        optimizer.step()
-print(json.dumps([list(optimizer.backends.values()), [str(w.message) for w in caught if "SOFIM" in str(w.message)]]))
+for line in sys.stdin:
+    folder, version = json.loads(line)
+    if os.fork():
+        if os.wait()[1]:
+            print("failed", flush=True)
+        continue
+    sys.path.insert(0, folder)
+    torch.__version__ = version or torch.__version__
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        import sofim_fused
+    assert sofim_fused.__file__.startswith(folder)
+    assert not caught
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            p = torch.nn.Parameter(torch.ones(2))
+            optimizer = sofim_fused.SOFIM([p])
+            p.grad = torch.ones(2)
+            optimizer.step()
+    said = [str(w.message) for w in caught if "SOFIM" in str(w.message)]
+    print(json.dumps([list(optimizer.backends.values()), said]), flush=True)
+    break
 """
+FirstStep = Callable[[Path, str], tuple[list[str], list[str]]]
+
+
+@pytest.fixture(scope="module")
+def first_step(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FirstStep]:
+    """The first step of an installation in a folder, under a version of PyTorch: the backends, and what is said."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", FIRST_STEPS],
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    given, answers = process.stdin, process.stdout
+
+    def take(folder: Path, version: str) -> tuple[list[str], list[str]]:
+        given.write(json.dumps([str(folder), version]) + "\n")
+        given.flush()
+        answer = answers.readline()
+        assert answer.startswith("["), answer
+        used, said = json.loads(answer)
+        return used, said
+
+    yield take
+    given.close()
+    assert process.wait() == 0
 
 
 @pytest.mark.skipif(isinstance(native.cpu(), str), reason="the native part is not there")
@@ -373,7 +412,9 @@ print(json.dumps([list(optimizer.backends.values()), [str(w.message) for w in ca
     ],
     ids=["whole", "torch upgraded", "cut off", "no library", "no record", "an earlier record"],
 )
-def test_what_becomes_of_an_installation_later(damage: str, upgraded: str, text: str, tmp_path: Path) -> None:
+def test_what_becomes_of_an_installation_later(
+    damage: str, upgraded: str, text: str, first_step: FirstStep, tmp_path: Path
+) -> None:
     """``import`` says nothing; the first optimizer says, once, why its native part is not used any more."""
     package = tmp_path / "sofim_fused"
     shutil.copytree(Path(native.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -387,14 +428,7 @@ def test_what_becomes_of_an_installation_later(damage: str, upgraded: str, text:
         record.unlink()
     elif damage == "an earlier record":
         record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "expected"}))
-    done = subprocess.run(
-        [sys.executable, "-c", FIRST_STEP, str(tmp_path), upgraded],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    used, said = json.loads(done.stdout.splitlines()[-1])
+    used, said = first_step(tmp_path, upgraded)
     assert used == ["reference" if text else "cpu"]
     assert len(said) == bool(text)
     assert all(text in line and "--no-cache-dir" in line for line in said)

@@ -523,6 +523,16 @@ def made_stepped_and_dropped(params: list[nn.Parameter], backend: str, options: 
     optimizer.state_dict()
 
 
+@pytest.fixture
+def only_new_objects() -> Iterator[None]:
+    """Garbage collection passes over what was there before the test: all of pytest, which takes seconds."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("only_new_objects")
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is counted as Linux does")
 @pytest.mark.parametrize(
     "options",

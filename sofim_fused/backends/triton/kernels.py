@@ -97,7 +97,7 @@ _BY_PARAMETER = tl.constexpr(PARAMETER)
 
 _SEED = tl.constexpr(rounding.SEED)
 _WEYL = tl.constexpr(rounding.WEYL)
-_CANCELLED = tl.constexpr(2.0**-46)  # (2 ulp of float32 arithmetic)², as in sofim_fused/step/solve.py
+_CANCELLED = tl.constexpr(2.0**-46)  # (2 ulp of float32 arithmetic)², as in sofim_fused/backends/solve.py
 _FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 # The interpreter truncates where it should round to bfloat16, and mistreats subnormal numbers.
 _EMULATED = tl.constexpr(bool(triton.knobs.runtime.interpret))
