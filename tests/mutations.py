@@ -1,7 +1,7 @@
 """Breaks one line for each stage of CI, and requires the stage to notice: ``python -m tests.mutations [stage ...]``.
 
-A mutation is an entry of :data:`MUTATIONS`: which stage, in which file, what text becomes which, and what the stage then
-has to say. It is made in a copy of the sources (``build/mutations``), where the stage's make target runs, restricted to
+A mutation is an entry of :data:`MUTATIONS`: the stage, the file, what text becomes which, and what the stage then has
+to say. It is made in a copy of the sources (``build/mutations``), where the stage's make target runs, restricted to
 what has to notice. A stage has noticed if it failed and said what was expected; one that fails for another reason has
 not. The text must stand in exactly one place, or the run ends with an error: then the entry has to follow the sources.
 
