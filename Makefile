@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS := $(VENV)/docs
 NATIVE := $(VENV)/.native
-SOURCES := setup.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+SOURCES := setup.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 SITE := build/site
 SANITIZED := build/sanitized
@@ -21,7 +21,7 @@ ONE_SET = SOFIM_INSTRUCTION_SETS=$$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && 
 # What kernels compute, wherever they run. Edited groups and gradients are the host's concern, and slow in the interpreter.
 KERNEL_TESTS := tests/step/test_matrix.py tests/step/test_amp.py tests/backends/test_passes.py \
     tests/backends/test_shared_memory.py $(filter-out %_changes.py %_edits.py,$(wildcard tests/in_backward/test_*.py))
-INTERPRETER_TESTS := $(KERNEL_TESTS) tests/backends/test_triton.py
+INTERPRETER_TESTS := $(KERNEL_TESTS) tests/backends/test_triton.py tests/backends/test_solve.py
 EMULATED := build/emulated
 EMULATED_TESTS := $(KERNEL_TESTS) tests/backends/test_cuda.py
 CUDA_SYNTAX := build/cuda-syntax
@@ -193,7 +193,7 @@ tidy: $(READY)
 	@if ! command -v clang-tidy > /dev/null; then echo "clang-tidy is not installed: csrc is not checked"; exit 0; fi; \
 	torch=$$($(BIN)/python $(INCLUDES)) && \
 	for source in csrc/gather/*.cpp csrc/cpu/*.cpp csrc/cuda/*.cpp csrc/cuda/*.cu; do \
-	    case $$source in */kernels.*) checks=--checks=-clang-analyzer-*;; *) checks=;; esac; \
+	    case $$source in */kernels.*|*.cu) checks=--checks=-clang-analyzer-*;; *) checks=;; esac; \
 	    case $$source in \
 	        csrc/cpu/*) own="-DTORCH_EXTENSION_NAME=_cpu $(ONE_SET_FLAGS)";; \
 	        csrc/cuda/*) own="-DTORCH_EXTENSION_NAME=_cuda -DSOFIM_EMULATED -Wno-unknown-pragmas -Itests/emulator";; \

@@ -51,10 +51,7 @@ INSTRUCTION_SETS = {  # flags by instruction set, the best first
 # For kernels.cpp: GCC warns in its own AVX-512 headers, and about vectors as parameters, all of which are inlined.
 QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 # The sources of _cuda: everything in csrc/cuda, and the shared files that do not depend on the CPU part.
-KERNELS = Path("csrc/cuda/kernels.cu")
-SHARED = [
-    *(Path("csrc/gather", f"{name}.cpp") for name in ("op_arguments", "param_groups", "step_tensors", "tiling")),
-]
+SHARED = [Path("csrc/gather", f"{name}.cpp") for name in ("op_arguments", "param_groups", "step_tensors", "tiling")]
 EMULATOR = Path("tests/emulator")
 GPUS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # compute capabilities, unless TORCH_CUDA_ARCH_LIST is set
 # The kernels need only the features of the first one (older GPUs have no bfloat16). So the compiler's front end, which
@@ -162,7 +159,7 @@ def extension(
         f"{PACKAGE}.{name}",
         [str(source) for source in sources],
         language="c++",
-        depends=[str(header) for header in sorted(Path("csrc").rglob("*.h"))],
+        depends=[str(header) for pattern in ("*.h", "*.cuh") for header in sorted(Path("csrc").rglob(pattern))],
         include_dirs=[*include_dirs, str(ROOT / "csrc")],
         define_macros=[("SOFIM_TORCH_VERSION", record["torch"])],  # another torch then recompiles
         library_dirs=[*library_paths(), *library_dirs],
@@ -274,7 +271,9 @@ def cuda_extension(record: dict[str, Any]) -> Extension:
         raise UnavailableError("SOFIM_BUILD_CUDA=0 was set")
     if record["reason"] is not None:
         raise UnavailableError(f"{NO_CPU}: {record['reason']}")
-    sources = [KERNELS, *sorted(Path("csrc/cuda").glob("*.cpp")), *SHARED]
+    # What takes longest to compile comes first.
+    kernels = sorted(Path("csrc/cuda").glob("*.cu"), key=lambda path: path.stem not in ("one_launch", "accumulate"))
+    sources = [*kernels, *sorted(Path("csrc/cuda").glob("*.cpp")), *SHARED]
     if SWITCHES["CUDA"] == "emulated":
         if not Path(ROOT, EMULATOR).is_dir():
             raise UnavailableError(f"{EMULATOR} is not there")

@@ -65,7 +65,7 @@ SGD_BYTES = 20  # float32 SGD with momentum in one sweep: reads g, m, w; writes 
 NARROWEST = 128  # bits of an access in the hot path
 # Instructions for a tile, in kernels of about a hundred accesses each. With room for one block less nothing is spilled,
 # and on an H200 steps with bfloat16 weights took no less time.
-SPILLS = {SHIPPED["Any"]: 16}
+SPILLS = {SHIPPED["AnyWeights"]: 16}
 
 # A multiprocessor of sm_80 to sm_100; what is reserved of shared memory per program is in the compiler's figure.
 _REGISTERS, _WARPS, _PROGRAMS = 65_536, 64, 32
@@ -125,11 +125,11 @@ KINDS = {
 # In CUDA C++, whether bits are kept is found out at run time: kinds that keep none have the code of those that do.
 CUDA_KINDS = {
     "fp32": ("float", "float", "float"),
-    "fp32, bf16 moment": ("float", "float", "Brain"),
-    "bf16, Kahan": ("Brain", "Brain", "float"),
-    "bf16, bf16 moment, Kahan": ("Brain", "Brain", "Brain"),
-    "bf16, fp32 gradient, Kahan": ("Brain", "float", "float"),
-    "fp16, Kahan": ("Half", "Half", "float"),
+    "fp32, bf16 moment": ("float", "float", "BFloat16"),
+    "bf16, Kahan": ("BFloat16", "BFloat16", "float"),
+    "bf16, bf16 moment, Kahan": ("BFloat16", "BFloat16", "BFloat16"),
+    "bf16, fp32 gradient, Kahan": ("BFloat16", "float", "float"),
+    "fp16, Kahan": ("Float16", "Float16", "float"),
     "fp64": ("double", "double", "double"),
 }
 TWO_LAUNCHES = ("bf16, fp32 gradient, Kahan", "fp64")  # in any case
@@ -187,7 +187,8 @@ def cuda_cases(kernels: ModuleType) -> Iterator[tuple[str, Case, Instance]]:
                 kernels.COMMIT: kind_of("commit", l2=config.l2, gradient=config.cross),
             }
             template = {"first": "first", "second": "second", "single": "both"}[case.launch]
-            instance = Instance(template, storage, tuple(passes[which] for which in _passes(case)))
+            kinds = tuple(passes[which] for which in _passes(case))
+            instance = Instance(template, storage, kinds, config.l2, config.cross and kernels.COMMIT in _passes(case))
             if instance not in seen:
                 seen.add(instance)
                 yield label, case, instance
@@ -420,7 +421,7 @@ def examined_cuda(
     targets: Sequence[str],
     kinds: Collection[str],
     kernels: ModuleType,
-    source: str | None = None,
+    sources: Mapping[str, str] | None = None,
     names: Collection[str] | None = None,
     shipped_for: Sequence[str] | None = None,
 ) -> list[Row]:
@@ -431,21 +432,25 @@ def examined_cuda(
         targets: of NVIDIA's, such as it knows.
         kinds: labels of ``CUDA_KINDS``, and of kernels as they are shipped.
         kernels: the Triton kernels, whose cases these are.
-        source: of the kernels; ``None``: csrc/cuda/kernels.cu.
+        sources: of the kernels; ``None``: those in csrc.
         names: of the cases; ``None``: all.
         shipped_for: targets of kernels as they are shipped; ``None``: ``targets``.
     """
-    source = kernels_cuda.SOURCE.read_text(encoding="utf-8") if source is None else source
+    sources = kernels_cuda.sources() if sources is None else sources
     chosen = [c for c in cuda_cases(kernels) if c[0] in kinds and (names is None or c[1].name in names)]
     shipped = not set(kinds).isdisjoint(SHIPPED.values())
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2 * (len(targets) + 2)) as pool:
+    chosen_file, files = "cuda/chosen.cu", [path for path in sources if path.endswith(".cu")]
+    threads = (len(files) + 1) * (len(targets) + 2)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(threads) as pool:
 
-        def compiled(text: str, name: str, targets: Sequence[str]) -> Future[kernels_cuda.Compiled]:
-            return kernels_cuda.compiled(text, targets, nvcc, _tools(), Path(folder, name), pool)
+        def compiled(sources: Mapping[str, str], name: str, targets: Sequence[str]) -> Future[kernels_cuda.Compiled]:
+            return kernels_cuda.compiled(sources, name, targets, nvcc, _tools(), Path(folder, Path(name).stem), pool)
 
-        instances = kernels_cuda.instantiated(source, [instance for _, _, instance in chosen])
-        single = compiled(instances, "single", targets)
-        several = compiled(source, "several", targets if shipped_for is None else shipped_for) if shipped else None
+        instances = kernels_cuda.instantiated([instance for _, _, instance in chosen])
+        single = compiled({**sources, chosen_file: instances}, chosen_file, targets)
+        several = [
+            compiled(sources, name, targets if shipped_for is None else shipped_for) for name in files if shipped
+        ]
         numbers = single.result().numbers
         rows = []
         for kernel in single.result().kernels:
@@ -453,7 +458,7 @@ def examined_cuda(
             label, case, _ = chosen[number]
             per_element = numbers["threads"] * numbers[f"turns_{number}"] / numbers["tile"]
             rows.append(_cuda_row(kernel, label, case.name, numbers, per_element, table_bytes(case, kernels)))
-        for kernel in several.result().kernels if several else []:
+        for kernel in (kernel for file in several for kernel in file.result().kernels):
             label, name = kernels_cuda.described(kernel.entry)
             if label in kinds:
                 rows.append(_cuda_row(kernel, label, name, numbers))
@@ -487,8 +492,10 @@ def _cuda_row(
         row.read = row.written = row.milliseconds = None
     else:
         row.instructions = kernel.instructions * per_element
-    copies = per_element is None and name == kernels_cuda.COPY
-    row.wrong = list(_wrong(row, 0) if copies else _wrong(row, numbers["blocks"], moved, NARROWEST))
+    if per_element is None and name in kernels_cuda.NO_TENSORS.values():
+        row.widths, row.wrong = {}, list(_wrong(row, 0))
+    else:
+        row.wrong = list(_wrong(row, numbers["blocks"], moved, NARROWEST))
     return row
 
 

@@ -1,8 +1,8 @@
-"""The kernels of csrc/cuda/kernels.cu, compiled and examined without a GPU: the CUDA C++ part of bench.kernels.
+"""The kernels of csrc/cuda, compiled and examined without a GPU: the CUDA C++ part of bench.kernels.
 
-The shipped kernels are compiled for sets of storage types, with a branch per tile, so their code does not show the
-bytes per parameter, only widths of accesses, registers and spills. To count bytes, :func:`instantiated` compiles the
-same templates for one combination of types each.
+The shipped kernels are compiled for sets of storage types, with a branch per chunk, and get some options at run time,
+so their code does not show the bytes per parameter, only widths of accesses, registers and spills. To count bytes,
+:func:`instantiated` compiles the same templates for one combination of types and options each.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import NamedTuple
 
 PASSES = ("accumulate", "apply", "dots", "commit")  # in the order of the enum Pass
 SHIPPED = {  # the sets of storage types
-    "Float32": "fp32 weights, as shipped",
-    "Alike": "16-bit weights, as shipped",
-    "Any": "any weights, as shipped",
+    "Float32Weights": "fp32 weights, as shipped",
+    "NarrowWeights": "16-bit weights, as shipped",
+    "AnyWeights": "any weights, as shipped",
 }
-COPY = "arguments to a table"  # the kernel that touches no tensor
-SOURCE = Path(__file__).parent.parent / "csrc" / "cuda" / "kernels.cu"
-LAUNCHES = "\n// Launches\n"  # where the kernels end, in the source
+NO_TENSORS = {"copy": "arguments to a table", "fold": "fold", "solve": "solve"}  # kernels that touch none, by name
+FOLDER = Path(__file__).parent.parent / "csrc"
+STORAGE = "cuda/storage.cuh"  # the file with load and store
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-lineinfo")  # as in setup.py
 ARCHITECTURE = "compute_80"  # of the PTX, from which it makes the code for each GPU
 
@@ -52,41 +52,58 @@ class Instance(NamedTuple):
         template: ``"first"``, ``"second"`` or ``"both"``.
         storage: C++ types of weight, gradient and moment.
         kinds: of its passes, as :func:`kind_of` gives them.
+        l2, gradient: what the kernels that are shipped are told at run time.
     """
 
     template: str
     storage: tuple[str, str, str]
     kinds: tuple[str, ...]
+    l2: bool
+    gradient: bool
 
 
 def kind_of(which: str, *, l2: bool = False, gradient: bool = False, step: bool = False) -> str:
     """What a sweep is compiled for, as a type in C++."""
-    if which == "dots":
-        gradient = False  # it takes the same sums in both forms
-    if which == "apply":
+    if which in ("dots", "commit"):
+        gradient = False  # dots takes the same sums in both forms; commit is told at run time
+    if which in ("apply", "commit"):
         l2 = False
-    return f"Kind<Pass::{which}, {', '.join(str(x).lower() for x in (l2, gradient, step))}>"
+    return f"Kind<Pass::{which}, {', '.join(map(_cpp, (gradient, l2, step)))}>"
 
 
-def instantiated(source: str, instances: Sequence[Instance]) -> str:
-    """The kernels in ``source`` for these instances and nothing else; the i-th has ``Only<i, ...>`` in its name."""
-    kernels, found, _ = source.partition(LAUNCHES)
-    assert found, f"no line {LAUNCHES.strip()!r} in the source"
+def _cpp(x: bool) -> str:
+    return str(x).lower()
+
+
+def sources() -> dict[str, str]:
+    """The kernels and what they include, by path in ``csrc``."""
+    files = [file for name in ("step", "cuda") for file in sorted((FOLDER / name).iterdir()) if file.suffix != ".cpp"]
+    return {file.relative_to(FOLDER).as_posix(): file.read_text(encoding="utf-8") for file in files}
+
+
+def instantiated(instances: Sequence[Instance]) -> str:
+    """A source with the kernels for these instances and nothing else; the i-th has ``Only<i, ...>`` in its name."""
     lines = [
-        kernels,
-        "template <int index, class S>",
+        '#include "cuda/one_launch.cuh"',
+        "namespace sofim::cuda {",
+        "namespace {",
+        "template <int index, class S, bool l2, bool gradient>",
         "struct Only {",
         "  template <class K>",
-        "  static __device__ __forceinline__ void sweep(const Tile& tile, Sums<K>& sums) {",
-        "    return tile.full() ? tile.swept<S, K, S::kVector>(sums) : tile.swept<S, K, 1>(sums);",
+        "  static __device__ __forceinline__ void sweep(const Chunk& given, Sums<K>& sums) {",
+        "    Chunk chunk = given;",
+        "    chunk.l2 = l2, chunk.gradient = gradient;",
+        "    return chunk.full() ? chunk.sweep<S, K, S::kVector>(sums) : chunk.sweep<S, K, 1>(sums);",
         "  }",
         "};",
     ]
     numbers = {"threads": "kThreads", "tile": "kTile", "blocks": "kBlocks"}
-    for i, (template, storage, kinds) in enumerate(instances):
+    for i, (template, storage, kinds, l2, gradient) in enumerate(instances):
         storing = f"Storage<{', '.join(storage)}>"
-        arguments = ", ".join((f"Only<{i}, {storing}>", *kinds, "kMost"))
-        lines.append(f"template __global__ void {template}<{arguments}>(const __grid_constant__ Arguments<kMost>);")
+        arguments = ", ".join((f"Only<{i}, {storing}, {_cpp(l2)}, {_cpp(gradient)}>", *kinds, "kMost"))
+        lines.append(
+            f"template __global__ void {template}<{arguments}>(const __grid_constant__ Arguments<Task, kMost>);"
+        )
         numbers[f"turns_{i}"] = f"kTile / (kThreads * {storing}::kVector * {storing}::kBatch)"
     lines.append("}  // namespace")
     # What the compiled code is to be multiplied by; the PTX has it as numbers.
@@ -125,25 +142,27 @@ class Compiled(NamedTuple):
 
 
 def compiled(
-    source: str, targets: Sequence[str], nvcc: str, tools: Path, folder: Path, pool: Executor
+    sources: Mapping[str, str], name: str, targets: Sequence[str], nvcc: str, tools: Path, folder: Path, pool: Executor
 ) -> Future[Compiled]:
     """Compile a source and read what comes out.
 
     Args:
-        source: like csrc/cuda/kernels.cu.
+        sources: of all files, like those of :func:`sources`.
+        name: of the one to compile, there.
         targets: "sm_80" and the like.
         nvcc: the compiler.
         tools: the folder of cuobjdump and nvdisasm.
-        folder: for intermediate files; of this call alone.
-        pool: of threads, at least one per target and two more; most of them wait.
+        folder: for a copy of the sources and intermediate files; of this call alone.
+        pool: of threads, at least one per target and two more for each call; most of them wait.
     """
-    folder.mkdir()
-    file, ptx = folder / "kernels.cu", folder / "kernels.ptx"
-    file.write_text(source, encoding="utf-8")
+    for path, content in sources.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(content, encoding="utf-8")
+    ptx = folder / "kernels.ptx"
 
     def front_end() -> str:
-        includes = ("-I", SOURCE.parent, "-diag-suppress=177")  # functions that the chosen kernels do not call
-        _output(nvcc, *FLAGS, "-ptx", f"-arch={ARCHITECTURE}", *includes, "-o", ptx, file)
+        includes = ("-I", folder, "-diag-suppress=177")  # functions that the chosen kernels do not call
+        _output(nvcc, *FLAGS, "-ptx", f"-arch={ARCHITECTURE}", *includes, "-o", ptx, folder / name)
         return ptx.read_text(encoding="utf-8")
 
     def back_end(target: str) -> dict[str, tuple[int, int, int]]:
@@ -153,7 +172,7 @@ def compiled(
         return usage(cubin, tools)
 
     def read() -> Compiled:
-        paths = dict(hot_paths(text.result(), single_lines(source)))
+        paths = dict(hot_paths(text.result(), single_lines(sources[STORAGE])))
         kernels = []
         for target, figures in zip(targets, done, strict=True):
             assert figures.result().keys() == paths.keys(), f"kernels and machine code for {target} differ"
@@ -174,8 +193,10 @@ _INSTRUCTION = re.compile(r"(?:\{\s*)?(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+([^;]*);"
 _REGISTER = re.compile(r"%(?!p\d)\w+")  # predicates choose between addresses, they are no part of one
 _WIDTH = re.compile(r"(?:\.v(\d))?\.[bfsu](\d+)$")
 # The functions that have the elements of a vector, and how many that is, as they are named for the linker.
-_SWEEPING = re.compile(r"\d(?:load|store)ILi(\d+)E|\dswee?pt?I.*Li(\d+)EEEvR")
-_OUTSIDE = re.compile(r"\d(?:first_sweep|second_sweep|factors_of|seen|block_total|warp_total|tensor_of|last_to_come)")
+_SWEEPING = re.compile(r"\d(?:load|store)ILi(\d+)E|\dsweepI.*Li(\d+)EEEvR")
+_OUTSIDE = re.compile(
+    r"\d(?:first_sweep|second_sweep|factors|load_cg|block_total|warp_total|tensor_of|is_last_block|atomic_inc_acq_rel)"
+)
 
 
 def numbers(ptx: str) -> dict[str, int]:
@@ -183,11 +204,11 @@ def numbers(ptx: str) -> dict[str, int]:
     return {name: int(value or 0) for name, value in _NUMBER.findall(ptx)}
 
 
-def single_lines(source: str) -> set[int]:
+def single_lines(storage: str) -> set[int]:
     """The lines of ``load`` and ``store`` that are about single elements: up to their last branch."""
     lines: set[int] = set()
-    for function in re.finditer(r"^__device__ __forceinline__ void (?:load|store)\(.*?^}", source, re.M | re.S):
-        first = source.count("\n", 0, function.start()) + 1
+    for function in re.finditer(r"^__device__ __forceinline__ void (?:load|store)\(.*?^}", storage, re.M | re.S):
+        first = storage.count("\n", 0, function.start()) + 1
         before = function[0].rpartition("\n  } else {\n")[0]
         lines.update(range(first, first + before.count("\n") + 1))
     return lines
@@ -203,12 +224,12 @@ def hot_paths(ptx: str, single: Collection[int]) -> Iterator[tuple[str, tuple[Co
 
     Args:
         ptx: with ``.loc`` directives.
-        single: the lines that are about single elements.
+        single: the lines of storage.cuh that are about single elements.
     """
     names = {
         label: bytes(map(int, re.findall(r"\b\d+\b", data))).decode().rstrip("\0") for label, data in _NAME.findall(ptx)
     }
-    files = re.findall(r'\.file\s+(\d+) "[^"]*/kernels\.cu"', ptx)
+    files = re.findall(r'\.file\s+(\d+) "[^"]*/storage\.cuh"', ptx)
     places = {(file, str(line)) for file in files for line in single}
     for entry, body in _ENTRY.findall(ptx):
         yield entry, _hot_path(body, names, places)
@@ -296,25 +317,25 @@ def _spills(assembly: str) -> dict[str, int]:
 
 def described(entry: str) -> tuple[str, str]:
     """Set of storage types and passes of a kernel that is shipped."""
-    if "4copyI" in entry:
-        return SHIPPED["Any"], COPY
+    if other := re.search(rf"\d({'|'.join(NO_TENSORS)})(?:I|E)", entry):
+        return SHIPPED["AnyWeights"], NO_TENSORS[other[1]]
     name = re.search(rf"(?:first|second|both)I\w*?\d({'|'.join(SHIPPED)})E", entry)
     size = re.search(r"Li(\d+)E", entry)
     sweeps = re.findall(r"L(?:N\w*?4PassE|S\w*?_)(\d)ELb(\d)ELb(\d)ELb(\d)E", entry)
     assert name is not None, entry
     assert size is not None, entry
     assert 1 <= len(sweeps) <= 2, entry
-    (first, *_, step), second = sweeps[0], sweeps[-1]
-    what = PASSES[int(first)]
+    which, gradient, l2, step = sweeps[0]
+    what = PASSES[int(which)]
+    form = "gradient" if gradient == "1" else "moment"
     if len(sweeps) == 2:
-        what = f"one launch, {'guarded' if what == 'dots' else 'plain'}"
-    l2 = any(sweep[1] == "1" for sweep in sweeps)
-    forms = [text for text, said in (("gradient", second[2] == "1"), ("L2", l2)) if said]
-    if what == "dots":
-        forms = forms or ["no L2"]  # it is the same for both forms
-    more = " with the step" if step == "1" else ""
-    room = f", {int(size[1])} bytes" if len(sweeps) == 2 else ""
-    return SHIPPED[name[1]], f"{what}{more} ({', '.join(forms) or 'moment'}){room}"
+        forms = "one launch, guarded" if what == "dots" else f"one launch, plain ({form})"
+        return SHIPPED[name[1]], f"{forms}, {int(size[1])} bytes"
+    if step == "1":
+        return SHIPPED[name[1]], f"{what} with the step"
+    if what in ("accumulate", "dots") and l2 == "1":
+        return SHIPPED[name[1]], f"{what} (L2)"  # in both forms
+    return SHIPPED[name[1]], what if what in ("dots", "commit") else f"{what} ({form})"
 
 
 def _output(*command: str | Path) -> str:

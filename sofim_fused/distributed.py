@@ -411,7 +411,7 @@ class RankSums:
         self.device = device
         self.flattened = flattened
         self.count = len(spread)
-        self._classes = len(classes)
+        self.classes = len(classes)
         self._class_of = [classes.index(groups) for groups in spread]
         self._routes = [
             (group, [number for number, theirs in enumerate(classes) if group in theirs])
@@ -420,24 +420,20 @@ class RankSums:
         self._holders = holders
         self._hands_on = holders is None or all(_first_among(holders, group) for group, _ in self._routes)
         self._compared: set[tuple[str, str, int, bool]] = set()
-        self._of_class = functools.lru_cache(8)(self._of_class_anew)
+        self.class_of = functools.lru_cache(8)(self._class_of_present)
         self.places = functools.lru_cache(8)(self._places)
 
-    def _of_class_anew(self, ordinals: tuple[int, ...]) -> Tensor:
-        rows = [[self._class_of[i] == number for i in ordinals] for number in range(self._classes)]
-        return torch.tensor(rows, dtype=torch.bool, device=self.device)
+    def _class_of_present(self, ordinals: tuple[int, ...]) -> Tensor | None:
+        """The class of each of these parameters, int64 on the device; ``None``: there is one class."""
+        if self.classes == 1:
+            return None
+        return torch.tensor([self._class_of[i] for i in ordinals], dtype=torch.int64, device=self.device)
 
     def _places(self, ordinals: tuple[int, ...]) -> Tensor | None:
         """Ordinals as indices; ``None``: they are all there are."""
         if ordinals == tuple(range(self.count)):
             return None
         return torch.tensor(ordinals, dtype=torch.int64, device=self.device)
-
-    def by_class(self, rows: Tensor, ordinals: tuple[int, ...]) -> Tensor:
-        """``[k, n]`` of these parameters as ``[classes, k, n]``, with zeros in the place of other classes' tensors."""
-        if self._classes == 1:
-            return rows[None]
-        return torch.where(self._of_class(ordinals)[:, None], rows, 0.0)  # a product with zero would keep NaN
 
     def total(self, blocks: Tensor, whole: Tensor, fisher: str) -> tuple[Tensor, Tensor]:
         """Sums over classes and ranks: an all-reduce for each mesh axis, and one for the holders of other parameters.
@@ -454,7 +450,7 @@ class RankSums:
 
         message = torch.cat((blocks, whole), 1)
         for group, members in self._routes:
-            part = message[members] if len(members) < self._classes else message
+            part = message[members] if len(members) < self.classes else message
             distributed.all_reduce(part, group=group)
             if part is not message:
                 message[members] = part

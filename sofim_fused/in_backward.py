@@ -406,7 +406,7 @@ class InBackward:
                 scalars = self._everything[device] = Solver(device, self._sizes[device], "gradient", fisher)
             assert self._frozen is not None
             scalars.refresh(self._frozen)
-            known = self._steps[device] = scalars.gradient_step()
+            known = self._steps[device] = backends.gradient_step(scalars.settings)
         places = [self._position[ordinal][1] for ordinal in ordinals]
         weight = None if known.weight is None else self._chosen(known.weight, places)
         return GradientStep(weight, self._chosen(known.gradient, places))
@@ -574,7 +574,7 @@ class InBackward:
     def _sums_of(self, device: torch.device, ordinals: Sequence[int]) -> Sums:
         """What the passes left, in the order of parameters."""
         if not ordinals:
-            return schedule.no_sums(device)
+            return backends.no_sums(device)
         starts, parts, places = {}, [], []
         size = 0
         for ordinal in ordinals:

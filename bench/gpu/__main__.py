@@ -235,7 +235,7 @@ class Run:
                 return f"the time was over {at}"
             title, _, provider = at.removeprefix("at ").rpartition(": ")
             why = f"nothing came for {QUIET:g} s" if done.quiet else str(done)
-            if title in ("", "backend") or at in before:  # nothing can be timed, or not without what failed
+            if title in ("", "backend") or at in before:  # no row can be timed, or it died here before
                 self.failed = True
                 return f"bench.gpu.rows {why} ({at})"
             before.add(at)

@@ -32,7 +32,7 @@ WARMUP = 2  # calls for each set of tensors: the first makes the state, the seco
 
 
 class UnavailableError(Exception):
-    """Why something cannot run here, which is nobody's fault."""
+    """Something cannot run here for a reason that is no failure: a missing package, or no GPU."""
 
 
 @dataclass(frozen=True)
@@ -280,12 +280,26 @@ def _call(provider: Provider, optimizer: Optimizer, params: list[Tensor], pool: 
         optimizer.step()
 
     if provider.form == "graph":
-        for _ in range(WARMUP):
-            optimizer.step()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            optimizer.step()
-        return graph.replay
+        return _captured(optimizer, pool)
     if provider.form == "compile":
         return torch.compile(lambda: optimizer.step())
     return clipped if provider.clip else optimizer.step
+
+
+def _captured(optimizer: Optimizer, pool: Any) -> Callable[[], object]:
+    """A replay of the step. ``torch.cuda.graph`` would collect garbage and empty caches for each set of tensors."""
+    for _ in range(WARMUP):
+        optimizer.step()
+    torch.cuda.synchronize()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool)
+        try:
+            optimizer.step()
+        except BaseException:
+            with contextlib.suppress(Exception):  # it says again that the capture has failed
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph.replay

@@ -201,8 +201,8 @@ class Rows:
         return new, {}
 
     def _why(self, error: Exception, row: Row) -> Row:
-        nobodys = isinstance(error, UnavailableError | torch.OutOfMemoryError)
-        why = {"status": "unavailable" if nobodys else "failed", "reason": message(error)}
+        excused = isinstance(error, UnavailableError | torch.OutOfMemoryError)
+        why = {"status": "unavailable" if excused else "failed", "reason": message(error)}
         self.synchronize({**row, **why})
         return why
 

@@ -275,13 +275,9 @@ class Step {
 
   void correct() {
     corrections_.resize(tensors_.size());
-    double momentum = -1.0;
-    int64_t update = 0;
+    LastCorrection correction;
     for (size_t i = 0; i < tensors_.size(); ++i) {
-      const bool same = i > 0 && param_groups_.hyper(i).momentum == momentum && tensors_.updates(i) + 1 == update;
-      momentum = param_groups_.hyper(i).momentum;
-      update = tensors_.updates(i) + 1;
-      corrections_[i] = same ? corrections_[i - 1] : bias_correction(momentum, update);
+      corrections_[i] = correction.of(param_groups_.hyper(i).momentum, tensors_.updates(i) + 1);
     }
   }
 

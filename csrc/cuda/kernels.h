@@ -1,4 +1,4 @@
-// What the CUDA passes take, without a header of CUDA's or PyTorch's, and how a step is packed into it.
+// The interface of the CUDA kernels: what their launches take. It includes no header of CUDA's or PyTorch's.
 //
 // A launch carries all that it needs in its arguments: a row per tensor, a record per parameter group, and a task that
 // says where sums and coefficients go. Where they do not fit, a few small launches before it carry them to a table in
@@ -19,20 +19,12 @@ constexpr int kBlocks = 2;       // on one multiprocessor, or more, which limits
 constexpr int kSmall = 4096;     // bytes of arguments that every version takes
 constexpr int kLarge = 32764;    // bytes of arguments that CUDA takes from 12.1 on
 
-// One tensor. w, g, m and kahan lie in memory in one and the same order, without gaps.
-struct alignas(16) Row {
-  void* w;
-  const void* g;
-  void* m;
-  void* kahan;    // nullptr: none is kept
-  int64_t* step;  // the updates that it has received
-  int64_t numel;
-  uint32_t first;  // of its tiles
-  uint32_t ordinal;
+// One tensor, and its place among all.
+struct alignas(16) Row : TensorRow {
+  uint32_t first;  // of its chunks
   uint32_t group;
-  Type w_type, g_type, m_type;
-  bool aligned;  // all four addresses are multiples of 16
 };
+static_assert(sizeof(Row) == 64, "a launch's arguments hold the rows of as many tensors as possible");
 
 // One parameter group.
 struct Group {
@@ -46,32 +38,56 @@ struct Group {
 // What follows the sums of the tensors: nothing, or the coefficients of a step, plain or guarded.
 enum class Finish : uint8_t { none, plain, guarded };
 
-// What is to be done, the same for all tensors. Addresses are in the device's memory.
+// What the guard of a step looks at, besides the sums. Addresses are in the device's memory.
+struct GuardInputs {
+  const void* grad_scale = nullptr;  // what the gradients were multiplied by, or nullptr: 1
+  const void* found_inf = nullptr;   // not 0: the step is skipped; or nullptr
+  double limit = 0.0;                // of the norm of the gradients
+  bool skip_nonfinite = false;       // skip the step if the norm is not finite
+  bool scale_double = false, found_double = false;  // they are float64, else float32
+};
+
+// What a pass does, the same for all tensors. Addresses are in the device's memory.
 struct alignas(16) Task {
   const Row* rows;  // nullptr: they follow in the arguments, and behind them the groups
   const Group* groups;
   uint32_t* counters;   // [tensors + 1], zero before and after a launch
   double* slots;        // [kSums, tiles]
   double* sums;         // [kSums, tensors]
-  double* corrections;  // [tensors], if there is something to finish
+  double* corrections;  // [tensors]; used by Finish::plain and guarded
   double* by_weight;    // [tensors] each, or nullptr: 1, 0 and 0
   double* by_gradient;
   double* by_moment;
-  double* gain;  // or nullptr: 1
-  bool* skip;    // or nullptr: false
-  double* norm;      // what a guarded step saw: the true gradients' norm
-  int64_t* skipped;  // counts the guarded steps that were skipped
-  const void* grad_scale;  // what the gradients were multiplied by, or nullptr: 1
-  const void* found_inf;   // not 0: the step is to be skipped; or nullptr
-  double limit;            // of that norm
+  double* gain;      // or nullptr: 1
+  bool* skip;        // or nullptr: false
+  double* norm;      // of a guarded step: the norm of the gradients before clipping
+  int64_t* skipped;  // the count of skipped steps
+  GuardInputs guard;
   uint32_t tensors, group_count, tiles;
   Finish finish;
   Fisher fisher;
-  bool gradient_form, skip_nonfinite;
-  bool scale_double, found_double;  // float64 there, else float32
+  bool l2;             // some decay.w is not zero: accumulate, dots and commit read w for it
+  bool gradient_form;  // F⁻¹ is applied to the gradient: w takes the term by_gradient·v
 };
 
-// What a kernel is compiled for.
+// What the operators fold and solve do (fold.cu). Addresses are in the device's memory.
+struct alignas(16) AlgebraTask {
+  int64_t* const* steps;    // [tensors]; nullptr: they follow in the arguments, and behind them `starts`
+  const uint32_t* starts;   // [groups + 1]: the first tensor of each group, and their number
+  const Hyper* hyper;       // [groups]
+  const double* sums[kSums];  // [tensors] each, or nullptr: 0
+  const int64_t* class_of;  // [tensors]: the class of each; or nullptr: 0
+  double* blocks;           // [classes, numbers of a block, Fisher blocks]
+  double* squares;          // [classes]; nullptr: there is none, for solve
+  double* coefficients;     // [3, tensors]: of weight, gradient and moment
+  double* guarded;          // [3]: norm, gain, and 1 if the step is skipped, else 0
+  GuardInputs guard;
+  uint32_t tensors, group_count, classes;
+  Fisher fisher;
+  bool gradient_form, is_guarded;
+};
+
+// What of a pass is known at compile time: there is a kernel for each.
 enum class Pass : uint8_t { accumulate, apply, dots, commit };
 enum class Types : uint8_t {
   float32,  // all weights are
@@ -80,21 +96,26 @@ enum class Types : uint8_t {
 };
 struct Form {
   Types types = Types::any;
-  bool l2 = false;        // some decay.w is not zero: accumulate, dots and commit take w for it
-  bool gradient = false;  // accumulate: also m·g, and m·w if l2; apply and commit: the term by_gradient·v
-  bool step = false;      // accumulate: w takes its step by by_weight and by_gradient
+  bool gradient = false;  // accumulate also sums m·g, and m·w if task.l2; apply reads g, for the term by_gradient·v
+  bool step = false;      // accumulate also updates w, by by_weight and by_gradient; it sums as with `gradient`
 };
 
-// The arguments of a launch, `size` bytes at most.
-template <int size>
+// The arguments of a launch, `size` bytes at most: a task, and what follows it.
+template <class T, int size>
 struct Arguments {
-  Task task;
-  alignas(16) unsigned char more[(size - sizeof(Task)) / 16 * 16];
+  T task;
+  alignas(16) unsigned char more[(size - sizeof(T)) / 16 * 16];
 };
 
-static_assert(sizeof(Arguments<kLarge>) <= kLarge, "arguments begin with the task");
+static_assert(sizeof(Arguments<Task, kLarge>) <= kLarge, "arguments begin with the task");
 
 // Host functions
+
+// Memory of the host.
+struct Bytes {
+  const void* data;
+  size_t size;
+};
 
 SOFIM_HD constexpr uint32_t tiles_of(int64_t numel) {
   return static_cast<uint32_t>(numel <= kTile ? 1 : (numel + kTile - 1) / kTile);
@@ -103,9 +124,15 @@ SOFIM_HD constexpr uint32_t tiles_of(int64_t numel) {
 // Bytes of arguments that this build takes.
 int largest_arguments();
 
+// Whether arguments of so many bytes have room for a task and `more` bytes.
+template <class T>
+constexpr bool has_room(int size, size_t more) {
+  return sizeof(T) + more <= static_cast<size_t>(size) / 16 * 16;
+}
+
 // Whether rows and groups fit into arguments of so many bytes.
 constexpr bool fit(int size, size_t rows, size_t groups) {
-  return sizeof(Task) + rows * sizeof(Row) + groups * sizeof(Group) <= static_cast<size_t>(size) / 16 * 16;
+  return has_room<Task>(size, rows * sizeof(Row) + groups * sizeof(Group));
 }
 
 // Whether a launch with this task takes no more than kSmall bytes.
@@ -113,18 +140,25 @@ constexpr bool is_small(const Task& task) {
   return task.rows != nullptr || fit(kSmall, task.tensors, task.group_count);
 }
 
-// Launches return 0, or an error for error_text(). `rows` and `groups` are in the host's memory and are taken over at
-// once; if the task has tables of its own, they are not looked at. `stream` is a cudaStream_t of the current device.
+// Launches return 0, or an error for error_text(). Memory of the host is copied before they return; rows and groups are
+// not looked at if the task has a table. `stream` is a cudaStream_t of the current device.
 
-// One pass. What task.finish says follows the sums of accumulate and dots.
-int launch(Pass pass, const Form& form, const Task& task, const Row* rows, const Group* groups, void* stream);
+// One pass each. What task.finish says follows the sums of accumulate and dots.
+int launch_accumulate(const Form& form, const Task& task, const Row* rows, const Group* groups, void* stream);
+int launch_apply(const Form& form, const Task& task, const Row* rows, const Group* groups, void* stream);
+int launch_dots(const Form& form, const Task& task, const Row* rows, const Group* groups, void* stream);
+int launch_commit(const Form& form, const Task& task, const Row* rows, const Group* groups, void* stream);
 // A whole step in one launch: accumulate and apply, or dots and commit. `blocks`: as step_blocks() says.
 int launch_step(const Form& form, const Task& task, const Row* rows, const Group* groups, int blocks, void* stream);
 // How many blocks of such a launch the current device can run at once; 0: it has to be two launches, as for Types::any.
 int step_blocks(const Form& form, const Task& task, int* blocks);
-// Copies rows and groups to a table in the device's memory: the rows, and behind them the groups.
-int fill(void* table, const Row* rows, size_t row_count, const Group* groups, size_t group_count, void* stream);
-// Whether the error means that blocks cannot wait for each other, and nothing has run.
+// The operators. `steps` and `starts` are the host's, and not looked at if the task has a table.
+int launch_fold(const AlgebraTask& task, Bytes steps, Bytes starts, void* stream);
+int launch_solve(const AlgebraTask& task, Bytes steps, Bytes starts, void* stream);
+// Copies the host's `first` and, behind it, `second` to a table in the device's memory, which has room for a multiple of
+// 8 bytes.
+int fill(void* table, Bytes first, Bytes second, void* stream);
+// Whether the error means that the device cannot run so many blocks at once, and nothing has run.
 bool refused(int error);
 const char* error_text(int error);
 

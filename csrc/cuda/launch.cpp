@@ -38,21 +38,22 @@ void Memory::serve_table(Task& task, const std::vector<Row>& rows, const std::ve
   task.rows = nullptr;
   task.groups = nullptr;
   if (fit(largest_arguments(), rows.size(), groups.size())) return;
-  const size_t row_bytes = rows.size() * sizeof(Row), bytes = row_bytes + groups.size() * sizeof(Group);
+  const Bytes first = bytes_of(rows), second = bytes_of(groups);
+  const size_t bytes = first.size + second.size;
   if (!table_.defined() || table_.numel() != static_cast<int64_t>(bytes) || filled_.empty()) {
     table_ = at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions(at::kByte).device(device));
   }
   void* const table = table_.mutable_data_ptr();
-  const bool same = filled_.size() == bytes && std::memcmp(filled_.data(), rows.data(), row_bytes) == 0 &&
-                    std::memcmp(filled_.data() + row_bytes, groups.data(), bytes - row_bytes) == 0;
+  const bool same = filled_.size() == bytes && std::memcmp(filled_.data(), first.data, first.size) == 0 &&
+                    std::memcmp(filled_.data() + first.size, second.data, second.size) == 0;
   if (!same) {
-    check(fill(table, rows.data(), rows.size(), groups.data(), groups.size(), stream));
+    check(fill(table, first, second, stream));
     filled_.resize(bytes);
-    std::memcpy(filled_.data(), rows.data(), row_bytes);
-    std::memcpy(filled_.data() + row_bytes, groups.data(), bytes - row_bytes);
+    std::memcpy(filled_.data(), first.data, first.size);
+    std::memcpy(filled_.data() + first.size, second.data, second.size);
   }
   task.rows = static_cast<const Row*>(table);
-  task.groups = reinterpret_cast<const Group*>(static_cast<const unsigned char*>(table) + row_bytes);
+  task.groups = reinterpret_cast<const Group*>(static_cast<const unsigned char*>(table) + first.size);
 }
 
 at::Tensor Memory::sums() const { return numbers_.narrow(0, 0, kSums * tensors_).view({kSums, tensors_}); }
@@ -65,21 +66,10 @@ void Packed::take(const StepTensors& tensors, size_t group_count) {
   uint64_t tiles = 0;
   bool float32 = true, narrow = true;
   for (size_t i = 0; i < rows.size(); ++i) {
-    const sofim::Row& r = tensors.records()[i];
+    const TensorRow& r = tensors.records()[i];
     Row& row = rows[i];
-    row.w = r.w;
-    row.g = r.g;
-    row.m = r.m;
-    row.kahan = r.kahan;
-    row.step = const_cast<int64_t*>(tensors.count(i));
-    row.numel = r.numel;
+    static_cast<TensorRow&>(row) = r;
     row.first = static_cast<uint32_t>(tiles);
-    row.ordinal = tensors.ordinal(i);
-    row.w_type = r.w_type;
-    row.g_type = r.g_type;
-    row.m_type = r.m_type;
-    const auto address = [](const void* at) { return reinterpret_cast<uintptr_t>(at); };
-    row.aligned = (address(r.w) | address(r.g) | address(r.m) | address(r.kahan)) % 16 == 0;
     tiles += tiles_of(r.numel);
     float32 &= r.w_type == Type::float32;
     narrow &= is_narrow(r.w_type) && r.g_type == r.w_type;

@@ -1,4 +1,4 @@
-// Passes and steps over a tensors's tensors, in PyTorch's memory and on its current stream.
+// Launches of the kernels for tensors of PyTorch's: their arguments, memory, device and stream.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,8 +6,8 @@
 
 #include <vector>
 
-#include "gather/step_tensors.h"
 #include "cuda/kernels.h"
+#include "gather/step_tensors.h"
 
 namespace sofim::cuda {
 
@@ -16,6 +16,12 @@ constexpr auto kDevice = c10::DeviceType::CPU;  // see tests/emulator
 #else
 constexpr auto kDevice = c10::DeviceType::CUDA;
 #endif
+
+// What a vector holds.
+template <class T>
+Bytes bytes_of(const std::vector<T>& x) {
+  return {x.data(), x.size() * sizeof(T)};
+}
 
 // Memory that launches need. It may be kept for the next launch on the same stream with the same sizes.
 class Memory {
@@ -36,14 +42,14 @@ class Memory {
   std::vector<unsigned char> filled_;
 };
 
-// The tensors of a launch, packed.
+// The arguments of a launch.
 struct Packed {
   std::vector<Row> rows;
   std::vector<Group> groups;
   Task task{};
   Form form;
 
-  // Takes over a tensors's tensors, but for the group of each, and has so many groups, all zero.
+  // Takes over the tensors, but for the group of each, and makes so many groups, all zero.
   void take(const StepTensors& tensors, size_t group_count);
 };
 

@@ -101,9 +101,9 @@ class Step {
       const bool lr = device_scalar.name == DeviceScalar::kLr;
       (lr ? group.lr : group.rho) = on_device(device_scalar.value, lr ? group.lr_double : group.rho_double);
     }
-    packed_.form.l2 = param_groups_.l2();
     packed_.form.gradient = options().gradient_form;
     Task& task = packed_.task;
+    task.l2 = param_groups_.l2();
     task.fisher = options().fisher;
     task.gradient_form = options().gradient_form;
   }
@@ -111,10 +111,11 @@ class Step {
   void set_guard(bool guarded, const OptionalScalar& scale, const OptionalScalar& found) {
     Task& task = packed_.task;
     task.finish = guarded ? Finish::guarded : Finish::plain;
-    task.limit = options().max_grad_norm.value_or(std::numeric_limits<double>::infinity());
-    task.skip_nonfinite = options().skip_nonfinite;
-    task.grad_scale = given(scale, task.scale_double);
-    task.found_inf = given(found, task.found_double);
+    GuardInputs& guard = task.guard;
+    guard.limit = options().max_grad_norm.value_or(std::numeric_limits<double>::infinity());
+    guard.skip_nonfinite = options().skip_nonfinite;
+    guard.grad_scale = given(scale, guard.scale_double);
+    guard.found_inf = given(found, guard.found_double);
   }
 
   const void* given(const OptionalScalar& number, bool& wide) {
@@ -155,8 +156,8 @@ class Step {
       }
     }
     const bool guarded = task.finish == Finish::guarded;
-    check(launch(guarded ? Pass::dots : Pass::accumulate, form, task, rows, groups, stream));
-    check(launch(guarded ? Pass::commit : Pass::apply, form, task, rows, groups, stream));
+    check((guarded ? launch_dots : launch_accumulate)(form, task, rows, groups, stream));
+    check((guarded ? launch_commit : launch_apply)(form, task, rows, groups, stream));
   }
 
   // step_blocks(), which asks the driver, for the last kernel alone.
@@ -164,7 +165,7 @@ class Step {
     const Form& f = packed_.form;
     const Task& task = packed_.task;
     const int device = param_groups_.tensors().device().index();
-    const int kernel = device * 64 + static_cast<int>(f.types) * 16 + f.l2 * 8 + f.gradient * 4 + is_small(task) * 2 +
+    const int kernel = device * 64 + static_cast<int>(f.types) * 16 + f.gradient * 4 + is_small(task) * 2 +
                        (task.finish == Finish::guarded);
     if (kernel != kernel_) {
       check(step_blocks(f, task, &blocks_));

@@ -21,6 +21,14 @@ void define_operators(torch::Library& m) {
       "commit(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] kahans, Tensor[] steps,"
       " int[] ordinals, float[] decay_moment, float[] decay_gradient, float[]? decay_weight, Tensor moment,"
       " Tensor? weight, Tensor? gradient, Tensor? gain, Tensor? skip) -> ()");
+  m.def(
+      "fold(Tensor mm, Tensor? mg, Tensor? mw, Tensor? gg, Tensor? gw, Tensor? ww, Tensor[] steps, Tensor hyper,"
+      " int[] sizes, int fisher, bool gradient_form, bool guarded, Tensor? class_of, int classes)"
+      " -> (Tensor blocks, Tensor squares)");
+  m.def(
+      "solve(Tensor blocks, Tensor? square, Tensor(a!)[] steps, Tensor hyper, int[] sizes, int fisher,"
+      " bool gradient_form, bool guarded, float? max_norm, Tensor? grad_scale, Tensor? found_inf, bool skip_nonfinite)"
+      " -> (Tensor coefficients, Tensor guard)");
 }
 
 StepTensors gathered(bool anywhere, TensorList params, TensorList grads, TensorList exp_avgs,

@@ -1,4 +1,4 @@
-// The tensors of a step as one table of addresses and numbers, for passes that take them all in one launch.
+// The tensors of a step packed into rows of addresses and numbers, so that one launch can work on all of them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,7 +11,8 @@
 
 namespace sofim {
 
-// Its twin in Python, sofim_fused/backends/table.py, says what the columns and numbers mean; results are the same.
+// sofim_fused/backends/triton/pack.py documents the columns of rows and hyper; step.py beside it, this class as Python
+// sees it.
 class PackedStep {
  public:
   // `tile`: elements per tile.
@@ -20,7 +21,7 @@ class PackedStep {
   // Bits of what differs from the last time that it did not return nothing: Change. Nothing: Python has to take this
   // step, and nothing was changed.
   std::optional<int> gather(PyObject* groups, PyObject* state);
-  // Takes copies home, raises version counters and lets go of all tensors.
+  // Writes copies back, raises version counters and drops all tensors.
   void finish(bool weights, bool moments, bool steps);
 
   enum Change { kPointers = 1, kValues = 2, kLayout = 4 };

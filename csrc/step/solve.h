@@ -1,4 +1,4 @@
-// Sums to coefficients in float64: what sofim_fused/step/solve.py derives and does with tensors, for one tensor of a
+// Sums to coefficients in float64: what sofim_fused/backends/solve.py derives and does with tensors, for one tensor of a
 // Fisher block at a time. Notation as there: β momentum, ρ rho, η lr, t updates so far including this one, S and P
 // the sums over a Fisher block, κ the clip factor.
 #pragma once
@@ -40,8 +40,21 @@ SOFIM_HD double bias_correction(double momentum, int64_t update) {
   return -1.0 / expm1(static_cast<double>(update) * log(momentum));
 }
 
-// l2·sum, and 0 without L2 decay, whatever the sum: weights may be infinite there.
-SOFIM_HD double decayed(double l2, double sum) { return l2 == 0.0 ? 0.0 : l2 * sum; }
+// The same for one tensor after another: neighbours mostly share it.
+class LastCorrection {
+ public:
+  double of(double momentum, int64_t update) {
+    if (momentum != momentum_ || update != update_) value_ = bias_correction(momentum_ = momentum, update_ = update);
+    return value_;
+  }
+
+ private:
+  double momentum_ = -1.0, value_ = 0.0;
+  int64_t update_ = 0;
+};
+
+// l2·x, and 0 without L2 decay, whatever x: it may be infinite.
+SOFIM_HD double decayed(double l2, double x) { return l2 == 0.0 ? 0.0 : l2 * x; }
 
 // What one Fisher block comes to. Plain step: `norm` is S and `cross` P, of the new moment. Guarded step: polynomials
 // in κ, lowest power first, of the moment that is to come; `scale` is what `norm` would be if nothing cancelled.
@@ -102,7 +115,7 @@ SOFIM_HD double finite(double x) { return x > FLT_MAX ? FLT_MAX : x < -FLT_MAX ?
 // The part of the gradient form's step that is known before any sum is.
 SOFIM_HD Update gradient_part(const Hyper& h) {
   const double rate = h.lr / h.rho;
-  return {1.0 - h.lr * h.weight_decay - rate * h.l2, finite(-rate * h.sign), 0.0};
+  return {1.0 - h.lr * h.weight_decay - decayed(h.l2, rate), finite(-rate * h.sign), 0.0};
 }
 
 // The Sherman-Morrison step of one tensor. `gradient_form`: F⁻¹ is applied to the gradient, else to the moment.

@@ -11,33 +11,43 @@ import torch
 from sofim_fused import native
 from sofim_fused.backends import cpu, cuda, triton
 from sofim_fused.backends.interface import (
+    FISHER,
     Coefficients,
     Decay,
     GradientStep,
+    GuardSettings,
     NativeInBackward,
     NativeStep,
     Passes,
+    Settings,
     StepTensors,
     Sums,
     sum_dtype,
 )
 from sofim_fused.backends.reference import ReferencePasses
 from sofim_fused.backends.sequential import apart
+from sofim_fused.backends.solve import gradient_step, no_sums, on_device_of
 from sofim_fused.backends.triton.launch import capturing
 
 __all__ = [
+    "FISHER",
     "Coefficients",
     "Decay",
     "GradientStep",
+    "GuardSettings",
     "NativeInBackward",
     "NativeStep",
     "Passes",
+    "Settings",
     "StepTensors",
     "Sums",
     "apart",
     "capturing",
     "choose",
+    "gradient_step",
     "names",
+    "no_sums",
+    "on_device_of",
     "requested",
     "sum_dtype",
 ]

@@ -66,4 +66,4 @@ def _passes(module: Any) -> OperatorPasses:
 
     namespace = f"{NAMESPACE}_emulated" if module.emulated else NAMESPACE
     register_fakes(namespace)
-    return OperatorPasses("cuda", new_step, namespace, module.emulated)
+    return OperatorPasses("cuda", new_step, namespace, module.emulated, device="CPU" if module.emulated else "CUDA")

@@ -1,7 +1,8 @@
-"""What a backend is: four passes over the tensors of one device, and the records they exchange.
+"""What a backend is: four passes over the tensors of one device, what comes between them, and what they exchange.
 
-A pass knows tensors and plain coefficients. What the coefficients mean (learning rate, damping, clipping, the sign of
-``maximize``) is settled in :mod:`sofim_fused.step.solve`; which parameter belongs to which group, in the optimizer.
+A step is two passes, with ``fold`` and ``solve`` between them: from the sums of the first to the coefficients of the
+second. A pass knows tensors and plain coefficients. What these mean (learning rate, damping, clipping, the sign of
+``maximize``) is told by :mod:`sofim_fused.backends.solve`.
 """
 
 from __future__ import annotations
@@ -95,6 +96,57 @@ class Coefficients(NamedTuple):
     skip: Tensor | None = None
 
 
+FISHER = ("model", "group", "parameter")
+"""The values of the option ``fisher``, by their number in :attr:`Settings.fisher`."""
+
+
+class Settings(NamedTuple):
+    """What ``fold`` and ``solve`` need besides sums. Tensors are in the order of their parameter groups.
+
+    Attributes:
+        hyper: float64 ``[groups, 6]`` on the pass's device: lr, momentum, rho, weight_decay (decoupled), l2, and the
+            sign of the gradient (-1 for ``maximize``). A row of a group without tensors is undefined.
+        sizes: how many tensors each group has, n in all.
+        fisher: what one Fisher block is, as an index of :data:`FISHER`. There are B blocks: 1, one per group, or n.
+        gradient_form: ``numerator="gradient"``.
+        group_of: int64 ``[n]`` on the pass's device, each tensor's group.
+        scales_weight: some tensor has weight decay, so that its update scales w.
+    """
+
+    hyper: Tensor
+    sizes: list[int]
+    fisher: int
+    gradient_form: bool
+    group_of: Tensor
+    scales_weight: bool
+
+
+class GuardSettings(NamedTuple):
+    """What makes a step a guarded one.
+
+    Attributes:
+        max_norm: of the true gradients, to which they are clipped; ``None``: they are not.
+        grad_scale: how many times too large the gradients are, a number or a tensor of one element anywhere.
+        found_inf: the step is skipped if it is not 0; likewise.
+        skip_nonfinite: the step is skipped if the norm is not finite.
+    """
+
+    max_norm: float | None
+    grad_scale: Tensor | float | None
+    found_inf: Tensor | float | None
+    skip_nonfinite: bool
+
+    @property
+    def has_gain(self) -> bool:
+        """Whether the update takes other than the gradients as they are."""
+        return self.max_norm is not None or self.grad_scale is not None
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether the step may be skipped."""
+        return self.skip_nonfinite or self.found_inf is not None
+
+
 NativeStep = Callable[
     [list[dict[str, Any]], MutableMapping[Tensor, Any], Any, Any, "Tensor | None"],
     "tuple[Tensor, bool | Tensor | None] | Literal[True] | None",
@@ -158,7 +210,7 @@ class NativeInBackward(Protocol):
 
 @runtime_checkable
 class Passes(Protocol):
-    """The whole interface of a backend. Every pass is one sweep over all tensors of ``tiles``.
+    """The whole interface of a backend. Every pass is one sweep over all tensors of ``tensors``.
 
     Arithmetic is float32, or float64 for float64 parameters; sums are float64 products and float64 additions in an
     order that neither the number of threads nor the run changes. Each pass raises the version counter of every tensor
@@ -189,6 +241,54 @@ class Passes(Protocol):
         """Update m with ``gain·g`` in the place of g, then w from the new m before its rounding, all in place.
 
         Runs after ``steps`` advance: a rounding to bfloat16 is keyed by ``steps``.
+        """
+
+    def fold(
+        self,
+        steps: Sequence[Tensor],
+        settings: Settings,
+        sums: Sums,
+        guarded: bool,
+        class_of: Tensor | None = None,
+        classes: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """Each tensor's part of the curvature, from its sums, added up per Fisher block.
+
+        Args:
+            steps: of the tensors, as in :class:`StepTensors`; not advanced yet.
+            settings: of the same tensors.
+            sums: from ``accumulate``, or from ``dots`` if ``guarded``.
+            guarded: which kind of step it is.
+            class_of: int64 ``[n]`` on the device, from 0 to ``classes`` - 1: tensors of different classes are added up
+                apart, because other ranks have sums to add to each. ``None``: one class.
+            classes: how many there are.
+
+        Returns:
+            Two float64 tensors on the device. ``[classes, k, B]``: of a plain step k is 1 (S) or, in the gradient form,
+            2 (S and P); of a guarded one 6 or 9, the coefficients of 1, κ and κ² of S, of its rounding error's scale,
+            and of P. ``[classes]``: the sums of ``gg`` of a guarded step. All are 0 without tensors.
+        """
+
+    def solve(
+        self,
+        steps: Sequence[Tensor],
+        settings: Settings,
+        blocks: Tensor,
+        guard: GuardSettings | None,
+        square: Tensor | None,
+    ) -> tuple[Coefficients, Tensor | None, Tensor | None]:
+        """The coefficients of the second pass, from totals; ``steps`` advance by one, unless the step is skipped.
+
+        Args:
+            steps: of the tensors.
+            settings: of the same tensors.
+            blocks: ``[k, B]`` as ``fold`` returns it, summed over classes, devices and ranks.
+            guard: ``None``: a plain step.
+            square: of a guarded step, the sum of all ``gg``, 0-dimensional on the device.
+
+        Returns:
+            The coefficients; of a guarded step also the true gradients' norm before clipping (0-dimensional float64)
+            and, if ``guard`` asks for it, whether the step is skipped (0-dimensional bool).
         """
 
     def native_step(self) -> NativeStep:

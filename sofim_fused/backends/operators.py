@@ -17,16 +17,19 @@ from sofim_fused.backends.interface import (
     Coefficients,
     Decay,
     GradientStep,
+    GuardSettings,
     NativeInBackward,
     NativeStep,
+    Settings,
     StepTensors,
     Sums,
 )
+from sofim_fused.backends.solve import TorchSolve, on_device_of
 
 NAMESPACE = "sofim_fused"
 
 
-class OperatorPasses:
+class OperatorPasses(TorchSolve):
     """See :class:`sofim_fused.backends.interface.Passes`.
 
     Args:
@@ -35,6 +38,7 @@ class OperatorPasses:
         namespace: of its operators.
         emulated: it is no more than tested here.
         new_in_backward: makes what takes steps in parts.
+        device: the kind of device for which the operators are registered.
     """
 
     def __init__(
@@ -44,12 +48,16 @@ class OperatorPasses:
         namespace: str = NAMESPACE,
         emulated: bool = False,
         new_in_backward: Callable[[], NativeInBackward | None] = lambda: None,
+        device: str = "CPU",
     ) -> None:
         self.name = name
         self.emulated = emulated
         self._new_step = new_step
         self._new_in_backward = new_in_backward
         self._namespace = namespace
+        self._solves = all(
+            torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", device) for name in ("fold", "solve")
+        )
 
     @property
     def _ops(self) -> Any:
@@ -97,6 +105,49 @@ class OperatorPasses:
             *coefficients,
         )
 
+    def fold(
+        self,
+        steps: Sequence[Tensor],
+        settings: Settings,
+        sums: Sums,
+        guarded: bool,
+        class_of: Tensor | None = None,
+        classes: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        if not (self._solves and steps):
+            return super().fold(steps, settings, sums, guarded, class_of, classes)
+        blocks, squares = self._ops.fold(*sums, list(steps), *settings[:4], guarded, class_of, classes)
+        return blocks, squares
+
+    def solve(
+        self,
+        steps: Sequence[Tensor],
+        settings: Settings,
+        blocks: Tensor,
+        guard: GuardSettings | None,
+        square: Tensor | None,
+    ) -> tuple[Coefficients, Tensor | None, Tensor | None]:
+        if not (self._solves and steps):
+            return super().solve(steps, settings, blocks, guard, square)
+        if guard is None:
+            asked: tuple[Any, ...] = (False, None, None, None, False)
+        else:
+            assert square is not None
+            scale, found = (None if x is None else on_device_of(square, x) for x in (guard.grad_scale, guard.found_inf))
+            asked = (True, guard.max_norm, scale, found, guard.skip_nonfinite)
+        found_coefficients, seen = self._ops.solve(blocks, square, list(steps), *settings[:4], *asked)
+        weight, gradient, moment = found_coefficients.unbind()
+        update = Coefficients(
+            moment=moment,
+            weight=weight if settings.scales_weight else None,
+            gradient=gradient if settings.gradient_form else None,
+        )
+        if guard is None:
+            return update, None, None
+        norm, gain, skipped = seen.unbind()
+        skip = skipped != 0 if guard.may_skip else None
+        return update._replace(gain=gain if guard.has_gain else None, skip=skip), norm, skip
+
     def native_step(self) -> NativeStep:
         return self._new_step()
 
@@ -137,3 +188,15 @@ def register_fakes(namespace: str) -> None:
     @torch.library.register_fake(f"{namespace}::commit")
     def _(params, grads, *rest):  # type: ignore[no-untyped-def]
         return None
+
+    @torch.library.register_fake(f"{namespace}::fold")
+    def _(  # type: ignore[no-untyped-def]
+        mm, mg, mw, gg, gw, ww, steps, hyper, sizes, fisher, gradient_form, guarded, class_of, classes
+    ):
+        count = (1, len(sizes), len(steps))[fisher]
+        numbers = (6 if guarded else 1) + gradient_form * (3 if guarded else 1)
+        return mm.new_empty(classes, numbers, count), mm.new_empty(classes)
+
+    @torch.library.register_fake(f"{namespace}::solve")
+    def _(blocks, square, steps, *rest):  # type: ignore[no-untyped-def]
+        return blocks.new_empty(3, len(steps)), blocks.new_empty(3)

@@ -19,6 +19,7 @@ from sofim_fused.backends.interface import (
     sum_dtype,
 )
 from sofim_fused.backends.rounding import random_bits, round_stochastic
+from sofim_fused.backends.solve import TorchSolve
 
 TILE = 16_384  # elements summed at once; below the size at which torch splits one sum among threads
 CHUNK = 256 * TILE  # elements for which temporaries are made at once: 32 MiB in float64
@@ -32,7 +33,7 @@ _WIDE = {  # the dtype of the arithmetic by that of the parameter
 _Factors = Sequence[Tensor] | None  # one 0-dimensional factor per tensor; None where the term is absent
 
 
-class ReferencePasses:
+class ReferencePasses(TorchSolve):
     """See :class:`sofim_fused.backends.interface.Passes`.
 
     Tensors go through ``torch._foreach`` together: all that are updated where they lie; of those that need temporaries,

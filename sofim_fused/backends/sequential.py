@@ -21,9 +21,11 @@ from sofim_fused.backends.interface import (
     Coefficients,
     Decay,
     GradientStep,
+    GuardSettings,
     NativeInBackward,
     NativeStep,
     Passes,
+    Settings,
     StepTensors,
     Sums,
 )
@@ -108,6 +110,27 @@ class InTurn:
     def commit(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients) -> None:
         for run in self._runs:
             self._passes.commit(_tiles(tensors, run), _decay(decay, run), _coefficients(coefficients, run))
+
+    def fold(
+        self,
+        steps: Sequence[Tensor],
+        settings: Settings,
+        sums: Sums,
+        guarded: bool,
+        class_of: Tensor | None = None,
+        classes: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        return self._passes.fold(steps, settings, sums, guarded, class_of, classes)
+
+    def solve(
+        self,
+        steps: Sequence[Tensor],
+        settings: Settings,
+        blocks: Tensor,
+        guard: GuardSettings | None,
+        square: Tensor | None,
+    ) -> tuple[Coefficients, Tensor | None, Tensor | None]:
+        return self._passes.solve(steps, settings, blocks, guard, square)
 
     def native_step(self) -> NativeStep:
         return lambda groups, state, grad_scale, found_inf, counter: None

@@ -1,7 +1,7 @@
 """Which passes a step runs, in which order, and what passes between them.
 
-A share is one device's share of a step. Lanes meet only in a few sums per Fisher block; nothing waits for a device,
-except where the shares of a step lie on devices of different kinds and the sums have to travel through the host.
+A step has a share for each device. Shares meet only in a few sums per Fisher block; nothing waits for a device, except
+where the shares of a step lie on devices of different kinds and the sums have to travel through the host.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from sofim_fused.backends import Coefficients, Decay, Passes, StepTensors, Sums, sum_dtype
+from sofim_fused.backends import Coefficients, Decay, GuardSettings, Passes, StepTensors, Sums, no_sums, on_device_of
 from sofim_fused.distributed import RankSums
-from sofim_fused.step.solve import Group, Solver, advance, clip_factor
+from sofim_fused.step.solve import Group, Solver
 
 
 @dataclass(eq=False)
 class DeviceShare:
-    """The tensors of one device, the backend that sweeps over them, and their scalars.
+    """The tensors of one device, the backend that sweeps over them, and their hyperparameters.
 
-    Where parameters are spread over ranks there is one share, and ``rank_sums`` adds up they are.
+    Where parameters are spread over ranks there is one share, and ``rank_sums`` adds up over ranks.
     """
 
     tensors: StepTensors
@@ -56,19 +55,14 @@ def after_backward(shares: Sequence[DeviceShare], groups: Sequence[Group], sums:
 
 
 def _apply(shares: Sequence[DeviceShare], sums: Sequence[Sums], *, gradients_consumed: bool) -> None:
-    corrections, rows = [], []
-    for share, theirs in zip(shares, sums, strict=True):
-        corrections.append(share.solver.correction(share.tensors.steps))
-        rows.append(share.solver.plain_rows(theirs, corrections[-1]))
-    blocks, _, _ = _totals(shares, rows)
-    for share, correction, total in zip(shares, corrections, blocks, strict=True):
+    totals, _, _ = _totals(shares, sums, guarded=False)
+    for share, blocks in zip(shares, totals, strict=True):
         if not len(share.tensors):
             continue
-        update = share.solver.coefficients(total, correction)
+        update, _, _ = share.passes.solve(share.tensors.steps, share.solver.settings, blocks, None, None)
         if gradients_consumed and update.gradient is not None:
             update = Coefficients(moment=update.moment)
         share.passes.apply(share.tensors, update)
-        advance(share.tensors.steps, None)
 
 
 def guarded(
@@ -90,46 +84,17 @@ def guarded(
     for the scale.
     """
     decays = [share.solver.refresh(groups) for share in shares]
-    corrections, rows, squares = [], [], []
-    for share, decay in zip(shares, decays, strict=True):
-        sums = _swept(share, share.passes.dots, decay)
-        assert sums.gg is not None
-        squares.append(sums.gg)
-        corrections.append(share.solver.correction(share.tensors.steps))
-        rows.append(share.solver.guarded_rows(sums, corrections[-1]))
-    found = None if found_inf is None else _number(found_inf, squares[0]) != 0
-    blocks, square, found = _totals(shares, rows, squares, found)
-    assert square is not None
-    norm = square.sqrt()
-    if grad_scale is None:
-        gain = clip_factor(norm, max_grad_norm)
-    else:
-        unscale = _number(grad_scale, norm).reciprocal()
-        norm = norm * unscale
-        gain = clip_factor(norm, max_grad_norm) * unscale
-    skip = torch.isfinite(norm).logical_not() if skip_nonfinite else None
-    if found is not None:
-        skip = found if skip is None else skip | found
-    for share, decay, correction, total in zip(shares, decays, corrections, blocks, strict=True):
-        if not len(share.tensors):
-            continue
-        device = share.tensors.device
-        here = gain.to(device)
-        coefficients = share.solver.coefficients(share.solver.at_gain(total, here), correction)._replace(
-            gain=None if max_grad_norm is None and grad_scale is None else here,
-            skip=None if skip is None else skip.to(device),
-        )
-        advance(share.tensors.steps, coefficients.skip)
-        share.passes.commit(share.tensors, decay, coefficients)
-    return Guard(norm, skip)
-
-
-def _number(value: Tensor | float, like: Tensor) -> Tensor:
-    """A number, or a tensor of one, as a 0-dimensional tensor of ``like``'s dtype where that lies."""
-    if not isinstance(value, Tensor):
-        return like.new_full((), value)
-    # A copy to the CPU that is not waited for would be read before it is there.
-    return value.detach().reshape(()).to(like.device, like.dtype, non_blocking=like.device.type != "cpu")
+    sums = [_swept(share, share.passes.dots, decay) for share, decay in zip(shares, decays, strict=True)]
+    totals, squares, found = _totals(shares, sums, guarded=True, found_inf=found_inf)
+    guard = GuardSettings(max_grad_norm, grad_scale, found, skip_nonfinite)
+    seen: list[Guard] = []
+    for share, decay, blocks, square in zip(shares, decays, totals, squares, strict=True):
+        update, norm, skip = share.passes.solve(share.tensors.steps, share.solver.settings, blocks, guard, square)
+        assert norm is not None
+        seen.append(Guard(norm, skip))
+        if len(share.tensors):
+            share.passes.commit(share.tensors, decay, update)
+    return seen[0]
 
 
 def _swept(share: DeviceShare, sweep: Callable[[StepTensors, Decay], Sums], decay: Decay) -> Sums:
@@ -137,63 +102,52 @@ def _swept(share: DeviceShare, sweep: Callable[[StepTensors, Decay], Sums], deca
     return sweep(share.tensors, decay) if len(share.tensors) else no_sums(share.tensors.device)
 
 
-def no_sums(device: torch.device) -> Sums:
-    """Of no tensors."""
-    none = torch.zeros(0, dtype=sum_dtype(device), device=device)
-    return Sums(*[none] * len(Sums._fields))
-
-
 def _totals(
-    shares: Sequence[DeviceShare],
-    rows: Sequence[Tensor],
-    squares: Sequence[Tensor] | None = None,
-    found: Tensor | None = None,
-) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """Over shares and ranks: rows as totals per Fisher block, ``squares`` as one total, and whether any rank ``found``.
-
-    Args:
-        shares: of the step.
-        rows: per share, ``[k, n]``.
-        squares: per share, ``[n]``.
-        found: 0-dimensional, bool.
+    shares: Sequence[DeviceShare], sums: Sequence[Sums], guarded: bool, found_inf: Tensor | float | None = None
+) -> tuple[list[Tensor], list[Tensor], Tensor | float | None]:
+    """Sums as totals per Fisher block, over all devices and ranks.
 
     Returns:
-        Per share ``[k, blocks]``; then 0-dimensional tensors, or ``None`` in their place.
+        Per share, the blocks ``[k, B]``, and the sum of all ``gg``, 0-dimensional; and ``found_inf`` of any rank.
     """
     if shares[0].rank_sums is not None:
-        own = None if squares is None else squares[0]
-        blocks, square, found = _over_ranks(shares[0], shares[0].rank_sums, rows[0], own, found)
-        return [blocks], square, found
-    blocks_here = [share.solver.fold(theirs) for share, theirs in zip(shares, rows, strict=True)]
-    square = None if squares is None else _total([theirs.sum() for theirs in squares])
-    return _across(shares, blocks_here), square, found
+        blocks, square, found_inf = _over_ranks(shares[0], shares[0].rank_sums, sums[0], guarded, found_inf)
+        return [blocks], [square], found_inf
+    folded = [
+        share.passes.fold(share.tensors.steps, share.solver.settings, theirs, guarded)
+        for share, theirs in zip(shares, sums, strict=True)
+    ]
+    blocks_here, squares = [blocks.select(0, 0) for blocks, _ in folded], [square.select(0, 0) for _, square in folded]
+    if len(shares) > 1:
+        if shares[0].solver.fisher != "parameter":
+            blocks_here = _on_each(shares, _total(blocks_here))
+        squares = _on_each(shares, _total(squares))
+    return blocks_here, squares, found_inf
 
 
 def _over_ranks(
-    share: DeviceShare, rank_sums: RankSums, rows: Tensor, squares: Tensor | None, found: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    share: DeviceShare, rank_sums: RankSums, sums: Sums, guarded: bool, found_inf: Tensor | float | None
+) -> tuple[Tensor, Tensor, Tensor | float | None]:
     present = tuple(share.tensors.ordinals)
-    parts = share.solver.fold(rank_sums.by_class(rows, present))
+    parts, squares = share.passes.fold(
+        share.tensors.steps, share.solver.settings, sums, guarded, rank_sums.class_of(present), rank_sums.classes
+    )
     places = rank_sums.places(present) if share.solver.fisher == "parameter" else None
     if places is not None:  # other ranks may have gradients of others
         parts = parts.new_zeros(*parts.shape[:-1], rank_sums.count).index_copy_(-1, places, parts)
-    whole = parts.new_zeros(len(parts), 0 if squares is None else 2)
-    if squares is not None:
-        whole[:, :1] = rank_sums.by_class(squares[None], present).sum(-1)
-    if found is not None:
-        whole[:, 1] = found
+    whole = parts.new_zeros(len(parts), 2 if guarded else 0)
+    if guarded:
+        whole[:, 0] = squares
+        if found_inf is not None:
+            whole[:, 1] = on_device_of(squares, found_inf) != 0
     total, extra = rank_sums.total(parts.flatten(1), whole, share.solver.fisher)
     total = total.view(parts.shape[1:])
     if places is not None:
         total = total.index_select(-1, places)
-    return total, None if squares is None else extra[0], None if found is None else extra[1] != 0
+    return total, extra[0] if guarded else squares, None if found_inf is None else extra[1]
 
 
-def _across(shares: Sequence[DeviceShare], blocks: Sequence[Tensor]) -> list[Tensor]:
-    """Each share's blocks with the other shares' share added, on the share's device."""
-    if len(shares) == 1 or shares[0].solver.fisher == "parameter":
-        return list(blocks)
-    total = _total(blocks)
+def _on_each(shares: Sequence[DeviceShare], total: Tensor) -> list[Tensor]:
     return [total.to(share.tensors.device) for share in shares]
 
 

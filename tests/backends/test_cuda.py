@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -225,7 +225,7 @@ def test_hyperparameters_in_the_memory_of_the_device(name: str, dtype: torch.dty
 
 @emulated
 def test_mixed_models_on_the_passes_and_in_one_call() -> None:
-    """The first step of a tensor goes through the operators, later ones do not."""
+    """The first step of a tensor goes through the operators, later ones do not, and the bits are the same."""
     results = []
     for by_passes in (True, False):
         problem = mixed_problem((torch.float32, torch.bfloat16, torch.float64), "l2")
@@ -237,7 +237,7 @@ def test_mixed_models_on_the_passes_and_in_one_call() -> None:
             give(problem.params, next(gradients))
             optimizer.step()
         results.append(snapshot(optimizer))
-    _close(*results)
+    assert same_bits(*results)
 
 
 @emulated
@@ -272,6 +272,213 @@ def test_operators_pass_pytorchs_own_checks() -> None:
     count = torch.zeros((), dtype=torch.int64)
     torch.library.opcheck(ops.dots.default, ([w], [g], [m], True))
     torch.library.opcheck(ops.accumulate.default, ([w], [g], [m], [count], [0], [0.9], [0.1], [0.01], True))
+    case = Case.of([2, 1])
+    method = case.method("group", True, True)
+    sums = case.sums(True, True)
+    torch.library.opcheck(ops.fold.default, (*sums, *method, None, 1))
+    (blocks,), square = ops.fold(*sums, *method, None, 1)
+    torch.library.opcheck(
+        ops.solve.default, (blocks, square[0], *method, 1.0, None, None, True), test_utils="test_schema"
+    )
+
+
+# From sums to coefficients, as operators
+
+
+class Case(NamedTuple):
+    """Tensors of three elements each, in groups with settings of their own."""
+
+    w: Tensor
+    g: Tensor
+    m: Tensor
+    steps: list[Tensor]
+    hyper: Tensor
+    sizes: list[int]
+
+    @staticmethod
+    def of(sizes: list[int], l2: float = 0.0) -> Case:
+        generator = torch.Generator().manual_seed(len(sizes))
+        n = sum(sizes)
+        w, g, m = torch.randn(3, n, 3, generator=generator, dtype=torch.float64)
+        steps = [torch.tensor(i % 7) for i in range(n)]
+        lr, rho = 0.1 + torch.rand(2, len(sizes), generator=generator, dtype=torch.float64)
+        rows = [
+            [float(lr[i]), 0.9 - 0.1 * i, float(rho[i]), 0.0 if l2 else 0.01, l2 * i, (-1.0) ** i]
+            for i in range(len(sizes))
+        ]
+        return Case(w, g, m, steps, torch.tensor(rows, dtype=torch.float64).view(-1, 6), sizes)
+
+    def per_tensor(self) -> Any:
+        """lr, momentum, rho, weight decay, L2 decay and sign, ``[n, 1]`` each."""
+        return self.hyper.repeat_interleave(torch.tensor(self.sizes), dim=0).T[:, :, None].unbind()
+
+    def sums(self, l2: bool, guarded: bool) -> list[Tensor | None]:
+        w, g, m = self.w, self.g, self.m
+        pairs = [
+            (m, m, True),
+            (m, g, True),
+            (m, w, l2),
+            (g, g, guarded),
+            (g, w, guarded and l2),
+            (w, w, guarded and l2),
+        ]
+        return [(a * b).sum(1) if there else None for a, b, there in pairs]
+
+    def method(self, fisher: str, gradient_form: bool, guarded: bool) -> tuple[Any, ...]:
+        which = ["model", "group", "parameter"].index(fisher)
+        return (self.steps, self.hyper, self.sizes, which, gradient_form, guarded)
+
+    def blocks_of(self, fisher: str) -> Tensor:
+        """The Fisher block of each tensor."""
+        n = sum(self.sizes)
+        if fisher == "group":
+            return torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
+        return torch.zeros(n, dtype=torch.int64) if fisher == "model" else torch.arange(n)
+
+    def expected(self, fisher: str, gradient_form: bool, gain: float, new_moment: Tensor) -> Tensor:
+        """The weights after the step, from the vectors themselves."""
+        lr, beta, rho, decay, l2, sign = self.per_tensor()
+        v = sign * gain * self.g + l2 * self.w
+        count = torch.stack(self.steps).double()[:, None] + 1
+        unbiased = new_moment / (1 - beta**count)
+        blocks = self.blocks_of(fisher)
+        total = torch.zeros(2, max(len(self.sizes), sum(self.sizes), 1), dtype=torch.float64)
+        total.index_add_(1, blocks, torch.stack([(unbiased * x / rho).sum(1) for x in (unbiased, v)]))
+        s, p = total[:, blocks].unsqueeze(-1)
+        direction = (v - unbiased * p / (1 + s)) / rho if gradient_form else unbiased / (rho * (1 + s))
+        return self.w - lr * decay * self.w - lr * direction
+
+
+SIZES = [[1], [0, 33, 2], [129, 70, 0, 71]]
+
+
+@emulated
+@pytest.mark.parametrize("gradient_form", [False, True], ids=["moment", "gradient"])
+@pytest.mark.parametrize("fisher", ["model", "group", "parameter"])
+@pytest.mark.parametrize("guarded", [False, True], ids=["plain", "guarded"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_operators_from_sums_to_coefficients(sizes: list[int], guarded: bool, fisher: str, gradient_form: bool) -> None:
+    ops = torch.ops.sofim_fused_emulated
+    case = Case.of(sizes, 0.0 if len(sizes) == 1 else 0.5)
+    method = case.method(fisher, gradient_form, guarded)
+    n, before = sum(sizes), [int(step) for step in case.steps]
+    _, beta, _, _, l2, sign = case.per_tensor()
+    sums = case.sums(bool(l2.any()), guarded)
+    classes = torch.arange(n) % 3
+    split, squares = ops.fold(*sums, *method, classes, 3)
+    (blocks,), square = ops.fold(*sums, *method, None, 1)
+    torch.testing.assert_close(split.sum(0), blocks, rtol=1e-12, atol=1e-12)
+    assert not split[:, 0, case.blocks_of(fisher)][(classes + 1) % 3, torch.arange(n)].any() or fisher != "parameter"
+    limits: list[Any] = [None, None, None, False]
+    gain = 1.0
+    if guarded:
+        norm = float(case.g.norm())
+        torch.testing.assert_close(squares.sum(), square[0], rtol=1e-12, atol=0.0)
+        limits = [norm / 8, torch.tensor(2.0), torch.tensor(0.0), True]  # the gradients are twice too large
+        gain = 0.25 * 0.5
+    moment = beta * case.m + (1 - beta) * (sign * gain * case.g + l2 * case.w) if guarded else case.m
+    expected = case.expected(fisher, gradient_form, gain, moment)
+    coefficients, guard = ops.solve(blocks, square[0] if guarded else None, *method, *limits)
+    by_weight, by_gradient, by_moment = coefficients.unsqueeze(-1)
+    found = by_weight * case.w + by_gradient * gain * case.g + by_moment * moment
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(guard.tolist(), [norm / 2 if guarded else 0.0, gain, 0.0], rtol=1e-14, atol=0.0)
+    assert [int(step) for step in case.steps] == [count + 1 for count in before]
+
+
+@emulated
+def test_operators_skip_a_step() -> None:
+    ops = torch.ops.sofim_fused_emulated
+    for found_inf, square in ((torch.tensor(1.0), 4.0), (None, float("inf"))):
+        case = Case.of([2, 1])
+        method = case.method("model", False, True)
+        blocks, _ = ops.fold(*case.sums(False, True), *method, None, 1)
+        before = [int(step) for step in case.steps]
+        _, guard = ops.solve(blocks[0], torch.tensor(square).double(), *method, 1.0, None, found_inf, True)
+        assert guard[2] == 1.0
+        assert [int(step) for step in case.steps] == before
+
+
+@emulated
+def test_operators_without_tensors_give_zeros_and_the_norm() -> None:
+    """As on a rank that holds nothing of a model."""
+    ops = torch.ops.sofim_fused_emulated
+    for fisher, count in (("model", 1), ("group", 2), ("parameter", 0)):
+        case = Case.of([0, 0])
+        method = case.method(fisher, True, True)
+        blocks, squares = ops.fold(*case.sums(True, True), *method, torch.zeros(0, dtype=torch.int64), 2)
+        assert torch.equal(blocks, torch.zeros(2, 9, count, dtype=torch.float64))
+        assert torch.equal(squares, torch.zeros(2, dtype=torch.float64))
+        coefficients, guard = ops.solve(blocks[0], torch.tensor(16.0).double(), *method, 1.0, None, None, False)
+        assert coefficients.shape == (3, 0)
+        assert guard.tolist() == [4.0, 0.25, 0.0]
+
+
+@emulated
+def test_operators_with_more_tensors_than_arguments_hold() -> None:
+    """One launch each up to some 4,000 tensors, then one more for each 32 KB of a table; the results are the same."""
+    ops = torch.ops.sofim_fused_emulated
+    few, many = Case.of([1, 1]), Case.of([1, 5000])
+    for case, expected in ((few, 1), (many, 1 + 2)):
+        method = case.method("parameter", False, False)
+        sums = case.sums(False, False)
+        before = module().launches()
+        blocks, _ = ops.fold(*sums, *method, None, 1)
+        coefficients, _ = ops.solve(blocks[0], None, *method, None, None, None, False)
+        assert module().launches() - before == 2 * expected
+        moment = coefficients[2, :, None] * case.m + coefficients[0, :, None] * case.w
+        assert [int(step) for step in case.steps] == [i % 7 + 1 for i in range(sum(case.sizes))]
+        torch._foreach_sub_(case.steps, 1)
+        torch.testing.assert_close(moment, case.expected("parameter", False, 1.0, case.m), rtol=1e-12, atol=1e-12)
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mm": torch.zeros(3)}, "mm: float64 [3] on cpu is needed, this is Float [3] on cpu"),
+        ({"gg": torch.zeros(2).double()}, "gg: float64 [3] on cpu is needed"),
+        ({"mg": None}, "mg: the gradient form needs it"),
+        ({"hyper": torch.zeros(2, 5).double()}, "hyper: float64 [2, 6] on cpu is needed"),
+        ({"sizes": [2, 2]}, "sizes: they add up to more than the 3 steps"),
+        ({"sizes": [2]}, "sizes: they add up to 2, but there are 3 steps"),
+        ({"steps": [torch.tensor(0.0)] * 3}, "steps: one int64 each on cpu is needed, tensor 0 is not"),
+        ({"fisher": 3}, "fisher: 0, 1 or 2 is needed, this is 3"),
+        ({"class_of": torch.zeros(3)}, "class_of: an int64 vector of 3 on cpu is needed"),
+        ({"classes": 0}, "classes: 0, but one at least is needed"),
+        ({"guarded": True, "gg": None}, "mg, gg: a guarded step needs both"),
+    ],
+    ids=str,
+)
+def test_fold_refuses_what_does_not_fit(change: dict[str, Any], message: str) -> None:
+    case = Case.of([2, 1])
+    names = ("steps", "hyper", "sizes", "fisher", "gradient_form", "guarded")
+    given = dict(zip(("mm", "mg", "mw", "gg", "gw", "ww"), case.sums(True, True), strict=True))
+    given |= dict(zip(names, case.method("model", True, False), strict=True)) | {"class_of": None, "classes": 1}
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        torch.ops.sofim_fused_emulated.fold(**{**given, **change})
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks": torch.zeros(6, 2).double()}, "blocks: float64 [9, 1] on cpu is needed"),
+        ({"square": None}, "square: a guarded step needs it"),
+        ({"grad_scale": torch.ones(2)}, "grad_scale: one number is needed, this has 2"),
+        ({"found_inf": torch.ones(0)}, "found_inf: one number is needed, this has 0"),
+    ],
+    ids=str,
+)
+def test_solve_refuses_what_does_not_fit(change: dict[str, Any], message: str) -> None:
+    case = Case.of([2, 1])
+    names = ("steps", "hyper", "sizes", "fisher", "gradient_form", "guarded")
+    given = dict(zip(names, case.method("model", True, True), strict=True))
+    given |= {"blocks": torch.ones(9, 1).double(), "square": torch.ones(()).double(), "max_norm": 1.0}
+    given |= {"grad_scale": None, "found_inf": None, "skip_nonfinite": False}
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        torch.ops.sofim_fused_emulated.solve(**{**given, **change})
+    assert [int(step) for step in case.steps] == [0, 1, 2]  # not changed
 
 
 # The choice

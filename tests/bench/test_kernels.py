@@ -51,6 +51,18 @@ def test_a_kernel_is_as_it_should_be(name: str, target: str) -> None:
     assert row.programs >= 2
 
 
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_kernels_for_sums_are_compiled(target: str) -> None:
+    """``fold`` and ``solve`` with all that they can do."""
+    both = {case.launch: case for case in report.solve_cases(triton_kernels) if case.config.guarded}
+    for name, case in both.items():
+        row = report.examined_solve(case, target, triton_kernels)
+        assert row.wrong == [], name
+        assert row.registers > 16
+        assert (row.kind, row.read, row.written) == (report.SUMS, None, None)
+        assert case.name in report.as_text([row])
+
+
 MASK = [
     ("x = _load_full(pointer, offsets)", "x = _load_full(pointer, offsets, left)"),
     ("def _load_full(pointer, offsets):", "def _load_full(pointer, offsets, left):"),
@@ -109,12 +121,13 @@ def test_bytes_of_the_table() -> None:
 @pytest.mark.parametrize("targets", [report.TARGETS, ("gfx942", "sm_80"), ("sm_100",)], ids=str)
 def test_a_covering_has_all_kinds_and_passes_for_each_target(targets: tuple[str, ...]) -> None:
     plan = report.covering(triton_kernels, targets)
-    assert len(plan) == len(CASES)
+    every = [(label, case.name) for label, case in report.every_case(triton_kernels)]
+    assert len(plan) == len(every)
     main = "sm_90" if "sm_90" in targets else targets[0]
     assert all(some[0] == main and len(some) == min(len(targets), 2) for some in plan)
     for target in targets:
-        met = [place for place, some in zip(CASES, plan, strict=True) if target in some]
-        assert {label for label, _ in met} == set(report.KINDS)
+        met = [place for place, some in zip(every, plan, strict=True) if target in some]
+        assert {label for label, _ in met} == {*report.KINDS, report.SUMS}
         assert {name for _, name in met} >= {name for _, name in CASES if name.endswith("(moment)")}
         assert any("L2" in name for _, name in met)
         assert any("gradient" in name for _, name in met)
@@ -170,17 +183,17 @@ def test_accesses_are_those_of_the_lines_asked_for() -> None:
 
 NVCC = cuda.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not there")
-SOURCE = cuda.SOURCE.read_text(encoding="utf-8")
+SOURCES = cuda.sources()
 
 
 def examined_cuda(kind: str, name: str, *replacements: tuple[str, str]) -> report.Row:
-    """One kernel from the source, or from another one."""
-    source = SOURCE
+    """One kernel from the sources, or from other ones."""
+    sources = SOURCES
     for old, new in replacements:
-        assert old in source
-        source = source.replace(old, new)
+        assert any(old in text for text in sources.values())
+        sources = {path: text.replace(old, new) for path, text in sources.items()}
     assert NVCC is not None
-    (row,) = report.examined_cuda(NVCC, ["sm_90"], [kind], triton_kernels, source, [name])
+    (row,) = report.examined_cuda(NVCC, ["sm_90"], [kind], triton_kernels, sources, [name])
     return row
 
 
@@ -195,7 +208,7 @@ def test_kernels_in_cuda_are_as_they_should_be() -> None:
     }
     kinds, names = ({pair[i] for pair in moved} for i in range(2))
     assert NVCC is not None
-    rows = report.examined_cuda(NVCC, ["sm_90"], kinds, triton_kernels, SOURCE, names)
+    rows = report.examined_cuda(NVCC, ["sm_90"], kinds, triton_kernels, SOURCES, names)
     found = {(row.kind, row.case): row for row in rows}
     assert len(found) == len(rows)
     for pair, expected in moved.items():
@@ -212,8 +225,8 @@ def test_kernels_in_cuda_are_as_they_should_be() -> None:
 
 HALVES = [("uint4", "uint2"), ("sizeof x / 16", "sizeof x / 8")]
 READ_MORE = [
-    ("reads_w = writes_w || (l2 && sums);", "reads_w = true;"),
-    ("sums.add(kMM, kept, kept);", "sums.add(kMM, kept, weight);"),
+    ("if constexpr (K::writes_w) {\n          load(", "if constexpr (true) {\n          load("),
+    ("sums.add(kMM, kept, kept);", "sums.add(kMM, kept, widened(ws[i].at[j], row.w_type));"),
 ]
 CROWDED = [("__launch_bounds__(kThreads, blocks_of<K>())", "__launch_bounds__(kThreads, 8)")]
 ELEMENT_BY_ELEMENT = [("return row.aligned && ", "return false && ")]
@@ -249,7 +262,7 @@ def test_kernels_that_are_shipped_are_judged_without_bytes() -> None:
     assert wrong({("load", 128): 8, ("store", 32): 1}) == ["accesses of 32 bits in the hot path"]
     assert wrong({("load", 128): 8}, 129) == ["room for 1 programs on a multiprocessor, 2 are needed"]
     assert wrong({}) == ["no access in the hot path"]
-    assert wrong({}, 129, cuda.COPY) == []
+    assert all(wrong({}, 129, name) == [] for name in cuda.NO_TENSORS.values())
 
 
 def test_cases_in_cuda_are_those_of_triton() -> None:
@@ -284,19 +297,29 @@ def test_a_target_that_nvcc_does_not_know_is_left_out(
 
 
 def test_names_of_kernels_are_read() -> None:
-    start = "_ZN5sofim4cuda41_GLOBAL__N__81d36e19_9_passes_cu_0b88ca13"
-    accumulate = "NS1_4KindILNS0_4PassE0ELb1ELb1ELb1EEE"
-    both = "NS1_4KindILNS0_4PassE2ELb0ELb0ELb0EEENS4_ILS5_3ELb0ELb1ELb0EEE"
-    dots = "NS1_4KindILNS0_4PassE2ELb0ELb0ELb0EEE"
-    end = "EvNS0_9ArgumentsIXT2_EEE"
-    fp32, narrow, some = (cuda.SHIPPED[name] for name in ("Float32", "Alike", "Any"))
+    start = "_ZN5sofim4cuda46_GLOBAL__N__de38f752_13_accumulate_cu_5bda4930"
+    accumulate, step, dots, with_l2, commit = (
+        f"NS0_4KindILNS0_4PassE{which}ELb{gradient}ELb{l2}ELb{step}EEE"
+        for which, gradient, l2, step in ((0, 1, 0, 0), (0, 1, 1, 1), (2, 0, 0, 0), (2, 0, 1, 0), (3, 0, 0, 0))
+    )
+    plain = "NS0_4KindILNS0_4PassE0ELb0ELb1ELb0EEENS4_ILS5_1ELb0ELb0ELb0EEE"
+    guarded = "NS0_4KindILNS0_4PassE2ELb0ELb1ELb0EEENS4_ILS5_3ELb0ELb0ELb0EEE"
+    end = "EvNS0_9ArgumentsINS0_4TaskEXT1_EEE"
+    fp32, narrow, some = (cuda.SHIPPED[name] for name in ("Float32Weights", "NarrowWeights", "AnyWeights"))
     for middle, expected in (
-        (f"5firstINS1_7Float32E{accumulate}Li32764E", (fp32, "accumulate with the step (gradient, L2)")),
-        (f"4bothINS1_5AlikeE{both}Li4096E", (narrow, "one launch, guarded (gradient), 4096 bytes")),
-        (f"5firstINS1_3AnyE{dots}Li32764E", (some, "dots (no L2)")),
-        ("4copyILi32764E", (some, cuda.COPY)),
+        (f"5firstINS0_14Float32WeightsE{accumulate}Li32764E", (fp32, "accumulate (gradient)")),
+        (f"5firstINS0_10AnyWeightsE{step}Li32764E", (some, "accumulate with the step")),
+        (f"5firstINS0_10AnyWeightsE{dots}Li32764E", (some, "dots")),
+        (f"5firstINS0_10AnyWeightsE{with_l2}Li32764E", (some, "dots (L2)")),
+        (f"6secondINS0_10AnyWeightsE{commit}Li32764E", (some, "commit")),
+        (f"4bothINS0_14Float32WeightsE{plain}Li4096E", (fp32, "one launch, plain (moment), 4096 bytes")),
+        (f"4bothINS0_13NarrowWeightsE{guarded}Li32764E", (narrow, "one launch, guarded, 32764 bytes")),
+        ("4copyILi32764E", (some, "arguments to a table")),
     ):
         assert cuda.described(start + middle + end) == expected
+    for name in ("fold", "solve"):
+        entry = f"{start}{len(name)}{name}ENS0_9ArgumentsINS0_11AlgebraTaskELi32764EEE"
+        assert cuda.described(entry) == (some, name)
 
 
 def of_nvcc(body: str) -> str:
@@ -305,7 +328,7 @@ def of_nvcc(body: str) -> str:
     names = {label: ",".join(map(str, f"_ZN4loadILi{size}EfEEv".encode() + b"\0")) for size, label in labels.items()}
     strings = "".join(f"{label}:\n.b8 {data}\n" for label, data in names.items())
     code = body.replace("{8}", labels[8]).replace("{1}", labels[1])
-    numbers = '\t.file\t1 "/a/kernels.cu"\n\t.file\t2 "/a/other.h"\n.visible .global .align 4 .u32 tile = 4096;\n'
+    numbers = '\t.file\t1 "/a/storage.cuh"\n\t.file\t2 "/a/other.h"\n.visible .global .align 4 .u32 tile = 4096;\n'
     return f".visible .entry kernel(\n\t.param .u64 kernel_param_0\n)\n{{\n{code}\n}}\n{strings}{numbers}"
 
 
@@ -341,8 +364,9 @@ def test_accesses_in_cuda_are_those_to_tensors_in_full_tiles() -> None:
 
 
 def test_lines_for_single_elements_are_found() -> None:
-    lines = SOURCE.splitlines()
-    single = [lines[i - 1] for i in sorted(cuda.single_lines(SOURCE))]
+    storage = SOURCES[cuda.STORAGE]
+    lines = storage.splitlines()
+    single = [lines[i - 1] for i in sorted(cuda.single_lines(storage))]
     assert [line for line in single if "x.at[0]" in line]
     assert not [line for line in single if "vector" in line or "piece" in line]
 

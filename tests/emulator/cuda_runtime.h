@@ -1,4 +1,4 @@
-// Runs CUDA kernels on the CPU, as far as csrc/cuda/kernels.cu needs it, to test them where there is no GPU.
+// Runs CUDA kernels on the CPU, as far as csrc/cuda needs it, to test them where there is no GPU.
 //
 // A block's threads are fibers of one thread of the operating system: they change places where they wait for each
 // other, in an order that varies from one wait to the next. The blocks of a launch run one after the other, in an order

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from sofim_fused import SOFIM
-from sofim_fused.backends import Coefficients, Decay
-from sofim_fused.step import schedule
+from sofim_fused.backends import Coefficients, Decay, solve
 from sofim_fused.step.solve import Solver
 from tests.step.support import TOLERANCES, distance
 from tests.support.oracle import DENSE, Hyper, Oracle
@@ -45,12 +44,13 @@ def test_its_two_ways_agree(numerator: str, monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
-# Mutations of the update. Each must throw the optimizer off the oracle; the row without one must not.
+# Mutations of the update, in pure PyTorch, which defines it. Each must throw the optimizer off the oracle; the row
+# without one must not.
 
 
 def _coefficients(change: Callable[[Coefficients], Coefficients]) -> Callable[[pytest.MonkeyPatch], None]:
-    original = Solver.coefficients
-    return lambda patch: patch.setattr(Solver, "coefficients", lambda *args: change(original(*args)))
+    original = solve.coefficients
+    return lambda patch: patch.setattr(solve, "coefficients", lambda *args: change(original(*args)))
 
 
 def _negated_moment(c: Coefficients) -> Coefficients:
@@ -58,13 +58,13 @@ def _negated_moment(c: Coefficients) -> Coefficients:
 
 
 def _no_bias_correction(patch: pytest.MonkeyPatch) -> None:
-    original = Solver.correction
-    patch.setattr(Solver, "correction", lambda *args: torch.ones_like(original(*args)))
+    original = solve.correction
+    patch.setattr(solve, "correction", lambda *args: torch.ones_like(original(*args)))
 
 
 def _one_step_behind(patch: pytest.MonkeyPatch) -> None:
-    original = Solver.correction
-    patch.setattr(Solver, "correction", lambda self, steps: original(self, [step + 1 for step in steps]))
+    original = solve.correction
+    patch.setattr(solve, "correction", lambda steps, momentum: original([step + 1 for step in steps], momentum))
 
 
 def _swapped(first: str, second: str) -> Callable[[pytest.MonkeyPatch], None]:
@@ -84,15 +84,15 @@ def _set(name: str, value: Any) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 def _no_rank_one_term(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Solver, "_per_tensor", lambda self, blocks: torch.zeros_like(blocks))
+    patch.setattr(solve, "_per_tensor", lambda blocks, settings: torch.zeros_like(blocks))
 
 
 def _blocks_not_added(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Solver, "fold", lambda self, rows: rows)
+    patch.setattr(solve, "added_up", lambda rows, settings: rows)
 
 
 def _steps_not_counted(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(schedule, "advance", lambda steps, skip: None)
+    patch.setattr(solve, "advance", lambda steps, skip: None)
 
 
 MUTATIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -113,7 +113,7 @@ MUTATIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 def deviation(numerator: str, options: dict[str, Any]) -> float:
     """How far the optimizer strays from the oracle, in multiples of the matrix's tolerance."""
     problem = mixed_problem(torch.float64, "l2")
-    optimizer = SOFIM(problem.groups, numerator=numerator, **options)
+    optimizer = SOFIM(problem.groups, numerator=numerator, backend="reference", **options)
     oracle = problem.oracle(numerator, "model", **options)
     for _, grads in zip(range(6), problem.gradients(), strict=False):
         give(problem.params, grads)

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sofim_fused import SOFIM
-from sofim_fused.backends import reference
-from sofim_fused.step import gather, solve
+from sofim_fused.backends import Settings, reference, solve
+from sofim_fused.step import gather
+from sofim_fused.step import solve as step_solve
 from tests.in_backward.support import backward
 from tests.step.support import EPSILON, SMALLEST, full_weight, moment_of, within
 from tests.support.oracle import Hyper, Oracle, real64
@@ -203,34 +204,31 @@ def test_each_step_is_the_oracles(data: st.DataObject, backend: str, schedule: s
 
 
 def _no_correction(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(solve.Solver, "correction", lambda self, steps: torch.ones(len(steps), dtype=torch.float64))
+    patch.setattr(solve, "correction", lambda steps, momentum: torch.ones_like(momentum))
 
 
 def _a_coefficient_slightly_off(patch: pytest.MonkeyPatch) -> None:
-    right = solve.Solver.coefficients
+    right = solve.coefficients
 
-    def wrong(self: solve.Solver, blocks: Tensor, correction: Tensor) -> Any:
-        found = right(self, blocks, correction)
+    def wrong(*args: Any) -> Any:
+        found = right(*args)
         return found._replace(moment=found.moment * (1 + 2e-5))
 
-    patch.setattr(solve.Solver, "coefficients", wrong)
+    patch.setattr(solve, "coefficients", wrong)
 
 
 def _decay_lost(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(solve, "_l2", lambda group: 0.0)
-    patch.setitem(solve._VECTORS, "l2", lambda group: 0.0)
+    patch.setattr(step_solve, "_l2", lambda group: 0.0)
+    patch.setitem(step_solve._COLUMNS, "l2", lambda group: 0.0)
 
 
 def _groups_as_one(patch: pytest.MonkeyPatch) -> None:
-    def fold(self: solve.Solver, rows: Tensor) -> Tensor:
-        total = rows.sum(-1, keepdim=True)
-        return (
-            total
-            if self.fisher == "model"
-            else total.expand(-1, rows.shape[-1] if self.fisher == "parameter" else len(self.sizes))
+    def added_up(rows: Tensor, settings: Settings) -> Tensor:
+        return rows.sum(-1, keepdim=True).expand(
+            *rows.shape[:-1], (1, len(settings.sizes), rows.shape[-1])[settings.fisher]
         )
 
-    patch.setattr(solve.Solver, "fold", fold)
+    patch.setattr(solve, "added_up", added_up)
 
 
 def _bits_lost(patch: pytest.MonkeyPatch) -> None:
@@ -243,7 +241,7 @@ def _bits_lost(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_clipping(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("sofim_fused.step.schedule.clip_factor", lambda norm, limit: torch.ones_like(norm))
+    patch.setattr(solve, "clip_factor", lambda norm, limit: torch.ones_like(norm))
 
 
 BROKEN = [_no_correction, _a_coefficient_slightly_off, _decay_lost, _groups_as_one, _bits_lost, _no_clipping]

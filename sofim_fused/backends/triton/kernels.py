@@ -9,7 +9,7 @@ tile adds up that tensor's slots in a fixed order; the one that finishes the las
 coefficients (``FINISH``). Which program that is makes no difference to the result, and the host waits for nothing.
 ``fold`` and ``solve`` do the same algebra for steps that run pass by pass.
 
-:mod:`sofim_fused.step.solve` and :mod:`sofim_fused.backends.interface` derive and explain the formulas.
+:mod:`sofim_fused.backends.solve` and :mod:`sofim_fused.backends.interface` derive and explain the formulas.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ _BY_PARAMETER = tl.constexpr(PARAMETER)
 
 _SEED = tl.constexpr(rounding.SEED)
 _WEYL = tl.constexpr(rounding.WEYL)
-_CANCELLED = tl.constexpr(2.0**-46)  # (2 ulp of float32 arithmetic)², as in sofim_fused/step/solve.py
+_CANCELLED = tl.constexpr(2.0**-46)  # (2 ulp of float32 arithmetic)², as in sofim_fused/backends/solve.py
 _FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 # The interpreter truncates where it should round to bfloat16, and mistreats subnormal numbers.
 _EMULATED = tl.constexpr(bool(triton.knobs.runtime.interpret))

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable imports the compiler: seconds
 
 from sofim_fused import native
+from sofim_fused.backends import memory
 from sofim_fused.backends.interface import (
     Coefficients,
     Decay,
     GradientStep,
+    GuardSettings,
     NativeInBackward,
     NativeStep,
+    Settings,
     StepTensors,
     Sums,
 )
+from sofim_fused.backends.solve import on_device_of
 from sofim_fused.backends.triton import pack
 from sofim_fused.backends.triton.launch import (
     KernelConfig,
+    SolveConfig,
     capturing,
     device_scope,
     kernels_for,
     launch_first,
+    launch_fold,
     launch_second,
+    launch_solve,
 )
 from sofim_fused.backends.triton.step import TritonStep
-from sofim_fused.backends.triton.workspace import Workspace
+from sofim_fused.backends.triton.workspace import Located, Workspace
 
 
 class TritonPasses:
@@ -44,6 +54,7 @@ class TritonPasses:
         self.emulated = emulated
         self._kernels = kernels
         self._workspace: Workspace | None = None
+        self._tensors: Located | None = None
 
     def accumulate(self, tensors: StepTensors, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
         sums: Sums = self._sweep_first(tensors, decay, gradient_step, self._kernels.ACCUMULATE)
@@ -58,6 +69,72 @@ class TritonPasses:
 
     def commit(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients) -> None:
         self._sweep_second(tensors, decay, coefficients, self._kernels.COMMIT)
+
+    @untraced
+    def fold(
+        self,
+        steps: Sequence[Tensor],
+        settings: Settings,
+        sums: Sums,
+        guarded: bool,
+        class_of: Tensor | None = None,
+        classes: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        config = SolveConfig(settings.fisher, settings.gradient_form, guarded)
+        blocks = (1, len(settings.sizes), len(steps))[settings.fisher]
+        totals = settings.hyper.new_empty(classes, config.rows, blocks)
+        squares = settings.hyper.new_empty(classes)
+        if not steps:
+            return totals.zero_(), squares.zero_()
+        with device_scope(settings.hyper.device):
+            located = self._located(steps, settings)
+            launch_fold(self._kernels, config, located, settings.hyper, sums, class_of, totals, squares)
+        return totals, squares
+
+    @untraced
+    def solve(
+        self,
+        steps: Sequence[Tensor],
+        settings: Settings,
+        blocks: Tensor,
+        guard: GuardSettings | None,
+        square: Tensor | None,
+    ) -> tuple[Coefficients, Tensor | None, Tensor | None]:
+        hyper = settings.hyper
+        config = SolveConfig(settings.fisher, settings.gradient_form, guard is not None)
+        found = hyper.new_empty(self._kernels.COEFFICIENTS, len(steps))
+        asked: dict[str, Any] = {}
+        with device_scope(hyper.device):
+            if guard is not None:
+                asked = {
+                    "square": square,
+                    "outcome": hyper.new_empty(2),
+                    "skipped": hyper.new_empty(1, dtype=torch.int8),
+                    "max_norm": guard.max_norm,
+                    "grad_scale": _number(guard.grad_scale, hyper),
+                    "found_inf": _number(guard.found_inf, hyper),
+                    "skip_nonfinite": guard.skip_nonfinite,
+                }
+            located = self._located(steps, settings)
+            launch_solve(self._kernels, config, located, hyper, blocks.contiguous(), found, **asked)
+        torch.autograd.graph.increment_version(list(steps))
+        weight, gradient, moment = found.unbind()
+        update = Coefficients(
+            moment=moment,
+            weight=weight if settings.scales_weight else None,
+            gradient=gradient if settings.gradient_form else None,
+        )
+        if guard is None:
+            return update, None, None
+        norm, gain = asked["outcome"].unbind()
+        skip = asked["skipped"].view(torch.bool)[0] if guard.may_skip else None
+        return update._replace(gain=gain if guard.has_gain else None, skip=skip), norm, skip
+
+    def _located(self, steps: Sequence[Tensor], settings: Settings) -> Located:
+        asked = settings.hyper.device, steps, settings.sizes, settings.fisher == self._kernels.GROUP
+        if self._tensors is None or not self._tensors.fits(*asked):
+            self._tensors = Located(*asked)
+        return self._tensors
 
     def native_step(self) -> NativeStep:
         """Whole steps, where the native part of the package can be used; else none: all steps run by the passes."""
@@ -143,6 +220,16 @@ class TritonPasses:
         workspace.load(packed.rows, hyper, None)
         workspace.renew_work()  # sums that were returned stay what they are
         return packed, workspace
+
+
+def _number(value: Tensor | float | None, like: Tensor) -> Tensor | None:
+    """A number, or a tensor of one element anywhere, as a kernel reads it: float32 or float64 on ``like``'s device."""
+    if value is None:
+        return None
+    ready = isinstance(value, Tensor) and value.device == like.device and memory.plain(value)
+    if ready and value.dtype in (torch.float32, torch.float64):  # type: ignore[union-attr]
+        return value.detach()  # type: ignore[union-attr]
+    return on_device_of(like, value)
 
 
 def passes_for(device: torch.device) -> TritonPasses | str:

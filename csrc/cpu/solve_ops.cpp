@@ -1,0 +1,228 @@
+// Sums to coefficients as operators: `fold` and `solve` of sofim_fused/backends/interface.py, for tensors on the CPU.
+// The algebra is that of step/solve.h; tensors are added to their Fisher block in order, as a step in one call does.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "gather/op_arguments.h"
+#include "step/solve.h"
+
+namespace sofim {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+
+Tensor checked(const char* name, const Tensor& x, at::ScalarType dtype, at::IntArrayRef sizes) {
+  TORCH_CHECK(x.device().is_cpu() && x.scalar_type() == dtype && x.sizes() == sizes, "sofim_fused: ", name, ": ",
+              at::toString(dtype), " of shape ", sizes, " on the CPU is needed");
+  return x.contiguous();
+}
+
+// What both operators are told about the tensors of a step.
+class Settings {
+ public:
+  Settings(TensorList steps, const Tensor& hyper, at::IntArrayRef sizes, int64_t fisher, bool gradient_form)
+      : steps_(steps), sizes_(sizes), gradient_form_(gradient_form) {
+    int64_t n = 0;
+    for (const int64_t size : sizes) {
+      TORCH_CHECK(size >= 0, "sofim_fused: sizes: a group cannot have ", size, " tensors");
+      n += size;
+    }
+    TORCH_CHECK(n == static_cast<int64_t>(steps.size()), "sofim_fused: sizes: ", n, " tensors in groups, but ",
+                steps.size(), " steps");
+    TORCH_CHECK(fisher >= 0 && fisher <= 2, "sofim_fused: fisher: 0, 1 or 2 is needed");
+    fisher_ = static_cast<Fisher>(fisher);
+    for (const Tensor& step : steps) {
+      TORCH_CHECK(step.device().is_cpu() && step.scalar_type() == at::kLong && step.numel() == 1,
+                  "sofim_fused: steps: 0-dimensional int64 tensors on the CPU are needed");
+    }
+    const int64_t groups = static_cast<int64_t>(sizes.size());
+    const Tensor rows = checked("hyper", hyper, at::kDouble, {groups, 6});
+    const double* row = rows.const_data_ptr<double>();
+    for (int64_t i = 0; i < groups; ++i, row += 6) hyper_.push_back({row[0], row[1], row[2], row[3], row[4], row[5]});
+  }
+
+  int64_t tensors() const { return static_cast<int64_t>(steps_.size()); }
+  bool gradient_form() const { return gradient_form_; }
+  // Fisher blocks.
+  int64_t blocks() const {
+    if (fisher_ == Fisher::parameter) return tensors();
+    return fisher_ == Fisher::group ? static_cast<int64_t>(sizes_.size()) : 1;
+  }
+
+  // Calls f(tensor, its hyperparameters, its bias correction, its Fisher block) for each tensor, in order.
+  template <class F>
+  void each(F f) const {
+    LastCorrection corrections;
+    int64_t i = 0;
+    for (size_t group = 0; group < sizes_.size(); ++group) {
+      const Hyper& h = hyper_[group];
+      for (int64_t end = i + sizes_[group]; i < end; ++i) {
+        const int64_t block = fisher_ == Fisher::parameter ? i
+                              : fisher_ == Fisher::group   ? static_cast<int64_t>(group)
+                                                           : 0;
+        f(i, h, corrections.of(h.momentum, *steps_[i].const_data_ptr<int64_t>() + 1), block);
+      }
+    }
+  }
+
+ private:
+  TensorList steps_;
+  at::IntArrayRef sizes_;
+  Fisher fisher_ = Fisher::model;
+  bool gradient_form_;
+  std::vector<Hyper> hyper_;
+};
+
+// A Fisher block's numbers in the order in which they are stored. Those of `cross` come last, and only in the gradient
+// form.
+std::vector<double*> numbers_of(PlainBlock& b, bool gradient_form) {
+  if (!gradient_form) return {&b.norm};
+  return {&b.norm, &b.cross};
+}
+std::vector<double*> numbers_of(GuardedBlock& b, bool gradient_form) {
+  std::vector<double*> all = {&b.norm[0], &b.norm[1], &b.norm[2], &b.scale[0], &b.scale[1], &b.scale[2]};
+  if (gradient_form) all.insert(all.end(), {&b.cross[0], &b.cross[1], &b.cross[2]});
+  return all;
+}
+
+// Where a kind of sum is, one number per tensor; null where there is none, which counts as zero.
+class Column {
+ public:
+  Column(const char* name, const Vector& sums, int64_t n) {
+    if (sums) values_ = checked(name, *sums, at::kDouble, {n});
+  }
+  double operator[](int64_t i) const { return values_.defined() ? values_.const_data_ptr<double>()[i] : 0.0; }
+
+ private:
+  Tensor values_;
+};
+
+template <class Block>
+Tensor folded(const Settings& settings, const std::vector<Products>& products, const int64_t* class_of,
+              int64_t classes) {
+  std::vector<std::vector<Block>> of_class(classes, std::vector<Block>(settings.blocks()));
+  settings.each([&](int64_t i, const Hyper& h, double correction, int64_t block) {
+    of_class[class_of == nullptr ? 0 : class_of[i]][block].add(h, correction, products[i]);
+  });
+  Block none;
+  const int64_t numbers = static_cast<int64_t>(numbers_of(none, settings.gradient_form()).size());
+  Tensor result = at::empty({classes, numbers, settings.blocks()}, at::kDouble);
+  double* to = result.mutable_data_ptr<double>();
+  for (std::vector<Block>& blocks : of_class) {
+    for (size_t b = 0; b < blocks.size(); ++b) {
+      int64_t row = 0;
+      for (const double* number : numbers_of(blocks[b], settings.gradient_form())) to[row++ * settings.blocks() + b] = *number;
+    }
+    to += numbers * settings.blocks();
+  }
+  return result;
+}
+
+std::tuple<Tensor, Tensor> fold(const Tensor& mm, const Vector& mg, const Vector& mw, const Vector& gg,
+                                const Vector& gw, const Vector& ww, TensorList steps, const Tensor& hyper,
+                                at::IntArrayRef sizes, int64_t fisher, bool gradient_form, bool guarded,
+                                const Vector& class_of, int64_t classes) {
+  const Settings settings(steps, hyper, sizes, fisher, gradient_form);
+  const int64_t n = settings.tensors();
+  TORCH_CHECK(classes >= 1, "sofim_fused: classes: 1 or more are needed");
+  TORCH_CHECK(mg || !(gradient_form || guarded), "sofim_fused: mg is needed");
+  TORCH_CHECK(gg || !guarded, "sofim_fused: gg is needed");
+  Tensor numbers;
+  const int64_t* class_numbers = nullptr;
+  if (class_of) {
+    numbers = checked("class_of", *class_of, at::kLong, {n});
+    class_numbers = numbers.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < n; ++i) {
+      TORCH_CHECK(class_numbers[i] >= 0 && class_numbers[i] < classes, "sofim_fused: class_of: ", class_numbers[i],
+                  " is not from 0 to ", classes - 1);
+    }
+  }
+  const Column columns[] = {{"mm", mm, n}, {"mg", mg, n}, {"mw", mw, n}, {"gg", gg, n}, {"gw", gw, n}, {"ww", ww, n}};
+  std::vector<Products> products;
+  products.reserve(n);
+  Tensor squares = at::zeros({classes}, at::kDouble);
+  double* square = squares.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < n; ++i) {
+    products.push_back({columns[0][i], columns[1][i], columns[2][i], columns[3][i], columns[4][i], columns[5][i]});
+    if (guarded) square[class_numbers == nullptr ? 0 : class_numbers[i]] += products.back().gg;
+  }
+  Tensor blocks = guarded ? folded<GuardedBlock>(settings, products, class_numbers, classes)
+                          : folded<PlainBlock>(settings, products, class_numbers, classes);
+  return {blocks, squares};
+}
+
+template <class Block>
+std::vector<Block> read_blocks(const Settings& settings, const Tensor& numbers) {
+  Block none;
+  const int64_t rows = static_cast<int64_t>(numbers_of(none, settings.gradient_form()).size());
+  const Tensor values = checked("blocks", numbers, at::kDouble, {rows, settings.blocks()});
+  const double* from = values.const_data_ptr<double>();
+  std::vector<Block> blocks(settings.blocks());
+  for (int64_t b = 0; b < settings.blocks(); ++b) {
+    int64_t row = 0;
+    for (double* number : numbers_of(blocks[b], settings.gradient_form())) *number = from[row++ * settings.blocks() + b];
+  }
+  return blocks;
+}
+
+double number(const char* name, const Vector& x, double otherwise) {
+  return x ? *checked(name, *x, at::kDouble, {}).const_data_ptr<double>() : otherwise;
+}
+
+std::tuple<Tensor, Tensor> solve(const Tensor& blocks, const Vector& square, TensorList steps, const Tensor& hyper,
+                                 at::IntArrayRef sizes, int64_t fisher, bool gradient_form, bool guarded,
+                                 std::optional<double> max_norm, const Vector& grad_scale, const Vector& found_inf,
+                                 bool skip_nonfinite) {
+  const Settings settings(steps, hyper, sizes, fisher, gradient_form);
+  const int64_t n = settings.tensors();
+  TORCH_CHECK(square || !guarded, "sofim_fused: square is needed");
+  double norm = 0.0, gain = 1.0;
+  bool skip = false;
+  std::vector<PlainBlock> totals;
+  if (guarded) {
+    const double unscale = grad_scale ? 1.0 / number("grad_scale", grad_scale, 1.0) : 1.0;
+    const double limit = max_norm.value_or(std::numeric_limits<double>::infinity());
+    norm = std::sqrt(number("square", square, 0.0)) * unscale;
+    gain = (norm > limit ? limit / norm : 1.0) * unscale;
+    skip = number("found_inf", found_inf, 0.0) != 0.0 || (skip_nonfinite && !std::isfinite(norm));
+    for (const GuardedBlock& block : read_blocks<GuardedBlock>(settings, blocks)) totals.push_back(block.at_gain(gain));
+  } else {
+    totals = read_blocks<PlainBlock>(settings, blocks);
+  }
+  Tensor coefficients = at::empty({3, n}, at::kDouble);
+  double* to = coefficients.mutable_data_ptr<double>();
+  settings.each([&](int64_t i, const Hyper& h, double correction, int64_t block) {
+    const Update update = sherman_morrison(h, correction, totals[block], gradient_form);
+    to[i] = update.weight;
+    to[n + i] = update.gradient;
+    to[2 * n + i] = update.moment;
+  });
+  for (const Tensor& step : steps) {
+    if (!skip) ++*step.mutable_data_ptr<int64_t>();
+    step.unsafeGetTensorImpl()->bump_version();
+  }
+  Tensor guard = at::empty({3}, at::kDouble);
+  double* seen = guard.mutable_data_ptr<double>();
+  seen[0] = norm;
+  seen[1] = gain;
+  seen[2] = skip ? 1.0 : 0.0;
+  return {coefficients, guard};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(sofim_fused, CPU, m) {
+  m.impl("fold", fold);
+  m.impl("solve", solve);
+}
+
+}  // namespace sofim

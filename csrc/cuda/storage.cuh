@@ -1,0 +1,132 @@
+// How the elements of a tensor are stored: the storage types, their conversion to and from the type that is computed
+// with, and loads and stores of one element or of 16 bytes. Nothing else touches the elements of a tensor.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <type_traits>
+
+#include "cuda/kernels.h"
+#include "step/element.h"
+
+namespace sofim::cuda {
+
+// Types. Each has widened(), to the type that is computed with, and narrow(), back to nearest. Only Loose looks at the
+// sofim::Type that all of them are given.
+
+template <Type type>
+struct Bits16 {
+  uint16_t bits;
+};
+using BFloat16 = Bits16<Type::bfloat16>;
+using Float16 = Bits16<Type::float16>;
+// Gets its dtype at run time, any but float64: a float32 or, in the lower half, a bfloat16 or float16.
+struct Loose {
+  uint32_t bits;
+};
+
+__device__ __forceinline__ float widened(float x, Type) { return x; }
+__device__ __forceinline__ double widened(double x, Type) { return x; }
+__device__ __forceinline__ float widened(BFloat16 x, Type) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
+__device__ __forceinline__ float widened(Float16 x, Type) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ __forceinline__ float widened(Loose x, Type type) {
+  if (type == Type::float32) return from_bits(x.bits);
+  const auto bits = static_cast<uint16_t>(x.bits);
+  return type == Type::bfloat16 ? widened(BFloat16{bits}, type) : widened(Float16{bits}, type);
+}
+
+__device__ __forceinline__ void narrow(float x, float& to, Type) { to = x; }
+__device__ __forceinline__ void narrow(double x, double& to, Type) { to = x; }
+__device__ __forceinline__ void narrow(float x, BFloat16& to, Type) {
+  to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+__device__ __forceinline__ void narrow(float x, Float16& to, Type) { to.bits = __half_as_ushort(__float2half_rn(x)); }
+template <class To>
+__device__ __forceinline__ uint32_t narrowed(float x) {
+  To to;
+  narrow(x, to, Type());
+  return to.bits;
+}
+__device__ __forceinline__ void narrow(float x, Loose& to, Type type) {
+  to.bits = type == Type::float32    ? bits_of(x)
+            : type == Type::bfloat16 ? narrowed<BFloat16>(x)
+                                     : narrowed<Float16>(x);
+}
+
+// Stores the bits of a float32 whose lower half is zero as a bfloat16.
+template <class To>
+__device__ __forceinline__ void keep_upper(uint32_t bits, To& to) {
+  if constexpr (std::is_same_v<To, BFloat16> || std::is_same_v<To, Loose>) to.bits = static_cast<uint16_t>(bits >> 16);
+}
+
+constexpr int least(int a, int b) { return a < b ? a : b; }
+
+// The storage types of weight, gradient and moment.
+template <class Weight, class Gradient, class Moment>
+struct Storage {
+  using W = Weight;
+  using G = Gradient;
+  using M = Moment;
+  using T = decltype(widened(W(), Type()));  // what is computed with
+  static constexpr bool kLoose = std::is_same_v<W, Loose>;
+  static constexpr bool kNarrow = sizeof(W) == 2 || kLoose;  // there may be a kahan
+  static constexpr bool kRounds = sizeof(M) == 2 || kLoose;  // the moment may be bfloat16
+  static constexpr int kSmallest = least(sizeof(W), least(sizeof(G), sizeof(M)));
+  static constexpr int kVector = kLoose ? 1 : 16 / kSmallest;  // elements: the smallest of the types fills 16 bytes
+  static constexpr int kBatch = least(2, kTile / kThreads / kVector);  // vectors that are loaded before one is computed
+};
+
+template <class T, int size>
+struct Elements {
+  T at[size];
+};
+
+// 16 bytes. Not uint4 for float64, for which the compiler would split the accesses.
+template <class T>
+using Piece16 = std::conditional_t<std::is_same_v<T, double>, double2, uint4>;
+
+// bench/kernels_cuda.py finds load and store by their names.
+
+// Tensors are in global memory. The compiler cannot know that of an address that it finds in a table.
+#define SOFIM_IN_MEMORY(pointer) __builtin_assume(__isGlobal(pointer))
+
+template <int size, class T>
+__device__ __forceinline__ void load(Elements<T, size>& x, const void* from, int64_t at, Type type) {
+  SOFIM_IN_MEMORY(from);
+  if constexpr (std::is_same_v<T, Loose>) {
+    x.at[0].bits = type == Type::float32 ? static_cast<const uint32_t*>(from)[at] : static_cast<const uint16_t*>(from)[at];
+  } else if constexpr (size == 1) {
+    x.at[0] = static_cast<const T*>(from)[at];
+  } else {
+    const auto* const vector = reinterpret_cast<const Piece16<T>*>(static_cast<const T*>(from) + at);
+    Piece16<T> piece[sizeof x / 16];
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof x / 16); ++i) piece[i] = vector[i];
+    memcpy(&x, piece, sizeof x);
+  }
+}
+
+template <int size, class T>
+__device__ __forceinline__ void store(void* to, int64_t at, const Elements<T, size>& x, Type type) {
+  SOFIM_IN_MEMORY(to);
+  if constexpr (std::is_same_v<T, Loose>) {
+    if (type == Type::float32) {
+      static_cast<uint32_t*>(to)[at] = x.at[0].bits;
+    } else {
+      static_cast<uint16_t*>(to)[at] = static_cast<uint16_t>(x.at[0].bits);
+    }
+  } else if constexpr (size == 1) {
+    static_cast<T*>(to)[at] = x.at[0];
+  } else {
+    auto* const vector = reinterpret_cast<Piece16<T>*>(static_cast<T*>(to) + at);
+    Piece16<T> piece[sizeof x / 16];
+    memcpy(piece, &x, sizeof x);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof x / 16); ++i) vector[i] = piece[i];
+  }
+}
+
+}  // namespace sofim::cuda

@@ -1,0 +1,258 @@
+"""Sums to coefficients: the Sherman-Morrison step as scalar algebra, in float64 and on the device.
+
+Notation, per tensor i of a Fisher block: w the weight, g the gradient, m the first moment, β ``momentum``, ρ ``rho``,
+η ``lr``, t the updates received so far including this one, c = 1/(1 - β^t), m̂ = c·m, and v the vector that the
+Fisher matrix is applied to: m̂ ("moment") or the gradient s·κ·g + λ·w ("gradient"), with s = -1 for ``maximize``, κ the
+clip factor, λ the L2 weight decay. The regularized Fisher matrix of a block is F = m̂ m̂ᵀ + D with D = diag(ρᵢ), and
+Sherman-Morrison gives, in a form that never subtracts nearly equal numbers where v is m̂:
+
+    S = Σ cᵢ²‖mᵢ‖²/ρᵢ        P = Σ cᵢ(mᵢ·vᵢ)/ρᵢ
+    F⁻¹m̂ = cᵢmᵢ / (ρᵢ(1 + S))        F⁻¹v = (vᵢ - cᵢmᵢ P/(1 + S)) / ρᵢ
+
+With one ρ and one β these are SOFIM's update (arXiv 2403.02833, Algorithm 1): m̂/(ρ + ‖m̂‖²).
+
+A step uses this twice. ``fold`` turns each tensor's sums into its part of S and P and adds these up per Fisher block.
+``solve`` turns the totals into the coefficients of the update. Here both are written with PyTorch's operators, which
+defines them; ``csrc/step/solve.h`` is the same in C++ and CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sofim_fused.backends.interface import (
+    FISHER,
+    Coefficients,
+    GradientStep,
+    GuardSettings,
+    Settings,
+    Sums,
+    sum_dtype,
+)
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+CANCELLED = 2.0**-46  # (2 ulp of float32 arithmetic)², above the error of float64 sums
+
+
+class TorchSolve:
+    """``fold`` and ``solve`` of :class:`sofim_fused.backends.interface.Passes` in pure PyTorch, for any device."""
+
+    def fold(
+        self,
+        steps: Sequence[Tensor],
+        settings: Settings,
+        sums: Sums,
+        guarded: bool,
+        class_of: Tensor | None = None,
+        classes: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        hyper = hyper_of(settings)
+        rows = (guarded_rows if guarded else plain_rows)(
+            hyper, sums, correction(steps, hyper.momentum), settings.gradient_form
+        )
+        squares = sums.gg if guarded and sums.gg is not None else torch.zeros_like(sums.mm)
+        rows, squares = rows.unsqueeze(0), squares.unsqueeze(0)
+        if class_of is not None and classes > 1:
+            mine = class_of == torch.arange(classes, device=class_of.device).unsqueeze(1)  # [classes, n]
+            rows = torch.where(mine.unsqueeze(1), rows, 0.0)  # a product with zero would keep NaN
+            squares = torch.where(mine, squares, 0.0)
+        return added_up(rows, settings), squares.sum(-1)
+
+    def solve(
+        self,
+        steps: Sequence[Tensor],
+        settings: Settings,
+        blocks: Tensor,
+        guard: GuardSettings | None,
+        square: Tensor | None,
+    ) -> tuple[Coefficients, Tensor | None, Tensor | None]:
+        hyper = hyper_of(settings)
+        corrections = correction(steps, hyper.momentum)
+        if guard is None:
+            advance(steps, None)
+            return coefficients(settings, hyper, blocks, corrections), None, None
+        assert square is not None
+        norm, gain, skip = guard_of(square, guard)
+        advance(steps, skip)
+        update = coefficients(settings, hyper, at_gain(blocks, gain), corrections)
+        return update._replace(gain=gain if guard.has_gain else None, skip=skip), norm, skip
+
+
+class Hyper(NamedTuple):
+    """The columns of :attr:`Settings.hyper` with one value per tensor; float64 vectors of n."""
+
+    lr: Tensor
+    momentum: Tensor
+    rho: Tensor
+    weight_decay: Tensor
+    l2: Tensor
+    sign: Tensor
+
+
+def hyper_of(settings: Settings) -> Hyper:
+    """Each tensor's hyperparameters: those of its group."""
+    return Hyper(*settings.hyper.t().index_select(1, settings.group_of).unbind())
+
+
+def correction(steps: Sequence[Tensor], momentum: Tensor) -> Tensor:
+    """1/(1 - β^t) per tensor, t being one more than its count in ``steps``; a few ulp off at most, β near 1 too."""
+    if not steps:
+        return momentum.clone()
+    counts = torch.stack(list(steps)).to(momentum.dtype) + 1
+    return torch.expm1(counts * momentum.log()).neg_().reciprocal_()
+
+
+# Plain step: m is already updated, and its sums are known.
+
+
+def plain_rows(hyper: Hyper, sums: Sums, correction: Tensor, gradient_form: bool) -> Tensor:
+    """Each tensor's part of S (and of P, for the gradient form), ``[1 or 2, n]``, from ``accumulate``'s sums."""
+    weight = correction / hyper.rho
+    rows = [weight * correction * sums.mm]
+    if gradient_form:
+        assert sums.mg is not None
+        mv = hyper.sign * sums.mg
+        rows.append(weight * (mv if sums.mw is None else mv + _decayed(hyper.l2, sums.mw)))
+    return torch.stack(rows)
+
+
+# Guarded step: nothing is written yet, and the clip factor κ is not known. The sums of the moment that is to come are
+# polynomials in κ; their coefficients are added up over the block, so that one reduction serves everything.
+
+
+def guarded_rows(hyper: Hyper, sums: Sums, correction: Tensor, gradient_form: bool) -> Tensor:
+    """Each tensor's part of polynomials in κ, from ``dots``' sums, ``[6 or 9, n]``: coefficients of 1, κ and κ².
+
+    The first is S, the last (gradient form) P. The second is what S would be if nothing cancelled in
+    β m + (1-β) v: the scale of S's rounding error.
+    """
+    assert sums.mg is not None
+    assert sums.gg is not None
+    beta = hyper.momentum
+    one_minus_beta = 1 - beta
+    zero = torch.zeros_like(sums.gg)
+    mv = [zero, hyper.sign * sums.mg, zero]
+    vv = [zero, zero, sums.gg]
+    still = beta * sums.mm.sqrt()
+    if sums.mw is not None and sums.gw is not None and sums.ww is not None:
+        mv[0] = _decayed(hyper.l2, sums.mw)
+        vv[0] = _decayed(hyper.l2.square(), sums.ww)
+        vv[1] = 2 * hyper.sign * _decayed(hyper.l2, sums.gw)
+        still = still + one_minus_beta * vv[0].sqrt()
+    moving = one_minus_beta * sums.gg.sqrt()
+    weight = correction / hyper.rho
+    square = weight * correction
+    rows = [square * (2 * beta * one_minus_beta * a + one_minus_beta.square() * b) for a, b in zip(mv, vv, strict=True)]
+    rows[0] = rows[0] + square * beta.square() * sums.mm
+    rows += [square * still.square(), square * 2 * still * moving, square * moving.square()]
+    if gradient_form:
+        rows += [weight * (beta * a + one_minus_beta * b) for a, b in zip(mv, vv, strict=True)]
+    return torch.stack(rows)
+
+
+def added_up(rows: Tensor, settings: Settings) -> Tensor:
+    """Add the columns of ``[..., n]`` that share a Fisher block, in a fixed order: ``[..., blocks]``."""
+    fisher = FISHER[settings.fisher]
+    if fisher == "parameter":
+        return rows
+    if fisher == "model":
+        return rows.sum(-1, keepdim=True)
+    return torch.stack([part.sum(-1) for part in rows.split(settings.sizes, dim=-1)], dim=-1)
+
+
+def guard_of(square: Tensor, guard: GuardSettings) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The true gradients' norm, the gain κ, and whether the step is to be skipped (``None``: not asked)."""
+    norm = square.sqrt()
+    if guard.grad_scale is None:
+        gain = clip_factor(norm, guard.max_norm)
+    else:
+        unscale = on_device_of(norm, guard.grad_scale).reciprocal()
+        norm = norm * unscale
+        gain = clip_factor(norm, guard.max_norm) * unscale
+    skip = torch.isfinite(norm).logical_not() if guard.skip_nonfinite else None
+    if guard.found_inf is not None:
+        found = on_device_of(norm, guard.found_inf) != 0
+        skip = found if skip is None else skip | found
+    return norm, gain, skip
+
+
+def on_device_of(like: Tensor, value: Tensor | float) -> Tensor:
+    """A number, or a tensor of one, as a 0-dimensional tensor of ``like``'s dtype where that lies."""
+    if not isinstance(value, Tensor):
+        return like.new_full((), value)
+    # A copy to the CPU that is not waited for would be read before it is there.
+    return value.detach().reshape(()).to(like.device, like.dtype, non_blocking=like.device.type != "cpu")
+
+
+def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:
+    """min(1, max_norm/norm), and 1 for a zero norm or no limit; 0-dimensional."""
+    one = torch.ones_like(norm)
+    return one if max_norm is None else torch.where(norm > float(max_norm), float(max_norm) / norm, one)
+
+
+def at_gain(blocks: Tensor, gain: Tensor) -> Tensor:
+    """:func:`guarded_rows`' polynomials, added up, at κ = ``gain``: S (and P) per block, ``[1 or 2, blocks]``."""
+    constant, linear, square = blocks.unflatten(0, (len(blocks) // 3, 3)).unbind(1)
+    # A norm that overflows makes κ zero and the other coefficients infinite.
+    norm, scale, *cross = torch.where(gain == 0, constant, constant + gain * (linear + gain * square)).unbind()
+    # Where the terms of the moment cancel, S is their rounding error: as large as the moment's own, or the step, which
+    # is proportional to that moment, would leave the trust region.
+    return torch.stack((torch.maximum(norm, CANCELLED * scale), *cross))
+
+
+def coefficients(settings: Settings, hyper: Hyper, blocks: Tensor, correction: Tensor) -> Coefficients:
+    """The second pass's coefficients from S (and P) per block, ``[1 or 2, blocks]``."""
+    norm, *cross = blocks.unbind()
+    shrink = correction / (hyper.rho * (1 + _per_tensor(norm, settings)))
+    if not settings.gradient_form:
+        return Coefficients(moment=_finite(-hyper.lr * shrink), weight=_weight(settings, hyper))
+    moment = hyper.lr * shrink * _per_tensor(cross[0], settings)
+    return Coefficients(_finite(moment), *gradient_step(settings, hyper))
+
+
+def gradient_step(settings: Settings, hyper: Hyper | None = None) -> GradientStep:
+    """The gradient form's part of the update that is known before any sum is."""
+    hyper = hyper_of(settings) if hyper is None else hyper
+    return GradientStep(weight=_weight(settings, hyper), gradient=_finite(-(hyper.lr / hyper.rho) * hyper.sign))
+
+
+def _weight(settings: Settings, hyper: Hyper) -> Tensor | None:
+    if not settings.scales_weight:
+        return None
+    shrunk = 1 - hyper.lr * hyper.weight_decay
+    return shrunk - _decayed(hyper.l2, hyper.lr / hyper.rho) if settings.gradient_form else shrunk
+
+
+def _per_tensor(blocks: Tensor, settings: Settings) -> Tensor:
+    """The value of each tensor's block."""
+    return blocks.index_select(0, settings.group_of) if FISHER[settings.fisher] == "group" else blocks
+
+
+def _decayed(l2: Tensor, x: Tensor) -> Tensor:
+    """l2·x, and 0 where there is no L2 decay: x may be infinite there, and zero times infinity is NaN."""
+    return torch.where(l2 == 0, 0.0, l2 * x)
+
+
+def _finite(coefficients: Tensor) -> Tensor:
+    # As a float32 a larger one would be infinite, and its product with a zero moment NaN.
+    return coefficients.clamp_(-FLOAT32_MAX, FLOAT32_MAX)
+
+
+def advance(steps: Sequence[Tensor], skip: Tensor | None) -> None:
+    """Count one more update of each tensor, unless ``skip`` (0-dimensional bool) holds."""
+    if not steps:
+        return
+    if skip is None:
+        torch._foreach_add_(list(steps), 1)
+    else:  # a list: one tensor for all would be read back
+        torch._foreach_add_(list(steps), [skip.logical_not().to(torch.int64)] * len(steps))
+
+
+def no_sums(device: torch.device) -> Sums:
+    """Of no tensors."""
+    none = torch.zeros(0, dtype=sum_dtype(device), device=device)
+    return Sums(*[none] * len(Sums._fields))
