@@ -629,7 +629,7 @@ class _Mark:
     """A record of a gradient when it was taken, to notice at the end of the step whether it was changed since.
 
     Most writes to a tensor raise its version counter. All-reduces, ``.data`` and NumPy do not: on a CPU these are
-    noticed by comparing a few elements. (For gradients that are taken natively, csrc/cpu/step.cpp does this.)
+    noticed by comparing a few elements. (For gradients that are taken natively, csrc/cpu/gradient_record.h does this.)
     """
 
     def __init__(self, grad: Tensor | None) -> None:
