@@ -55,7 +55,7 @@ py::object Step::run(const py::handle& groups, const py::handle& state, const py
   found_ = found.value != 0.0;
   if (tensors_.size() == 0) return py::bool_(true);
   const bool is_guarded = options().guarded() || scale.there || found_;
-  unlocked(param_groups_, [&] { is_guarded ? guarded() : plain(); });
+  unlocked(param_groups_, [&] { is_guarded ? guarded_step() : plain_step(); });
   if (!is_guarded) return py::bool_(true);
   return py::make_tuple(at::scalar_tensor(norm_, at::kDouble), skipped_);
 }
@@ -63,7 +63,7 @@ py::object Step::run(const py::handle& groups, const py::handle& state, const py
 // The stages of a step
 
 // accumulate, then apply: sofim_fused/step/schedule.py, plain().
-void Step::plain() {
+void Step::plain_step() {
   find_corrections();
   Mode mode;
   mode.weights = param_groups_.l2();
@@ -80,7 +80,7 @@ void Step::plain() {
 }
 
 // dots, then commit: sofim_fused/step/schedule.py, guarded().
-void Step::guarded() {
+void Step::guarded_step() {
   find_corrections();
   Mode mode;
   mode.weights = param_groups_.l2();

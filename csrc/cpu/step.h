@@ -62,8 +62,8 @@ class Step {
   bool all_fit() const;
 
   // The stages of a step, over what param_groups_ has gathered.
-  void plain();
-  void guarded();
+  void plain_step();
+  void guarded_step();
   void find_corrections();
   template <class Block>
   std::vector<Block> fold(const std::vector<Products>& products) const;
