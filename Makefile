@@ -38,7 +38,7 @@ JOBS ?= 2
 SPREAD = $(if $(filter 1,$(JOBS)),,-n $(JOBS) --dist worksteal)
 
 .PHONY: help demo test against deep coverage convergence native instruction-sets interpreter emulated cuda-syntax kernels gpu \
-    sanitize threads tidy lint format types docs clean FORCE
+    sanitize threads tidy lint format types docs mutations clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -51,6 +51,7 @@ help:
 	@echo "make native    compile what has changed in csrc, and show the compiler's messages"
 	@echo "make coverage  run the tests, also as interpreter and emulated do, and list the lines that no test reaches"
 	@echo "make deep      for minutes: thousands of random steps, states and faults, then 10^5 steps beside the oracle"
+	@echo "make mutations  break a line for each stage of CI, and check that the stage notices"
 	@echo "make against   run the tests with another version of torch, in a separate environment: TORCH=torch==2.10.0"
 	@echo "make instruction-sets  test the C++ as compiled for older CPUs than this one"
 	@echo "make interpreter  test the Triton kernels on the CPU, in Triton's interpreter"
@@ -204,6 +205,10 @@ tidy: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# For many minutes. ARGS="lint types" names stages.
+mutations: $(READY) $(NATIVE)
+	$(BIN)/python -m tests.mutations $(ARGS)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

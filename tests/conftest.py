@@ -62,7 +62,7 @@ else:
 LEFT_OUT = pytest.StashKey[Counter[str]]()  # how many cases, by why and what would run them
 NEED_GPU = "cases need a GPU that PyTorch finds; on such a machine: make gpu, or pytest -m gpu"
 ONE_IN_EIGHT = "cases on the GPU left out, seven in eight: SOFIM_ALL_GPU_TESTS=1 runs them"
-COVERED = "cases left out of a covering: --all-cases runs them"
+COVERED = "cases left out, any few values of which meet in cases that are here: --all-cases runs them too"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
