@@ -23,7 +23,7 @@ KERNEL_TESTS := tests/step/test_matrix.py tests/step/test_amp.py tests/backends/
     tests/backends/test_shared_memory.py $(filter-out %_changes.py %_edits.py,$(wildcard tests/in_backward/test_*.py))
 INTERPRETER_TESTS := $(KERNEL_TESTS) tests/backends/test_triton.py tests/backends/test_solve.py
 EMULATED := build/emulated
-EMULATED_TESTS := $(KERNEL_TESTS) tests/backends/test_cuda.py
+EMULATED_TESTS := $(KERNEL_TESTS) tests/backends/test_cuda.py tests/backends/test_solve.py
 CUDA_SYNTAX := build/cuda-syntax
 THREADS := build/threads
 AGAINST = build/against/$(subst ==,-,$(TORCH))

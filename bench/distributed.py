@@ -26,7 +26,7 @@ from bench.ranks import Ranks, all_reduced
 from bench.report import Row, Table, digits, spread
 from bench.shapes import Shape, elements
 from sofim_fused import SOFIM
-from sofim_fused.distributed import local
+from sofim_fused.dtensor import local
 
 CLIP = 1.0  # the norm that guarded steps, and SGD's gradients, are clipped to
 SAMPLE = 0.02  # seconds per sample

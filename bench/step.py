@@ -118,7 +118,7 @@ def one_pass(name: str, work: Workload, backend: str = "auto") -> Provider:
     for param in params:
         param.requires_grad_(False)  # a step runs under no_grad
     optimizer = SOFIM(params, **OURS, backend=backend)
-    (share,) = optimizer._shares()
+    (share,) = optimizer._plan.shares(optimizer)
     passes, tensors, n = share.passes, share.tensors, len(params)
     decay = Decay(moment=[0.9] * n, gradient=[0.1] * n, weight=None, cross=False)
     plain = Coefficients(moment=torch.full((n,), -OURS["lr"], dtype=torch.float64))

@@ -6,7 +6,6 @@ what to do instead.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sofim_fused.distributed import is_sharded, local, on_one_mesh
+from sofim_fused.dtensor import is_sharded, local, on_one_mesh
 
 NUMERATORS = ("moment", "gradient")
 FISHERS = ("model", "group", "parameter")
@@ -31,7 +30,6 @@ DTYPES = (
 )
 
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
-MOST_STEPS = 2**63 - 2**32  # an int64 still counts those that follow
 SMALLEST_RHO = 1e-30  # keeps ‖m̂‖²/ρ far from what overflows a float64
 
 # What a parameter group may set for itself, and what holds for the optimizer as a whole.
@@ -46,18 +44,9 @@ PER_GROUP = (
     "kahan",
 )
 WHOLE = ("numerator", "fisher", "max_grad_norm", "skip_nonfinite")
-IDENTITY = ("lr", "momentum", "rho")  # in the groups of every version; a group that lacks one is another optimizer's
-ADDED_LATER = tuple(name for name in PER_GROUP + WHOLE if name not in IDENTITY)  # what older versions may lack
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by their names in state dicts
 
 STATE = ("exp_avg", "step", "kahan")  # what SOFIM keeps for a parameter; other entries are a user's own
-# What other optimizers keep for a parameter, and which optimizers these are.
-OTHER_STATES = {
-    ("momentum_buffer",): "SGD",
-    ("exp_avg_sq",): "Adam and its variants",
-    ("square_avg",): "RMSprop and Adadelta",
-    ("step", "sum"): "Adagrad",
-}
 CONSTRUCTOR_ONLY = (
     "backend",
     "capturable",
@@ -97,7 +86,7 @@ def scaling(name: str, value: Any) -> None:
     """
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
-            raise ValueError(f"{name} is a tensor ({_described(value)}): set a real one with one element, or delete it")
+            raise ValueError(f"{name} is a tensor ({described(value)}): set a real one with one element, or delete it")
     elif not (value is None or isinstance(value, Real)):
         raise TypeError(f"{name}={value!r}: set a number or a one-element tensor, or delete it")
 
@@ -155,7 +144,7 @@ def dtype_named(value: Any) -> Any:
 def groups(params: Any) -> list[Any]:
     """The constructor's ``params`` as a list: of parameters, of (name, parameter) pairs, or of group dicts."""
     if isinstance(params, Tensor):
-        raise TypeError(f"params is a tensor ({_described(params)}): pass an iterable of tensors, [tensor]")
+        raise TypeError(f"params is a tensor ({described(params)}): pass an iterable of tensors, [tensor]")
     if isinstance(params, (str, bytes, Mapping)) or not isinstance(params, Iterable):
         raise TypeError(f"params is of type {type(params).__name__}: pass model.parameters(), or a list of group dicts")
     return list(params)
@@ -185,7 +174,7 @@ def in_backward_parameter(param: Tensor, where: str, numerator: str) -> None:
     """Check a parameter whose gradients are taken in the backward pass."""
     if numerator == "gradient" and param.dtype in NARROW_DTYPES:
         raise ValueError(
-            f"{where} ({_described(param)}): in_backward=True with numerator='gradient' would round it twice in a "
+            f"{where} ({described(param)}): in_backward=True with numerator='gradient' would round it twice in a "
             "step, between two large terms: take numerator='moment', leave out in_backward, or keep the weights in "
             "float32"
         )
@@ -292,8 +281,8 @@ def parameters(params: Any, index: int, taken: Mapping[Tensor, int], state_dtype
         where = f"parameter {place} of group {index}"
         if not isinstance(param, Tensor):
             raise TypeError(f"{where} is of type {type(param).__name__}: pass tensors, or (name, tensor) pairs")
-        where += f" ({_described(param)})"
-        _parameter(param, where, state_dtype)
+        where += f" ({described(param)})"
+        parameter(param, where, state_dtype)
         if param in seen:
             raise ValueError(f"{where} is parameter {seen[param]} again: pass each parameter once")
         if param in taken:
@@ -302,7 +291,7 @@ def parameters(params: Any, index: int, taken: Mapping[Tensor, int], state_dtype
     return entries
 
 
-def _parameter(param: Tensor, where: str, state_dtype: Any) -> None:
+def parameter(param: Tensor, where: str, state_dtype: Any) -> None:
     """Check a parameter passed to the optimizer; of a frozen one, which gets no gradient, little is required."""
     if is_lazy(param):
         raise ValueError(f"{where} is not initialised yet: run one forward pass before making the optimizer")
@@ -324,7 +313,7 @@ def optimizable(param: Tensor, where: str | _Named, state_dtype: Any) -> None:
     if param.layout != torch.strided:
         raise ValueError(f"{where} has the layout {param.layout}: pass a dense tensor (to_dense())")
     if param.dtype not in DTYPES:
-        raise ValueError(f"{where}: only {', '.join(map(_short, DTYPES))} can be optimized: {_FREEZE}")
+        raise ValueError(f"{where}: only {', '.join(map(short, DTYPES))} can be optimized: {_FREEZE}")
     if not param.is_leaf:
         raise ValueError(f"{where} is the result of an operation, not a leaf: pass the tensor it was computed from")
     if param.is_conj() or param.is_neg():
@@ -353,7 +342,7 @@ class _Named:
         self.ordinal = ordinal
 
     def __str__(self) -> str:
-        return f"parameter {self.ordinal} ({_described(self.param)})"
+        return f"parameter {self.ordinal} ({described(self.param)})"
 
 
 def apart(param: Tensor, ordinal: int) -> None:
@@ -407,8 +396,8 @@ def gradient(param: Tensor, grad: Tensor, index: int, place: int) -> None:
     fits = fits and grad.shape == param.shape and grad.device == param.device and grad.layout == torch.strided
     if fits and on_one_mesh(param, grad):
         return
-    optimizable(param, f"parameter {place} of group {index} ({_described(param)})", None)
-    where = f"gradient of parameter {place} of group {index} ({_described(param)})"
+    optimizable(param, f"parameter {place} of group {index} ({described(param)})", None)
+    where = f"gradient of parameter {place} of group {index} ({described(param)})"
     if grad.layout != torch.strided:
         raise ValueError(
             f"{where} has the layout {grad.layout}: "
@@ -419,9 +408,9 @@ def gradient(param: Tensor, grad: Tensor, index: int, place: int) -> None:
     if grad.device != param.device:
         raise ValueError(f"{where} is on {grad.device}: move it there, or call zero_grad() and backward() again")
     if fits:
-        raise _other_mesh(param, grad, where, "redistribute the one that is wrong, or call zero_grad() and backward()")
+        raise other_mesh(param, grad, where, "redistribute the one that is wrong, or call zero_grad() and backward()")
     raise ValueError(
-        f"{where} is {_short(grad.dtype)}: it must be {_short(param.dtype)}"
+        f"{where} is {short(grad.dtype)}: it must be {short(param.dtype)}"
         + (" or float32" if param.dtype in NARROW_DTYPES else "")
         + "; "
         + (_CAST if getattr(param, "grad_dtype", param.dtype) == param.dtype else _CAST_UNSET)
@@ -436,7 +425,8 @@ _CAST_UNSET = (
 )
 
 
-def _other_mesh(param: Any, value: Any, where: str, advice: str) -> ValueError:
+def other_mesh(param: Any, value: Any, where: str, advice: str) -> ValueError:
+    """The error for a tensor that lies on another mesh than its parameter."""
     found, expected = (f"a DTensor on {x.device_mesh}" if is_sharded(x) else "a plain tensor" for x in (value, param))
     return ValueError(f"{where} is {found}, the parameter {expected}: {advice}")
 
@@ -444,7 +434,7 @@ def _other_mesh(param: Any, value: Any, where: str, advice: str) -> ValueError:
 def _placed_alike(param: Any, value: Any, ordinal: int, name: str) -> None:
     """Check that a parameter's state lies on ranks as the parameter does."""
     if not on_one_mesh(param, value):
-        raise _other_mesh(param, value, f"{_state(param, ordinal)}: {name}", _SPREAD)
+        raise other_mesh(param, value, f"{_state(param, ordinal)}: {name}", _SPREAD)
     if is_sharded(param) and param.placements != value.placements:
         raise ValueError(
             f"{_state(param, ordinal)}: {name} has the placements {value.placements}, the parameter "
@@ -465,15 +455,15 @@ def state_of_parameter(param: Tensor, known: Mapping[str, Tensor], dtype: torch.
                 raise _sharing(value, f"{_state(param, ordinal)}: {name}", _REPLACE)
             continue
         raise ValueError(
-            f"{_state(param, ordinal)}: {name} is {_described(value)}, expected "
-            f"shape {tuple(param.shape)}, {_short(expected)}, {param.device}: after its first step the parameter was "
+            f"{_state(param, ordinal)}: {name} is {described(value)}, expected "
+            f"shape {tuple(param.shape)}, {short(expected)}, {param.device}: after its first step the parameter was "
             + (_MOVED if _convertible(value, param) else _RESIZED)
         )
     count = known["step"]
     _state_tensor(param, ordinal, "step", count)
     if count.dtype != torch.int64 or count.dim() or count.device != param.device:
         raise ValueError(
-            f"{_state(param, ordinal)}: step is {_described(count)}, expected a 0-dimensional int64 tensor on "
+            f"{_state(param, ordinal)}: step is {described(count)}, expected a 0-dimensional int64 tensor on "
             f"{param.device}: {_REPLACE}"
         )
 
@@ -531,7 +521,7 @@ def state_entries(param: Tensor, known: Any, ordinal: int) -> None:
 
 
 def _state(param: Tensor, ordinal: int) -> str:
-    return f"state of parameter {ordinal} ({_described(param)})"
+    return f"state of parameter {ordinal} ({described(param)})"
 
 
 def _state_tensor(param: Tensor, ordinal: int, name: str, value: Any) -> None:
@@ -539,214 +529,6 @@ def _state_tensor(param: Tensor, ordinal: int, name: str, value: Any) -> None:
         raise TypeError(f"{_state(param, ordinal)}: {name} is of type {type(value).__name__}, not a tensor: {_REPLACE}")
     if value.layout != torch.strided:
         raise ValueError(f"{_state(param, ordinal)}: {name} has the layout {value.layout}: {_REPLACE}")
-
-
-def state_dict(saved: Any, groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Check a state dict against the optimizer's own groups.
-
-    Args:
-        saved: the state dict, which is left as it is.
-        groups: the optimizer's.
-        defaults: the constructor's, for options that were added after the version that saved it.
-
-    Returns:
-        A copy with complete groups, and with dtypes instead of their names.
-
-    Raises:
-        TypeError: it, or one of its parts, is of the wrong type.
-        ValueError: it lacks something, or its groups, parameters or shapes are others.
-    """
-    if not isinstance(saved, Mapping):
-        raise TypeError(f"state_dict is of type {type(saved).__name__}: pass what SOFIM.state_dict() returned")
-    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
-        if key not in saved:
-            raise ValueError(f"state_dict has no {key!r}: pass what SOFIM.state_dict() returned")
-        if not isinstance(saved[key], kind):
-            raise TypeError(
-                f"state_dict[{key!r}] is of type {type(saved[key]).__name__}: pass what state_dict() returned"
-            )
-    if len(saved["param_groups"]) != len(groups):
-        raise ValueError(
-            f"state_dict has {len(saved['param_groups'])} parameter groups, the optimizer {len(groups)}: "
-            "make the optimizer with the groups that it was saved with"
-        )
-    complete: dict[str, Any] = dict(saved)
-    pairs = list(zip(saved["param_groups"], groups, strict=True))
-    complete["param_groups"] = [_completed(theirs, ours, saved["param_groups"], defaults) for theirs, ours in pairs]
-    ordinals: dict[Any, Tensor] = {}
-    for index, (theirs, ours) in enumerate(zip(complete["param_groups"], groups, strict=True)):
-        _saved_group(theirs, ours, index)
-        for key, param in zip(theirs["params"], ours["params"], strict=True):
-            if isinstance(key, Tensor):
-                raise TypeError(f"state_dict: 'params' of group {index} has a tensor: pass what state_dict() returned")
-            if key in ordinals:
-                raise ValueError(f"state_dict: parameter {key!r} stands twice in its groups: the state dict is damaged")
-            ordinals[key] = param
-    agreement(complete["param_groups"])
-    for key, known in saved["state"].items():
-        if key in ordinals:
-            _saved_state(known, ordinals[key], key)
-        elif isinstance(key, Tensor):
-            raise ValueError("state_dict has a tensor for a key of its state: pass what state_dict() returned")
-        elif isinstance(key, Real):  # other keys are a user's own
-            raise ValueError(
-                f"state_dict has a state for parameter {key!r}, which is in none of its groups: it is damaged"
-            )
-    return complete
-
-
-def _completed(theirs: Any, ours: Mapping[str, Any], groups: Sequence[Any], defaults: Mapping[str, Any]) -> Any:
-    """A copy of a saved group, with missing options filled in where possible; what is not a dict is returned as it is.
-
-    An option that it lacks was added in a later version, and gets the constructor's default, which is how the older
-    version behaved. torch.distributed.checkpoint leaves all settings of an empty group out; such a group gets this
-    optimizer's settings for it, except those that hold for the optimizer as a whole.
-    """
-    if not isinstance(theirs, dict):
-        return theirs
-    group = dict(theirs)
-    if not group.keys() - {"params", "param_names"} and isinstance(group.get("params"), list) and not group["params"]:
-        settings = {name: value for name, value in ours.items() if name not in ("params", "param_names")}
-        whole = next((other for other in groups if isinstance(other, dict) and other.keys() >= set(IDENTITY)), None)
-        if whole is not None:
-            settings.update({name: whole.get(name, defaults[name]) for name in WHOLE})
-        group.update(settings)
-    for name in ADDED_LATER:
-        group.setdefault(name, defaults[name])
-    group["state_dtype"] = dtype_named(group["state_dtype"])
-    return group
-
-
-def _saved_group(theirs: Any, ours: Mapping[str, Any], index: int) -> None:
-    if not isinstance(theirs, dict) or not isinstance(theirs.get("params"), Sequence):
-        raise TypeError(f"state_dict: parameter group {index} is not a dict with a list 'params': it is damaged")
-    missing = lacking(theirs)
-    if missing:
-        raise ValueError(f"state_dict: parameter group {index} lacks {', '.join(missing)}: {_whose(theirs)}")
-    if len(theirs["params"]) != len(ours["params"]):
-        raise ValueError(
-            f"state_dict: parameter group {index} has {len(theirs['params'])} parameters, the optimizer's "
-            f"{len(ours['params'])}: make the optimizer with the parameters that it was saved with"
-        )
-    for name in ("lr", "rho"):
-        for param in ours["params"][:1]:
-            if isinstance(theirs[name], Tensor):
-                _readable(theirs[name], param, f"state_dict: parameter group {index}: {name}")
-    group(theirs, index, saved=True)
-    for name in ("capturable", "fused"):  # torch asks a saved group for these
-        if name in theirs:
-            flag(f"state_dict: parameter group {index}: {name}", theirs[name])
-    try:
-        copy.deepcopy(theirs)  # as torch does
-    except Exception as error:
-        raise TypeError(f"state_dict: parameter group {index} cannot be copied: {error}") from error
-    if theirs["state_dtype"] is not None:
-        for place, param in enumerate(ours["params"]):
-            _parameter(param, f"parameter {place} of group {index} ({_described(param)})", theirs["state_dtype"])
-
-
-def _whose(group: Mapping[str, Any]) -> str:
-    """What an error says about a group that is not SOFIM's: where it comes from, and what to do."""
-    if "dampening" in group and "nesterov" in group:
-        return (
-            "it comes from another optimizer (it has torch.optim.SGD's dampening and nesterov): load it into an SGD "
-            "optimizer, and convert that with SOFIM.from_sgd()"
-        )
-    if "betas" in group:
-        return "it comes from another optimizer (it has betas, as Adam and its variants): start SOFIM without it"
-    return "it comes from another optimizer, or is damaged"
-
-
-def saved_entries(known: Mapping[str, Any]) -> dict[str, Any]:
-    """SOFIM's entries of a parameter's saved state; an empty dict: it has none yet.
-
-    torch.distributed.checkpoint puts an empty dict in place of an entry that a flattened state dict lacks.
-    """
-    return {name: known[name] for name in STATE if name in known and not _empty(known[name])}
-
-
-def _empty(value: Any) -> bool:
-    return isinstance(value, dict) and not value
-
-
-def _others_state(known: Mapping[str, Any], entries: Mapping[str, Any]) -> str:
-    """Which entries of a saved state are another optimizer's, and which one's; an empty string if none are."""
-    step = entries.get("step")
-    counted = isinstance(step, Tensor) and not step.is_floating_point()  # others count in float32
-    if "exp_avg" in entries and counted:
-        return ""
-    for names, whose in OTHER_STATES.items():
-        if all(name in known for name in names) and not ("exp_avg" in entries and names == ("momentum_buffer",)):
-            return f"has {' and '.join(names)}, as {whose}: it comes from another optimizer"
-    return ""
-
-
-def _saved_state(known: Any, param: Tensor, key: Any) -> None:
-    where = f"state_dict: state of parameter {key!r} ({_described(param)})"
-    if not isinstance(known, dict):  # torch takes any other mapping for a list of its keys
-        raise TypeError(f"{where} is of type {type(known).__name__}, not a dict: the state dict is damaged")
-    entries = saved_entries(known)
-    another = _others_state(known, entries)
-    if another:
-        raise ValueError(f"{where} {another}")
-    for name, value in known.items():
-        if name not in STATE:
-            _own_entry(value, param, f"{where}: {name!r}")
-    if not entries:
-        return
-    for name in ("exp_avg", "step"):
-        if name not in entries:
-            raise ValueError(
-                f"{where} has the entries {sorted(map(str, known))} and lacks {name}: "
-                "it comes from another optimizer, or is damaged"
-            )
-    optimizable(param, where, None)
-    for name, value in entries.items():
-        if name == "step" and isinstance(value, Real) and not isinstance(value, bool):
-            continue  # other optimizers, and converted checkpoints, have such counts
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{where}: {name} is of type {type(value).__name__}, not a tensor: it is damaged")
-        _readable(value, param, f"{where}: {name}")
-        shape = () if name == "step" else tuple(param.shape)
-        if tuple(value.shape) != shape:
-            raise ValueError(
-                f"{where}: {name} has the shape {tuple(value.shape)}, expected {shape}: it was saved for another model"
-            )
-        if value.layout != torch.strided or (value.dtype not in DTYPES and name != "step"):
-            raise ValueError(f"{where}: {name} is {_short(value.dtype)}, {value.layout}: the state dict is damaged")
-        if name != "step" and value.is_complex() != param.is_complex():
-            raise ValueError(f"{where}: {name} is {_short(value.dtype)}: it was saved for another model")
-        if name != "step" and not on_one_mesh(param, value):
-            way = "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict(), which spreads it"
-            raise _other_mesh(param, value, f"{where}: {name}", way)
-    step = entries["step"]
-    if not (isinstance(step, Tensor) and step.is_meta):
-        count = step.item() if isinstance(step, Tensor) else step
-        if not isinstance(count, Real) or not _is_count(count):
-            raise ValueError(f"{where}: step is {count!r}, expected a count of updates: the state dict is damaged")
-
-
-def _is_count(value: Any) -> bool:
-    """Whether a real number is a possible step count: whole, not negative, and not too large."""
-    return bool(0 <= value < MOST_STEPS and value == int(value))
-
-
-def _own_entry(value: Any, param: Tensor, where: str) -> None:
-    """Check the tensors in what a user added to a parameter's state: torch copies them to its dtype and device."""
-    if isinstance(value, Tensor):
-        _readable(value, param, where)
-    elif isinstance(value, (dict, list, tuple)):
-        for part in value.values() if isinstance(value, dict) else value:
-            _own_entry(part, param, where)
-
-
-def _readable(value: Tensor, param: Tensor, where: str) -> None:
-    """Check that a saved tensor has values that can be copied to its parameter's device."""
-    if value.is_nested or is_lazy(value) or value.is_quantized:
-        kind = "nested" if value.is_nested else "quantized" if value.is_quantized else "not initialised"
-        raise ValueError(f"{where} is {kind}: save a plain tensor in its place")
-    if value.is_meta and not param.is_meta:
-        raise ValueError(f"{where} is on the meta device and has no values: load it with its values")
 
 
 def _number(
@@ -766,7 +548,7 @@ def _number(
     """
     if tensor and isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
-            raise ValueError(f"{where}{name} is a tensor ({_described(value)}): pass a real one with one element")
+            raise ValueError(f"{where}{name} is a tensor ({described(value)}): pass a real one with one element")
         if value.device.type != "cpu":
             return
         number = float(value.detach())
@@ -807,11 +589,13 @@ def _may_overlap(x: Tensor) -> bool:
     return False
 
 
-def _described(x: Tensor) -> str:
+def described(x: Tensor) -> str:
+    """A tensor's shape, dtype and device, for a message."""
     if is_lazy(x) or x.is_nested:
         return "uninitialised" if is_lazy(x) else "nested"
-    return f"shape {tuple(x.shape)}, {_short(x.dtype)}, {x.device}"
+    return f"shape {tuple(x.shape)}, {short(x.dtype)}, {x.device}"
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
+    """A dtype's name without ``torch.``."""
     return str(dtype).removeprefix("torch.")

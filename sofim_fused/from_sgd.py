@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sofim_fused import checks
-from sofim_fused.distributed import local
+from sofim_fused.dtensor import local
 from sofim_fused.step import gather
 
 # Options that have the same name in SGD. Its weight decay is L2.

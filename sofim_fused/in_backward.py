@@ -15,21 +15,21 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable imports the compiler: seconds
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sofim_fused import backends, checks
 from sofim_fused.backends import GradientStep, NativeInBackward, Sums
-from sofim_fused.distributed import bump_versions, is_flattened, is_sharded, local, placed_as
+from sofim_fused.dtensor import bump_versions, is_sharded, local, placed_as
+from sofim_fused.sharding import is_flattened
 from sofim_fused.step import gather, schedule
+from sofim_fused.step.plan import Plan
 from sofim_fused.step.solve import Solver, decay_of, entering
-
-if TYPE_CHECKING:
-    from sofim_fused.optimizer import SOFIM
 
 BATCH = 1 << 20
 """Elements that wait for a pass over all of them, where a pass has a launch to pay for."""
@@ -45,11 +45,15 @@ class InBackward:
 
     Args:
         optimizer: whose parameters get hooks; not kept alive.
+        plan: the optimizer's.
         release: free each gradient as soon as it was taken.
+        capturable: as the optimizer's.
     """
 
-    def __init__(self, optimizer: SOFIM, release: bool) -> None:
+    def __init__(self, optimizer: Optimizer, plan: Plan, release: bool, capturable: bool) -> None:
         self._of = weakref.ref(optimizer)
+        self._plan = plan
+        self._capturable = capturable
         self.release = release
         self._depth = 0  # of accumulate_grads()
         self._met = False  # any gradient
@@ -84,7 +88,7 @@ class InBackward:
         self._find_parameters()
 
     @property
-    def _optimizer(self) -> SOFIM:
+    def _optimizer(self) -> Optimizer:
         optimizer = self._of()
         assert optimizer is not None
         return optimizer
@@ -141,10 +145,11 @@ class InBackward:
         self._group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
         self._progress = bytearray(len(self._ids))
         self._find_devices()
-        self._optimizer.refresh_placement()
-        device = next(iter(self._sizes)) if len(self._sizes) == 1 and not self._optimizer._rank_sums() else None
+        self._plan.refresh_placement(groups)
+        alone = len(self._sizes) == 1 and self._plan.rank_sums(self._optimizer) is None
+        device = next(iter(self._sizes)) if alone else None
         if device != self._native_on:
-            self._native = None if device is None else self._optimizer._passes_for(device).native_in_backward()
+            self._native = None if device is None else self._plan.passes_for(device).native_in_backward()
             self._native_on = device
         if self._native is not None:
             self._native.watch([list(group["params"]) for group in groups])
@@ -283,7 +288,7 @@ class InBackward:
         """Take a parameter's first gradient, or one that the native part leaves to the passes, or say what is wrong."""
         group = self._group_of[ordinal]
         try:
-            if param.is_cuda and not self._optimizer._capturable and backends.capturing():
+            if param.is_cuda and not self._capturable and backends.capturing():
                 raise RuntimeError(
                     "a backward pass is captured in a CUDA graph: make the optimizer with capturable=True"
                 )
@@ -387,7 +392,7 @@ class InBackward:
                     local(entry.grad).record_stream(batch.stream)
         with contextlib.nullcontext() if batch.stream is None else torch.cuda.stream(batch.stream):
             laid = gather.lay_out(device, entries, optimizer.param_groups, optimizer.state)
-            laid, passes = backends.apart(laid, optimizer._passes_for(device))
+            laid, passes, _ = backends.apart(laid, self._plan.passes_for(device))
             known = self._gradient_step(device, [entry.ordinal for entry in entries]) if cross else None
             del self._waiting[device]  # whatever failed until here can be tried again
             sums = passes.accumulate(laid, decay._replace(weight=weight), known)
@@ -540,7 +545,7 @@ class InBackward:
     @torch.no_grad()
     def _finish_by_passes(self) -> None:
         optimizer = self._optimizer
-        optimizer.refresh_placement()
+        self._plan.refresh_placement(optimizer.param_groups)
         params = [param for group in optimizer.param_groups for param in group["params"]]
         # No pass looks at a gradient any more, and it may be gone.
         present = [
@@ -548,7 +553,7 @@ class InBackward:
             for ordinal, param in enumerate(params)
             if self._progress[ordinal]
         ]
-        if not present and not optimizer._rank_sums():
+        if not present and self._plan.rank_sums(optimizer) is None:
             return
         if self._frozen is None:  # other ranks have gradients
             self._freeze_settings()
@@ -559,12 +564,12 @@ class InBackward:
         for device, streams in self._streams.items():
             for stream in streams:  # a pass may have been put there after the backward pass had brought them together
                 torch.cuda.current_stream(device).wait_stream(stream)
-        optimizer._compare_ranks(guarded=False)
-        shares = optimizer._shares_of(present)
+        self._plan.compare_ranks(optimizer, guarded=False)
+        shares = self._plan.shares_of(optimizer, present)
         decays = self._frozen is not None and any(group["weight_decay"] for group in self._frozen)
+        reads_w = decays and groups[0]["numerator"] == "gradient"
         for share in shares:
-            pairs = getattr(share.passes, "pairs", {})
-            pair = pairs.get("state") or (pairs.get("w") if decays and groups[0]["numerator"] == "gradient" else None)
+            pair = share.pairs.get("state") or (share.pairs.get("w") if reads_w else None)
             if pair is not None:
                 raise checks.shared_in_backward(*(share.tensors.ordinals[i] for i in pair))
         sums = [self._sums_of(share.tensors.device, share.tensors.ordinals) for share in shares]

@@ -21,21 +21,12 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from sofim_fused import backends, checks, from_sgd
-from sofim_fused.backends import NativeStep, Passes
-from sofim_fused.distributed import (
-    RankSums,
-    Sharding,
-    bump_versions,
-    checkpoint_calls,
-    device_of,
-    find_sharding,
-    is_flattened,
-    placement,
-)
+from sofim_fused import backends, checks, checks_state_dict, from_sgd
+from sofim_fused.backends import NativeStep
 from sofim_fused.in_backward import InBackward, check_unwatched
+from sofim_fused.sharding import checkpoint_calls, is_flattened
 from sofim_fused.step import gather, schedule
-from sofim_fused.step.solve import Solver
+from sofim_fused.step.plan import Plan
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -193,12 +184,8 @@ class SOFIM(Optimizer):
             checks.in_backward([defaults])
         checks.shard_group(shard_group, self._in_backward)
         self._shard_group = shard_group
-        self._rank_sums_known: RankSums | Literal[False] | None = None
-        self._rank_sums_before: tuple[Sharding, RankSums] | None = None
-        self._placed: list[tuple[object, ...]] | None = None
+        self._plan = Plan(self._backend, shard_group)
         self._backward: InBackward | None = None
-        self._passes_of: dict[torch.device, Passes] = {}
-        self._solver_of: dict[torch.device, Solver] = {}
         self._step_in_one_call: NativeStep | None = None
         self._may_not_capture = False
         # What guarded steps recorded, by name. Not attributes: torch 2.10's compiler cannot trace a step that sets any.
@@ -208,7 +195,7 @@ class SOFIM(Optimizer):
         if shard_group is None:  # else a rank may have none
             checks.some_parameter(self.param_groups)
         if self._in_backward:
-            self._backward = InBackward(self, self._release_grads)
+            self._backward = self._new_in_backward()
 
     @classmethod
     def from_sgd(
@@ -281,7 +268,8 @@ class SOFIM(Optimizer):
         outcome = None
         if not torch.compiler.is_compiling():
             outcome = self._in_one_call()
-            if outcome is None and self.refresh_placement():
+            if outcome is None and self._plan.refresh_placement(self.param_groups):
+                self._step_in_one_call = None
                 outcome = self._in_one_call()
         if outcome is None:
             self._step_by_passes()
@@ -328,9 +316,11 @@ class SOFIM(Optimizer):
     def _native_step(self) -> NativeStep:
         """The step in one call, for the first parameter's device; it leaves models on several devices to the passes."""
         if self._step_in_one_call is None:
-            device = self._first_device()
-            self.refresh_placement()
-            self._step_in_one_call = _no_native_step if self._rank_sums() else self._passes_for(device).native_step()
+            plan, device = self._plan, self._plan.first_device(self.param_groups)
+            plan.refresh_placement(self.param_groups)
+            self._step_in_one_call = (
+                _no_native_step if plan.rank_sums(self) is not None else plan.passes_for(device).native_step()
+            )
             self._may_not_capture = device.type == "cuda" and not self._capturable
         return self._step_in_one_call
 
@@ -342,7 +332,7 @@ class SOFIM(Optimizer):
         whole = self.param_groups[0]
         limit, skip = whole["max_grad_norm"], whole["skip_nonfinite"]
         guarded = limit is not None or skip or grad_scale is not None or found_inf is not None
-        shares = self._shares(guarded)
+        shares = self._plan.shares(self, guarded)
         if not shares:
             return
         if not guarded:
@@ -375,106 +365,9 @@ class SOFIM(Optimizer):
         checks.scaling("grad_scale", grad_scale)
         checks.scaling("found_inf", found_inf)
         # A flag on the CPU can be read: if it is not set, a plain step will do, unless it is set on another rank.
-        known = not self._rank_sums() and (not isinstance(found_inf, Tensor) or found_inf.device.type == "cpu")
+        readable = not isinstance(found_inf, Tensor) or found_inf.device.type == "cpu"
+        known = readable and self._plan.rank_sums(self) is None
         return grad_scale, None if known and not found_inf else found_inf
-
-    def _shares(self, guarded: bool = False) -> list[schedule.DeviceShare]:
-        """Check everything, create missing state, and return the tensors of this step by device."""
-        for index, group in enumerate(self.param_groups):
-            checks.group(group, index)
-        checks.agreement(self.param_groups)
-        entries = gather.with_gradients(self.param_groups)
-        for entry in entries:
-            gather.check_state(entry, self.param_groups[entry.group], self.state)
-        self._compare_ranks(guarded)
-        before = [gather.ensure_state(entry, self.param_groups[entry.group], self.state) for entry in entries]
-        bump_versions(entry.param for entry in entries)
-        try:
-            return self._shares_of(entries)
-        except ValueError:  # tensors share memory in a way that is refused: restore the state
-            for entry, known in zip(entries, before, strict=True):
-                if known:
-                    self.state[entry.param] = known
-                elif known is not None:
-                    del self.state[entry.param]
-            raise
-
-    def _shares_of(self, entries: list[gather.Entry]) -> list[schedule.DeviceShare]:
-        if self._rank_sums():
-            return [self._share(self._first_device(), entries)]  # even if it is empty: other ranks wait for this one
-        return [self._share(device, mine) for device, mine in gather.by_device(entries)]
-
-    def _share(self, device: torch.device, entries: list[gather.Entry]) -> schedule.DeviceShare:
-        sizes = [0] * len(self.param_groups)
-        for entry in entries:
-            sizes[entry.group] += 1
-        whole = self.param_groups[0]
-        scalars = self._solver_of.get(device)
-        if scalars is None or not scalars.serves(sizes, whole["numerator"], whole["fisher"]):
-            scalars = self._solver_of[device] = Solver(device, sizes, whole["numerator"], whole["fisher"])
-        laid = gather.lay_out(device, entries, self.param_groups, self.state)
-        laid, passes = backends.apart(laid, self._passes_for(device))
-        return schedule.DeviceShare(laid, passes, scalars, self._rank_sums() or None)
-
-    def _rank_sums(self) -> RankSums | Literal[False]:
-        """How the parameters are sharded over ranks; ``False``: this rank has all of them."""
-        if self._rank_sums_known is None:
-            params = [param for group in self.param_groups for param in group["params"]]
-            spread = find_sharding(self, params, self.param_groups[0]["fisher"], self._shard_group)
-            if spread:
-                checks.one_device(params)
-                made = RankSums(spread.along, self._first_device(), spread.holders, spread.flattened)
-                before = self._rank_sums_before
-                if before is not None and before[0] == spread and before[1].device == made.device:
-                    made = before[1]  # already compared: another comparison on this rank alone would wait for others
-                self._rank_sums_known, self._rank_sums_before = made, (spread, made)
-            elif torch.compiler.is_compiling():
-                return False  # see _recorded
-            else:
-                self._rank_sums_known = False
-        return self._rank_sums_known
-
-    def refresh_placement(self) -> bool:
-        """Forget how parameters are sharded and on which devices they are, if any parameter was replaced or moved.
-
-        For example, users put ``DTensor``s into the groups after ``fully_shard()``. A native step needs no such check:
-        it returns to Python if anything has changed.
-
-        Returns:
-            Whether there was anything to forget.
-        """
-        placed = [placement(param) for group in self.param_groups for param in group["params"]]
-        before, self._placed = self._placed, placed
-        if placed == before:
-            return False
-        self._rank_sums_known = None
-        if before is not None:
-            self._step_in_one_call = None
-        return before is not None
-
-    def _compare_ranks(self, guarded: bool) -> None:
-        """Check that all ranks are about to take the same kind of step."""
-        sums = self._rank_sums()
-        if sums:
-            whole = self.param_groups[0]
-            sums.compare(whole["numerator"], whole["fisher"], len(self.param_groups), guarded)
-
-    def _first_device(self) -> torch.device:
-        params = [param for group in self.param_groups for param in group["params"]]
-        # Frozen parameters may be on any device; steps run on that of the others.
-        first = next((param.device for param in params if param.requires_grad), None)
-        if first is None and params:
-            first = params[0].device
-        if first is None:  # other ranks have all parameters
-            assert self._shard_group is not None
-            first = device_of(self._shard_group)
-        return first
-
-    def _passes_for(self, device: torch.device) -> Passes:
-        found = self._passes_of.get(device)
-        if found is None:
-            found = self._passes_of[device] = backends.choose(self._backend, device)
-        return found
 
     def _record_guard(self, norm: Tensor, skip: Tensor | bool | None) -> None:
         """Store the results of a guarded step (:class:`sofim_fused.step.schedule.Guard`)."""
@@ -491,7 +384,7 @@ class SOFIM(Optimizer):
     def backends(self) -> dict[torch.device, str]:
         """The name of the backend that is used for each device on which a parameter lies."""
         devices = {param.device for group in self.param_groups for param in group["params"]}
-        return {device: self._passes_for(device).name for device in sorted(devices, key=str)}
+        return {device: self._plan.passes_for(device).name for device in sorted(devices, key=str)}
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -502,7 +395,8 @@ class SOFIM(Optimizer):
         """
         if self._in_backward:
             return True  # so that step() can raise an error that says why this cannot work
-        return self._amp_fused and not ((sums := self._rank_sums()) and sums.flattened)
+        sums = self._plan.rank_sums(self)
+        return self._amp_fused and not (sums is not None and sums.flattened)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -523,7 +417,7 @@ class SOFIM(Optimizer):
         :meth:`state_dict`.
         """
         if "skipped_steps" not in self._recorded:
-            device = self._first_device()
+            device = self._plan.first_device(self.param_groups)
             with torch.inference_mode(False):  # otherwise no later step could write to it
                 self._recorded["skipped_steps"] = torch.zeros((), dtype=torch.int64, device=device)
         return self._recorded["skipped_steps"]
@@ -552,6 +446,9 @@ class SOFIM(Optimizer):
         if self._backward is not None:
             self._backward.remove()
 
+    def _new_in_backward(self) -> InBackward:
+        return InBackward(self, self._plan, self._release_grads, self._capturable)
+
     # Groups and state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -572,7 +469,7 @@ class SOFIM(Optimizer):
         params = checks.parameters(group["params"], index, {}, group["state_dtype"])
         for place, entry in enumerate(params):
             param = entry[1] if isinstance(entry, tuple) else entry
-            self._passes_for(param.device)
+            self._plan.passes_for(param.device)
             if self._in_backward and param.requires_grad:
                 where = f"parameter {place} of group {index}"
                 checks.in_backward_parameter(param, where, group["numerator"])
@@ -585,7 +482,8 @@ class SOFIM(Optimizer):
             taken = {param: at for at, other in enumerate(self.param_groups) for param in other["params"]}
             checks.parameters(params, index, taken, group["state_dtype"])
             raise
-        self._rank_sums_known = self._step_in_one_call = None
+        self._plan.forget_ranks()
+        self._step_in_one_call = None
         if self._backward is not None:
             self._backward.watch(since=index)
 
@@ -620,7 +518,7 @@ class SOFIM(Optimizer):
         """
 
         def examine(_: Optimizer, given: StateDict) -> StateDict:
-            saved = checks.state_dict(given, self.param_groups, _DEFAULTS)
+            saved = checks_state_dict.check(given, self.param_groups, _DEFAULTS)
             if self._in_backward:
                 checks.in_backward(saved["param_groups"])
                 for index, group in enumerate(self.param_groups):
@@ -635,7 +533,7 @@ class SOFIM(Optimizer):
             return {**saved, "state": rest}
 
         if not isinstance(state_dict, Mapping):  # the hook would come too late: torch copies the dict before
-            checks.state_dict(state_dict, self.param_groups, _DEFAULTS)
+            checks_state_dict.check(state_dict, self.param_groups, _DEFAULTS)
         # Registered last, so that it sees the dict as the user's own hooks return it.
         handle = self.register_load_state_dict_pre_hook(examine)
         try:
@@ -654,14 +552,15 @@ class SOFIM(Optimizer):
         self.__dict__.setdefault("_recorded", {})
         self.__dict__.setdefault("_shard_group", None)
         for group in (*self.param_groups, self.defaults):  # from an older version, or set without load_state_dict()
-            for name in checks.ADDED_LATER:
+            for name in checks_state_dict.ADDED_LATER:
                 group.setdefault(name, _DEFAULTS[name])
             group["state_dtype"] = checks.dtype_named(group["state_dtype"])
-        self._passes_of = {}
-        self._solver_of = {}
-        self._step_in_one_call = self._rank_sums_known = None
-        self._placed = None
-        self.__dict__.setdefault("_rank_sums_before", None)
+        plan: Plan | None = self.__dict__.get("_plan")
+        if plan is not None:
+            plan.forget()
+        else:
+            self._plan = Plan(self._backend, self._shard_group)
+        self._step_in_one_call = None
         if "_restored" in self.__dict__:
             self.state.update({param: state for param, state in self._restored.items() if state})
             self.defaults.update({name: self.param_groups[0][name] for name in checks.WHOLE})
@@ -669,7 +568,7 @@ class SOFIM(Optimizer):
         if backward is not None:
             backward.reset()
         else:  # hooks stay behind when parameters are copied
-            self._backward = InBackward(self, self._release_grads) if self._in_backward else None
+            self._backward = self._new_in_backward() if self._in_backward else None
 
     def __getstate__(self) -> dict[str, Any]:
         # Without the backend: the copy may be unpickled on another machine.
@@ -688,8 +587,8 @@ class SOFIM(Optimizer):
     def __deepcopy__(self, memo: dict[int, Any]) -> SOFIM:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__setstate__({**copy.deepcopy(self.__getstate__(), memo), "_backend": self._backend})
-        twin._shard_group = self._shard_group
+        own = {"_backend": self._backend, "_shard_group": self._shard_group}  # which stay behind in a pickle
+        twin.__setstate__({**copy.deepcopy(self.__getstate__(), memo), **own})
         for ours, theirs in zip(self.param_groups, twin.param_groups, strict=True):
             for param, copied in zip(ours["params"], theirs["params"], strict=True):
                 if is_flattened(param):  # a copy loses the mark; without it, nothing shows that it is a shard

@@ -30,8 +30,10 @@ from sofim_fused.backends.interface import (
     Sums,
 )
 
+Pairs = Mapping[str, tuple[int, int]]
 
-def apart(tensors: StepTensors, passes: Passes) -> tuple[StepTensors, Passes]:
+
+def apart(tensors: StepTensors, passes: Passes) -> tuple[StepTensors, Passes, Pairs]:
     """Prepare a step whose tensors may share memory. If none do, the arguments are returned as they are.
 
     Two tensors count as sharing if their address ranges overlap, even if their elements only interleave: handling them
@@ -44,14 +46,15 @@ def apart(tensors: StepTensors, passes: Passes) -> tuple[StepTensors, Passes]:
         passes: of a backend.
 
     Returns:
-        The tensors, and the passes to call with them.
+        The tensors; the passes to call with them; and the first pair of tensors that share elements, as their indices,
+        by kind: ``"w"`` if both are parameters, else ``"state"``.
 
     Raises:
         ValueError: a parameter and its own state share elements, or a step count shares memory with any tensor; the
             message names both. Nothing was changed.
     """
     if torch.compiler.is_compiling() or not _have_addresses(tensors):
-        return tensors, passes
+        return tensors, passes, {}
     written = memory.Written(tensors.params, tensors.exp_avgs, tensors.kahans, tensors.steps)
     before, pairs = _shared(written, tensors)
     shared = {*before, *before.values()}
@@ -63,12 +66,12 @@ def apart(tensors: StepTensors, passes: Passes) -> tuple[StepTensors, Passes]:
     if copied:
         tensors = replace(tensors, grads=[copied.get(i, g) for i, g in enumerate(tensors.grads)])
     if not before:
-        return tensors, passes
+        return tensors, passes, {}
     bounds = [0]
     for i in range(len(tensors)):
         if before.get(i, -1) >= bounds[-1]:
             bounds.append(i)
-    return tensors, InTurn(passes, [*bounds, len(tensors)], pairs)
+    return tensors, InTurn(passes, [*bounds, len(tensors)]), pairs
 
 
 class InTurn:
@@ -80,15 +83,12 @@ class InTurn:
         passes: the backend's.
         bounds: where the runs begin, and where the last one ends: indices of tensors, from 0 to their number. No two
             tensors of a run share memory.
-        pairs: of tensors that share elements, by the role of both, ``"w"``, or ``"state"`` if either's is another: the
-            first pair of each kind that there is, as indices of tensors.
     """
 
-    def __init__(self, passes: Passes, bounds: Sequence[int], pairs: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(self, passes: Passes, bounds: Sequence[int]) -> None:
         self.name = passes.name
         self.emulated = passes.emulated
         self._passes = passes
-        self.pairs = pairs
         self._runs = [slice(begin, end) for begin, end in pairwise(bounds)]
 
     def accumulate(self, tensors: StepTensors, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
@@ -180,7 +180,7 @@ def _have_addresses(tensors: StepTensors) -> bool:
 
 
 def _shared(written: memory.Written, tensors: StepTensors) -> tuple[dict[int, int], dict[str, tuple[int, int]]]:
-    """For each tensor that shares memory with earlier ones, the index of the last; and pairs for :class:`InTurn`.
+    """For each tensor that shares memory with earlier ones, the index of the last; and pairs as from :func:`apart`.
 
     Raises:
         ValueError: two tensors of one parameter share elements, or a step count shares memory.

@@ -1,4 +1,4 @@
-"""Parameters to tiles: which tensors take part in a step, their state, and how they are laid out for the passes."""
+"""Which tensors take part in a step, their state, and how they are laid out for the passes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sofim_fused import checks
+from sofim_fused import checks, checks_state_dict
 from sofim_fused.backends import StepTensors
-from sofim_fused.distributed import local, placed_as
+from sofim_fused.dtensor import local, placed_as
 
 
 class Entry(NamedTuple):
@@ -99,7 +99,7 @@ def _restored(param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any])
     Bits kept for a 16-bit parameter mean nothing to a wider one and are dropped there.
     """
     state = {name: _own(value, param.device) for name, value in saved.items() if name not in checks.STATE}
-    entries = checks.saved_entries(saved)
+    entries = checks_state_dict.saved_entries(saved)
     if not entries:
         return state
     step = entries["step"]

@@ -7,27 +7,14 @@ where the shares of a step lie on devices of different kinds and the sums have t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-from sofim_fused.backends import Coefficients, Decay, GuardSettings, Passes, StepTensors, Sums, no_sums, on_device_of
-from sofim_fused.distributed import RankSums
-from sofim_fused.step.solve import Group, Solver
-
-
-@dataclass(eq=False)
-class DeviceShare:
-    """The tensors of one device, the backend that sweeps over them, and their hyperparameters.
-
-    Where parameters are spread over ranks there is one share, and ``rank_sums`` adds up over ranks.
-    """
-
-    tensors: StepTensors
-    passes: Passes
-    solver: Solver
-    rank_sums: RankSums | None = None
+from sofim_fused.backends import Coefficients, Decay, GuardSettings, StepTensors, Sums, no_sums
+from sofim_fused.step import reduce
+from sofim_fused.step.reduce import DeviceShare
+from sofim_fused.step.solve import Group
 
 
 class Guard(NamedTuple):
@@ -55,7 +42,7 @@ def after_backward(shares: Sequence[DeviceShare], groups: Sequence[Group], sums:
 
 
 def _apply(shares: Sequence[DeviceShare], sums: Sequence[Sums], *, gradients_consumed: bool) -> None:
-    totals, _, _ = _totals(shares, sums, guarded=False)
+    totals, _, _ = reduce.totals(shares, sums, guarded=False)
     for share, blocks in zip(shares, totals, strict=True):
         if not len(share.tensors):
             continue
@@ -85,7 +72,7 @@ def guarded(
     """
     decays = [share.solver.refresh(groups) for share in shares]
     sums = [_swept(share, share.passes.dots, decay) for share, decay in zip(shares, decays, strict=True)]
-    totals, squares, found = _totals(shares, sums, guarded=True, found_inf=found_inf)
+    totals, squares, found = reduce.totals(shares, sums, guarded=True, found_inf=found_inf)
     guard = GuardSettings(max_grad_norm, grad_scale, found, skip_nonfinite)
     seen: list[Guard] = []
     for share, decay, blocks, square in zip(shares, decays, totals, squares, strict=True):
@@ -100,59 +87,3 @@ def guarded(
 def _swept(share: DeviceShare, sweep: Callable[[StepTensors, Decay], Sums], decay: Decay) -> Sums:
     """A first pass; a rank that holds nothing of a model has nothing to sweep over, and takes part in totals."""
     return sweep(share.tensors, decay) if len(share.tensors) else no_sums(share.tensors.device)
-
-
-def _totals(
-    shares: Sequence[DeviceShare], sums: Sequence[Sums], guarded: bool, found_inf: Tensor | float | None = None
-) -> tuple[list[Tensor], list[Tensor], Tensor | float | None]:
-    """Sums as totals per Fisher block, over all devices and ranks.
-
-    Returns:
-        Per share, the blocks ``[k, B]``, and the sum of all ``gg``, 0-dimensional; and ``found_inf`` of any rank.
-    """
-    if shares[0].rank_sums is not None:
-        blocks, square, found_inf = _over_ranks(shares[0], shares[0].rank_sums, sums[0], guarded, found_inf)
-        return [blocks], [square], found_inf
-    folded = [
-        share.passes.fold(share.tensors.steps, share.solver.settings, theirs, guarded)
-        for share, theirs in zip(shares, sums, strict=True)
-    ]
-    blocks_here, squares = [blocks.select(0, 0) for blocks, _ in folded], [square.select(0, 0) for _, square in folded]
-    if len(shares) > 1:
-        if shares[0].solver.fisher != "parameter":
-            blocks_here = _on_each(shares, _total(blocks_here))
-        squares = _on_each(shares, _total(squares))
-    return blocks_here, squares, found_inf
-
-
-def _over_ranks(
-    share: DeviceShare, rank_sums: RankSums, sums: Sums, guarded: bool, found_inf: Tensor | float | None
-) -> tuple[Tensor, Tensor, Tensor | float | None]:
-    present = tuple(share.tensors.ordinals)
-    parts, squares = share.passes.fold(
-        share.tensors.steps, share.solver.settings, sums, guarded, rank_sums.class_of(present), rank_sums.classes
-    )
-    places = rank_sums.places(present) if share.solver.fisher == "parameter" else None
-    if places is not None:  # other ranks may have gradients of others
-        parts = parts.new_zeros(*parts.shape[:-1], rank_sums.count).index_copy_(-1, places, parts)
-    whole = parts.new_zeros(len(parts), 2 if guarded else 0)
-    if guarded:
-        whole[:, 0] = squares
-        if found_inf is not None:
-            whole[:, 1] = on_device_of(squares, found_inf) != 0
-    total, extra = rank_sums.total(parts.flatten(1), whole, share.solver.fisher)
-    total = total.view(parts.shape[1:])
-    if places is not None:
-        total = total.index_select(-1, places)
-    return total, extra[0] if guarded else squares, None if found_inf is None else extra[1]
-
-
-def _on_each(shares: Sequence[DeviceShare], total: Tensor) -> list[Tensor]:
-    return [total.to(share.tensors.device) for share in shares]
-
-
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part.to(total.device)
-    return total

@@ -142,7 +142,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(
             for _ in range(2):
                 give(params, [torch.randn(n, generator=generator, dtype=dtype) for n in sizes])
                 optimizer.step()
-            (share,) = optimizer._shares()
+            (share,) = optimizer._plan.shares(optimizer)
             decay = Decay(*([factor] * len(sizes) for factor in (0.9, 0.1, 0.01)), cross=True)
             results.append(snapshot(optimizer) + [x for x in share.passes.dots(share.tensors, decay) if x is not None])
     finally:
@@ -176,7 +176,7 @@ def test_gradients_are_resolved_before_a_backend_sees_them() -> None:
     q.grad = torch.tensor([1 + 2j, 3 - 1j]).conj().imag
     assert p.grad.is_conj()
     assert q.grad.is_neg()
-    (share,) = optimizer._shares()
+    (share,) = optimizer._plan.shares(optimizer)
     assert not any(g.is_conj() or g.is_neg() for g in share.tensors.grads)
     assert torch.equal(share.tensors.grads[0], torch.tensor([[1.0, -2.0], [3.0, 1.0]]))
     assert torch.equal(share.tensors.grads[1], torch.tensor([-2.0, 1.0]))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-import sofim_fused.distributed
+import sofim_fused.sharding
 from bench.ranks import Ranks
 from sofim_fused import SOFIM
 from tests.distributed.support import CLOSE, Net, farthest, fsdp1, loss_of, needs_ranks, train
@@ -366,7 +366,7 @@ def warnings_of(shapes: list[list[int]], rank: int) -> list[str]:
     store = distributed.distributed_c10d._get_default_store()
     assert store.check([f"sofim_fused/{rank}"])
     store.delete_key(f"sofim_fused/{rank}")
-    sofim_fused.distributed._warned.clear()
+    sofim_fused.sharding._warned.clear()
     return texts
 
 

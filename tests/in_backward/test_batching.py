@@ -21,7 +21,7 @@ from tests.support.runs import EMULATED, INTERPRETED, Run
 def accumulates(optimizer: SOFIM, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The sizes of the tensors that the passes of an optimizer take, pass by pass, from now on."""
     sizes: list[list[int]] = []
-    passes = optimizer._passes_for(optimizer.param_groups[0]["params"][0].device)
+    passes = optimizer._plan.passes_for(optimizer.param_groups[0]["params"][0].device)
     take = passes.accumulate
 
     def noted(tensors: Any, *args: Any) -> Any:

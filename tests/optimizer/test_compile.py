@@ -142,7 +142,7 @@ def test_a_step_sets_no_attribute_of_the_optimizer(kind: str, monkeypatch: pytes
         object.__setattr__(self, name, value)
 
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the way that is traced
-    optimizer._rank_sums_known = None  # as after load_state_dict
+    optimizer._plan.forget_ranks()  # as after load_state_dict
     monkeypatch.setattr(SOFIM, "__setattr__", write)
     for count in range(2):
         loss_of(model, count).backward()

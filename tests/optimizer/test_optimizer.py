@@ -478,7 +478,7 @@ def test_backends_tell_what_runs(arguments: dict[str, Any], expected: str, monke
     assert optimizer.backends == {torch.device("cpu"): expected}
     p.grad = torch.ones(1)
     optimizer.step()
-    (passes,) = optimizer._passes_of.values()
+    (passes,) = optimizer._plan._passes.values()
     assert passes.name == expected
 
 

@@ -286,7 +286,9 @@ def test_nothing_found_does_not_hide_a_nan_from_skip_nonfinite() -> None:
     """Where the verdict is not looked at before the step, as on a GPU."""
     optimizer, params = ready_problem("reference", [5, 40], skip_nonfinite=True)
     unscaled(params[1])[7] = float("nan")
-    guard = schedule.guarded(optimizer._shares(), optimizer.param_groups, None, True, found_inf=torch.zeros(()))
+    guard = schedule.guarded(
+        optimizer._plan.shares(optimizer), optimizer.param_groups, None, True, found_inf=torch.zeros(())
+    )
     assert guard.skip is not None
     assert guard.skip.item()
     assert params[0].isfinite().all()

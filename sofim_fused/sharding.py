@@ -1,133 +1,23 @@
-"""Sums over what other ranks hold: parameters in shards (``DTensor``), or whole parameters of their own.
-
-The curvature is one number per Fisher block, a sum over all of its elements. Every rank sums over the elements that it
-holds; an all-reduce over the process groups along which elements are spread makes the totals, from which each rank
-computes the same coefficients and updates what it holds. Nothing else is sent, and replicas send nothing.
-"""
+"""How an optimizer's parameters are spread over ranks: as ``DTensor``, by FSDP1, by ZeRO, or by a ``shard_group``."""
 
 from __future__ import annotations
 
-import functools
 import gc
 import hashlib
 import inspect
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable imports the compiler: seconds
+
+from sofim_fused.dtensor import Groups, groups_of, is_sharded, replicas_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-__all__ = [
-    "RankSums",
-    "Sharding",
-    "bump_versions",
-    "checkpoint_calls",
-    "device_of",
-    "find_sharding",
-    "groups_of",
-    "is_flattened",
-    "is_sharded",
-    "local",
-    "on_one_mesh",
-    "placed_as",
-    "placement",
-]
-
-Groups = tuple["ProcessGroup", ...]
-
-# One tensor
-
-
-def is_sharded(x: object) -> bool:
-    """Whether it is a ``DTensor``."""
-    if type(x) is Tensor or type(x) is nn.Parameter:
-        return False
-    # The module is imported with the first of them; importing it for all others would take long.
-    module: Any = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(x, module.DTensor)
-
-
-def on_one_mesh(x: Any, y: Any) -> bool:
-    """Whether two tensors lie on the same mesh, or both on none."""
-    sharded = is_sharded(x)
-    if sharded is not is_sharded(y):
-        return False
-    return not sharded or x.device_mesh is y.device_mesh or x.device_mesh == y.device_mesh
-
-
-def local(x: Tensor) -> Tensor:
-    """What this rank holds of a tensor, in the same memory. Under ``no_grad``."""
-    return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
-
-
-def groups_of(param: Tensor) -> Groups:
-    """The process groups whose ranks hold other elements of a parameter than this one does; replicas are none."""
-    if not is_sharded(param):
-        return ()
-    mesh: Any = param.device_mesh  # type: ignore[attr-defined]
-    placements: Any = param.placements  # type: ignore[attr-defined]
-    axes = [axis for axis, place in enumerate(placements) if not place.is_replicate() and mesh.size(axis) > 1]
-    return tuple(mesh.get_group(axis) for axis in axes)
-
-
-def placement(param: Tensor) -> tuple[object, ...]:
-    """A parameter's identity, device and sharding, to compare later. It does not keep the parameter alive."""
-    if not is_sharded(param):
-        return id(param), param.device, is_flattened(param)
-    return id(param), param.device, param.device_mesh, param.placements  # type: ignore[attr-defined]
-
-
-def placed_as(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients that lie on ranks as their parameters do.
-
-    Some do not: under sequence parallelism each rank has the share of its part of the sequence in the gradient of a
-    replicated parameter (``Partial``). What has to be sent for that is under way at the same time.
-    """
-    moved: list[Any] = [
-        grad.redistribute(placements=param.placements, async_op=True)  # type: ignore[attr-defined]
-        if is_sharded(grad) and grad.placements != param.placements  # type: ignore[attr-defined]
-        else None
-        for param, grad in zip(params, grads, strict=True)
-    ]
-    return [grad if new is None else _arrived(new) for grad, new in zip(grads, moved, strict=True)]
-
-
-def _arrived(grad: Any) -> Tensor:
-    wait = getattr(grad.to_local(), "wait", None)  # it may have been a matter of this rank alone
-    arrived: Tensor = grad.to_local() if wait is None else wait()
-    return arrived
-
-
-def bump_versions(params: Iterable[Tensor]) -> None:
-    """Raise the version counters of parameters whose local tensors were written to: a ``DTensor`` has its own."""
-    torch.autograd.graph.increment_version([param for param in params if is_sharded(param)])
-
-
-def _first_among(holders: ProcessGroup, group: ProcessGroup) -> bool:
-    """Whether this rank contributes a group's total to ``holders``: it is the first of the group, or alone there."""
-    from torch import distributed
-
-    ranks = distributed.get_process_group_ranks(group)
-    among = set(distributed.get_process_group_ranks(holders)).intersection(ranks)
-    return len(among) < 2 or distributed.get_rank() == ranks[0]
-
-
-def device_of(group: ProcessGroup) -> torch.device:
-    """Where the ranks of a group exchange tensors, for one that has none."""
-    from torch import distributed
-
-    if "nccl" in distributed.get_backend(group):
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-# Plain tensors that a wrapper spreads over ranks: FSDP1, ZeroRedundancyOptimizer, DeepSpeed
 
 
 class Sharding(NamedTuple):
@@ -145,6 +35,22 @@ class Sharding(NamedTuple):
 
     def __bool__(self) -> bool:
         return any(self.along) or self.holders is not None
+
+
+def placement(param: Tensor) -> tuple[object, ...]:
+    """A parameter's identity, device and sharding, to compare later. It does not keep the parameter alive."""
+    if not is_sharded(param):
+        return id(param), param.device, is_flattened(param)
+    return id(param), param.device, param.device_mesh, param.placements  # type: ignore[attr-defined]
+
+
+def device_of(group: ProcessGroup) -> torch.device:
+    """Where the ranks of a group exchange tensors, for one that has none."""
+    from torch import distributed
+
+    if "nccl" in distributed.get_backend(group):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def is_flattened(param: Tensor) -> bool:
@@ -177,7 +83,7 @@ def find_sharding(optimizer: Any, params: Sequence[Tensor], fisher: str, shard_g
     along = [groups_of(param) for param in params]
     if not _several_ranks():
         return Sharding(along, shard_group)
-    replicas = [_replicas_of(param) for param in params]
+    replicas = [replicas_of(param) for param in params]
     flattened = any(is_flattened(param) for param in params)
     if flattened:
         for ordinal, (groups, others) in untraced(_flattened)(params, shard_group).items():
@@ -196,16 +102,6 @@ def _several_ranks() -> bool:
     from torch import distributed
 
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def _replicas_of(param: Tensor) -> Groups:
-    """The process groups whose ranks hold the same elements of a ``DTensor`` as this rank does."""
-    if not is_sharded(param):
-        return ()
-    mesh: Any = param.device_mesh  # type: ignore[attr-defined]
-    placements: Any = param.placements  # type: ignore[attr-defined]
-    axes = [axis for axis, place in enumerate(placements) if place.is_replicate() and mesh.size(axis) > 1]
-    return tuple(mesh.get_group(axis) for axis in axes)
 
 
 def _flattened(params: Sequence[Tensor], shard_group: ProcessGroup | None) -> dict[int, tuple[Groups, Groups]]:
@@ -385,124 +281,3 @@ def checkpoint_calls(function: str) -> bool:
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return frame is not None
-
-
-# All tensors of an optimizer
-
-
-class RankSums:
-    """How all parameters of an optimizer are spread over ranks, and the totals of their sums.
-
-    Parameters that are spread over the same process groups are a class: their sums travel together. Classes are in the
-    order in which parameters first have them, which is the same on all ranks of a mesh.
-
-    Args:
-        spread: :func:`groups_of` each parameter, by ordinal.
-        device: of the sums.
-        holders: the ranks that hold other parameters. They may include all ranks of a group of ``spread``: these have
-            the same totals at that point, and only the first of them contributes these.
-        flattened: whether FSDP1 shards some of them.
-    """
-
-    def __init__(
-        self, spread: Sequence[Groups], device: torch.device, holders: ProcessGroup | None, flattened: bool = False
-    ) -> None:
-        classes = list(dict.fromkeys(spread)) or [()]
-        self.device = device
-        self.flattened = flattened
-        self.count = len(spread)
-        self.classes = len(classes)
-        self._class_of = [classes.index(groups) for groups in spread]
-        self._routes = [
-            (group, [number for number, theirs in enumerate(classes) if group in theirs])
-            for group in dict.fromkeys(group for theirs in classes for group in theirs)
-        ]
-        self._holders = holders
-        self._hands_on = holders is None or all(_first_among(holders, group) for group, _ in self._routes)
-        self._compared: set[tuple[str, str, int, bool]] = set()
-        self.class_of = functools.lru_cache(8)(self._class_of_present)
-        self.places = functools.lru_cache(8)(self._places)
-
-    def _class_of_present(self, ordinals: tuple[int, ...]) -> Tensor | None:
-        """The class of each of these parameters, int64 on the device; ``None``: there is one class."""
-        if self.classes == 1:
-            return None
-        return torch.tensor([self._class_of[i] for i in ordinals], dtype=torch.int64, device=self.device)
-
-    def _places(self, ordinals: tuple[int, ...]) -> Tensor | None:
-        """Ordinals as indices; ``None``: they are all there are."""
-        if ordinals == tuple(range(self.count)):
-            return None
-        return torch.tensor(ordinals, dtype=torch.int64, device=self.device)
-
-    def total(self, blocks: Tensor, whole: Tensor, fisher: str) -> tuple[Tensor, Tensor]:
-        """Sums over classes and ranks: an all-reduce for each mesh axis, and one for the holders of other parameters.
-
-        Args:
-            blocks: ``[classes, m]``, per Fisher block; the block of one parameter is not on several of those holders.
-            whole: ``[classes, l]``, over everything.
-            fisher: as the optimizer's.
-
-        Returns:
-            ``[m]`` and ``[l]``, the same on all ranks.
-        """
-        from torch import distributed
-
-        message = torch.cat((blocks, whole), 1)
-        for group, members in self._routes:
-            part = message[members] if len(members) < self.classes else message
-            distributed.all_reduce(part, group=group)
-            if part is not message:
-                message[members] = part
-        total = message.sum(0)
-        start = blocks.shape[1] if fisher == "parameter" else 0
-        if self._holders is not None and start < len(total):
-            if not self._hands_on:
-                total[start:].zero_()
-            distributed.all_reduce(total[start:], group=self._holders)
-        return total[: blocks.shape[1]], total[blocks.shape[1] :]
-
-    def compare(self, numerator: str, fisher: str, groups: int, guarded: bool) -> None:
-        """Check, the first time, that all ranks have the same to add up.
-
-        All-reduces of different sizes give wrong sums, silently, or never return.
-
-        Args:
-            numerator: as the optimizer's.
-            fisher: as the optimizer's.
-            groups: how many parameter groups there are.
-            guarded: which kind of step it is.
-
-        Raises:
-            RuntimeError: they have not.
-        """
-        if (numerator, fisher, groups, guarded) in self._compared:
-            return
-        blocks_of = {"model": 1, "group": groups, "parameter": self.count}
-        blocks = blocks_of[fisher]
-        kind = [int(numerator == "gradient"), list(blocks_of).index(fisher), int(guarded)]
-        for group, members in self._routes:
-            spread = sum(number in members for number in self._class_of)
-            self._compare(group, [len(members), spread, blocks, *kind])
-        if self._holders is not None:
-            self._compare(self._holders, [1, 0, 0 if fisher == "parameter" else blocks, *kind])
-        self._compared.add((numerator, fisher, groups, guarded))
-
-    def _compare(self, group: ProcessGroup, numbers: list[int]) -> None:
-        from torch import distributed
-
-        mine = torch.tensor(numbers, dtype=torch.int64, device=self.device)
-        all_of_them = [torch.empty_like(mine) for _ in range(group.size())]
-        distributed.all_gather(all_of_them, mine, group=group)
-        found = torch.stack(all_of_them).tolist()
-        if any(theirs != found[0] for theirs in found):
-            names = ("ways to be sharded", "sharded parameters", "Fisher blocks", "numerator", "fisher", "guarded")
-            differ = [
-                f"{name}: {', '.join(map(str, values))}"
-                for name, values in zip(names, zip(*found, strict=True), strict=True)
-                if len(set(values)) > 1
-            ]
-            raise RuntimeError(
-                f"the ranks of a process group have different sums to add up ({'; '.join(differ)}): give the optimizers"
-                " of all ranks the same options and parameter groups, and the same sharded parameters in the same order"
-            )

@@ -1,0 +1,249 @@
+"""Every refusal of a state dict that SOFIM cannot load, before anything is changed (:mod:`sofim_fused.checks`)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from sofim_fused.checks import (
+    DTYPES,
+    PER_GROUP,
+    STATE,
+    WHOLE,
+    agreement,
+    described,
+    dtype_named,
+    flag,
+    group,
+    lacking,
+    optimizable,
+    other_mesh,
+    parameter,
+    short,
+)
+from sofim_fused.dtensor import on_one_mesh
+
+MOST_STEPS = 2**63 - 2**32  # an int64 still counts those that follow
+IDENTITY = ("lr", "momentum", "rho")  # in the groups of every version; a group that lacks one is another optimizer's
+ADDED_LATER = tuple(name for name in PER_GROUP + WHOLE if name not in IDENTITY)  # what older versions may lack
+# What other optimizers keep for a parameter, and which optimizers these are.
+OTHER_STATES = {
+    ("momentum_buffer",): "SGD",
+    ("exp_avg_sq",): "Adam and its variants",
+    ("square_avg",): "RMSprop and Adadelta",
+    ("step", "sum"): "Adagrad",
+}
+
+
+def check(saved: Any, groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Check a state dict against the optimizer's own groups.
+
+    Args:
+        saved: the state dict, which is left as it is.
+        groups: the optimizer's.
+        defaults: the constructor's, for options that were added after the version that saved it.
+
+    Returns:
+        A copy with complete groups, and with dtypes instead of their names.
+
+    Raises:
+        TypeError: it, or one of its parts, is of the wrong type.
+        ValueError: it lacks something, or its groups, parameters or shapes are others.
+    """
+    if not isinstance(saved, Mapping):
+        raise TypeError(f"state_dict is of type {type(saved).__name__}: pass what SOFIM.state_dict() returned")
+    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if key not in saved:
+            raise ValueError(f"state_dict has no {key!r}: pass what SOFIM.state_dict() returned")
+        if not isinstance(saved[key], kind):
+            raise TypeError(
+                f"state_dict[{key!r}] is of type {type(saved[key]).__name__}: pass what state_dict() returned"
+            )
+    if len(saved["param_groups"]) != len(groups):
+        raise ValueError(
+            f"state_dict has {len(saved['param_groups'])} parameter groups, the optimizer {len(groups)}: "
+            "make the optimizer with the groups that it was saved with"
+        )
+    complete: dict[str, Any] = dict(saved)
+    pairs = list(zip(saved["param_groups"], groups, strict=True))
+    complete["param_groups"] = [_completed(theirs, ours, saved["param_groups"], defaults) for theirs, ours in pairs]
+    ordinals: dict[Any, Tensor] = {}
+    for index, (theirs, ours) in enumerate(zip(complete["param_groups"], groups, strict=True)):
+        _saved_group(theirs, ours, index)
+        for key, param in zip(theirs["params"], ours["params"], strict=True):
+            if isinstance(key, Tensor):
+                raise TypeError(f"state_dict: 'params' of group {index} has a tensor: pass what state_dict() returned")
+            if key in ordinals:
+                raise ValueError(f"state_dict: parameter {key!r} stands twice in its groups: the state dict is damaged")
+            ordinals[key] = param
+    agreement(complete["param_groups"])
+    for key, known in saved["state"].items():
+        if key in ordinals:
+            _saved_state(known, ordinals[key], key)
+        elif isinstance(key, Tensor):
+            raise ValueError("state_dict has a tensor for a key of its state: pass what state_dict() returned")
+        elif isinstance(key, Real):  # other keys are a user's own
+            raise ValueError(
+                f"state_dict has a state for parameter {key!r}, which is in none of its groups: it is damaged"
+            )
+    return complete
+
+
+def _completed(theirs: Any, ours: Mapping[str, Any], groups: Sequence[Any], defaults: Mapping[str, Any]) -> Any:
+    """A copy of a saved group, with missing options filled in where possible; what is not a dict is returned as it is.
+
+    An option that it lacks was added in a later version, and gets the constructor's default, which is how the older
+    version behaved. torch.distributed.checkpoint leaves all settings of an empty group out; such a group gets this
+    optimizer's settings for it, except those that hold for the optimizer as a whole.
+    """
+    if not isinstance(theirs, dict):
+        return theirs
+    group = dict(theirs)
+    if not group.keys() - {"params", "param_names"} and isinstance(group.get("params"), list) and not group["params"]:
+        settings = {name: value for name, value in ours.items() if name not in ("params", "param_names")}
+        whole = next((other for other in groups if isinstance(other, dict) and other.keys() >= set(IDENTITY)), None)
+        if whole is not None:
+            settings.update({name: whole.get(name, defaults[name]) for name in WHOLE})
+        group.update(settings)
+    for name in ADDED_LATER:
+        group.setdefault(name, defaults[name])
+    group["state_dtype"] = dtype_named(group["state_dtype"])
+    return group
+
+
+def _saved_group(theirs: Any, ours: Mapping[str, Any], index: int) -> None:
+    if not isinstance(theirs, dict) or not isinstance(theirs.get("params"), Sequence):
+        raise TypeError(f"state_dict: parameter group {index} is not a dict with a list 'params': it is damaged")
+    missing = lacking(theirs)
+    if missing:
+        raise ValueError(f"state_dict: parameter group {index} lacks {', '.join(missing)}: {_whose(theirs)}")
+    if len(theirs["params"]) != len(ours["params"]):
+        raise ValueError(
+            f"state_dict: parameter group {index} has {len(theirs['params'])} parameters, the optimizer's "
+            f"{len(ours['params'])}: make the optimizer with the parameters that it was saved with"
+        )
+    for name in ("lr", "rho"):
+        for param in ours["params"][:1]:
+            if isinstance(theirs[name], Tensor):
+                _readable(theirs[name], param, f"state_dict: parameter group {index}: {name}")
+    group(theirs, index, saved=True)
+    for name in ("capturable", "fused"):  # torch asks a saved group for these
+        if name in theirs:
+            flag(f"state_dict: parameter group {index}: {name}", theirs[name])
+    try:
+        copy.deepcopy(theirs)  # as torch does
+    except Exception as error:
+        raise TypeError(f"state_dict: parameter group {index} cannot be copied: {error}") from error
+    if theirs["state_dtype"] is not None:
+        for place, param in enumerate(ours["params"]):
+            parameter(param, f"parameter {place} of group {index} ({described(param)})", theirs["state_dtype"])
+
+
+def _whose(group: Mapping[str, Any]) -> str:
+    """What an error says about a group that is not SOFIM's: where it comes from, and what to do."""
+    if "dampening" in group and "nesterov" in group:
+        return (
+            "it comes from another optimizer (it has torch.optim.SGD's dampening and nesterov): load it into an SGD "
+            "optimizer, and convert that with SOFIM.from_sgd()"
+        )
+    if "betas" in group:
+        return "it comes from another optimizer (it has betas, as Adam and its variants): start SOFIM without it"
+    return "it comes from another optimizer, or is damaged"
+
+
+def saved_entries(known: Mapping[str, Any]) -> dict[str, Any]:
+    """SOFIM's entries of a parameter's saved state; an empty dict: it has none yet.
+
+    torch.distributed.checkpoint puts an empty dict in place of an entry that a flattened state dict lacks.
+    """
+    return {name: known[name] for name in STATE if name in known and not _empty(known[name])}
+
+
+def _empty(value: Any) -> bool:
+    return isinstance(value, dict) and not value
+
+
+def _others_state(known: Mapping[str, Any], entries: Mapping[str, Any]) -> str:
+    """Which entries of a saved state are another optimizer's, and which one's; an empty string if none are."""
+    step = entries.get("step")
+    counted = isinstance(step, Tensor) and not step.is_floating_point()  # others count in float32
+    if "exp_avg" in entries and counted:
+        return ""
+    for names, whose in OTHER_STATES.items():
+        if all(name in known for name in names) and not ("exp_avg" in entries and names == ("momentum_buffer",)):
+            return f"has {' and '.join(names)}, as {whose}: it comes from another optimizer"
+    return ""
+
+
+def _saved_state(known: Any, param: Tensor, key: Any) -> None:
+    where = f"state_dict: state of parameter {key!r} ({described(param)})"
+    if not isinstance(known, dict):  # torch takes any other mapping for a list of its keys
+        raise TypeError(f"{where} is of type {type(known).__name__}, not a dict: the state dict is damaged")
+    entries = saved_entries(known)
+    another = _others_state(known, entries)
+    if another:
+        raise ValueError(f"{where} {another}")
+    for name, value in known.items():
+        if name not in STATE:
+            _own_entry(value, param, f"{where}: {name!r}")
+    if not entries:
+        return
+    for name in ("exp_avg", "step"):
+        if name not in entries:
+            raise ValueError(
+                f"{where} has the entries {sorted(map(str, known))} and lacks {name}: "
+                "it comes from another optimizer, or is damaged"
+            )
+    optimizable(param, where, None)
+    for name, value in entries.items():
+        if name == "step" and isinstance(value, Real) and not isinstance(value, bool):
+            continue  # other optimizers, and converted checkpoints, have such counts
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{where}: {name} is of type {type(value).__name__}, not a tensor: it is damaged")
+        _readable(value, param, f"{where}: {name}")
+        shape = () if name == "step" else tuple(param.shape)
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"{where}: {name} has the shape {tuple(value.shape)}, expected {shape}: it was saved for another model"
+            )
+        if value.layout != torch.strided or (value.dtype not in DTYPES and name != "step"):
+            raise ValueError(f"{where}: {name} is {short(value.dtype)}, {value.layout}: the state dict is damaged")
+        if name != "step" and value.is_complex() != param.is_complex():
+            raise ValueError(f"{where}: {name} is {short(value.dtype)}: it was saved for another model")
+        if name != "step" and not on_one_mesh(param, value):
+            way = "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict(), which spreads it"
+            raise other_mesh(param, value, f"{where}: {name}", way)
+    step = entries["step"]
+    if not (isinstance(step, Tensor) and step.is_meta):
+        count = step.item() if isinstance(step, Tensor) else step
+        if not isinstance(count, Real) or not _is_count(count):
+            raise ValueError(f"{where}: step is {count!r}, expected a count of updates: the state dict is damaged")
+
+
+def _is_count(value: Any) -> bool:
+    """Whether a real number is a possible step count: whole, not negative, and not too large."""
+    return bool(0 <= value < MOST_STEPS and value == int(value))
+
+
+def _own_entry(value: Any, param: Tensor, where: str) -> None:
+    """Check the tensors in what a user added to a parameter's state: torch copies them to its dtype and device."""
+    if isinstance(value, Tensor):
+        _readable(value, param, where)
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            _own_entry(part, param, where)
+
+
+def _readable(value: Tensor, param: Tensor, where: str) -> None:
+    """Check that a saved tensor has values that can be copied to its parameter's device."""
+    if value.is_nested or is_lazy(value) or value.is_quantized:
+        kind = "nested" if value.is_nested else "quantized" if value.is_quantized else "not initialised"
+        raise ValueError(f"{where} is {kind}: save a plain tensor in its place")
+    if value.is_meta and not param.is_meta:
+        raise ValueError(f"{where} is on the meta device and has no values: load it with its values")

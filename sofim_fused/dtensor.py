@@ -1,0 +1,82 @@
+"""What a ``DTensor`` holds on this rank, and where its other elements are. Plain tensors pass through."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Groups = tuple["ProcessGroup", ...]
+
+
+def is_sharded(x: object) -> bool:
+    """Whether it is a ``DTensor``."""
+    if type(x) is Tensor or type(x) is nn.Parameter:
+        return False
+    # The module is imported with the first of them; importing it for all others would take long.
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def on_one_mesh(x: Any, y: Any) -> bool:
+    """Whether two tensors lie on the same mesh, or both on none."""
+    sharded = is_sharded(x)
+    if sharded is not is_sharded(y):
+        return False
+    return not sharded or x.device_mesh is y.device_mesh or x.device_mesh == y.device_mesh
+
+
+def local(x: Tensor) -> Tensor:
+    """What this rank holds of a tensor, in the same memory. Under ``no_grad``."""
+    return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
+
+
+def groups_of(param: Tensor) -> Groups:
+    """The process groups whose ranks hold other elements of a parameter than this one does; replicas are none."""
+    return _groups(param, replicated=False)
+
+
+def replicas_of(param: Tensor) -> Groups:
+    """The process groups whose ranks hold the same elements of a ``DTensor`` as this rank does."""
+    return _groups(param, replicated=True)
+
+
+def _groups(param: Tensor, replicated: bool) -> Groups:
+    if not is_sharded(param):
+        return ()
+    mesh: Any = param.device_mesh  # type: ignore[attr-defined]
+    placements: Any = param.placements  # type: ignore[attr-defined]
+    axes = [axis for axis, place in enumerate(placements) if place.is_replicate() is replicated and mesh.size(axis) > 1]
+    return tuple(mesh.get_group(axis) for axis in axes)
+
+
+def placed_as(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients that lie on ranks as their parameters do.
+
+    Some do not: under sequence parallelism each rank has the share of its part of the sequence in the gradient of a
+    replicated parameter (``Partial``). What has to be sent for that is under way at the same time.
+    """
+    moved: list[Any] = [
+        grad.redistribute(placements=param.placements, async_op=True)  # type: ignore[attr-defined]
+        if is_sharded(grad) and grad.placements != param.placements  # type: ignore[attr-defined]
+        else None
+        for param, grad in zip(params, grads, strict=True)
+    ]
+    return [grad if new is None else _arrived(new) for grad, new in zip(grads, moved, strict=True)]
+
+
+def _arrived(grad: Any) -> Tensor:
+    wait = getattr(grad.to_local(), "wait", None)  # it may have been a matter of this rank alone
+    arrived: Tensor = grad.to_local() if wait is None else wait()
+    return arrived
+
+
+def bump_versions(params: Iterable[Tensor]) -> None:
+    """Raise the version counters of parameters whose local tensors were written to: a ``DTensor`` has its own."""
+    torch.autograd.graph.increment_version([param for param in params if is_sharded(param)])

@@ -1,0 +1,194 @@
+"""Who computes a step where: the backend of each device, the tensors of each device's share, what other ranks hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sofim_fused import backends, checks
+from sofim_fused.backends import Passes
+from sofim_fused.dtensor import bump_versions
+from sofim_fused.sharding import Sharding, device_of, find_sharding, placement
+from sofim_fused.step import gather
+from sofim_fused.step.reduce import DeviceShare, RankSums
+from sofim_fused.step.solve import Solver
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+class Plan:
+    """What an optimizer has found out about its parameters, and finds out anew when they change.
+
+    The optimizer is an argument wherever its groups and state are needed: kept here, it would live until the garbage
+    collector finds the cycle.
+
+    Args:
+        backend: as :func:`sofim_fused.backends.requested` returns it.
+        shard_group: as the constructor's.
+    """
+
+    def __init__(self, backend: str, shard_group: ProcessGroup | None) -> None:
+        self._backend = backend
+        self._shard_group = shard_group
+        self._passes: dict[torch.device, Passes] = {}
+        self._solvers: dict[torch.device, Solver] = {}
+        self._rank_sums: RankSums | Literal[False] | None = None  # None: to be found out
+        self._rank_sums_before: tuple[Sharding, RankSums] | None = None
+        self._placed: list[tuple[object, ...]] | None = None
+
+    def forget(self) -> None:
+        """Find out everything anew, but for what ranks have compared."""
+        self._passes.clear()
+        self._solvers.clear()
+        self._rank_sums = self._placed = None
+
+    # Backends and devices
+
+    def passes_for(self, device: torch.device) -> Passes:
+        """The backend's passes for a device.
+
+        Raises:
+            RuntimeError: the requested backend cannot run on it.
+        """
+        found = self._passes.get(device)
+        if found is None:
+            found = self._passes[device] = backends.choose(self._backend, device)
+        return found
+
+    def first_device(self, groups: Groups) -> torch.device:
+        """The device of the first parameter that takes part in steps: frozen ones may be on any other."""
+        params = params_of(groups)
+        first = next((param.device for param in params if param.requires_grad), None)
+        if first is None and params:
+            first = params[0].device
+        if first is None:  # other ranks have all parameters
+            assert self._shard_group is not None
+            first = device_of(self._shard_group)
+        return first
+
+    def refresh_placement(self, groups: Groups) -> bool:
+        """Forget how parameters are sharded and on which devices they are, if any parameter was replaced or moved.
+
+        For example, users put ``DTensor``s into the groups after ``fully_shard()``. A native step needs no such check:
+        it returns to Python if anything has changed.
+
+        Returns:
+            Whether there was anything to forget.
+        """
+        placed = [placement(param) for param in params_of(groups)]
+        before, self._placed = self._placed, placed
+        if placed == before:
+            return False
+        self._rank_sums = None
+        return before is not None
+
+    # Ranks
+
+    def rank_sums(self, optimizer: Optimizer) -> RankSums | None:
+        """What adds up sums over the ranks among which the parameters are spread; ``None``: this rank has all of them.
+
+        Raises:
+            ValueError: sums over these ranks would be wrong; the message says what to pass.
+        """
+        if self._rank_sums is None:
+            groups = optimizer.param_groups
+            params = params_of(groups)
+            sharding = find_sharding(optimizer, params, groups[0]["fisher"], self._shard_group)
+            if sharding:
+                checks.one_device(params)
+                made = RankSums(sharding.along, self.first_device(groups), sharding.holders, sharding.flattened)
+                before = self._rank_sums_before
+                if before is not None and before[0] == sharding and before[1].device == made.device:
+                    made = before[1]  # already compared: another comparison on this rank alone would wait for others
+                self._rank_sums, self._rank_sums_before = made, (sharding, made)
+            elif torch.compiler.is_compiling():  # some versions of torch cannot trace a step that sets an attribute
+                return None
+            else:
+                self._rank_sums = False
+        return self._rank_sums or None
+
+    def forget_ranks(self) -> None:
+        """Find out anew how parameters are sharded."""
+        self._rank_sums = None
+
+    def compare_ranks(self, optimizer: Optimizer, guarded: bool) -> None:
+        """Check that all ranks are about to take the same kind of step.
+
+        Raises:
+            RuntimeError: they are not.
+        """
+        sums = self.rank_sums(optimizer)
+        if sums is not None:
+            whole = optimizer.param_groups[0]
+            sums.compare(whole["numerator"], whole["fisher"], len(optimizer.param_groups), guarded)
+
+    # The tensors of a step
+
+    def shares(self, optimizer: Optimizer, guarded: bool = False) -> list[DeviceShare]:
+        """Check everything, create missing state, and return the tensors of a step by device.
+
+        Args:
+            optimizer: its groups, gradients and state are read.
+            guarded: which kind of step it is.
+
+        Raises:
+            TypeError, ValueError: a hyperparameter, a gradient or a state cannot be taken; nothing was changed.
+            RuntimeError: other ranks are about to take another kind of step.
+        """
+        groups, state = optimizer.param_groups, optimizer.state
+        for index, group in enumerate(groups):
+            checks.group(group, index)
+        checks.agreement(groups)
+        entries = gather.with_gradients(groups)
+        for entry in entries:
+            gather.check_state(entry, groups[entry.group], state)
+        self.compare_ranks(optimizer, guarded)
+        before = [gather.ensure_state(entry, groups[entry.group], state) for entry in entries]
+        bump_versions(entry.param for entry in entries)
+        try:
+            return self.shares_of(optimizer, entries)
+        except ValueError:  # tensors share memory in a way that is refused: restore the state
+            for entry, known in zip(entries, before, strict=True):
+                if known:
+                    state[entry.param] = known
+                elif known is not None:
+                    del state[entry.param]
+            raise
+
+    def shares_of(self, optimizer: Optimizer, entries: list[gather.Entry]) -> list[DeviceShare]:
+        """The same for chosen parameters that have state, without checks.
+
+        Raises:
+            ValueError: tensors share memory in a way that is refused; nothing was changed.
+        """
+        rank_sums = self.rank_sums(optimizer)
+        if rank_sums is not None:  # even if it is empty: other ranks wait for this one
+            return [self._share(optimizer, self.first_device(optimizer.param_groups), entries, rank_sums)]
+        return [self._share(optimizer, device, mine, None) for device, mine in gather.by_device(entries)]
+
+    def _share(
+        self, optimizer: Optimizer, device: torch.device, entries: list[gather.Entry], rank_sums: RankSums | None
+    ) -> DeviceShare:
+        groups = optimizer.param_groups
+        sizes = [0] * len(groups)
+        for entry in entries:
+            sizes[entry.group] += 1
+        numerator, fisher = groups[0]["numerator"], groups[0]["fisher"]
+        solver = self._solvers.get(device)
+        if solver is None or not solver.serves(sizes, numerator, fisher):
+            solver = self._solvers[device] = Solver(device, sizes, numerator, fisher)
+        tensors = gather.lay_out(device, entries, groups, optimizer.state)
+        tensors, passes, pairs = backends.apart(tensors, self.passes_for(device))
+        return DeviceShare(tensors, passes, solver, rank_sums, pairs)
+
+
+def params_of(groups: Groups) -> list[Tensor]:
+    """The parameters of all groups, by ordinal."""
+    return [param for group in groups for param in group["params"]]

@@ -1,0 +1,228 @@
+"""Sums as totals: over the Fisher blocks of each device's share of a step, over devices, and over ranks.
+
+The curvature is one number per Fisher block, a sum over all of its elements. Every rank sums over the elements that it
+holds. An all-reduce over the process groups along which elements are spread makes the totals, from which each rank
+computes the same coefficients and updates what it holds. Nothing else is sent, and replicas send nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sofim_fused.backends import Passes, StepTensors, Sums, on_device_of
+from sofim_fused.dtensor import Groups
+from sofim_fused.step.solve import Solver
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(eq=False)
+class DeviceShare:
+    """The tensors of one device, the backend that sweeps over them, and their hyperparameters.
+
+    Attributes:
+        tensors: of this step.
+        passes: of the backend.
+        solver: the hyperparameters.
+        rank_sums: where parameters are spread over ranks, adds up over these; there is one share then.
+        pairs: of tensors that share elements, as :func:`sofim_fused.backends.apart` found them.
+    """
+
+    tensors: StepTensors
+    passes: Passes
+    solver: Solver
+    rank_sums: RankSums | None = None
+    pairs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def totals(
+    shares: Sequence[DeviceShare], sums: Sequence[Sums], guarded: bool, found_inf: Tensor | float | None = None
+) -> tuple[list[Tensor], list[Tensor], Tensor | float | None]:
+    """Sums as totals per Fisher block, over all devices and ranks.
+
+    Args:
+        shares: of the step.
+        sums: of each share, from its first pass.
+        guarded: which kind of step it is.
+        found_inf: as :func:`sofim_fused.step.schedule.guarded` takes it.
+
+    Returns:
+        Per share, the blocks ``[k, B]``, and the sum of all ``gg``, 0-dimensional; and ``found_inf`` of any rank.
+    """
+    if shares[0].rank_sums is not None:
+        blocks, square, found_inf = _over_ranks(shares[0], shares[0].rank_sums, sums[0], guarded, found_inf)
+        return [blocks], [square], found_inf
+    folded = [
+        share.passes.fold(share.tensors.steps, share.solver.settings, theirs, guarded)
+        for share, theirs in zip(shares, sums, strict=True)
+    ]
+    blocks_here, squares = [blocks.select(0, 0) for blocks, _ in folded], [square.select(0, 0) for _, square in folded]
+    if len(shares) > 1:
+        if shares[0].solver.fisher != "parameter":
+            blocks_here = _on_each(shares, blocks_here)
+        squares = _on_each(shares, squares)
+    return blocks_here, squares, found_inf
+
+
+def _over_ranks(
+    share: DeviceShare, rank_sums: RankSums, sums: Sums, guarded: bool, found_inf: Tensor | float | None
+) -> tuple[Tensor, Tensor, Tensor | float | None]:
+    present = tuple(share.tensors.ordinals)
+    parts, squares = share.passes.fold(
+        share.tensors.steps, share.solver.settings, sums, guarded, rank_sums.class_of(present), rank_sums.classes
+    )
+    places = rank_sums.places(present) if share.solver.fisher == "parameter" else None
+    if places is not None:  # other ranks may have gradients of others
+        parts = parts.new_zeros(*parts.shape[:-1], rank_sums.count).index_copy_(-1, places, parts)
+    whole = parts.new_zeros(len(parts), 2 if guarded else 0)
+    if guarded:
+        whole[:, 0] = squares
+        if found_inf is not None:
+            whole[:, 1] = on_device_of(squares, found_inf) != 0
+    total, extra = rank_sums.total(parts.flatten(1), whole, share.solver.fisher)
+    total = total.view(parts.shape[1:])
+    if places is not None:
+        total = total.index_select(-1, places)
+    return total, extra[0] if guarded else squares, None if found_inf is None else extra[1]
+
+
+def _on_each(shares: Sequence[DeviceShare], parts: Sequence[Tensor]) -> list[Tensor]:
+    """The sum of each share's part, on each share's device."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part.to(total.device)
+    return [total.to(share.tensors.device) for share in shares]
+
+
+class RankSums:
+    """The ranks over which an optimizer's parameters are spread, and the totals of their sums.
+
+    Parameters that are spread over the same process groups are a class: their sums travel together. Classes are in the
+    order in which parameters first have them, which is the same on all ranks of a mesh.
+
+    Args:
+        spread: :func:`sofim_fused.dtensor.groups_of` each parameter, by ordinal.
+        device: of the sums.
+        holders: the ranks that hold other parameters. They may include all ranks of a group of ``spread``: these have
+            the same totals at that point, and only the first of them contributes these.
+        flattened: whether FSDP1 shards some of them.
+    """
+
+    def __init__(
+        self, spread: Sequence[Groups], device: torch.device, holders: ProcessGroup | None, flattened: bool = False
+    ) -> None:
+        classes = list(dict.fromkeys(spread)) or [()]
+        self.device = device
+        self.flattened = flattened
+        self.count = len(spread)
+        self.classes = len(classes)
+        self._class_of = [classes.index(groups) for groups in spread]
+        self._routes = [
+            (group, [number for number, theirs in enumerate(classes) if group in theirs])
+            for group in dict.fromkeys(group for theirs in classes for group in theirs)
+        ]
+        self._holders = holders
+        self._hands_on = holders is None or all(_first_among(holders, group) for group, _ in self._routes)
+        self._compared: set[tuple[str, str, int, bool]] = set()
+        self.class_of = functools.lru_cache(8)(self._class_of_present)
+        self.places = functools.lru_cache(8)(self._places)
+
+    def _class_of_present(self, ordinals: tuple[int, ...]) -> Tensor | None:
+        """The class of each of these parameters, int64 on the device; ``None``: there is one class."""
+        if self.classes == 1:
+            return None
+        return torch.tensor([self._class_of[i] for i in ordinals], dtype=torch.int64, device=self.device)
+
+    def _places(self, ordinals: tuple[int, ...]) -> Tensor | None:
+        """Ordinals as indices; ``None``: they are all there are."""
+        if ordinals == tuple(range(self.count)):
+            return None
+        return torch.tensor(ordinals, dtype=torch.int64, device=self.device)
+
+    def total(self, blocks: Tensor, whole: Tensor, fisher: str) -> tuple[Tensor, Tensor]:
+        """Sums over classes and ranks: an all-reduce for each mesh axis, and one for the holders of other parameters.
+
+        Args:
+            blocks: ``[classes, m]``, per Fisher block; the block of one parameter is not on several of those holders.
+            whole: ``[classes, l]``, over everything.
+            fisher: as the optimizer's.
+
+        Returns:
+            ``[m]`` and ``[l]``, the same on all ranks.
+        """
+        from torch import distributed
+
+        message = torch.cat((blocks, whole), 1)
+        for group, members in self._routes:
+            part = message[members] if len(members) < self.classes else message
+            distributed.all_reduce(part, group=group)
+            if part is not message:
+                message[members] = part
+        total = message.sum(0)
+        start = blocks.shape[1] if fisher == "parameter" else 0
+        if self._holders is not None and start < len(total):
+            if not self._hands_on:
+                total[start:].zero_()
+            distributed.all_reduce(total[start:], group=self._holders)
+        return total[: blocks.shape[1]], total[blocks.shape[1] :]
+
+    def compare(self, numerator: str, fisher: str, groups: int, guarded: bool) -> None:
+        """Check, the first time, that all ranks have the same to add up.
+
+        All-reduces of different sizes give wrong sums, silently, or never return.
+
+        Args:
+            numerator: as the optimizer's.
+            fisher: as the optimizer's.
+            groups: how many parameter groups there are.
+            guarded: which kind of step it is.
+
+        Raises:
+            RuntimeError: they have not.
+        """
+        if (numerator, fisher, groups, guarded) in self._compared:
+            return
+        blocks_of = {"model": 1, "group": groups, "parameter": self.count}
+        blocks = blocks_of[fisher]
+        kind = [int(numerator == "gradient"), list(blocks_of).index(fisher), int(guarded)]
+        for group, members in self._routes:
+            spread = sum(number in members for number in self._class_of)
+            self._compare(group, [len(members), spread, blocks, *kind])
+        if self._holders is not None:
+            self._compare(self._holders, [1, 0, 0 if fisher == "parameter" else blocks, *kind])
+        self._compared.add((numerator, fisher, groups, guarded))
+
+    def _compare(self, group: ProcessGroup, numbers: list[int]) -> None:
+        from torch import distributed
+
+        mine = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        all_of_them = [torch.empty_like(mine) for _ in range(group.size())]
+        distributed.all_gather(all_of_them, mine, group=group)
+        found = torch.stack(all_of_them).tolist()
+        if any(theirs != found[0] for theirs in found):
+            names = ("ways to be sharded", "sharded parameters", "Fisher blocks", "numerator", "fisher", "guarded")
+            differ = [
+                f"{name}: {', '.join(map(str, values))}"
+                for name, values in zip(names, zip(*found, strict=True), strict=True)
+                if len(set(values)) > 1
+            ]
+            raise RuntimeError(
+                f"the ranks of a process group have different sums to add up ({'; '.join(differ)}): give the optimizers"
+                " of all ranks the same options and parameter groups, and the same sharded parameters in the same order"
+            )
+
+
+def _first_among(holders: ProcessGroup, group: ProcessGroup) -> bool:
+    """Whether this rank contributes a group's total to ``holders``: it is the first of the group, or alone there."""
+    from torch import distributed
+
+    ranks = distributed.get_process_group_ranks(group)
+    among = set(distributed.get_process_group_ranks(holders)).intersection(ranks)
+    return len(among) < 2 or distributed.get_rank() == ranks[0]
