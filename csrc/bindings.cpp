@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "cpu/run_pass.h"
+#include "cpu/parallel.h"
 #include "cpu/step.h"
 #include "gather/packed_step.h"
 

@@ -6,7 +6,7 @@
 
 #include <optional>
 
-#include "cpu/run_pass.h"
+#include "cpu/parallel.h"
 #include "gather/op_arguments.h"
 
 namespace sofim {
@@ -51,7 +51,7 @@ Tensor accumulated(StepTensors& tensors, Mode& mode, bool cross) {
   tensors.bump_moments();
   if (mode.gradient) tensors.bump_weights();
   std::vector<double> scratch;
-  const auto products = run_pass(Pass::accumulate, tensors, mode, scratch);
+  const auto products = run_pass(Pass::accumulate, tensors.records(), tensors.tiling(), mode, scratch);
   tensors.write_back(mode.gradient, true);
   if (!cross) return table(products, {&Products::mm});
   if (!mode.weights) return table(products, {&Products::mm, &Products::mg});
@@ -85,7 +85,7 @@ void apply(TensorList params, TensorList grads, TensorList exp_avgs, TensorList 
   set_update(tensors, mode, moment, weight, gradient);
   tensors.bump_weights();
   std::vector<double> scratch;
-  run_pass(Pass::apply, tensors, mode, scratch);
+  run_pass(Pass::apply, tensors.records(), tensors.tiling(), mode, scratch);
   tensors.write_back(true, false);
 }
 
@@ -94,7 +94,7 @@ Tensor dots(TensorList params, TensorList grads, TensorList exp_avgs, bool weigh
   Mode mode;
   mode.weights = weights;
   std::vector<double> scratch;
-  const auto products = run_pass(Pass::dots, tensors, mode, scratch);
+  const auto products = run_pass(Pass::dots, tensors.records(), tensors.tiling(), mode, scratch);
   if (!weights) return table(products, {&Products::mm, &Products::mg, &Products::gg});
   return table(products, {&Products::mm, &Products::mg, &Products::mw, &Products::gg, &Products::gw, &Products::ww});
 }
@@ -117,7 +117,7 @@ void commit(TensorList params, TensorList grads, TensorList exp_avgs, TensorList
   tensors.bump_weights();
   if (skip && skip->item<bool>()) return;
   std::vector<double> scratch;
-  run_pass(Pass::commit, tensors, mode, scratch);
+  run_pass(Pass::commit, tensors.records(), tensors.tiling(), mode, scratch);
   tensors.write_back(true, true);
 }
 

@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <stdexcept>
 
 namespace sofim {
 namespace {
@@ -10,9 +11,61 @@ namespace {
 // Elements for which waking up another thread pays.
 constexpr int64_t kGrain = 8192;
 
+// From so many elements on, memory is prefetched. In fewer, that would fetch what another thread is writing.
+constexpr int64_t kPrefetchFrom = 1 << 20;
+
+const Kernels* used = nullptr;
+
+Kernel kernel_of(Pass pass) {
+  if (used == nullptr) {
+    throw std::runtime_error(
+        "sofim_fused: no instruction set was chosen; import sofim_fused before its operators");
+  }
+  switch (pass) {
+    case Pass::accumulate:
+      return used->accumulate;
+    case Pass::apply:
+      return used->apply;
+    case Pass::dots:
+      return used->dots;
+    case Pass::commit:
+      break;
+  }
+  return used->commit;
+}
+
 }  // namespace
 
-void sweep(Kernel kernel, const Row* records, const Tiling& tiling, const Mode& mode, double* sums, int width) {
+void use_kernels(const Kernels* kernels) { used = kernels; }
+
+std::vector<Products> run_pass(Pass pass, const Row* rows, const Tiling& tiling, Mode mode,
+                               std::vector<double>& scratch) {
+  mode.prefetch = tiling.elements() >= kPrefetchFrom;
+  mode.backwards = pass == Pass::apply || pass == Pass::commit;
+  const bool dots = pass == Pass::dots, cross = dots || mode.cross;
+  const int width = dots ? sums_of_dots(mode) : pass == Pass::accumulate ? sums_of_accumulate(mode) : 0;
+  scratch.resize(tiling.tiles() * width);
+  sweep(kernel_of(pass), rows, tiling, mode, scratch.data(), width);
+  if (width == 0) return {};
+  std::vector<Products> products(tiling.size());
+  for (size_t i = 0; i < tiling.size(); ++i) {
+    Products& p = products[i];
+    for (int64_t tile = tiling.first(i); tile < tiling.first(i + 1); ++tile) {
+      const double* sums = scratch.data() + tile * width;
+      p.mm += sums[kMM];
+      if (cross) p.mg += sums[kMG];
+      if (cross && mode.weights) p.mw += sums[kMW];
+      if (!dots) continue;
+      p.gg += sums[kGG];
+      if (!mode.weights) continue;
+      p.gw += sums[kGW];
+      p.ww += sums[kWW];
+    }
+  }
+  return products;
+}
+
+void sweep(Kernel kernel, const Row* rows, const Tiling& tiling, const Mode& mode, double* sums, int width) {
   if (tiling.tiles() == 0) return;
   const auto stretch = [&](int64_t begin, int64_t end) {
     if (begin >= end) return;
@@ -22,9 +75,9 @@ void sweep(Kernel kernel, const Row* records, const Tiling& tiling, const Mode& 
       const int64_t tile = forwards ? i : begin + end - 1 - i;
       while (tile >= tiling.first(tensor + 1)) ++tensor;
       while (tile < tiling.first(tensor)) --tensor;
-      const Row& record = records[tensor];
+      const Row& row = rows[tensor];
       const int64_t start = (tile - tiling.first(tensor)) * kTile;
-      kernel(record, mode, start, std::min(kTile, record.numel - start), sums + tile * width);
+      kernel(row, mode, start, std::min(kTile, row.numel - start), sums + tile * width);
     }
   };
   const int64_t elements = tiling.elements();

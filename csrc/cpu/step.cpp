@@ -70,11 +70,11 @@ void Step::plain_step() {
   mode.cross = options().gradient_form;
   tensors_.key_random_bits(1);
   tensors_.bump_moments();
-  const auto products = run_pass(Pass::accumulate, tensors_, mode, scratch_);
+  const auto products = run_pass(Pass::accumulate, tensors_.records(), tensors_.tiling(), mode, scratch_);
   solve(fold<PlainBlock>(products));
   tensors_.bump_weights();
   mode.gradient = options().gradient_form;
-  run_pass(Pass::apply, tensors_, mode, scratch_);
+  run_pass(Pass::apply, tensors_.records(), tensors_.tiling(), mode, scratch_);
   tensors_.write_back(true, true);
   tensors_.advance();
 }
@@ -84,7 +84,7 @@ void Step::guarded_step() {
   find_corrections();
   Mode mode;
   mode.weights = param_groups_.l2();
-  const auto products = run_pass(Pass::dots, tensors_, mode, scratch_);
+  const auto products = run_pass(Pass::dots, tensors_.records(), tensors_.tiling(), mode, scratch_);
   double square = 0.0;
   for (const Products& p : products) square += p.gg;
   norm_ = std::sqrt(square) * unscale_;
@@ -101,7 +101,7 @@ void Step::guarded_step() {
   mode.gradient = options().gradient_form;
   mode.scaled = gain != 1.0;
   mode.gain = gain;
-  run_pass(Pass::commit, tensors_, mode, scratch_);
+  run_pass(Pass::commit, tensors_.records(), tensors_.tiling(), mode, scratch_);
   tensors_.write_back(true, true);
   tensors_.advance();
 }
@@ -192,7 +192,7 @@ bool Step::take(const py::handle& param, const py::handle& state, size_t group, 
     tensors.key_random_bits(1);
     tensors.bump_moments();
     if (mode.gradient) tensors.bump_weights();
-    products_[place] = run_pass(Pass::accumulate, tensors, mode, scratch_)[0];
+    products_[place] = run_pass(Pass::accumulate, tensors.records(), tensors.tiling(), mode, scratch_)[0];
     tensors.write_back(mode.gradient, true);
   });
   consumed_[place] = true;
@@ -220,7 +220,7 @@ bool Step::finish(const py::handle& groups, const py::handle& state, const py::h
       tensors_.record(i).update = {1.0, 0.0, tensors_.record(i).update.moment};
     }
     tensors_.bump_weights();
-    run_pass(Pass::apply, tensors_, Mode(), scratch_);
+    run_pass(Pass::apply, tensors_.records(), tensors_.tiling(), Mode(), scratch_);
     tensors_.write_back(true, false);
     tensors_.advance();
   });

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "cpu/gradient_record.h"
-#include "cpu/run_pass.h"
+#include "cpu/parallel.h"
 #include "gather/param_groups.h"
 
 namespace sofim {

@@ -17,6 +17,8 @@ class Tiling {
   void clear();
   void add(int64_t numel);
 
+  // The number of tensors.
+  size_t size() const { return first_.size() - 1; }
   int64_t tiles() const { return first_.back(); }
   int64_t elements() const { return elements_.back(); }
   // The tiles of tensor i are [first(i), first(i + 1)).
