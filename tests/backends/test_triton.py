@@ -5,7 +5,6 @@ With ``TRITON_INTERPRET=1`` kernels run on the CPU; without it, what needs no ke
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -304,22 +303,28 @@ def test_the_interpreter_is_taken_by_name_alone() -> None:
 
 @once  # in processes that have environments of their own
 def test_the_environment_chooses_for_a_whole_process() -> None:
-    """Kernels are interpreted where the variable was set before Python started, and nowhere else."""
+    """Kernels are interpreted where the variable was set before Triton was imported, and nowhere else."""
     code = (
-        "import torch; from sofim_fused.backends.triton import launch\n"
-        "found = launch.kernels_for(torch.device('cpu'))\n"
-        "print('none' if isinstance(found, str) else 'interpreter' if found[1] else 'GPU')\n"
-        "from sofim_fused import SOFIM; p = torch.nn.Parameter(torch.ones(2)); print(SOFIM([p]).backends)"
+        "import os, sys, torch\n"
+        "assert 'triton' not in sys.modules\n"
+        "for interpret in ('1', '0', None):\n"  # each in a process of its own, which has PyTorch already
+        "    if child := os.fork():\n"
+        "        assert os.waitpid(child, 0)[1] == 0\n"
+        "        continue\n"
+        "    os.environ.pop('TRITON_INTERPRET', None)\n"
+        "    os.environ.update({} if interpret is None else {'TRITON_INTERPRET': interpret})\n"
+        "    from sofim_fused.backends.triton import launch\n"
+        "    found = launch.kernels_for(torch.device('cpu'))\n"
+        "    from sofim_fused import SOFIM\n"
+        "    p = torch.nn.Parameter(torch.ones(2))\n"
+        "    seen = 'none' if isinstance(found, str) else 'interpreter' if found[1] else 'GPU'\n"
+        "    print(seen, SOFIM([p]).backends, flush=True)\n"
+        "    break\n"
     )
-    for interpret, seen in (("1", "interpreter"), ("0", "none"), (None, "none")):
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        if interpret is not None:
-            environment["TRITON_INTERPRET"] = interpret
-        result = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-        )
-        assert result.stdout.splitlines()[0] == seen
-        assert "triton" not in result.stdout.splitlines()[1]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["interpreter", "none", "none"]
+    assert all("triton" not in line for line in lines)
 
 
 @pytest.fixture
