@@ -54,13 +54,14 @@ class TorchSolve:
         rows = (guarded_rows if guarded else plain_rows)(
             hyper, sums, correction(steps, hyper.momentum), settings.gradient_form
         )
-        squares = sums.gg if guarded and sums.gg is not None else torch.zeros_like(sums.mm)
-        rows, squares = rows.unsqueeze(0), squares.unsqueeze(0)
+        rows = rows.unsqueeze(0)
+        squares = None if sums.gg is None else sums.gg.unsqueeze(0)
         if class_of is not None and classes > 1:
             mine = class_of == torch.arange(classes, device=class_of.device).unsqueeze(1)  # [classes, n]
             rows = torch.where(mine.unsqueeze(1), rows, 0.0)  # a product with zero would keep NaN
-            squares = torch.where(mine, squares, 0.0)
-        return added_up(rows, settings), squares.sum(-1)
+            squares = None if squares is None else torch.where(mine, squares, 0.0)
+        total = sums.mm.new_zeros(classes) if squares is None or not guarded else squares.sum(-1)
+        return added_up(rows, settings), total
 
     def solve(
         self,
