@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS := $(VENV)/docs
 NATIVE := $(VENV)/.native
-SOURCES := setup.py $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+SOURCES := setup.py csrc/bindings.cpp $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 SITE := build/site
 SANITIZED := build/sanitized
@@ -192,7 +192,7 @@ ONE_SET_FLAGS = $$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo -mavx2 -mfma
 tidy: $(READY)
 	@if ! command -v clang-tidy > /dev/null; then echo "clang-tidy is not installed: csrc is not checked"; exit 0; fi; \
 	torch=$$($(BIN)/python $(INCLUDES)) && \
-	for source in csrc/gather/*.cpp csrc/cpu/*.cpp csrc/cuda/*.cpp csrc/cuda/*.cu; do \
+	for source in csrc/bindings.cpp csrc/gather/*.cpp csrc/cpu/*.cpp csrc/cuda/*.cpp csrc/cuda/*.cu; do \
 	    case $$source in */kernels.*|*.cu) checks=--checks=-clang-analyzer-*;; *) checks=;; esac; \
 	    case $$source in \
 	        csrc/cpu/*) own="-DTORCH_EXTENSION_NAME=_cpu $(ONE_SET_FLAGS)";; \

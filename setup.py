@@ -193,7 +193,7 @@ def cpu_extensions(record: dict[str, Any]) -> list[Extension]:
         )
         for name in record["instruction_sets"]
     ]
-    every = {*Path("csrc/gather").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")}
+    every = {Path("csrc/bindings.cpp"), *Path("csrc/gather").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")}
     rest = sorted(every - {Path("csrc/cpu", f"{name}.cpp") for name in ("module", "kernels")})
     return [*result, extension("_C", rest, record, flags)]
 

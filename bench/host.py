@@ -71,7 +71,7 @@ class ByPasses(TritonPasses):
 def counted(kernels: ModuleType) -> tuple[Any, Counter]:
     """The kernels' constants, with one counter for every launch."""
     counter = Counter()
-    names = ("first", "second", "single")
+    names = ("first", "second", "single", "fold", "solve")
     return SimpleNamespace(**{**vars(kernels), **dict.fromkeys(names, counter)}), counter
 
 

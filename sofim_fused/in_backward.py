@@ -391,11 +391,11 @@ class InBackward:
                 if is_sharded(entry.param):  # its gradient's memory may be another stream's
                     local(entry.grad).record_stream(batch.stream)
         with contextlib.nullcontext() if batch.stream is None else torch.cuda.stream(batch.stream):
-            laid = gather.lay_out(device, entries, optimizer.param_groups, optimizer.state)
-            laid, passes, _ = backends.apart(laid, self._plan.passes_for(device))
+            tensors = gather.lay_out(device, entries, optimizer.param_groups, optimizer.state)
+            tensors, passes, _ = backends.apart(tensors, self._plan.passes_for(device))
             known = self._gradient_step(device, [entry.ordinal for entry in entries]) if cross else None
             del self._waiting[device]  # whatever failed until here can be tried again
-            sums = passes.accumulate(laid, decay._replace(weight=weight), known)
+            sums = passes.accumulate(tensors, decay._replace(weight=weight), known)
         for place, entry in enumerate(entries):
             self._sums[entry.ordinal] = (sums, place)
 
@@ -405,13 +405,13 @@ class InBackward:
             self._find_devices()
         known = self._steps.get(device)
         if known is None:
-            scalars = self._everything.get(device)
-            if scalars is None:
+            solver = self._everything.get(device)
+            if solver is None:
                 fisher = self._optimizer.param_groups[0]["fisher"]
-                scalars = self._everything[device] = Solver(device, self._sizes[device], "gradient", fisher)
+                solver = self._everything[device] = Solver(device, self._sizes[device], "gradient", fisher)
             assert self._frozen is not None
-            scalars.refresh(self._frozen)
-            known = self._steps[device] = backends.gradient_step(scalars.settings)
+            solver.refresh(self._frozen)
+            known = self._steps[device] = backends.gradient_step(solver.settings)
         places = [self._position[ordinal][1] for ordinal in ordinals]
         weight = None if known.weight is None else self._chosen(known.weight, places)
         return GradientStep(weight, self._chosen(known.gradient, places))
@@ -629,7 +629,7 @@ class _Mark:
     """A record of a gradient when it was taken, to notice at the end of the step whether it was changed since.
 
     Most writes to a tensor raise its version counter. All-reduces, ``.data`` and NumPy do not: on a CPU these are
-    noticed by comparing a few elements. (For gradients that are taken natively, csrc/cpu/step.cpp does this.)
+    noticed by comparing a few elements. (For gradients that are taken natively, csrc/cpu/gradient_record.h does this.)
     """
 
     def __init__(self, grad: Tensor | None) -> None:

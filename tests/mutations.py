@@ -56,7 +56,7 @@ class Mutation(NamedTuple):
 MUTATIONS = [
     Mutation(
         "lint",
-        "sofim_fused/step/solve.py",
+        "sofim_fused/backends/solve.py",
         "FLOAT32_MAX = torch.finfo(torch.float32).max",
         "FLOAT32_MAX = torch.finfo(torch.float32).max; import os",
         r"E702|F401|I001",
@@ -70,9 +70,9 @@ MUTATIONS = [
     ),
     Mutation(
         "test",
-        "sofim_fused/step/solve.py",
-        'moment = v["lr"] * shrink * self._per_tensor(cross[0])',
-        'moment = -v["lr"] * shrink * self._per_tensor(cross[0])',
+        "sofim_fused/backends/solve.py",
+        "moment = hyper.lr * shrink * _per_tensor(cross[0], settings)",
+        "moment = -hyper.lr * shrink * _per_tensor(cross[0], settings)",
         r"FAILED tests/step/test_matrix\.py::test_follows_the_oracle",
         ("ARGS=-x -k 'reference and gradient' tests/step/test_matrix.py",),
     ),

@@ -1,4 +1,4 @@
-// The passes that this process uses, and one pass over a tensors.
+// The passes that this process uses, and one pass over all tensors of a step.
 #pragma once
 
 #include <vector>
@@ -15,7 +15,7 @@ void use_kernels(const Kernels* kernels);
 
 enum class Pass { accumulate, apply, dots, commit };
 
-// Runs one pass over all tensors of a tensors; returns its sums per tensor, empty for apply and commit. `scratch` is
+// Runs one pass over all tensors; returns its sums per tensor, none for apply and commit. `scratch` is
 // memory for the sums of tiles.
 std::vector<Products> run_pass(Pass pass, const StepTensors& tensors, Mode mode, std::vector<double>& scratch);
 

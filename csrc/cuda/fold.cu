@@ -11,7 +11,8 @@ struct Tensors {
   int64_t* const* steps;
   const uint32_t* starts;
 
-  __device__ explicit Tensors(const Arguments<AlgebraTask, kMost>& a) : task(a.task), steps(task.steps), starts(task.starts) {
+  __device__ explicit Tensors(const Arguments<AlgebraTask, kMost>& a)
+      : task(a.task), steps(task.steps), starts(task.starts) {
     if (steps != nullptr) return;
     steps = reinterpret_cast<int64_t* const*>(a.more);
     starts = reinterpret_cast<const uint32_t*>(steps + task.tensors);

@@ -25,7 +25,7 @@ constexpr int kMost = kSmall;
 #endif
 
 // The tensor that a chunk belongs to. As each tensor has one chunk at least, its number is not above the chunk's, and
-// likewise from behind: where all have one each, there is nothing to search, and each row looked at is a trip to memory.
+// likewise counted from the end: where all have one each, there is nothing to search. Each row read costs a latency.
 __device__ __forceinline__ uint32_t tensor_of(const Task& task, const Row* rows, uint32_t tile) {
   const uint32_t more = task.tiles - task.tensors;
   uint32_t low = tile > more ? tile - more : 0, high = tile < task.tensors ? tile + 1 : task.tensors;
@@ -99,9 +99,9 @@ __device__ __forceinline__ const Group* groups_of(const Arguments<Task, size>& a
                                 : reinterpret_cast<const Group*>(a.more + a.task.tensors * sizeof(Row));
 }
 
-// How many blocks of a pass a multiprocessor has to have room for, which limits their registers. While one waits for its
-// first elements or hands over its sums, the others keep the memory busy: on an H200 that was worth more than reading
-// twice as many vectors ahead, or than the few registers that kernels for many types spill.
+// How many blocks of a pass fit on a multiprocessor at least, which limits their registers. While one waits for its
+// first elements or stores its sums, the others keep the memory busy: on an H200 that was worth more than reading twice
+// as many vectors ahead, or than the few registers that kernels for many types spill.
 template <class K>
 constexpr int blocks_of() {
   if (!K::sums) return 4;

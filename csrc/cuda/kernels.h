@@ -155,8 +155,8 @@ int step_blocks(const Form& form, const Task& task, int* blocks);
 // The operators. `steps` and `starts` are the host's, and not looked at if the task has a table.
 int launch_fold(const AlgebraTask& task, Bytes steps, Bytes starts, void* stream);
 int launch_solve(const AlgebraTask& task, Bytes steps, Bytes starts, void* stream);
-// Copies the host's `first` and, behind it, `second` to a table in the device's memory, which has room for a multiple of
-// 8 bytes.
+// Copies the host's `first` and, behind it, `second` to a table in the device's memory, which has room for a multiple
+// of 8 bytes.
 int fill(void* table, Bytes first, Bytes second, void* stream);
 // Whether the error means that the device cannot run so many blocks at once, and nothing has run.
 bool refused(int error);

@@ -97,7 +97,8 @@ template <int size, class T>
 __device__ __forceinline__ void load(Elements<T, size>& x, const void* from, int64_t at, Type type) {
   SOFIM_IN_MEMORY(from);
   if constexpr (std::is_same_v<T, Loose>) {
-    x.at[0].bits = type == Type::float32 ? static_cast<const uint32_t*>(from)[at] : static_cast<const uint16_t*>(from)[at];
+    x.at[0].bits =
+        type == Type::float32 ? static_cast<const uint32_t*>(from)[at] : static_cast<const uint16_t*>(from)[at];
   } else if constexpr (size == 1) {
     x.at[0] = static_cast<const T*>(from)[at];
   } else {

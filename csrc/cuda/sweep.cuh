@@ -1,5 +1,5 @@
-// One pass over the elements of a chunk: kTile elements of one tensor, or its last ones. The arithmetic of an element is
-// in step/element.h.
+// One pass over the elements of a chunk: kTile elements of one tensor, or its last ones. The arithmetic of an element
+// is in step/element.h.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -63,7 +63,8 @@ struct Chunk {
   int64_t begin;
   bool l2, gradient;  // of the task
 
-  __device__ __forceinline__ Chunk(const Task& task, const Row& row, const Group* groups, uint32_t tensor, uint32_t tile)
+  __device__ __forceinline__ Chunk(
+      const Task& task, const Row& row, const Group* groups, uint32_t tensor, uint32_t tile)
       : task(task),
         row(row),
         groups(groups),

@@ -31,8 +31,9 @@ int fill(void* table, Bytes first, Bytes second, void* stream) {
     const size_t end = bytes - begin < most ? bytes : begin + most;
     const Copy task{reinterpret_cast<unsigned long long*>(static_cast<unsigned char*>(table) + begin),
                     static_cast<uint32_t>((end - begin + 7) / 8)};
-    const int error = launch_kernel<Copy, kMost>(&copy<kMost>, false, (task.words + kThreads - 1) / kThreads, task,
-                                                 cut(first, 0, begin, end), cut(second, first.size, begin, end), stream);
+    const Bytes some = cut(first, 0, begin, end), more = cut(second, first.size, begin, end);
+    const int error = launch_kernel<Copy, kMost>(&copy<kMost>, false, (task.words + kThreads - 1) / kThreads, task, some,
+                                                 more, stream);
     if (error != 0) return error;
   }
   return 0;

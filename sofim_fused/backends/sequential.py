@@ -95,21 +95,21 @@ class InTurn:
         sums = []
         for run in self._runs:
             known = gradient_step and GradientStep(_part(gradient_step.weight, run), gradient_step.gradient[run])
-            sums.append(self._passes.accumulate(_tiles(tensors, run), _decay(decay, run), known))
+            sums.append(self._passes.accumulate(_tensors(tensors, run), _decay(decay, run), known))
         mm, *others = (_joined(parts) for parts in zip(*sums, strict=True))
         assert mm is not None
         return Sums(mm, *others)
 
     def apply(self, tensors: StepTensors, coefficients: Coefficients) -> None:
         for run in self._runs:
-            self._passes.apply(_tiles(tensors, run), _coefficients(coefficients, run))
+            self._passes.apply(_tensors(tensors, run), _coefficients(coefficients, run))
 
     def dots(self, tensors: StepTensors, decay: Decay) -> Sums:
         return self._passes.dots(tensors, decay)  # it writes nothing
 
     def commit(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients) -> None:
         for run in self._runs:
-            self._passes.commit(_tiles(tensors, run), _decay(decay, run), _coefficients(coefficients, run))
+            self._passes.commit(_tensors(tensors, run), _decay(decay, run), _coefficients(coefficients, run))
 
     def fold(
         self,
@@ -139,7 +139,7 @@ class InTurn:
         return None
 
 
-def _tiles(tensors: StepTensors, run: slice) -> StepTensors:
+def _tensors(tensors: StepTensors, run: slice) -> StepTensors:
     return StepTensors(
         tensors.device,
         tensors.params[run],

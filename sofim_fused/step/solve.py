@@ -38,7 +38,7 @@ class Solver:
         self.settings = self._settings(False)
 
     def serves(self, sizes: Sequence[int], numerator: str, fisher: str) -> bool:
-        """Whether these scalars were made for such tensors and such a method."""
+        """Whether it was made for such tensors and such a method."""
         return (self.sizes, self.numerator, self.fisher) == (list(sizes), numerator, fisher)
 
     def refresh(self, groups: Sequence[Group]) -> Decay:

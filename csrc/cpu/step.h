@@ -1,0 +1,93 @@
+// A whole step in one call, for optimizers whose tensors all lie on the CPU; or a step gradient by gradient.
+//
+// It does what SOFIM.step (sofim_fused/optimizer.py) does, but handles only inputs that need no error or warning:
+// everything else falls back to Python, unchanged.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/gradient_record.h"
+#include "cpu/run_pass.h"
+#include "gather/param_groups.h"
+
+namespace sofim {
+
+namespace py = pybind11;
+
+class Step {
+ public:
+  // One step. Returns None if Python has to take it, and has changed nothing then; True for a plain step; for a guarded
+  // one the pair of the gradients' norm before clipping, a 0-dimensional float64 tensor, and whether the step was
+  // skipped. The gradients are `grad_scale` times too large, and if `found_inf` is not 0, not all of them are finite.
+  // The last argument, a counter of skipped steps, is for steps that end after their call has returned.
+  py::object run(const py::handle& groups, const py::handle& state, const py::handle& grad_scale,
+                 const py::handle& found_inf, const py::handle& counter);
+
+  // A step whose gradients come one by one (sofim_fused/in_backward.py): freeze_settings(), take() for each of them,
+  // finish(). Each returns false if Python has to do it, and has changed nothing then.
+
+  // The parameters of the following steps, by group. None of them is kept alive. The address of a freed one may be used
+  // again: in_backward.py says how that is noticed.
+  void watch(const std::vector<py::list>& groups);
+  // Takes over what holds for all gradients of a step. `release`: the user frees each gradient after it was taken. Also
+  // false if the parameters are not those watched.
+  bool freeze_settings(const py::handle& groups, bool release);
+  // From now on, takes gradients that are parts of a larger memory too. They may be DistributedDataParallel's, which
+  // Python checks for first.
+  void allow_parts() { parts_ = true; }
+  // Records what is now in the place of a parameter's gradient, as take() does: finish() compares with that.
+  void mark(const py::handle& param, size_t ordinal);
+  // Whether a parameter's gradient is the recorded one, as far as can be seen.
+  bool fits(const py::handle& param, size_t ordinal) const;
+  // Takes one gradient into its moment; in the gradient form the weight takes the part of the step that is known.
+  // `again`: another one of this parameter was taken in this step; they add up.
+  bool take(const py::handle& param, const py::handle& state, size_t group, int64_t ordinal, bool again);
+  // The sums (mm, mg, mw) of a parameter whose gradient was taken, else None.
+  py::object sums_of(size_t ordinal) const;
+  // The rest of the step, with the settings of `groups`. Also false if a parameter has a gradient that was not taken, if
+  // a gradient was changed since, or if the parameters of `current`, the optimizer's own groups, are not those watched.
+  bool finish(const py::handle& groups, const py::handle& state, const py::handle& current);
+  // No gradient was taken.
+  void forget();
+
+ private:
+  struct Busy;
+
+  const Options& options() const { return param_groups_.options(); }
+  bool are_watched(PyObject* groups) const;
+  bool all_fit() const;
+
+  // The stages of a step, over what param_groups_ has gathered.
+  void plain_step();
+  void guarded_step();
+  void find_corrections();
+  template <class Block>
+  std::vector<Block> fold(const std::vector<Products>& products) const;
+  void solve(const std::vector<PlainBlock>& blocks);
+  size_t block_of(size_t i) const;
+
+  // Kept from step to step for their memory alone.
+  ParamGroups param_groups_;
+  StepTensors& tensors_ = param_groups_.tensors();
+  ParamGroups hook_groups_;
+  // By ordinal:
+  std::vector<PyObject*> watched_;
+  std::vector<size_t> ends_;  // by group: the ordinal after its last one
+  std::vector<char> consumed_;
+  std::vector<GradientRecord> records_;
+  std::vector<Products> products_;
+  std::vector<double> corrections_;  // by tensor of the step
+  std::vector<double> scratch_;
+  double unscale_ = 1.0;  // times the gradients: the true gradients
+  double norm_ = 0.0;
+  bool found_ = false, skipped_ = false;
+  bool busy_ = false;
+  bool release_ = false;
+  bool parts_ = false;
+};
+
+}  // namespace sofim
