@@ -216,10 +216,8 @@ def go_on(optimizer: SOFIM, problem: Problem, steps: int = 3) -> list[Tensor]:
 def test_no_memory_in_a_first_step(backend: str, options: dict[str, Any], memory: Memory) -> None:
     """Wherever it lacks, the step can be taken when there is some."""
     expected, calls = [], 0
-    for ready in (
-        True,
-        False,
-    ):  # a first step is taken by passes, natively if there is state: to the last digit but one
+    # A first step is taken by passes, natively if there is state: to the last digit but one.
+    for ready in (True, False):
         problem = mixed_problem(**PROBLEM)
         optimizer = SOFIM(problem.groups, backend=backend, **options)
         if ready:
