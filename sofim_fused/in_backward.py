@@ -28,8 +28,8 @@ from sofim_fused.backends import GradientStep, NativeInBackward, Sums
 from sofim_fused.dtensor import bump_versions, is_sharded, local, placed_as
 from sofim_fused.sharding import is_flattened
 from sofim_fused.step import gather, schedule
+from sofim_fused.step.hyperparameters import Hyperparameters, decay_of, entering
 from sofim_fused.step.plan import Plan
-from sofim_fused.step.solve import Solver, decay_of, entering
 
 BATCH = 1 << 20
 """Elements that wait for a pass over all of them, where a pass has a launch to pay for."""
@@ -69,7 +69,7 @@ class InBackward:
         self._group_of: list[int] = []
         self._position: list[tuple[torch.device, int]] = []  # the device, and the place among its parameters
         self._sizes: dict[torch.device, list[int]] = {}  # parameters of a device, by group
-        self._everything: dict[torch.device, Solver] = {}
+        self._everything: dict[torch.device, Hyperparameters] = {}
         self._native: NativeInBackward | None = None
         self._native_on: torch.device | None = None
         self._indices: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
@@ -405,13 +405,13 @@ class InBackward:
             self._find_devices()
         known = self._steps.get(device)
         if known is None:
-            solver = self._everything.get(device)
-            if solver is None:
+            hyper = self._everything.get(device)
+            if hyper is None:
                 fisher = self._optimizer.param_groups[0]["fisher"]
-                solver = self._everything[device] = Solver(device, self._sizes[device], "gradient", fisher)
+                hyper = self._everything[device] = Hyperparameters(device, self._sizes[device], "gradient", fisher)
             assert self._frozen is not None
-            solver.refresh(self._frozen)
-            known = self._steps[device] = backends.gradient_step(solver.settings)
+            hyper.refresh(self._frozen)
+            known = self._steps[device] = backends.gradient_step(hyper.settings)
         places = [self._position[ordinal][1] for ordinal in ordinals]
         weight = None if known.weight is None else self._chosen(known.weight, places)
         return GradientStep(weight, self._chosen(known.gradient, places))

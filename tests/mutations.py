@@ -63,10 +63,10 @@ MUTATIONS = [
     ),
     Mutation(
         "types",
-        "sofim_fused/step/solve.py",
+        "sofim_fused/step/hyperparameters.py",
         "def serves(self, sizes: Sequence[int], numerator: str, fisher: str) -> bool:",
         "def serves(self, sizes: Sequence[int], numerator: str, fisher: str) -> str:",
-        r"solve\.py:\d+: error: Incompatible return value",
+        r"hyperparameters\.py:\d+: error: Incompatible return value",
     ),
     Mutation(
         "test",

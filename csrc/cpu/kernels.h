@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "gather/tiling.h"
-#include "step/row.h"
+#include "step/tensor_row.h"
 
 namespace sofim {
 

@@ -8,7 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "step/row.h"
+#include "step/tensor_row.h"
 #include "step/solve.h"
 
 namespace sofim::cuda {

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "gather/tiling.h"
-#include "step/row.h"
+#include "step/tensor_row.h"
 
 namespace sofim {
 

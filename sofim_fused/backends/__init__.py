@@ -25,7 +25,7 @@ from sofim_fused.backends.interface import (
     sum_dtype,
 )
 from sofim_fused.backends.reference import ReferencePasses
-from sofim_fused.backends.sequential import apart
+from sofim_fused.backends.shared_memory import apart
 from sofim_fused.backends.solve import gradient_step, no_sums, on_device_of
 from sofim_fused.backends.triton.launch import capturing
 

@@ -63,7 +63,8 @@ class Decay(NamedTuple):
 class Sums(NamedTuple):
     """Dot products per tensor, each a float64 vector of n on the pass's device, or ``None`` where not asked for.
 
-    Wherever several of them are stored together they are in this order (in C++: ``enum Sum`` of ``csrc/step/row.h``).
+    Wherever several of them are stored together they are in this order (in C++: ``enum Sum`` of
+    ``csrc/step/tensor_row.h``).
     """
 
     mm: Tensor

@@ -14,8 +14,8 @@ from sofim_fused.backends import Passes
 from sofim_fused.dtensor import bump_versions
 from sofim_fused.sharding import Sharding, device_of, find_sharding, placement
 from sofim_fused.step import gather
+from sofim_fused.step.hyperparameters import Hyperparameters
 from sofim_fused.step.reduce import DeviceShare, RankSums
-from sofim_fused.step.solve import Solver
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,7 +38,7 @@ class Plan:
         self._backend = backend
         self._shard_group = shard_group
         self._passes: dict[torch.device, Passes] = {}
-        self._solvers: dict[torch.device, Solver] = {}
+        self._hyper: dict[torch.device, Hyperparameters] = {}
         self._rank_sums: RankSums | Literal[False] | None = None  # None: to be found out
         self._rank_sums_before: tuple[Sharding, RankSums] | None = None
         self._placed: list[tuple[object, ...]] | None = None
@@ -46,7 +46,7 @@ class Plan:
     def forget(self) -> None:
         """Find out everything anew, but for what ranks have compared."""
         self._passes.clear()
-        self._solvers.clear()
+        self._hyper.clear()
         self._rank_sums = self._placed = None
 
     # Backends and devices
@@ -181,12 +181,12 @@ class Plan:
         for entry in entries:
             sizes[entry.group] += 1
         numerator, fisher = groups[0]["numerator"], groups[0]["fisher"]
-        solver = self._solvers.get(device)
-        if solver is None or not solver.serves(sizes, numerator, fisher):
-            solver = self._solvers[device] = Solver(device, sizes, numerator, fisher)
+        hyper = self._hyper.get(device)
+        if hyper is None or not hyper.serves(sizes, numerator, fisher):
+            hyper = self._hyper[device] = Hyperparameters(device, sizes, numerator, fisher)
         tensors = gather.lay_out(device, entries, groups, optimizer.state)
         tensors, passes, pairs = backends.apart(tensors, self.passes_for(device))
-        return DeviceShare(tensors, passes, solver, rank_sums, pairs)
+        return DeviceShare(tensors, passes, hyper, rank_sums, pairs)
 
 
 def params_of(groups: Groups) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sofim_fused.backends import Passes, StepTensors, Sums, on_device_of
 from sofim_fused.dtensor import Groups
-from sofim_fused.step.solve import Solver
+from sofim_fused.step.hyperparameters import Hyperparameters
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,14 +30,14 @@ class DeviceShare:
     Attributes:
         tensors: of this step.
         passes: of the backend.
-        solver: the hyperparameters.
+        hyper: the hyperparameters.
         rank_sums: where parameters are spread over ranks, adds up over these; there is one share then.
         pairs: of tensors that share elements, as :func:`sofim_fused.backends.apart` found them.
     """
 
     tensors: StepTensors
     passes: Passes
-    solver: Solver
+    hyper: Hyperparameters
     rank_sums: RankSums | None = None
     pairs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -60,12 +60,12 @@ def totals(
         blocks, square, found_inf = _over_ranks(shares[0], shares[0].rank_sums, sums[0], guarded, found_inf)
         return [blocks], [square], found_inf
     folded = [
-        share.passes.fold(share.tensors.steps, share.solver.settings, theirs, guarded)
+        share.passes.fold(share.tensors.steps, share.hyper.settings, theirs, guarded)
         for share, theirs in zip(shares, sums, strict=True)
     ]
     blocks_here, squares = [blocks.select(0, 0) for blocks, _ in folded], [square.select(0, 0) for _, square in folded]
     if len(shares) > 1:
-        if shares[0].solver.fisher != "parameter":
+        if shares[0].hyper.fisher != "parameter":
             blocks_here = _on_each(shares, blocks_here)
         squares = _on_each(shares, squares)
     return blocks_here, squares, found_inf
@@ -76,9 +76,9 @@ def _over_ranks(
 ) -> tuple[Tensor, Tensor, Tensor | float | None]:
     present = tuple(share.tensors.ordinals)
     parts, squares = share.passes.fold(
-        share.tensors.steps, share.solver.settings, sums, guarded, rank_sums.class_of(present), rank_sums.classes
+        share.tensors.steps, share.hyper.settings, sums, guarded, rank_sums.class_of(present), rank_sums.classes
     )
-    places = rank_sums.places(present) if share.solver.fisher == "parameter" else None
+    places = rank_sums.places(present) if share.hyper.fisher == "parameter" else None
     if places is not None:  # other ranks may have gradients of others
         parts = parts.new_zeros(*parts.shape[:-1], rank_sums.count).index_copy_(-1, places, parts)
     whole = parts.new_zeros(len(parts), 2 if guarded else 0)
@@ -86,7 +86,7 @@ def _over_ranks(
         whole[:, 0] = squares
         if found_inf is not None:
             whole[:, 1] = on_device_of(squares, found_inf) != 0
-    total, extra = rank_sums.total(parts.flatten(1), whole, share.solver.fisher)
+    total, extra = rank_sums.total(parts.flatten(1), whole, share.hyper.fisher)
     total = total.view(parts.shape[1:])
     if places is not None:
         total = total.index_select(-1, places)

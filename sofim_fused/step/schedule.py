@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sofim_fused.backends import Coefficients, Decay, GuardSettings, StepTensors, Sums, no_sums
 from sofim_fused.step import reduce
+from sofim_fused.step.hyperparameters import Group
 from sofim_fused.step.reduce import DeviceShare
-from sofim_fused.step.solve import Group
 
 
 class Guard(NamedTuple):
@@ -26,7 +26,7 @@ class Guard(NamedTuple):
 
 def plain(shares: Sequence[DeviceShare], groups: Sequence[Group]) -> None:
     """``accumulate``, then ``apply``: 24 bytes per float32 parameter (gradient form 28; L2 decay 4 more)."""
-    decays = [share.solver.refresh(groups) for share in shares]  # all of them before anything is written
+    decays = [share.hyper.refresh(groups) for share in shares]  # all of them before anything is written
     sums = [_swept(share, share.passes.accumulate, decay) for share, decay in zip(shares, decays, strict=True)]
     _apply(shares, sums, gradients_consumed=False)
 
@@ -37,7 +37,7 @@ def after_backward(shares: Sequence[DeviceShare], groups: Sequence[Group], sums:
     In the gradient form w has taken the gradient's part of the step there already; gradients are not looked at.
     """
     for share in shares:
-        share.solver.refresh(groups)
+        share.hyper.refresh(groups)
     _apply(shares, sums, gradients_consumed=True)
 
 
@@ -46,7 +46,7 @@ def _apply(shares: Sequence[DeviceShare], sums: Sequence[Sums], *, gradients_con
     for share, blocks in zip(shares, totals, strict=True):
         if not len(share.tensors):
             continue
-        update, _, _ = share.passes.solve(share.tensors.steps, share.solver.settings, blocks, None, None)
+        update, _, _ = share.passes.solve(share.tensors.steps, share.hyper.settings, blocks, None, None)
         if gradients_consumed and update.gradient is not None:
             update = Coefficients(moment=update.moment)
         share.passes.apply(share.tensors, update)
@@ -70,13 +70,13 @@ def guarded(
     are taken of the gradients as they are; the norm, and the gain at which the blocks' polynomials are taken, make up
     for the scale.
     """
-    decays = [share.solver.refresh(groups) for share in shares]
+    decays = [share.hyper.refresh(groups) for share in shares]
     sums = [_swept(share, share.passes.dots, decay) for share, decay in zip(shares, decays, strict=True)]
     totals, squares, found = reduce.totals(shares, sums, guarded=True, found_inf=found_inf)
     guard = GuardSettings(max_grad_norm, grad_scale, found, skip_nonfinite)
     seen: list[Guard] = []
     for share, decay, blocks, square in zip(shares, decays, totals, squares, strict=True):
-        update, norm, skip = share.passes.solve(share.tensors.steps, share.solver.settings, blocks, guard, square)
+        update, norm, skip = share.passes.solve(share.tensors.steps, share.hyper.settings, blocks, guard, square)
         assert norm is not None
         seen.append(Guard(norm, skip))
         if len(share.tensors):

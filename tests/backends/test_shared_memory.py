@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sofim_fused import SOFIM, native
-from sofim_fused.backends import memory
+from sofim_fused.backends import addresses
 from tests.support.problems import give_state
 from tests.support.runs import EMULATED, INTERPRETED, Run, once
 
@@ -497,14 +497,14 @@ def test_columns_of_one_matrix_are_a_parameter_and_its_state(backend: str) -> No
 @once
 def test_what_is_plainly_apart() -> None:
     x = torch.zeros(12, 8)
-    assert memory.apart(x[:, 0], x[:, 1])
-    assert memory.apart(x[:, :4], x[:, 4:])
-    assert memory.apart(x[:, 4:], x[:, :4])
-    assert memory.apart(x[::2], x[1::2])
-    assert not memory.apart(x[:, :5], x[:, 4:])
-    assert not memory.apart(x, x)
-    assert not memory.apart(x[0, 0], x[0, 0])
-    assert not memory.apart(x[:, 0], x[:, 0])
+    assert addresses.apart(x[:, 0], x[:, 1])
+    assert addresses.apart(x[:, :4], x[:, 4:])
+    assert addresses.apart(x[:, 4:], x[:, :4])
+    assert addresses.apart(x[::2], x[1::2])
+    assert not addresses.apart(x[:, :5], x[:, 4:])
+    assert not addresses.apart(x, x)
+    assert not addresses.apart(x[0, 0], x[0, 0])
+    assert not addresses.apart(x[:, 0], x[:, 0])
 
 
 @once

@@ -13,7 +13,7 @@ from torch import Tensor
 from sofim_fused import backends
 from sofim_fused.backends import FISHER, GuardSettings, Passes, Settings, Sums
 from sofim_fused.backends.reference import ReferencePasses
-from sofim_fused.step.solve import Solver
+from sofim_fused.step.hyperparameters import Hyperparameters
 from tests.support.runs import CPU_BACKENDS
 
 CPU = torch.device("cpu")
@@ -37,9 +37,9 @@ GUARDS = [
 
 def settings_of(numerator: str, fisher: str, *, l2: bool = True, sizes: list[int] = SIZES, **changes: Any) -> Settings:
     groups = [{**group, **changes, **({} if l2 else {"decoupled_weight_decay": True})} for group in GROUPS]
-    solver = Solver(CPU, sizes, numerator, fisher)
-    solver.refresh(groups)
-    return solver.settings
+    hyper = Hyperparameters(CPU, sizes, numerator, fisher)
+    hyper.refresh(groups)
+    return hyper.settings
 
 
 def sums_of(n: int, *, l2: bool = True, guarded: bool = True) -> Sums:

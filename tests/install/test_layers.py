@@ -37,7 +37,7 @@ FLOORS = (
     {"in_backward", "from_sgd"},
     {"step.plan", "step.schedule"},
     {"step.reduce"},
-    {"step.gather", "step.solve"},
+    {"step.gather", "step.hyperparameters"},
     {"backends"},
     {"checks_state_dict"},
     {"checks", "sharding"},

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sofim_fused import SOFIM
 from sofim_fused.backends import Coefficients, Decay, solve
-from sofim_fused.step.solve import Solver
+from sofim_fused.step.hyperparameters import Hyperparameters
 from tests.step.support import TOLERANCES, distance
 from tests.support.oracle import DENSE, Hyper, Oracle
 from tests.support.problems import give, mixed_problem
@@ -68,18 +68,18 @@ def _one_step_behind(patch: pytest.MonkeyPatch) -> None:
 
 
 def _swapped(first: str, second: str) -> Callable[[pytest.MonkeyPatch], None]:
-    original = Solver.refresh
+    original = Hyperparameters.refresh
 
-    def refresh(self: Solver, groups: Any) -> Decay:
+    def refresh(self: Hyperparameters, groups: Any) -> Decay:
         return original(self, [{**g, first: g[second], second: g[first]} for g in groups])
 
-    return lambda patch: patch.setattr(Solver, "refresh", refresh)
+    return lambda patch: patch.setattr(Hyperparameters, "refresh", refresh)
 
 
 def _set(name: str, value: Any) -> Callable[[pytest.MonkeyPatch], None]:
-    original = Solver.refresh
+    original = Hyperparameters.refresh
     return lambda patch: patch.setattr(
-        Solver, "refresh", lambda self, groups: original(self, [{**g, name: value} for g in groups])
+        Hyperparameters, "refresh", lambda self, groups: original(self, [{**g, name: value} for g in groups])
     )
 
 

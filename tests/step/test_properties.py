@@ -16,8 +16,7 @@ from torch import Tensor
 
 from sofim_fused import SOFIM
 from sofim_fused.backends import Settings, reference, solve
-from sofim_fused.step import gather
-from sofim_fused.step import solve as step_solve
+from sofim_fused.step import gather, hyperparameters
 from tests.in_backward.support import backward
 from tests.step.support import EPSILON, SMALLEST, full_weight, moment_of, within
 from tests.support.oracle import Hyper, Oracle, real64
@@ -218,8 +217,8 @@ def _a_coefficient_slightly_off(patch: pytest.MonkeyPatch) -> None:
 
 
 def _decay_lost(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(step_solve, "_l2", lambda group: 0.0)
-    patch.setitem(step_solve._COLUMNS, "l2", lambda group: 0.0)
+    patch.setattr(hyperparameters, "_l2", lambda group: 0.0)
+    patch.setitem(hyperparameters._COLUMNS, "l2", lambda group: 0.0)
 
 
 def _groups_as_one(patch: pytest.MonkeyPatch) -> None:

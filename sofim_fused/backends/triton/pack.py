@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sofim_fused import checks
-from sofim_fused.backends import memory
+from sofim_fused.backends import addresses
 
 W, G, M, KAHAN, STEP, NUMEL, ORDINAL, KIND, GROUP, FIRST = range(10)
 COLUMNS = 10
@@ -131,10 +131,10 @@ def lay_out(
     rows: list[list[int]] = []
     tiles = 0
     for i, (w, g, m, kahan) in enumerate(zip(params, grads, exp_avgs, kahans, strict=True)):
-        addresses = _placed(w, g, m, kahan, copies, kept)
+        placed = _placed(w, g, m, kahan, copies, kept)
         numel = w.numel()
-        kind = _kind(w, g, m, kahan, addresses)
-        rows.append([*addresses, memory.address(steps[i]), numel, ordinals[i], kind, i, tiles])
+        kind = _kind(w, g, m, kahan, placed)
+        rows.append([*placed, addresses.address(steps[i]), numel, ordinals[i], kind, i, tiles])
         tiles += max(1, -(-numel // tile))
     flat = array("q", chain.from_iterable(rows))
     # torch.tensor would take several times as long; torch.frombuffer refuses to be empty.
@@ -153,12 +153,12 @@ def readable(value: Any) -> bool:
 
 
 def _is_number(x: Tensor) -> bool:
-    return memory.plain(x) and x.numel() == 1 and not x.is_complex() and x.dtype != torch.bool
+    return addresses.plain(x) and x.numel() == 1 and not x.is_complex() and x.dtype != torch.bool
 
 
 def _has_address(x: Tensor) -> bool:
     """Whether it is dense, has memory, and lies on a device where a pointer says where."""
-    placed = x.layout == torch.strided and x.device.type not in memory.WITHOUT_ADDRESSES and torch._C._has_storage(x)
+    placed = x.layout == torch.strided and x.device.type not in addresses.WITHOUT_ADDRESSES and torch._C._has_storage(x)
     return placed and x.untyped_storage().data_ptr() != 0
 
 
@@ -178,7 +178,7 @@ def _placed(
 
     Copies that are needed are added to ``copies`` if the pass writes them, and to ``kept`` if it only reads them.
     """
-    address = memory.address
+    address = addresses.address
     if m.is_contiguous():
         flat = w.is_contiguous() and g.is_contiguous() and (kahan is None or kahan.is_contiguous())
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable imports the compiler: seconds
 
 from sofim_fused import native
-from sofim_fused.backends import memory
+from sofim_fused.backends import addresses
 from sofim_fused.backends.interface import (
     Coefficients,
     Decay,
@@ -226,7 +226,7 @@ def _number(value: Tensor | float | None, like: Tensor) -> Tensor | None:
     """A number, or a tensor of one element anywhere, as a kernel reads it: float32 or float64 on ``like``'s device."""
     if value is None:
         return None
-    ready = isinstance(value, Tensor) and value.device == like.device and memory.plain(value)
+    ready = isinstance(value, Tensor) and value.device == like.device and addresses.plain(value)
     if ready and value.dtype in (torch.float32, torch.float64):  # type: ignore[union-attr]
         return value.detach()  # type: ignore[union-attr]
     return on_device_of(like, value)

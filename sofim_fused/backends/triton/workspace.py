@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sofim_fused.backends import memory
+from sofim_fused.backends import addresses
 from sofim_fused.backends.triton import pack
 
 
@@ -178,7 +178,7 @@ class Located:
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return list(map(memory.address, tensors))
+    return list(map(addresses.address, tensors))
 
 
 def send(values: Tensor, to: Tensor, pinned: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sofim_fused import checks
-from sofim_fused.backends import memory
+from sofim_fused.backends import addresses
 from sofim_fused.backends.interface import (
     Coefficients,
     Decay,
@@ -55,7 +55,7 @@ def apart(tensors: StepTensors, passes: Passes) -> tuple[StepTensors, Passes, Pa
     """
     if torch.compiler.is_compiling() or not _have_addresses(tensors):
         return tensors, passes, {}
-    written = memory.Written(tensors.params, tensors.exp_avgs, tensors.kahans, tensors.steps)
+    written = addresses.Written(tensors.params, tensors.exp_avgs, tensors.kahans, tensors.steps)
     before, pairs = _shared(written, tensors)
     shared = {*before, *before.values()}
     copied = {
@@ -176,10 +176,10 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
 def _have_addresses(tensors: StepTensors) -> bool:
     kahans = (kahan for kahan in tensors.kahans if kahan is not None)
     every = chain(tensors.params, tensors.grads, tensors.exp_avgs, kahans, tensors.steps)
-    return tensors.device.type not in memory.WITHOUT_ADDRESSES and memory.all_plain(every)
+    return tensors.device.type not in addresses.WITHOUT_ADDRESSES and addresses.all_plain(every)
 
 
-def _shared(written: memory.Written, tensors: StepTensors) -> tuple[dict[int, int], dict[str, tuple[int, int]]]:
+def _shared(written: addresses.Written, tensors: StepTensors) -> tuple[dict[int, int], dict[str, tuple[int, int]]]:
     """For each tensor that shares memory with earlier ones, the index of the last; and pairs as from :func:`apart`.
 
     Raises:
@@ -200,10 +200,10 @@ def _shared(written: memory.Written, tensors: StepTensors) -> tuple[dict[int, in
         if one.tensor != other.tensor and "step" not in (one.role, other.role):
             before[other.tensor] = max(before.get(other.tensor, -1), one.tensor)
             kind = "w" if one.role == other.role == "w" else "state"
-            if kind not in pairs and not memory.apart(a, b):
+            if kind not in pairs and not addresses.apart(a, b):
                 pairs[kind] = one.tensor, other.tensor
             continue
-        if not memory.apart(a, b):
+        if not addresses.apart(a, b):
             mine, theirs = (one, other) if other.role == "w" else (other, one)
             raise checks.shared(
                 tensors.params[mine.tensor],

@@ -13,7 +13,7 @@ from sofim_fused.backends import FISHER, Decay, Settings, sum_dtype
 Group = Mapping[str, Any]
 
 
-class Solver:
+class Hyperparameters:
     """The hyperparameters for the n tensors of one device, which follow the groups' from step to step.
 
     Args:
