@@ -55,8 +55,10 @@ class OperatorPasses(TorchSolve):
         self._new_step = new_step
         self._new_in_backward = new_in_backward
         self._namespace = namespace
+        # Without these two it takes the algebra in pure PyTorch.
         self._solves = all(
-            torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", device) for name in ("fold", "solve")
+            torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{operator}", device)
+            for operator in ("fold", "solve")
         )
 
     @property
@@ -116,7 +118,7 @@ class OperatorPasses(TorchSolve):
     ) -> tuple[Tensor, Tensor]:
         if not (self._solves and steps):
             return super().fold(steps, settings, sums, guarded, class_of, classes)
-        blocks, squares = self._ops.fold(*sums, list(steps), *settings[:4], guarded, class_of, classes)
+        blocks, squares = self._ops.fold(*sums, list(steps), *_fields(settings), guarded, class_of, classes)
         return blocks, squares
 
     def solve(
@@ -130,13 +132,13 @@ class OperatorPasses(TorchSolve):
         if not (self._solves and steps):
             return super().solve(steps, settings, blocks, guard, square)
         if guard is None:
-            asked: tuple[Any, ...] = (False, None, None, None, False)
+            guard_fields: tuple[Any, ...] = (False, None, None, None, False)
         else:
             assert square is not None
             scale, found = (None if x is None else on_device_of(square, x) for x in (guard.grad_scale, guard.found_inf))
-            asked = (True, guard.max_norm, scale, found, guard.skip_nonfinite)
-        found_coefficients, seen = self._ops.solve(blocks, square, list(steps), *settings[:4], *asked)
-        weight, gradient, moment = found_coefficients.unbind()
+            guard_fields = (True, guard.max_norm, scale, found, guard.skip_nonfinite)
+        coefficients, seen = self._ops.solve(blocks, square, list(steps), *_fields(settings), *guard_fields)
+        weight, gradient, moment = coefficients.unbind()
         update = Coefficients(
             moment=moment,
             weight=weight if settings.scales_weight else None,
@@ -153,6 +155,11 @@ class OperatorPasses(TorchSolve):
 
     def native_in_backward(self) -> NativeInBackward | None:
         return self._new_in_backward()
+
+
+def _fields(settings: Settings) -> tuple[Tensor, list[int], int, bool]:
+    """What the operators take of the settings, in their order."""
+    return settings.hyper, settings.sizes, settings.fisher, settings.gradient_form
 
 
 def _kahans(tensors: StepTensors) -> list[Tensor]:

@@ -49,8 +49,9 @@ class Hyperparameters:
         """
         present = [(group, size) for group, size in zip(groups, self.sizes, strict=True) if size]
         for row, (group, size) in enumerate(zip(groups, self.sizes, strict=True)):
-            for column, read in enumerate(_COLUMNS.values() if size else ()):
-                self._write(row, column, read(group))
+            if size:
+                for column, read in enumerate(_COLUMNS.values()):
+                    self._write(row, column, read(group))
         key = tuple(entering(group) for group, _ in present)
         if self._decay is None or key != self._decay_key:
             rows = [row for row, (_, size) in zip(key, present, strict=True) for _ in range(size)]
