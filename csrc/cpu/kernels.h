@@ -19,8 +19,8 @@ struct Mode {
   bool backwards = false;  // the order in which a thread takes its tiles
 };
 
-// How many places a tile's sums take, in the order of Sum. A pass leaves the place of a sum that it does not take alone:
-// dots that of mw, without `weights`.
+// How many places a tile's sums take, in the order of Sum. A pass does not write the place of a sum that it does not
+// take: dots that of mw, without `weights`.
 constexpr int sums_of_accumulate(const Mode& mode) { return mode.cross ? mode.weights ? kMW + 1 : kMG + 1 : kMM + 1; }
 constexpr int sums_of_dots(const Mode& mode) { return mode.weights ? kWW + 1 : kGG + 1; }
 

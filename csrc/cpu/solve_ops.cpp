@@ -120,7 +120,9 @@ Tensor folded(const Settings& settings, const std::vector<Products>& products, c
   for (std::vector<Block>& blocks : of_class) {
     for (size_t b = 0; b < blocks.size(); ++b) {
       int64_t row = 0;
-      for (const double* number : numbers_of(blocks[b], settings.gradient_form())) to[row++ * settings.blocks() + b] = *number;
+      for (const double* number : numbers_of(blocks[b], settings.gradient_form())) {
+        to[row++ * settings.blocks() + b] = *number;
+      }
     }
     to += numbers * settings.blocks();
   }
@@ -169,7 +171,9 @@ std::vector<Block> read_blocks(const Settings& settings, const Tensor& numbers) 
   std::vector<Block> blocks(settings.blocks());
   for (int64_t b = 0; b < settings.blocks(); ++b) {
     int64_t row = 0;
-    for (double* number : numbers_of(blocks[b], settings.gradient_form())) *number = from[row++ * settings.blocks() + b];
+    for (double* number : numbers_of(blocks[b], settings.gradient_form())) {
+      *number = from[row++ * settings.blocks() + b];
+    }
   }
   return blocks;
 }

@@ -48,8 +48,8 @@ class Step {
   bool take(const py::handle& param, const py::handle& state, size_t group, int64_t ordinal, bool again);
   // The sums (mm, mg, mw) of a parameter whose gradient was taken, else None.
   py::object sums_of(size_t ordinal) const;
-  // The rest of the step, with the settings of `groups`. Also false if a parameter has a gradient that was not taken, if
-  // a gradient was changed since, or if the parameters of `current`, the optimizer's own groups, are not those watched.
+  // The rest of the step, with the settings of `groups`. Also false if a parameter has a gradient that was not taken,
+  // if a gradient was changed since, or if the parameters of `current`, the optimizer's own groups, are not those watched.
   bool finish(const py::handle& groups, const py::handle& state, const py::handle& current);
   // No gradient was taken.
   void forget();

@@ -1,5 +1,5 @@
-// Sums to coefficients in float64: what sofim_fused/backends/solve.py derives and does with tensors, for one tensor of a
-// Fisher block at a time. Notation as there: β momentum, ρ rho, η lr, t updates so far including this one, S and P
+// Sums to coefficients in float64: what sofim_fused/backends/solve.py derives and does with tensors, for one tensor of
+// a Fisher block at a time. Notation as there: β momentum, ρ rho, η lr, t updates so far including this one, S and P
 // the sums over a Fisher block, κ the clip factor.
 #pragma once
 
