@@ -134,7 +134,7 @@ MUTATIONS = [
     Mutation(
         "sanitize",
         "csrc/cpu/parallel.cpp",
-        "std::min(kTile, record.numel - start)",
+        "std::min(kTile, row.numel - start)",
         "kTile",
         r"AddressSanitizer: heap-",
         ("SANITIZE_TESTS=tests/backends/test_native.py", "ARGS=-x -k test_sizes_and_alignment"),
