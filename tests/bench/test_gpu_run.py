@@ -428,6 +428,8 @@ def test_a_run_may_be_killed_at_any_time_and_goes_on(tmp_path: Path) -> None:
         ("test", "test_a"): 1, ("test", "test_b"): 2, ("test", "test_slow"): 1,
         ("row", BASELINE): 1, ("row", f"{BASELINE}, clip_grad_norm_"): 1, ("row", "SOFIM reference"): 1,
     }  # fmt: skip
-    assert report.failures(Record(path)) == ["test failed: test_some.py::test_b"]
+    (failure,) = report.failures(Record(path))  # its folder is relative to the one with pytest's settings
+    assert failure.startswith("test failed: ")
+    assert failure.endswith("test_some.py::test_b")
     assert "a_package_that_is_not_there" in "".join(report.remarks(Record(path)))
     assert str(ROOT) not in path.read_text()
