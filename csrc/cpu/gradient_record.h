@@ -1,4 +1,4 @@
-// A record of a gradient, to notice later that it was changed. In Python: sofim_fused.in_backward._Mark.
+// A record of a gradient, to notice later that it was changed. Its counterpart in Python is in_backward._Mark.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,7 +9,7 @@
 namespace sofim {
 
 // What a gradient was like when it entered its moment. Most writes to a tensor raise its version counter; all-reduces,
-// `.data` and NumPy do not, and are noticed in a few elements. The gradient is not kept alive.
+// `.data` and NumPy do not, so that a few elements are compared too. The gradient is not kept alive.
 class GradientRecord {
  public:
   void set(const at::Tensor& grad) {
@@ -20,11 +20,11 @@ class GradientRecord {
     version_ = version(grad);
     data_ = data(grad);
     elements_ = bits(grad, data_, shift_ = kFew);
-    if (elements_ == 0) elements_ = bits(grad, data_, shift_ = kMany);  // many changes leave zeros as they are
+    if (elements_ == 0) elements_ = bits(grad, data_, shift_ = kMany);  // many changes, such as scaling, keep zeros
   }
 
-  // Whether this is the same gradient, or none again, and unchanged as far as can be seen. While the weak reference is
-  // held, no other tensor can have its address.
+  // Whether this is the recorded gradient, unchanged as far as can be seen, or both are undefined. While the weak
+  // reference is held, no other tensor can have its address.
   bool fits(const at::Tensor& grad) const {
     if (!grad.defined() || !is_set_) return grad.defined() == is_set_;
     return grad_._unsafe_get_target() == grad.unsafeGetTensorImpl() && version(grad) == version_ &&
@@ -39,7 +39,7 @@ class GradientRecord {
  private:
   static constexpr int kFew = 3, kMany = 6;  // powers of two
 
-  // Parts of one larger memory share their counter, which also counts writes to the other parts: it is not used there.
+  // Parts of one larger block of memory share a counter, which also counts writes to other parts: it is not used there.
   static int64_t version(const at::Tensor& x) {
     if (x.is_inference() || (x.has_storage() && x.storage().nbytes() > x.nbytes())) return 0;
     return static_cast<int64_t>(x.unsafeGetTensorImpl()->version_counter().current_version());
@@ -52,8 +52,8 @@ class GradientRecord {
     return readable ? x.const_data_ptr() : nullptr;
   }
 
-  // The bits of 2 to the `shift` elements at equal distances (or of all, if there are no more), as one number; 0 if all
-  // of these bits are 0.
+  // A checksum of the bits of 2^shift elements at equal distances (or of all, if there are no more); 0 if all of these
+  // bits are 0.
   static uint64_t bits(const at::Tensor& x, const void* data, int shift) {
     if (data == nullptr) return 0;
     switch (x.element_size()) {

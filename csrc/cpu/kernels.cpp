@@ -1,5 +1,5 @@
-// The four passes over one tile, compiled once per instruction set. The protocol is in
-// sofim_fused/backends/interface.py, the arithmetic in element.h.
+// The four passes over one tile, compiled once per instruction set. sofim_fused/backends/interface.py defines what they
+// do, step/element.h has the arithmetic.
 #include "cpu/kernels.h"
 
 #include "cpu/lanes.h"
@@ -7,7 +7,7 @@
 namespace sofim {
 namespace {
 
-// Storage types of weight, gradient and moment, and how they are computed with.
+// Storage types of weight, gradient and moment, and the types of computation.
 template <class Weight, class Gradient, class Moment>
 struct Types {
   using W = Weight;
@@ -21,7 +21,7 @@ struct Types {
   static constexpr float kHalfEps = std::is_same_v<W, Half> ? 1.0f / 2048 : 1.0f / 256;
 };
 
-// Sixteen elements: where they lie, and the index of the first.
+// Sixteen elements: their addresses, and the index of the first.
 template <class Y>
 struct Block {
   typename Y::W* w;
@@ -39,15 +39,15 @@ struct Block {
   }
 };
 
-// What a pass touches; the tail goes through copies of these.
+// What a pass reads or writes, besides reading m; the tail of a tile goes through copies of these.
 struct Use {
   bool w, g, writes_m, writes_w;
 };
 
-// How many elements ahead a `far` pass asks for memory: the hardware's own prefetching stops at the end of each page.
+// How many elements ahead memory is prefetched, if at all: the hardware's own prefetching stops at each page's end.
 constexpr ptrdiff_t kAhead = 512;
-// From so many elements on, a tile is worked on from its start and from its middle in turns: that keeps more reads
-// under way.
+// A tile of at least this many elements is processed from its start and from its middle alternately: that keeps more
+// reads in flight.
 constexpr int64_t kSplit = 2048;
 
 template <class T>
@@ -58,10 +58,10 @@ SOFIM_HD void ask_for(const T* from, ptrdiff_t ahead) {
 #endif
 }
 
-// Calls `pass` for `pairs` blocks from `first` on and for as many from `second` on, in turns, each `stride` elements
-// behind the one before, and returns it with its sums. Not inlined: the compiler makes each pass once.
+// Calls `pass` for `pairs` blocks starting at `first` and for as many starting at `second`, alternately. Each block is
+// `stride` elements after the one before. Returns the pass with its sums. Not inlined, so that it is compiled once.
 //
-// With `far`, memory is asked for kAhead elements ahead; where that is index `bend` or more, `skip` elements further.
+// With `far`, memory is prefetched kAhead elements ahead; where that is index `bend` or more, `skip` elements further.
 template <class Pass, class Block>
 SOFIM_NOINLINE Pass over_blocks(Pass pass, Block first, Block second, int64_t pairs, int64_t stride, bool far,
                                 int64_t bend, ptrdiff_t skip) {
@@ -83,8 +83,8 @@ SOFIM_NOINLINE Pass over_blocks(Pass pass, Block first, Block second, int64_t pa
   return pass;
 }
 
-// Calls `pass` for every sixteen elements of a tile, and returns it with its sums. What remains after pairs of blocks
-// goes through the same instructions on copies padded with zeros, which add nothing to a sum.
+// Calls `pass` for every sixteen elements of a tile, and returns it with its sums. The tail, less than a pair of
+// blocks, goes through the same instructions on copies padded with zeros, which add nothing to a sum.
 template <class Y, class Pass>
 SOFIM_HD Pass over_tile(Pass pass, const Row& r, const Mode& mode, int64_t begin, int64_t size) {
   constexpr int64_t kPair = 2 * kLanes;
@@ -98,7 +98,7 @@ SOFIM_HD Pass over_tile(Pass pass, const Row& r, const Mode& mode, int64_t begin
   Block<Y> second = block;
   if (size >= kSplit) {
     second.advance(half);
-    // From the end of either half to where it begins in the next tile.
+    // The distance from the end of either half to the start of that half in the next tile.
     const ptrdiff_t skip = size < kTile ? 0 : mode.backwards ? -3 * half : half;
     pass = over_blocks(pass, block, second, pairs, kLanes, mode.prefetch, begin + half, skip);
   } else if (pairs > 0) {
@@ -129,7 +129,7 @@ SOFIM_HD Pass over_tile(Pass pass, const Row& r, const Mode& mode, int64_t begin
   return pass;
 }
 
-// A tensor's factors in the type that is computed with, and the key of its random bits in this tile.
+// A tensor's factors in the type of computation, and the key of its random bits in this tile.
 template <class Y>
 struct Factors {
   using V = typename Y::V;
@@ -166,7 +166,7 @@ struct Factors {
     }
   }
 
-  // w, and what it lost when it was stored; v and m enter as far as `with_v` and `with_m` say.
+  // Updates w, and kahan with what w lost when it was stored. `with_v`, `with_m`: whether to add the terms of v and m.
   SOFIM_HD void update(const Block<Y>& b, const V& v, const V& m, bool with_v, bool with_m) const {
     V w = load(b.w);
     if constexpr (Y::kNarrow) {
@@ -188,9 +188,9 @@ struct Factors {
   uint32_t stretch;
 };
 
-// The passes, as over_tile() calls them: what they touch, what they do to sixteen elements, their sums.
+// The passes, as over_tile() calls them: what they use, what they do to sixteen elements, and their sums.
 
-// `cross`: also the sums of products with g and w, or the gradient's part of the step, or both.
+// `cross`: includes the code for the sums of products with g and w, and for the gradient's part of the step.
 template <class Y, bool cross>
 struct Accumulate {
   SOFIM_HD Accumulate(const Row& r, const Mode& mode, int64_t begin)
@@ -212,7 +212,7 @@ struct Accumulate {
 
   Factors<Y> factors;
   bool weights, step;
-  Lanes mm, mg, mw;
+  LaneSums mm, mg, mw;
 };
 
 template <class Y, bool gradient>
@@ -253,7 +253,7 @@ struct Dots {
   }
 
   bool weights;
-  Lanes mm, mg, gg, mw, gw, ww;
+  LaneSums mm, mg, gg, mw, gw, ww;
 };
 
 template <class Y>
@@ -275,7 +275,7 @@ struct Commit {
   bool scaled, gradient;
 };
 
-// From a record's types to a kernel's, once per tile.
+// Calls `run` with the Types of a row: the choice is made once per tile.
 template <class Run>
 void with_types(const Row& r, Run run) {
   const bool wide_g = r.g_type == Type::float32, wide_m = r.m_type == Type::float32;

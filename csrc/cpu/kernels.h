@@ -1,4 +1,4 @@
-// The passes over a tile on a CPU: what they take and return, without a header of PyTorch's.
+// The passes over a tile on a CPU: what they take and return. This needs no header of PyTorch.
 #pragma once
 
 #include <cstdint>
@@ -8,19 +8,19 @@
 
 namespace sofim {
 
-// What holds for every tensor of a pass.
+// The options of a pass, the same for every tensor.
 struct Mode {
   bool weights = false;   // some decay.w is not zero: accumulate and dots read w
   bool cross = false;     // accumulate also sums m·g, and m·w if `weights`
-  bool gradient = false;  // w takes the term update.gradient·v (in accumulate: and no other)
+  bool gradient = false;  // the update of w has the term update.gradient·v (in accumulate, v's only term)
   bool scaled = false;    // commit: v = gain·g, else v = g
   double gain = 1.0;
-  bool prefetch = false;        // too many elements for a core's caches
-  bool backwards = false;  // the order in which a thread takes its tiles
+  bool prefetch = false;   // the elements are too many for a core's caches
+  bool backwards = false;  // each thread processes its tiles in reverse order
 };
 
-// How many places a tile's sums take, in the order of Sum. A pass does not write the place of a sum that it does not
-// take: dots that of mw, without `weights`.
+// How many numbers a tile's sums take, in the order of Sum. A sum that the pass does not compute has its place, which
+// is not written: that of mw in dots without `weights`.
 constexpr int sums_of_accumulate(const Mode& mode) { return mode.cross ? mode.weights ? kMW + 1 : kMG + 1 : kMM + 1; }
 constexpr int sums_of_dots(const Mode& mode) { return mode.weights ? kWW + 1 : kGG + 1; }
 
@@ -33,7 +33,7 @@ struct Kernels {
   Kernel accumulate, apply, dots, commit;
 };
 
-// Those of the instruction set that kernels.cpp was compiled for.
+// The passes for the instruction set that kernels.cpp was compiled for.
 const Kernels& kernels();
 
 }  // namespace sofim

@@ -1,4 +1,4 @@
-// Sixteen elements at a time, whatever the instruction set: the same sixteen lanes, so that sums have the same bits.
+// Sixteen elements at a time: every instruction set uses sixteen lanes, so that sums have the same bits.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -25,8 +25,8 @@ namespace {
 using at::BFloat16;
 using at::Half;
 
-// Sixteen elements in as many vectors as they take. Loops over these are folds: at no point of the compilation is a
-// part addressed by a variable, which would keep it out of the registers.
+// Sixteen elements in as many vectors as they need. Loops over the vectors are fold expressions: a vector that is
+// indexed by a variable would not be kept in a register.
 template <class T>
 struct Pack {
   using Part = at::vec::Vectorized<T>;
@@ -143,7 +143,7 @@ SOFIM_HD Floats from_bits(const Words& x) {
   });
 }
 
-// 0, kWeyl, 2·kWeyl, ...: what the indices of the lanes add to a place.
+// 0, kWeyl, 2·kWeyl, ...: what each lane's index adds to `place` (random_bits).
 SOFIM_HD Words lane_places() {
   return Words(Words::Indices(), [](auto i) SOFIM_INLINE {
     Words::Part part;
@@ -186,7 +186,7 @@ SOFIM_HD void store(double* to, const Doubles& x) { x.store(to); }
 SOFIM_HD __m256i load_bits(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 SOFIM_HD void store_bits(void* to, __m256i bits) { _mm256_storeu_si256(static_cast<__m256i*>(to), bits); }
 
-// One shuffle of 16-bit words, where a conversion and a shift would be two instructions.
+// One shuffle of 16-bit words, instead of a conversion and a shift.
 SOFIM_HD Floats load(const BFloat16* from) {
   const __m512i to_odd_words =
       _mm512_set_epi32(15 << 16, 14 << 16, 13 << 16, 12 << 16, 11 << 16, 10 << 16, 9 << 16, 8 << 16, 7 << 16, 6 << 16,
@@ -264,10 +264,10 @@ SOFIM_HD void store_upper(BFloat16* to, const Words& x) {
 
 #endif
 
-// A sum of float64 products in sixteen lanes, added up in one order.
-class Lanes {
+// A sum of float64 products in sixteen lanes, which are always added up in the same order.
+class LaneSums {
  public:
-  SOFIM_HD Lanes() : sums_(0.0) {}
+  SOFIM_HD LaneSums() : sums_(0.0) {}
   SOFIM_HD void add(const Doubles& a, const Doubles& b) { sums_ = Ops<Doubles>::multiply_add(a, b, sums_); }
   SOFIM_HD double total() const {
     double lane[kLanes];

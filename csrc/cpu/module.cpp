@@ -1,4 +1,4 @@
-// The Python module of one instruction set: nothing but the address of its passes, for sofim_fused._C.use_kernels.
+// The Python module of one instruction set. It has only the address of its passes, for sofim_fused._C.use_kernels.
 #include <Python.h>
 
 #include "cpu/kernels.h"

@@ -1,5 +1,5 @@
-// The passes as operators over lists of tensors, for torch.compile and for schedules written in Python. Their meaning
-// is that of sofim_fused/backends/interface.py; fake implementations are in sofim_fused/backends/cpu.py.
+// The passes as operators over lists of tensors, for torch.compile and for schedules written in Python.
+// sofim_fused/backends/interface.py documents them; fake implementations are in sofim_fused/backends/operators.py.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -15,7 +15,7 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-// Takes over one coefficient of every tensor; without a vector, the value that leaves w as it is.
+// Sets one coefficient of every tensor; without a vector, it keeps the value that leaves w as it is.
 template <class Set>
 void set_each(StepTensors& tensors, const char* name, const Vector& vector, Set set) {
   if (!vector) return;
@@ -34,7 +34,7 @@ void set_update(StepTensors& tensors, Mode& mode, const Vector& moment, const Ve
   set_each(tensors, "gradient", gradient, [](Row& r, double x) { r.update.gradient = x; });
 }
 
-// Rows of sums over all tensors.
+// Chosen sums of all tensors: float64 [rows, tensors].
 Tensor table(const std::vector<Products>& products, std::initializer_list<double Products::*> rows) {
   const int64_t n = static_cast<int64_t>(products.size());
   Tensor result = at::empty({static_cast<int64_t>(rows.size()), n}, at::kDouble);

@@ -8,10 +8,10 @@
 namespace sofim {
 namespace {
 
-// Elements for which waking up another thread pays.
+// Elements that are worth waking up another thread for.
 constexpr int64_t kGrain = 8192;
 
-// From so many elements on, memory is prefetched. In fewer, that would fetch what another thread is writing.
+// From this many elements on, memory is prefetched. With fewer, that would fetch what another thread is writing.
 constexpr int64_t kPrefetchFrom = 1 << 20;
 
 const Kernels* used = nullptr;

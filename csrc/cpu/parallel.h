@@ -19,9 +19,9 @@ enum class Pass { accumulate, apply, dots, commit };
 std::vector<Products> run_pass(Pass pass, const Row* rows, const Tiling& tiling, Mode mode,
                                std::vector<double>& scratch);
 
-// Runs a pass's kernel over every tile. Threads get stretches of neighbouring tiles of about the same number of
-// elements, the same ones in each pass; each thread takes its own in the mode's order, so that a second pass backwards
-// meets first what the pass before it left in the cache. `sums` has room for `width` numbers per tile.
+// Runs a pass's kernel over every tile. Each thread gets consecutive tiles with about the same number of elements, the
+// same ones in each pass, and processes them in the mode's order: a second pass that runs backwards begins with what
+// the pass before it has left in the cache. `sums` has room for `width` numbers per tile.
 void sweep(Kernel kernel, const Row* rows, const Tiling& tiling, const Mode& mode, double* sums, int width);
 
 }  // namespace sofim

@@ -1,5 +1,5 @@
-// Sums to coefficients as operators: `fold` and `solve` of sofim_fused/backends/interface.py, for tensors on the CPU.
-// The algebra is that of step/solve.h; tensors are added to their Fisher block in order, as a step in one call does.
+// From sums to coefficients: the operators `fold` and `solve` of sofim_fused/backends/interface.py, for tensors on the
+// CPU. The algebra is that of step/solve.h; tensors are added to their Fisher block in the order of cpu/step.cpp.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -26,7 +26,7 @@ Tensor checked(const char* name, const Tensor& x, at::ScalarType dtype, at::IntA
   return x.contiguous();
 }
 
-// What both operators are told about the tensors of a step.
+// The arguments of both operators that describe the tensors of a step.
 class Settings {
  public:
   Settings(TensorList steps, const Tensor& hyper, at::IntArrayRef sizes, int64_t fisher, bool gradient_form)
@@ -52,7 +52,7 @@ class Settings {
 
   int64_t tensors() const { return static_cast<int64_t>(steps_.size()); }
   bool gradient_form() const { return gradient_form_; }
-  // Fisher blocks.
+  // The number of Fisher blocks.
   int64_t blocks() const {
     if (fisher_ == Fisher::parameter) return tensors();
     return fisher_ == Fisher::group ? static_cast<int64_t>(sizes_.size()) : 1;
@@ -94,7 +94,7 @@ std::vector<double*> numbers_of(GuardedBlock& b, bool gradient_form) {
   return all;
 }
 
-// Where a kind of sum is, one number per tensor; null where there is none, which counts as zero.
+// One kind of sum, a number per tensor; all zero if it was not given.
 class Column {
  public:
   Column(const char* name, const Vector& sums, int64_t n) {

@@ -12,7 +12,7 @@ namespace sofim {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-// Elements from which on a step releases Python's lock. With fewer, no other thread of Python's would have started.
+// A step over at least this many elements releases Python's lock. A smaller one ends before another thread would start.
 constexpr int64_t kUnlockFrom = int64_t{1} << 21;
 
 bool modes_are_set() { return c10::impl::TorchDispatchModeTLS::any_modes_set(); }
@@ -22,7 +22,7 @@ const at::Tensor& gradient_of(const py::handle& param) {
   return THPVariable_Check(param.ptr()) ? THPVariable_Unpack(param.ptr()).unsafeGetTensorImpl()->grad() : none;
 }
 
-// Without Python's lock if there is much to do.
+// Calls `work`, without Python's lock if there is much to do.
 template <class Work>
 void unlocked(ParamGroups& param_groups, Work work) {
   if (param_groups.tensors().tiling().elements() < kUnlockFrom) return work();
@@ -33,7 +33,7 @@ void unlocked(ParamGroups& param_groups, Work work) {
 
 }  // namespace
 
-// While a step runs without Python's lock, another thread may ask for one.
+// Marks the object as busy: while a step runs without Python's lock, another thread may call it.
 struct Step::Busy {
   explicit Busy(Step& step) : step(step) { step.busy_ = true; }
   ~Busy() {
@@ -216,7 +216,7 @@ bool Step::finish(const py::handle& groups, const py::handle& state, const py::h
     std::vector<Products> products;
     for (size_t i = 0; i < tensors_.size(); ++i) products.push_back(products_[tensors_.ordinal(i)]);
     solve(fold<PlainBlock>(products));
-    for (size_t i = 0; i < tensors_.size() && options().gradient_form; ++i) {  // the rest of it was taken by take()
+    for (size_t i = 0; i < tensors_.size() && options().gradient_form; ++i) {  // take() applied the other terms
       tensors_.record(i).update = {1.0, 0.0, tensors_.record(i).update.moment};
     }
     tensors_.bump_weights();

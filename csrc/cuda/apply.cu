@@ -1,4 +1,4 @@
-// The pass apply: weights take their step.
+// The pass apply: weights are updated.
 #include "cuda/kernels.cuh"
 
 namespace sofim::cuda {

@@ -1,4 +1,4 @@
-// The pass commit: gradients times the gain enter the moments, and weights take their step.
+// The pass commit: gradients times the gain enter the moments, and weights are updated.
 #include "cuda/kernels.cuh"
 
 namespace sofim::cuda {

@@ -1,4 +1,4 @@
-// The pass dots: sums of products, and nothing is written.
+// The pass dots: sums of products; no tensor is written.
 #include "cuda/kernels.cuh"
 
 namespace sofim::cuda {

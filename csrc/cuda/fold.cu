@@ -1,5 +1,5 @@
-// The operators fold and solve: from sums to coefficients where other things come in between, such as the sums of other
-// ranks. In a whole step the last block of a pass does the same (solve.cuh), with the same results.
+// The operators fold and solve: from sums to coefficients, in two launches, between which sums of other ranks, for
+// example, can be added. In a whole step the last block of a pass does the same (solve.cuh), with the same results.
 #include "cuda/kernels.cuh"
 
 namespace sofim::cuda {
@@ -31,7 +31,7 @@ struct Tensors {
     return low;
   }
 
-  // Of this update, which is not counted yet.
+  // Of this update, which `steps` does not count yet.
   __device__ double correction(uint32_t tensor, const Hyper& hyper) const {
     return bias_correction(hyper.momentum, *steps[tensor] + 1);
   }
@@ -46,13 +46,13 @@ struct Tensors {
   __device__ uint32_t fisher_blocks() const {
     return task.fisher == Fisher::model ? 1 : task.fisher == Fisher::group ? task.group_count : task.tensors;
   }
-  // How many numbers a Fisher block has: those of P are last, and there for the gradient form alone.
+  // How many numbers a Fisher block has: those of P are last, and only the gradient form has them.
   template <class Block>
   __device__ uint32_t numbers() const {
     constexpr uint32_t all = sizeof(Block) / sizeof(double);
     return task.gradient_form ? all : std::is_same_v<Block, PlainBlock> ? 1 : 6;
   }
-  // Calls f with each of a Fisher block's numbers, and with where it is in task.blocks.
+  // Calls f with each of a Fisher block's numbers, and with its place in task.blocks.
   template <class Block, class F>
   __device__ void each_place(Block& block, uint32_t which, uint32_t at, F f) const {
     const uint32_t rows = numbers<Block>();

@@ -1,9 +1,9 @@
 // The kernels, as templates, and how one is launched. Each .cu file here has those of one pass.
 //
-// A block works on one chunk, kTile elements of one tensor. A pass that sums leaves one float64 per chunk and sum in a
-// slot. The block that ends a tensor's last chunk adds up that tensor's slots, in their order; the one that ends the
-// last tensor goes on to the step's coefficients. Which block that is changes no bit of the result, and the host never
-// waits.
+// A block works on one chunk, kTile elements of one tensor. A pass with sums writes one float64 per chunk and sum to a
+// slot. The block that is the last to end a chunk of a tensor adds up that tensor's slots, in their order; the one that
+// ends the last tensor computes the step's coefficients. The result does not depend on which block that is, and the
+// host never waits.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,8 +24,9 @@ constexpr int kMost = kLarge;
 constexpr int kMost = kSmall;
 #endif
 
-// The tensor that a chunk belongs to. As each tensor has one chunk at least, its number is not above the chunk's, and
-// likewise counted from the end: where all have one each, there is nothing to search. Each row read costs a latency.
+// The tensor that a chunk belongs to, by binary search. As each tensor has at least one chunk, its number is at most
+// the chunk's, and the same holds for numbers counted from the end: if all have one chunk each, there is nothing to
+// search. Each row that is read costs a memory latency.
 __device__ __forceinline__ uint32_t tensor_of(const Task& task, const Row* rows, uint32_t tile) {
   const uint32_t more = task.tiles - task.tensors;
   uint32_t low = tile > more ? tile - more : 0, high = tile < task.tensors ? tile + 1 : task.tensors;
@@ -40,7 +41,7 @@ __device__ __forceinline__ uint32_t tensor_of(const Task& task, const Row* rows,
   return low;
 }
 
-// A chunk of a pass that sums, and what there is to do after the last one of a tensor, and of the step.
+// One chunk of a pass with sums, and the work that follows the last chunk of a tensor, and of the step.
 template <class Set, class K>
 __device__ __forceinline__ void first_sweep(
     const Task& task, const Row* rows, const Group* groups, uint32_t tile, Shared& shared) {
@@ -76,7 +77,7 @@ __device__ __forceinline__ void first_sweep(
   if (is_last_block(task.counters + task.tensors, task.tensors, shared)) finish(task, rows, groups, shared);
 }
 
-// A chunk of a pass that updates.
+// One chunk of a pass that updates.
 template <class Set, class K>
 __device__ __forceinline__ void second_sweep(const Task& task, const Row* rows, const Group* groups, uint32_t tile) {
   const uint32_t tensor = tensor_of(task, rows, tile);
@@ -99,9 +100,9 @@ __device__ __forceinline__ const Group* groups_of(const Arguments<Task, size>& a
                                 : reinterpret_cast<const Group*>(a.more + a.task.tensors * sizeof(Row));
 }
 
-// How many blocks of a pass fit on a multiprocessor at least, which limits their registers. While one waits for its
-// first elements or stores its sums, the others keep the memory busy: on an H200 that was worth more than reading twice
-// as many vectors ahead, or than the few registers that kernels for many types spill.
+// The least number of blocks of a pass that fit on a multiprocessor, which limits their registers. While one waits for
+// its first elements or stores its sums, the others keep the memory busy. On an H200 that gained more than reading
+// twice as many vectors ahead, and more than was lost by the few registers that kernels for many types spill.
 template <class K>
 constexpr int blocks_of() {
   if (!K::sums) return 4;
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of<K>()) first(const __grid_c
   first_sweep<Set, K>(a.task, rows_of(a), groups_of(a), blockIdx.x, shared);
 }
 
-// The last chunk comes first, as the sweep before has left it in the cache.
+// Begins with the last chunk, which the sweep before has left in the cache.
 template <class Set, class K, int size>
 __global__ void __launch_bounds__(kThreads, blocks_of<K>()) second(const __grid_constant__ Arguments<Task, size> a) {
   if (skipped(a.task)) return;
@@ -133,14 +134,14 @@ int with(bool x, F f) {
   return x ? f(std::true_type()) : f(std::false_type());
 }
 
-// What a launch returns. An error is cleared, or whoever asks CUDA next would find it.
+// What a launch returns. An error is cleared; otherwise the next call that asks CUDA for its last error would get it.
 inline int outcome(cudaError_t error) {
   if (error != cudaSuccess) cudaGetLastError();
   return static_cast<int>(error);
 }
 
-// Launches a kernel with a task and two runs of bytes behind it: rows and groups, say. `together`: all blocks run at
-// once and may wait for each other.
+// Launches a kernel with a task and two arrays of bytes behind it, such as rows and groups. `together`: all blocks run
+// at once and may wait for each other.
 template <class T, int size>
 int launch_kernel(void (*kernel)(Arguments<T, size>), bool together, uint32_t blocks, const T& task, Bytes first,
                   Bytes second, void* stream) {
@@ -154,7 +155,7 @@ int launch_kernel(void (*kernel)(Arguments<T, size>), bool together, uint32_t bl
                            : cudaLaunchKernel(kernel, dim3(blocks), dim3(kThreads), pointers, 0, on)));
 }
 
-// The same for a pass: rows and groups go along, unless the task has a table.
+// The same for a pass: rows and groups are part of the arguments, unless the task has a table.
 template <int size>
 int launch_pass(void (*kernel)(Arguments<Task, size>), bool together, uint32_t blocks, const Task& task,
                 const Row* rows, const Group* groups, void* stream) {

@@ -1,8 +1,8 @@
-// The interface of the CUDA kernels: what their launches take. It includes no header of CUDA's or PyTorch's.
+// The interface of the CUDA kernels: what their launches take. It includes no header of CUDA or PyTorch.
 //
-// A launch carries all that it needs in its arguments: a row per tensor, a record per parameter group, and a task that
-// says where sums and coefficients go. Where they do not fit, a few small launches before it carry them to a table in
-// the device's memory (fill), so that nothing is ever copied from the host's.
+// A launch has all that it needs in its arguments: a row per tensor, a record per parameter group, and a task that says
+// where sums and coefficients go. If they do not fit, a few small launches before it write them to a table in the
+// device's memory (fill), so that nothing is ever copied from the host's memory.
 #pragma once
 
 #include <cstddef>
@@ -14,8 +14,8 @@
 namespace sofim::cuda {
 
 constexpr int kThreads = 256;    // of a block
-constexpr int64_t kTile = 4096;  // elements that a block works on; a power of two, so that they share their index's upper half
-constexpr int kBlocks = 2;       // on one multiprocessor, or more, which limits registers to 128 per thread at most
+constexpr int64_t kTile = 4096;  // elements of a chunk; a power of two: they share the upper half of their index
+constexpr int kBlocks = 2;       // at least, on one multiprocessor, which limits registers to 128 per thread
 constexpr int kSmall = 4096;     // bytes of arguments that every version takes
 constexpr int kLarge = 32764;    // bytes of arguments that CUDA takes from 12.1 on
 
@@ -35,10 +35,10 @@ struct Group {
   bool lr_double, rho_double;  // float64 there, else float32
 };
 
-// What follows the sums of the tensors: nothing, or the coefficients of a step, plain or guarded.
+// What a launch computes after the sums of the tensors: nothing, or the coefficients of a step, plain or guarded.
 enum class Finish : uint8_t { none, plain, guarded };
 
-// What the guard of a step looks at, besides the sums. Addresses are in the device's memory.
+// What decides about clipping and skipping, besides the sums. Addresses are in the device's memory.
 struct GuardInputs {
   const void* grad_scale = nullptr;  // what the gradients were multiplied by, or nullptr: 1
   const void* found_inf = nullptr;   // not 0: the step is skipped; or nullptr
@@ -72,22 +72,22 @@ struct alignas(16) Task {
 
 // What the operators fold and solve do (fold.cu). Addresses are in the device's memory.
 struct alignas(16) AlgebraTask {
-  int64_t* const* steps;    // [tensors]; nullptr: they follow in the arguments, and behind them `starts`
-  const uint32_t* starts;   // [groups + 1]: the first tensor of each group, and their number
-  const Hyper* hyper;       // [groups]
+  int64_t* const* steps;      // [tensors]; nullptr: they follow in the arguments, and behind them `starts`
+  const uint32_t* starts;     // [groups + 1]: the first tensor of each group, and their number
+  const Hyper* hyper;         // [groups]
   const double* sums[kSums];  // [tensors] each, or nullptr: 0
-  const int64_t* class_of;  // [tensors]: the class of each; or nullptr: 0
-  double* blocks;           // [classes, numbers of a block, Fisher blocks]
-  double* squares;          // [classes]; nullptr: there is none, for solve
-  double* coefficients;     // [3, tensors]: of weight, gradient and moment
-  double* guarded;          // [3]: norm, gain, and 1 if the step is skipped, else 0
+  const int64_t* class_of;    // [tensors]: the class of each; or nullptr: 0
+  double* blocks;             // [classes, numbers of a block, Fisher blocks]
+  double* squares;            // [classes]; solve: nullptr if the step is not guarded
+  double* coefficients;       // [3, tensors]: of weight, gradient and moment
+  double* guarded;            // [3]: norm, gain, and 1 if the step is skipped, else 0
   GuardInputs guard;
   uint32_t tensors, group_count, classes;
   Fisher fisher;
   bool gradient_form, is_guarded;
 };
 
-// What of a pass is known at compile time: there is a kernel for each.
+// What is known about a pass at compile time: each combination selects a kernel.
 enum class Pass : uint8_t { accumulate, apply, dots, commit };
 enum class Types : uint8_t {
   float32,  // all weights are
@@ -111,7 +111,7 @@ static_assert(sizeof(Arguments<Task, kLarge>) <= kLarge, "arguments begin with t
 
 // Host functions
 
-// Memory of the host.
+// Bytes in the host's memory.
 struct Bytes {
   const void* data;
   size_t size;
@@ -124,13 +124,13 @@ SOFIM_HD constexpr uint32_t tiles_of(int64_t numel) {
 // Bytes of arguments that this build takes.
 int largest_arguments();
 
-// Whether arguments of so many bytes have room for a task and `more` bytes.
+// Whether arguments of `size` bytes have room for a task and `more` bytes.
 template <class T>
 constexpr bool has_room(int size, size_t more) {
   return sizeof(T) + more <= static_cast<size_t>(size) / 16 * 16;
 }
 
-// Whether rows and groups fit into arguments of so many bytes.
+// Whether so many rows and groups fit into arguments of `size` bytes.
 constexpr bool fit(int size, size_t rows, size_t groups) {
   return has_room<Task>(size, rows * sizeof(Row) + groups * sizeof(Group));
 }
@@ -140,25 +140,25 @@ constexpr bool is_small(const Task& task) {
   return task.rows != nullptr || fit(kSmall, task.tensors, task.group_count);
 }
 
-// Launches return 0, or an error for error_text(). Memory of the host is copied before they return; rows and groups are
-// not looked at if the task has a table. `stream` is a cudaStream_t of the current device.
+// Launches return 0, or an error for error_text(). The host's memory is copied before they return; rows and groups are
+// not read if the task has a table. `stream` is a cudaStream_t of the current device.
 
-// One pass each. What task.finish says follows the sums of accumulate and dots.
+// One pass each. accumulate and dots also do what task.finish says, after their sums.
 int launch_accumulate(const Form& form, const Task& task, const Row* rows, const Group* groups, void* stream);
 int launch_apply(const Form& form, const Task& task, const Row* rows, const Group* groups, void* stream);
 int launch_dots(const Form& form, const Task& task, const Row* rows, const Group* groups, void* stream);
 int launch_commit(const Form& form, const Task& task, const Row* rows, const Group* groups, void* stream);
 // A whole step in one launch: accumulate and apply, or dots and commit. `blocks`: as step_blocks() says.
 int launch_step(const Form& form, const Task& task, const Row* rows, const Group* groups, int blocks, void* stream);
-// How many blocks of such a launch the current device can run at once; 0: it has to be two launches, as for Types::any.
+// How many blocks of such a launch the current device can run at once. 0: the step needs two launches, as with Types::any.
 int step_blocks(const Form& form, const Task& task, int* blocks);
-// The operators. `steps` and `starts` are the host's, and not looked at if the task has a table.
+// The operators. `steps` and `starts` are in the host's memory, and not read if the task has a table.
 int launch_fold(const AlgebraTask& task, Bytes steps, Bytes starts, void* stream);
 int launch_solve(const AlgebraTask& task, Bytes steps, Bytes starts, void* stream);
-// Copies the host's `first` and, behind it, `second` to a table in the device's memory, which has room for a multiple
-// of 8 bytes.
+// Copies `first` and, behind it, `second` to a table in the device's memory. The table's size is theirs, rounded up to
+// a multiple of 8 bytes.
 int fill(void* table, Bytes first, Bytes second, void* stream);
-// Whether the error means that the device cannot run so many blocks at once, and nothing has run.
+// Whether the error means that the device cannot run so many blocks at once, and that nothing has run.
 bool refused(int error);
 const char* error_text(int error);
 

@@ -61,7 +61,7 @@ at::Tensor Memory::sums() const { return numbers_.narrow(0, 0, kSums * tensors_)
 void Packed::take(const StepTensors& tensors, size_t group_count) {
   rows.resize(tensors.size());
   groups.resize(group_count);
-  // Between the members too: tables are compared byte by byte.
+  // Also the padding between members: tables are compared byte by byte.
   if (group_count > 0) std::memset(static_cast<void*>(groups.data()), 0, group_count * sizeof(Group));
   uint64_t tiles = 0;
   bool float32 = true, narrow = true;

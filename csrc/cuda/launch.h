@@ -1,4 +1,4 @@
-// Launches of the kernels for tensors of PyTorch's: their arguments, memory, device and stream.
+// Launches of the kernels for PyTorch tensors: their arguments, memory, device and stream.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,7 +17,7 @@ constexpr auto kDevice = c10::DeviceType::CPU;  // see tests/emulator
 constexpr auto kDevice = c10::DeviceType::CUDA;
 #endif
 
-// What a vector holds.
+// The bytes of a vector's elements.
 template <class T>
 Bytes bytes_of(const std::vector<T>& x) {
   return {x.data(), x.size() * sizeof(T)};
@@ -26,10 +26,10 @@ Bytes bytes_of(const std::vector<T>& x) {
 // Memory that launches need. It may be kept for the next launch on the same stream with the same sizes.
 class Memory {
  public:
-  // Makes what is not there yet, and points the task to it.
+  // Allocates what is missing, and sets the task's addresses.
   void serve(Task& task, at::Device device, void* stream);
-  // Points the task to a table on the device, if rows and groups do not fit into arguments; it is filled unless it was
-  // with the same.
+  // If rows and groups do not fit into arguments, sets the task's addresses to a table on the device. The table is
+  // filled only if it does not have these rows and groups yet.
   void serve_table(Task& task, const std::vector<Row>& rows, const std::vector<Group>& groups, at::Device device,
                    void* stream);
   // The last launch's sums: float64 [kSums, tensors].
@@ -49,16 +49,16 @@ struct Packed {
   Task task{};
   Form form;
 
-  // Takes over the tensors, but for the group of each, and makes so many groups, all zero.
+  // Packs the tensors, without the group of each, and makes `group_count` groups, all zero.
   void take(const StepTensors& tensors, size_t group_count);
 };
 
-// Switches to a device, whose stream then says where launches go.
+// Makes a device the current one, and has its current stream, for launches.
 class DeviceScope {
  public:
   explicit DeviceScope(at::Device device);
   void* stream() const { return stream_; }
-  // Whether the stream is captured in a graph, which keeps to itself whatever memory it is given.
+  // Whether the stream is being captured in a graph, which needs memory of its own.
   bool captured() const { return captured_; }
 
  private:

@@ -4,8 +4,8 @@
 namespace sofim::cuda {
 namespace {
 
-// Calls run(kernel) with the kernel of a whole step. Of those for float32 weights there is one with small arguments as
-// well: CUDA copies the declared size at each launch, which shows in the step of a small model.
+// Calls run(kernel) with the kernel of a whole step. For float32 weights there is also one with small arguments: CUDA
+// copies the declared size at each launch, which a small model's step would notice.
 template <class F>
 int with_step(const Form& form, const Task& task, F run) {
   return with(form.types == Types::float32, [&](auto float32) {

@@ -8,8 +8,8 @@
 namespace sofim::cuda {
 namespace {
 
-// The barrier needs every block, so that all of them have to run at once. A block takes the same chunks in both sweeps,
-// in the second one backwards.
+// The barrier waits for every block, so that all of them have to run at once. A block works on the same chunks in both
+// sweeps, in the second one in reverse order.
 template <class Set, class First, class Second, int size>
 __global__ void __launch_bounds__(kThreads, kBlocks) both(const __grid_constant__ Arguments<Task, size> a) {
   __shared__ Shared shared;

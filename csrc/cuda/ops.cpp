@@ -1,5 +1,5 @@
-// The operators of the CUDA backend: the passes over lists of tensors, and from sums to coefficients. Their meaning is
-// that of sofim_fused/backends/interface.py; fake implementations are in sofim_fused/backends/operators.py.
+// The operators of the CUDA backend: the passes over lists of tensors, and from sums to coefficients.
+// sofim_fused/backends/interface.py documents them; fake implementations are in sofim_fused/backends/operators.py.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -32,7 +32,7 @@ class Sweep {
   Form& form() { return packed_.form; }
   Task& task() { return packed_.task; }
 
-  // Coefficients of every tensor; without one, the value that changes nothing.
+  // Sets coefficients, one per tensor; a missing vector stands for the value that changes nothing.
   void set_update(const Vector& moment, const Vector& weight, const Vector& gradient) {
     by_moment_ = vector("moment", moment);
     by_weight_ = vector("weight", weight);
@@ -58,7 +58,7 @@ class Sweep {
     check(launch(packed_.form, task, packed_.rows.data(), packed_.groups.data(), on.stream()));
   }
 
-  // Rows of the sums.
+  // Chosen sums of all tensors: float64 [rows, tensors].
   Tensor sums(at::ArrayRef<int64_t> rows) const {
     const auto options = at::TensorOptions(at::kDouble).device(kDevice);
     if (tensors_.size() == 0) return at::empty({static_cast<int64_t>(rows.size()), 0}, options);
@@ -156,10 +156,10 @@ void commit(TensorList params, TensorList grads, TensorList exp_avgs, TensorList
   tensors.write_back(true, true);
 }
 
-// What fold and solve have in common: the task, and what a launch has to carry for it.
+// What fold and solve have in common: the task, and the arguments that a launch needs besides.
 class Algebra {
  public:
-  // `like`: a tensor that lies where all have to.
+  // `like`: a tensor on the device where all have to be.
   Algebra(const Tensor& like, TensorList steps, const Tensor& hyper, at::IntArrayRef sizes, int64_t fisher,
           bool gradient_form, bool guarded)
       : device_(like.device()) {
@@ -192,10 +192,10 @@ class Algebra {
   int64_t fisher_blocks() const {
     return task_.fisher == Fisher::model ? 1 : task_.fisher == Fisher::group ? task_.group_count : task_.tensors;
   }
-  // Numbers of a Fisher block.
+  // How many numbers a Fisher block has.
   int64_t rows() const { return (task_.is_guarded ? 6 : 1) + (task_.gradient_form ? task_.is_guarded ? 3 : 1 : 0); }
 
-  // Where a float64 tensor of this shape on the device has its numbers, one after the other.
+  // The address of a float64 tensor's numbers, made contiguous. It has to be of this shape and on the device.
   const double* doubles(const char* name, const Tensor& x, at::IntArrayRef shape) {
     TORCH_CHECK(x.device() == device_ && x.scalar_type() == at::kDouble && x.sizes() == shape, "sofim_fused: ", name,
                 ": float64 ", shape, " on ", device_, " is needed, this is ", x.scalar_type(), " ", x.sizes(), " on ",
@@ -203,7 +203,8 @@ class Algebra {
     kept_.push_back(x.contiguous());
     return static_cast<const double*>(kept_.back().const_data_ptr());
   }
-  // Where one number is, float32 or (is_double) float64; nullptr without one. Nothing waits for the device.
+  // The address of one number on the device, float32 or (is_double) float64; nullptr without one. Never waits for the
+  // device of these tensors.
   const void* number(const char* name, const Vector& x, bool& is_double) {
     if (!x) return nullptr;
     TORCH_CHECK(x->numel() == 1, "sofim_fused: ", name, ": one number is needed, this has ", x->numel());
@@ -284,7 +285,7 @@ std::tuple<Tensor, Tensor> solve(const Tensor& blocks, const Vector& square, Ten
                                  bool skip_nonfinite) {
   Algebra algebra(blocks, steps, hyper, sizes, fisher, gradient_form, guarded);
   AlgebraTask& task = algebra.task();
-  // Not written; the task is the same as that of fold, which does.
+  // solve does not write it; fold, which has the same type of task, does.
   task.blocks = const_cast<double*>(algebra.doubles("blocks", blocks, {algebra.rows(), algebra.fisher_blocks()}));
   TORCH_CHECK(!guarded || square, "sofim_fused: square: a guarded step needs it");
   if (guarded) task.squares = const_cast<double*>(algebra.doubles("square", square->reshape({1}), {1}));

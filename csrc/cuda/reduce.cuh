@@ -10,7 +10,7 @@ namespace sofim::cuda {
 
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kNumbers = 9;  // that one reduction adds up at most: the coefficients of a GuardedBlock, or the sums
+constexpr int kNumbers = 9;  // the most that one reduction adds up: the coefficients of a GuardedBlock
 
 // The shared memory of a block.
 struct Shared {
@@ -28,7 +28,7 @@ __device__ __forceinline__ double warp_total(double x) {
 }
 
 // The totals over a block's threads of those `numbers` for which takes(i) holds; thread i returns the i-th, others 0.
-// A barrier has to stand between two of these.
+// Two calls need a barrier between them.
 template <int numbers, class Takes>
 __device__ __forceinline__ double block_total(const double (&each)[numbers], Takes takes, Shared& shared) {
   static_assert(numbers <= kNumbers, "there is room for them");
@@ -47,8 +47,9 @@ __device__ __forceinline__ double block_total(const double (&each)[numbers], Tak
   return total;
 }
 
-// atomicInc() with acquire and release semantics: what this block wrote before is visible to blocks that come later,
-// and what earlier ones wrote to this one. __threadfence() before and after it would order all memory accesses twice.
+// atomicInc() with acquire and release semantics: what this block wrote before is visible to blocks that call this
+// later, and what earlier ones wrote is visible to this one. __threadfence() before and after it would order all memory
+// accesses twice.
 __device__ __forceinline__ uint32_t atomic_inc_acq_rel(uint32_t* counter, uint32_t most) {
 #ifdef SOFIM_EMULATED
   __threadfence();
@@ -61,8 +62,8 @@ __device__ __forceinline__ uint32_t atomic_inc_acq_rel(uint32_t* counter, uint32
   return before;
 }
 
-// Whether `all` - 1 other blocks have called this before; then what they wrote can be read, and the counter is zero
-// again, for the next launch. All threads of a block call it.
+// Whether this is the last of `all` blocks to call this. Then what the others wrote can be read, and the counter is
+// zero again, for the next launch. All threads of a block have to call it.
 __device__ __forceinline__ bool is_last_block(uint32_t* counter, uint32_t all, Shared& shared) {
   __syncthreads();
   if (threadIdx.x == 0) shared.last = atomic_inc_acq_rel(counter, all - 1) == all - 1;
@@ -70,13 +71,13 @@ __device__ __forceinline__ bool is_last_block(uint32_t* counter, uint32_t all, S
   return shared.last;
 }
 
-// The threads of a block in teams of neighbouring warps, of which each works on one Fisher block at a time.
+// Divides the threads of a block into teams of neighbouring warps. Each team works on one Fisher block at a time.
 struct Teams {
   uint32_t warps;  // of each team, a power of two
 
-  // As many warps per Fisher block as there are, but not so many that some would have no tensor. Each tensor is a chain
-  // of loads and divisions, of which a warp waits for one at a time: with one warp alone, this took half of the step of
-  // a model of 1,000 small tensors.
+  // As many warps per Fisher block as there are, but not so many that some would have no tensor. Each tensor needs a
+  // chain of loads and divisions, and a warp waits for one of these after the other: with one warp alone, this took
+  // half of the step of a model of 1,000 small tensors.
   __device__ Teams(uint32_t tensors, uint32_t blocks) : warps(1) {
     while (warps * kWarp < tensors && 2 * warps * blocks <= kWarps) warps *= 2;
   }
@@ -85,8 +86,8 @@ struct Teams {
   __device__ uint32_t team() const { return threadIdx.x / threads(); }
   __device__ uint32_t thread() const { return threadIdx.x % threads(); }
 
-  // Adds up f's numbers over the threads of each team: all of its threads get the totals. All threads of the block call
-  // it. each(f) calls f with a reference to each number. The order of the additions depends on `warps` alone.
+  // Adds up numbers over the threads of each team: all of its threads get the totals. All threads of the block have to
+  // call it. each(f) calls f with a reference to each number. The order of the additions depends on `warps` alone.
   template <class Each>
   __device__ void add_up(Each each, Shared& shared) const {
     each([](double& x) { x = warp_total(x); });

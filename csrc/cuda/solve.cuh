@@ -54,7 +54,7 @@ __device__ inline PlainBlock at_gain(const PlainBlock& block, double) { return b
 __device__ inline PlainBlock at_gain(const GuardedBlock& block, double gain) { return block.at_gain(gain); }
 
 // The sum of part(i, block) over tensors [begin, end), which are those of a team's Fisher block: every thread of the
-// team gets it. All threads of the block call this, those of a team without a Fisher block with an empty range.
+// team gets it. All threads of the block have to call this, a team without a Fisher block with an empty range.
 template <class Block, class Part>
 __device__ Block block_of(uint32_t begin, uint32_t end, const Teams& teams, Part part, Shared& shared) {
   Block block;
@@ -63,7 +63,7 @@ __device__ Block block_of(uint32_t begin, uint32_t end, const Teams& teams, Part
   return block;
 }
 
-// In a pass
+// At the end of a pass
 
 __device__ inline Hyper hyper_of(const Group& group) {
   Hyper hyper = group.hyper;
@@ -85,7 +85,7 @@ __device__ inline Products products_of(const Task& task, uint32_t tensor) {
   return p;
 }
 
-// The first of the tensors, which are in the order of their groups, whose group is not before `group`.
+// The first tensor whose group is `group` or a later one. Tensors are in the order of their groups.
 __device__ inline uint32_t first_of_group(const Row* rows, uint32_t tensors, uint32_t group) {
   uint32_t low = 0, high = tensors;
   while (low < high) {
@@ -121,7 +121,7 @@ __device__ inline void set_update(
   if (!skip) *row.step += 1;
 }
 
-// The coefficients of every tensor from the sums of all of them, and one more in every count of updates.
+// Computes the coefficients of every tensor from the sums of all of them, and counts the update, unless it is skipped.
 template <class Block>
 __device__ void set_updates(
     const Task& task, const Row* rows, const Group* groups, double gain, bool skip, Shared& shared) {
@@ -158,7 +158,7 @@ __device__ void set_updates(
 }
 
 // What follows the last sum of a pass. Not inlined: it runs once per step, and inlined it would cost the sweeps
-// registers. (A template, as the compiler objects to what is both inline and not to be inlined.)
+// registers. (It is a template, because the compiler objects to `inline` together with `__noinline__`.)
 template <int = 0>
 __device__ __noinline__ void finish(const Task& task, const Row* rows, const Group* groups, Shared& shared) {
   if (task.finish == Finish::plain) return set_updates<PlainBlock>(task, rows, groups, 1.0, false, shared);

@@ -1,5 +1,5 @@
-// sofim_fused._cuda: a whole step in one call, for optimizers whose tensors all lie on one GPU. It leaves to Python what
-// sofim_fused._C.Step leaves to it.
+// sofim_fused._cuda: a whole step in one call, for optimizers whose tensors are all on one GPU. Like
+// sofim_fused._C.Step, it handles only inputs that need no error or warning; everything else falls back to Python.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -19,18 +19,18 @@ namespace {
 
 namespace py = pybind11;
 
-// Tiles up to which a step takes one launch. On an H200 that saves 1 µs on the GPU and 6 on the host with 23 tiles, and
-// loses 10 on the GPU with 1,622, as fewer blocks find room.
+// A step of at most this many tiles takes one launch. On an H200 one launch instead of two saves 1 µs on the GPU and
+// 6 µs on the host with 23 tiles, and costs 10 µs on the GPU with 1,622, as fewer blocks fit at once.
 constexpr uint32_t kSingleUpTo = 256;
 
 class Step {
  public:
-  // One step, in one launch (`single`), in two, or as its size asks for. Returns None if Python has to take it, nothing
-  // being changed; True for a plain step; for a guarded one the pair of the gradients' norm before clipping and of how
-  // many steps were skipped, 0-dimensional tensors of float64 and int64 on the device. The gradients are `grad_scale`
-  // times too large, and if `found_inf` is not 0, not all of them are finite. `counter`, an int64 tensor of one element
-  // or None: where it lies on the device too, a skipped step raises it, and the pair has None in its place. For a small
-  // model another kernel that does so takes as long as a quarter of the step.
+  // One step, in one launch (`single`), in two (not `single`), or as its size suggests (none). Returns None, with
+  // nothing changed, if Python has to take it; True for a plain step; for a guarded one a pair of 0-dimensional tensors
+  // on the device: the gradients' norm before clipping (float64), and 1 if the step was skipped, else 0 (int64). The
+  // gradients are `grad_scale` times too large, and if `found_inf` is not 0, not all of them are finite. `counter`: an
+  // int64 tensor of one element or None. If it is on the device, a skipped step raises it, and the pair has None as its
+  // second value. For a small model, another kernel to do so would take as long as a quarter of the step.
   py::object run(const py::handle& groups, const py::handle& state, const py::handle& grad_scale,
                  const py::handle& found_inf, std::optional<bool> single, std::optional<at::Tensor> counter) {
     if (busy_ || c10::impl::TorchDispatchModeTLS::any_modes_set()) return py::none();
@@ -57,7 +57,7 @@ class Step {
       task.norm = norm.mutable_data_ptr<double>();
       task.skipped = counter->mutable_data_ptr<int64_t>();
     }
-    // What a graph uses must not be used by eager steps as well, and goes when the graph goes.
+    // Memory that a graph uses must not be used by eager steps as well, and is freed with the graph.
     Memory own;
     Memory& memory = on.captured() ? own : memory_;
     memory.serve(task, tensors.device(), on.stream());
@@ -74,7 +74,7 @@ class Step {
   }
 
  private:
-  // What lets go of tensors may run Python code, and that may come back here.
+  // Marks the object as busy: releasing tensors may run Python code, which may call it again.
   struct Busy {
     explicit Busy(Step& step) : step(step) { step.busy_ = true; }
     ~Busy() {
@@ -91,7 +91,9 @@ class Step {
     const StepTensors& tensors = param_groups_.tensors();
     const size_t groups = param_groups_.groups().size();
     packed_.take(tensors, groups);
-    for (size_t i = 0; i < tensors.size(); ++i) packed_.rows[i].group = static_cast<uint32_t>(param_groups_.group_of(i));
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      packed_.rows[i].group = static_cast<uint32_t>(param_groups_.group_of(i));
+    }
     for (size_t i = 0; i < groups; ++i) {
       packed_.groups[i].hyper = param_groups_.groups()[i];
       packed_.groups[i].decay = decay_of(param_groups_.groups()[i]);
@@ -126,7 +128,7 @@ class Step {
     return on_device(kept_.back(), wide);
   }
 
-  // Where the kernels can read a number, a float32 or (wide) a float64.
+  // The address from which kernels can read a number, a float32 or (wide) a float64.
   const void* on_device(at::Tensor value, bool& wide) {
     const at::Device device = param_groups_.tensors().device();
     if (value.device() != device || (value.scalar_type() != at::kFloat && value.scalar_type() != at::kDouble)) {
@@ -160,7 +162,7 @@ class Step {
     check((guarded ? launch_commit : launch_apply)(form, task, rows, groups, stream));
   }
 
-  // step_blocks(), which asks the driver, for the last kernel alone.
+  // step_blocks() asks the driver, so that the answer for the last kernel is remembered.
   int step_blocks_once() {
     const Form& f = packed_.form;
     const Task& task = packed_.task;
@@ -174,7 +176,7 @@ class Step {
     return blocks_;
   }
 
-  // Kept from step to step for their memory alone.
+  // Members, so that their memory is reused from step to step.
   ParamGroups param_groups_{true};
   Packed packed_;
   Memory memory_;
@@ -200,14 +202,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("TILE") = sofim::cuda::kTile;
   m.attr("SMALL_ARGUMENTS") = sofim::cuda::kSmall;
   m.attr("ARGUMENTS") = sofim::cuda::largest_arguments();
-  m.def("tiles_of", &sofim::cuda::tiles_of, pybind11::arg("numel"), "The tiles of a tensor of so many elements.");
+  m.def("tiles_of", &sofim::cuda::tiles_of, pybind11::arg("numel"), "How many tiles a tensor of so many elements has.");
   m.def("fit", &sofim::cuda::fit, pybind11::arg("size"), pybind11::arg("tensors"), pybind11::arg("groups"),
-        "Whether so many tensors and groups fit into kernel arguments of `size` bytes; else a table on the GPU is used.");
-  pybind11::class_<Step>(m, "Step", "A whole step over tensors on a GPU; keeps memory from one to the next.")
+        "Whether so many tensors and groups fit into kernel arguments of `size` bytes; else a table on the GPU is"
+        " used.");
+  pybind11::class_<Step>(m, "Step", "A whole step over tensors on a GPU; keeps its buffers from one to the next.")
       .def(pybind11::init<>())
       .def("__call__", &Step::run, pybind11::arg("param_groups"), pybind11::arg("state"),
            pybind11::arg("grad_scale") = pybind11::none(), pybind11::arg("found_inf") = pybind11::none(),
            pybind11::arg("single") = pybind11::none(), pybind11::arg("counter") = pybind11::none(),
-           "Takes a step: True if plain, (grad_norm, skipped) if guarded, None if it cannot and has changed nothing."
-           " Where `counter` serves, skipped is None, and a skipped step raises the counter.");
+           "Takes a step. Returns True after a plain one, (grad_norm, skipped) after a guarded one, and None, with"
+           " nothing changed, if Python has to take it. If `counter` is on the GPU, `skipped` is None, and a skipped"
+           " step raises the counter.");
 }

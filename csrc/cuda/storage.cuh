@@ -1,5 +1,5 @@
-// How the elements of a tensor are stored: the storage types, their conversion to and from the type that is computed
-// with, and loads and stores of one element or of 16 bytes. Nothing else touches the elements of a tensor.
+// How the elements of a tensor are stored: the storage types, their conversion to and from the type of computation, and
+// loads and stores of one element or of 16 bytes. Nothing else accesses the elements of a tensor.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,8 +14,8 @@
 
 namespace sofim::cuda {
 
-// Types. Each has widened(), to the type that is computed with, and narrow(), back to nearest. Only Loose looks at the
-// sofim::Type that all of them are given.
+// Types. Each has widened(), which converts to the type of computation, and narrow(), which rounds back to nearest. All
+// of these are given a sofim::Type, which only Loose uses.
 
 template <Type type>
 struct Bits16 {
@@ -70,7 +70,7 @@ struct Storage {
   using W = Weight;
   using G = Gradient;
   using M = Moment;
-  using T = decltype(widened(W(), Type()));  // what is computed with
+  using T = decltype(widened(W(), Type()));  // the type of computation
   static constexpr bool kLoose = std::is_same_v<W, Loose>;
   static constexpr bool kNarrow = sizeof(W) == 2 || kLoose;  // there may be a kahan
   static constexpr bool kRounds = sizeof(M) == 2 || kLoose;  // the moment may be bfloat16
@@ -90,7 +90,7 @@ using Piece16 = std::conditional_t<std::is_same_v<T, double>, double2, uint4>;
 
 // bench/kernels_cuda.py finds load and store by their names.
 
-// Tensors are in global memory. The compiler cannot know that of an address that it finds in a table.
+// Tensors are in global memory. The compiler cannot know that of an address that the kernel reads from a table.
 #define SOFIM_IN_MEMORY(pointer) __builtin_assume(__isGlobal(pointer))
 
 template <int size, class T>

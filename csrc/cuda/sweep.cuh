@@ -14,9 +14,9 @@
 
 namespace sofim::cuda {
 
-// A pass, and what of it is known at compile time (see Form). `gradient`: accumulate also sums m·g; apply reads g, for
-// the term by_gradient·v. `l2`: accumulate and dots have code for L2 decay, which is used if the task has l2. `step`:
-// accumulate also updates w. Whether commit has the term by_gradient·v, it is told at run time.
+// A pass, and what is known about it at compile time (see Form). `gradient`: accumulate also sums m·g; apply reads g,
+// for the term by_gradient·v. `l2`: accumulate and dots have code for L2 decay, which is used if the task has l2.
+// `step`: accumulate also updates w. Whether commit has the term by_gradient·v is known at run time only.
 template <Pass pass_, bool gradient_ = false, bool l2_ = false, bool step_ = false>
 struct Kind {
   static constexpr Pass pass = pass_;
@@ -26,7 +26,7 @@ struct Kind {
   static constexpr bool writes_w = pass == Pass::apply || pass == Pass::commit || step_;  // and reads it
   static constexpr bool reads_g = pass != Pass::apply || gradient;
 
-  // Whether it takes a sum. `decays`: with L2 decay.
+  // Whether the pass computes a sum. `decays`: with L2 decay.
   static SOFIM_HD constexpr bool takes(int sum, bool decays) {
     if (!sums) return false;
     const bool weights = l2 && decays;
@@ -35,7 +35,7 @@ struct Kind {
   }
 };
 
-// A tensor's factors in the type that is computed with.
+// A tensor's factors in the type of computation.
 template <class S>
 struct Factors {
   using T = typename S::T;
@@ -54,7 +54,7 @@ struct Sums {
   }
 };
 
-// A chunk, and all that a sweep over it needs.
+// A chunk of a tensor, with everything that a sweep over it needs.
 struct Chunk {
   const Task& task;
   const Row& row;
@@ -105,13 +105,13 @@ struct Chunk {
     return f;
   }
 
-  // Whether w takes the term by_gradient·v.
+  // Whether the update of w has the term by_gradient·v.
   template <class K>
   __device__ __forceinline__ bool has_gradient_term() const {
     return K::pass == Pass::commit ? gradient : K::gradient;
   }
 
-  // `size` elements at a time: as many as S::kVector, for a full chunk, or 1.
+  // Works on `size` elements at a time: S::kVector for a full chunk, else 1.
   template <class S, class K, int size>
   __device__ __forceinline__ void sweep(Sums<K>& sums) const {
     using T = typename S::T;
@@ -140,7 +140,7 @@ struct Chunk {
         if constexpr (K::writes_w) {
           load(ws[i], row.w, begin + at, row.w_type);
         } else if constexpr (K::sums && K::l2) {
-          ws[i] = {};  // or what an earlier turn loaded would have to be kept in registers
+          ws[i] = {};  // otherwise the compiler would keep what an earlier iteration loaded in registers
           if (l2) load(ws[i], row.w, begin + at, row.w_type);
         }
         if constexpr (K::writes_w && S::kNarrow) {

@@ -1,4 +1,4 @@
-// Arguments that are too many for one launch, on their way to a table in the device's memory.
+// Copies arguments that do not fit into one launch to a table in the device's memory.
 #include "cuda/kernels.cuh"
 
 namespace sofim::cuda {
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads) copy(const __grid_constant__ Argumen
 int fill(void* table, Bytes first, Bytes second, void* stream) {
   constexpr size_t most = sizeof(Arguments<Copy, kMost>::more);
   const size_t bytes = first.size + second.size;
-  // The bytes [begin, end) of the table that `part`, which begins at `at` there, has.
+  // Those of the table's bytes [begin, end) that belong to `part`, which begins at `at` in the table.
   const auto cut = [](Bytes part, size_t at, size_t begin, size_t end) -> Bytes {
     const size_t from = begin > at ? begin : at, to = end < at + part.size ? end : at + part.size;
     if (from >= to) return {nullptr, 0};
@@ -32,8 +32,8 @@ int fill(void* table, Bytes first, Bytes second, void* stream) {
     const Copy task{reinterpret_cast<unsigned long long*>(static_cast<unsigned char*>(table) + begin),
                     static_cast<uint32_t>((end - begin + 7) / 8)};
     const Bytes some = cut(first, 0, begin, end), more = cut(second, first.size, begin, end);
-    const int error = launch_kernel<Copy, kMost>(&copy<kMost>, false, (task.words + kThreads - 1) / kThreads, task, some,
-                                                 more, stream);
+    const uint32_t blocks = (task.words + kThreads - 1) / kThreads;
+    const int error = launch_kernel<Copy, kMost>(&copy<kMost>, false, blocks, task, some, more, stream);
     if (error != 0) return error;
   }
   return 0;

@@ -32,7 +32,7 @@ void define_operators(torch::Library& m) {
 }
 
 StepTensors gathered(bool anywhere, TensorList params, TensorList grads, TensorList exp_avgs,
-                std::optional<TensorList> kahans, std::optional<Counts> counts) {
+                     std::optional<TensorList> kahans, std::optional<Counts> counts) {
   const size_t n = params.size();
   TORCH_CHECK(grads.size() == n && exp_avgs.size() == n && (!kahans || kahans->size() == n) &&
                   (!counts || (counts->steps.size() == n && counts->ordinals.size() == n)),
@@ -42,7 +42,7 @@ StepTensors gathered(bool anywhere, TensorList params, TensorList grads, TensorL
   for (size_t i = 0; i < n; ++i) {
     const bool kept = kahans && (*kahans)[i].numel() > 0;
     const char* wrong = tensors.add(params[i], grads[i], exp_avgs[i], kept ? (*kahans)[i] : none,
-                                   counts ? counts->steps[i] : none, counts ? counts->ordinals[i] : 0);
+                                    counts ? counts->steps[i] : none, counts ? counts->ordinals[i] : 0);
     TORCH_CHECK(wrong == nullptr, "sofim_fused: tensor ", i, ": ", wrong);
   }
   return tensors;

@@ -1,4 +1,4 @@
-// The operators' arguments: lists of tensors, and what they may hold (sofim_fused/backends/interface.py).
+// The operators' schemas, and the validation of their lists of tensors (sofim_fused/backends/interface.py).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,14 +18,15 @@ struct Counts {
   at::IntArrayRef ordinals;
 };
 
-// The operators, of whichever device.
+// Defines the operators' schemas, which all devices share.
 void define_operators(torch::Library& m);
 
+// Collects and validates lists of tensors. Throws c10::Error if their lengths differ or a tensor is not accepted.
 // `anywhere`: see StepTensors.
 StepTensors gathered(bool anywhere, at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
-                std::optional<at::TensorList> kahans, std::optional<Counts> counts);
+                     std::optional<at::TensorList> kahans, std::optional<Counts> counts);
 
-// How gradients enter the moments.
+// Sets how each gradient enters its moment.
 void set_decay(StepTensors& tensors, Floats moment, Floats gradient, std::optional<Floats> weight);
 
 }  // namespace sofim

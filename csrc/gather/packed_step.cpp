@@ -24,7 +24,7 @@ int64_t kind_of(const Row& r, int64_t addresses) {
          int64_t{addresses % 16 != 0} << 5;
 }
 
-// A tensor on the CPU that any mode may read and write.
+// A tensor on the CPU that can be written inside and outside of inference mode.
 at::Tensor memory(int64_t rows, int64_t columns, at::ScalarType dtype) {
   const c10::InferenceMode outside(false);
   return at::zeros({rows, columns}, at::TensorOptions(dtype).device(at::kCPU));
@@ -32,11 +32,11 @@ at::Tensor memory(int64_t rows, int64_t columns, at::ScalarType dtype) {
 
 }  // namespace
 
-// What lets go of tensors may run Python code, and that may come back here.
+// Marks the object as busy: releasing tensors may run Python code, which may call it again.
 struct PackedStep::Busy {
-  explicit Busy(PackedStep& table) : table(table) { table.busy_ = true; }
-  ~Busy() { table.busy_ = false; }
-  PackedStep& table;
+  explicit Busy(PackedStep& packed) : packed(packed) { packed.busy_ = true; }
+  ~Busy() { packed.busy_ = false; }
+  PackedStep& packed;
 };
 
 std::optional<int> PackedStep::gather(PyObject* groups, PyObject* state) {
@@ -46,7 +46,7 @@ std::optional<int> PackedStep::gather(PyObject* groups, PyObject* state) {
   if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return std::nullopt;
   try {
     if (!param_groups_.read(groups, state)) return std::nullopt;
-  } catch (const std::exception&) {  // what has no sizes, say; Python meets it too
+  } catch (const std::exception&) {  // for example, a tensor without sizes; Python's own checks meet it too
     PyErr_Clear();
     param_groups_.clear();
     return std::nullopt;
@@ -146,7 +146,7 @@ int PackedStep::fill_hyper() {
     const Decay decay = decay_of(h);
     const double row[kHypers] = {h.lr,   h.momentum, h.rho,   h.weight_decay, h.l2,
                                  h.sign, decay.m,    decay.g, decay.w};
-    // Bits, of which another NaN is no change. NOLINTNEXTLINE(bugprone-suspicious-memory-comparison)
+    // Compares bits: an unchanged NaN is no change. NOLINTNEXTLINE(bugprone-suspicious-memory-comparison)
     if (changed != 0 || std::memcmp(row, to, sizeof row) != 0) {
       changed |= kValues;
       std::memcpy(to, row, sizeof row);

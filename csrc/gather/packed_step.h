@@ -11,22 +11,22 @@
 
 namespace sofim {
 
-// sofim_fused/backends/triton/pack.py documents the columns of rows and hyper; step.py beside it, this class as Python
-// sees it.
+// sofim_fused/backends/triton/pack.py documents the columns of rows and hyper, and triton/step.py documents this class
+// as Python sees it.
 class PackedStep {
  public:
   // `tile`: elements per tile.
   explicit PackedStep(int64_t tile) : tile_(tile) {}
 
-  // Bits of what differs from the last time that it did not return nothing: Change. Nothing: Python has to take this
-  // step, and nothing was changed.
+  // Returns what differs from the last gather that succeeded, as bits of Change; or std::nullopt, with nothing changed,
+  // if Python has to take this step.
   std::optional<int> gather(PyObject* groups, PyObject* state);
   // Writes copies back, raises version counters and drops all tensors.
   void finish(bool weights, bool moments, bool steps);
 
   enum Change { kPointers = 1, kValues = 2, kLayout = 4 };
 
-  // Of the last gather that did not return nothing.
+  // Results of the last gather that succeeded.
   int64_t size() const { return size_; }
   int64_t tiles() const { return tiles_; }
   const std::vector<int64_t>& kinds() const { return kinds_; }

@@ -26,7 +26,7 @@ const Names& names() {
   return names;
 }
 
-// Values are read like this: false for anything that Python should look at.
+// The functions that read values return false for anything that Python should check.
 
 PyObject* item(PyObject* dict, PyObject* key) { return PyDict_GetItemWithError(dict, key); }
 
@@ -34,7 +34,7 @@ bool is_tensor(PyObject* object) {
   return object != nullptr && (THPVariable_CheckExact(object) || THPVariable_Check(object));
 }
 
-// Subclasses and traced or functionalized tensors have ways of their own; memory is not all there is to them.
+// Whether a tensor is no subclass, and not traced or functionalized: those do not consist of their memory alone.
 bool plain(const at::Tensor& x) {
   constexpr c10::DispatchKeySet others({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
                                         c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
@@ -64,7 +64,7 @@ bool read_flag(PyObject* object, bool& value) {
 bool in_range(double x, double low, double below) { return x >= low && x < below; }
 
 #if defined(SOFIM_EMULATED)
-constexpr bool kEmulated = true;  // see tests/emulator: the CPU stands for a GPU, whose memory is not looked into
+constexpr bool kEmulated = true;  // see tests/emulator: the CPU stands in for a GPU, whose memory is not read here
 #else
 constexpr bool kEmulated = false;
 #endif
@@ -72,7 +72,8 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kSmallestRho = 1e-30;  // checks.SMALLEST_RHO
 
-// A number, or a real tensor of one element; of a tensor on another device than the CPU the value is not looked at.
+// Reads a number, or a real tensor of one element. A tensor on another device is not read: it becomes `device_scalar`,
+// and the value is NaN.
 bool read_scalar(PyObject* object, bool anywhere, double& value, at::Tensor& device_scalar) {
   if (read_number(object, value)) return true;
   if (!is_tensor(object)) return false;
@@ -131,8 +132,8 @@ bool read_whole(PyObject* groups, Options& whole) {
 
 }  // namespace
 
-// A parameter's state: nullptr for what it does not have. Nearly always it has nothing else, under these very strings;
-// to walk through it takes less time than to look them up.
+// The entries of a parameter's state, nullptr for a missing one. Its dict nearly always has no other entries, and the
+// keys are the interned strings: going through all of them takes less time than looking them up.
 struct ParamGroups::Entries {
   PyObject *exp_avg = nullptr, *step = nullptr, *kahan = nullptr;
 
@@ -150,8 +151,8 @@ struct ParamGroups::Entries {
   }
 };
 
-// Looks up parameters in the optimizer's state. Entries usually stand in the order in which they are asked for; then
-// no hash is taken, which for a tensor is a call into Python.
+// Looks up parameters in the optimizer's state. Its entries usually have the order in which they are looked up; then no
+// hash is computed, which for a tensor is a call into Python.
 class ParamGroups::States {
  public:
   explicit States(PyObject* state) : state_(state) { next(); }
@@ -183,9 +184,9 @@ bool OptionalScalar::read(PyObject* object, bool anywhere) {
   return false;
 }
 
-bool ParamGroups::read(PyObject* groups, PyObject* state, const std::vector<char>* taken) {
+bool ParamGroups::read(PyObject* groups, PyObject* state, const std::vector<char>* consumed) {
   clear();
-  if (read_everything(groups, state, taken)) return true;
+  if (read_everything(groups, state, consumed)) return true;
   PyErr_Clear();  // Python meets the same error in its own checks
   clear();
   return false;
@@ -223,7 +224,7 @@ void ParamGroups::hold() {
   for (const Objects& objects : objects_) {
     for (PyObject* object : {objects.w, objects.m, objects.kahan, objects.step}) Py_XINCREF(object);
   }
-  tensors_.hold_gradients();  // w may be given another one
+  tensors_.hold_gradients();  // a parameter may be assigned another one
 }
 
 void ParamGroups::clear() {
@@ -253,7 +254,7 @@ bool ParamGroups::l2() const {
   return false;
 }
 
-bool ParamGroups::read_everything(PyObject* groups, PyObject* state, const std::vector<char>* taken) {
+bool ParamGroups::read_everything(PyObject* groups, PyObject* state, const std::vector<char>* consumed) {
   if (!PyList_Check(groups) || PyList_GET_SIZE(groups) == 0 || !PyDict_Check(state)) return false;
   if (!read_whole(groups, options_)) return false;
   States states(state);
@@ -262,11 +263,12 @@ bool ParamGroups::read_everything(PyObject* groups, PyObject* state, const std::
     Group group;
     if (!read_group(PyList_GET_ITEM(groups, i), group)) return false;
     for (Py_ssize_t j = 0; j < PyList_GET_SIZE(group.params); ++j, ++ordinal) {
-      if (!add_param(PyList_GET_ITEM(group.params, j), group, groups_.size(), states, ordinal, taken)) return false;
+      PyObject* param = PyList_GET_ITEM(group.params, j);
+      if (!add_param(param, group, groups_.size(), states, ordinal, consumed)) return false;
     }
     groups_.push_back(group.hyper);
   }
-  return !tensors_.shares_memory();  // Python takes such tensors one after the other, or says what is wrong
+  return !tensors_.shares_memory();  // Python updates such tensors one after the other, or raises an error
 }
 
 bool ParamGroups::read_group(PyObject* dict, Group& group) {
@@ -309,15 +311,16 @@ bool ParamGroups::read_scalar(PyObject* object, DeviceScalar::Name name, double&
 }
 
 bool ParamGroups::add_param(PyObject* param, const Group& group, size_t index, States& states, int64_t ordinal,
-                   const std::vector<char>* taken) {
+                            const std::vector<char>* consumed) {
   if (!is_tensor(param)) return false;
   const at::Tensor& w = THPVariable_Unpack(param);
   const at::Tensor& given = w.unsafeGetTensorImpl()->grad();
   PyObject* known = states.in_turn(param);
-  const bool was_taken = taken != nullptr && static_cast<size_t>(ordinal) < taken->size() && (*taken)[ordinal];
-  if (!given.defined() && !was_taken) return plain(w) || !w.requires_grad();  // frozen ones may be of any kind
-  if (taken != nullptr && !was_taken) return false;
-  const at::Tensor& g = was_taken ? w : given;
+  const bool was_consumed =
+      consumed != nullptr && static_cast<size_t>(ordinal) < consumed->size() && (*consumed)[ordinal];
+  if (!given.defined() && !was_consumed) return plain(w) || !w.requires_grad();  // frozen ones may be of any kind
+  if (consumed != nullptr && !was_consumed) return false;
+  const at::Tensor& g = was_consumed ? w : given;
   if (known == nullptr) known = states.find(param);
   if (known == nullptr || !PyDict_Check(known)) return false;
   const bool keeps = group.kahan && (w.scalar_type() == at::kBFloat16 || w.scalar_type() == at::kHalf);

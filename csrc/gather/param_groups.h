@@ -1,7 +1,7 @@
-// Reads an optimizer's groups and state: the tensors of one step, and what holds for them.
+// Reads an optimizer's groups and state: the tensors of one step, and their settings.
 //
-// It takes what SOFIM.step (sofim_fused/optimizer.py) takes where nothing is to be said about it. Whatever it does not
-// expect, a wrong value or a tensor without state, it leaves to Python.
+// Handles only inputs for which SOFIM.step (sofim_fused/optimizer.py) needs no error or warning. Everything else, such
+// as a wrong value or a tensor without state, falls back to Python.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,7 +15,7 @@
 
 namespace sofim {
 
-// What holds for the optimizer as a whole.
+// Settings that all groups share.
 struct Options {
   bool gradient_form = false;
   Fisher fisher = Fisher::model;
@@ -25,44 +25,44 @@ struct Options {
   bool guarded() const { return max_grad_norm || skip_nonfinite; }
 };
 
-// A hyperparameter that is a tensor on another device than the CPU; its group's Hyper has NaN in its place.
+// A hyperparameter that is a tensor on a device other than the CPU; its group's Hyper has NaN in its place.
 struct DeviceScalar {
   size_t group;
   enum Name { kLr, kRho } name;
   at::Tensor value;
 };
 
-// What a step may be given besides: nothing (None), a number, or a tensor of one element.
+// An optional argument of a step: None, a number, or a tensor of one element.
 struct OptionalScalar {
   bool there = false;
   double value = 0.0;
-  at::Tensor device_scalar;  // defined: the value is in it, on another device than the CPU
+  at::Tensor device_scalar;  // defined: it has the value, on a device other than the CPU
 
-  // False if Python has to look at it. `anywhere`: a tensor may lie on any device.
+  // False if Python has to check it. `anywhere`: a tensor may be on any device.
   bool read(PyObject* object, bool anywhere);
 };
 
 class ParamGroups {
  public:
-  // `anywhere`: all tensors may lie on any one device, and lr and rho on others. Else all have to lie on the CPU.
+  // `anywhere`: all tensors may be on any one device, and lr and rho on others. Otherwise all have to be on the CPU.
   explicit ParamGroups(bool anywhere = false) : anywhere_(anywhere), tensors_(anywhere) {}
   ~ParamGroups() { clear(); }
   ParamGroups(const ParamGroups&) = delete;
   ParamGroups& operator=(const ParamGroups&) = delete;
 
-  // False if Python has to look at this step; nothing was changed then. What was read stays valid as long as Python's
-  // lock is held and no Python code runs, or see hold(). `groups` and `state` may be of any type.
-  // `taken`: says of each parameter, by its ordinal, whether its gradient was taken before. Then these are read, with
-  // the parameter in the place of its gradient, and none of the others may have one.
-  bool read(PyObject* groups, PyObject* state, const std::vector<char>* taken = nullptr);
+  // Returns false, with nothing changed, if Python has to take this step. What was read stays valid while Python's lock
+  // is held and no Python code runs, or after hold(). `groups` and `state` may be of any type.
+  // `consumed`: for each parameter, by its ordinal, whether its gradient has already entered its moment. Then only the
+  // parameters for which it has are read, each also in the place of its gradient, and no other may have a gradient.
+  bool read(PyObject* groups, PyObject* state, const std::vector<char>* consumed = nullptr);
   // Reads settings alone; they stay until the next clear().
   bool read_settings(PyObject* groups);
   // After read_settings(): reads one parameter that has a gradient, in the place of the one before.
   bool read_one(PyObject* param, PyObject* state, size_t group, int64_t ordinal);
   // Keeps every tensor alive until clear().
   void hold();
-  // Forgets what was read, or but for the settings. To be called with Python's lock. What goes may run Python code, which
-  // must not come here.
+  // clear() drops everything that was read; clear_tensors() keeps the settings. Call them with Python's lock held.
+  // Releasing tensors may run Python code, which must not call this object.
   void clear();
   void clear_tensors();
 
@@ -90,14 +90,14 @@ class ParamGroups {
     PyObject *w, *m, *kahan, *step;
   };
 
-  bool read_everything(PyObject* groups, PyObject* state, const std::vector<char>* taken);
+  bool read_everything(PyObject* groups, PyObject* state, const std::vector<char>* consumed);
   bool read_group(PyObject* dict, Group& group);
   bool read_scalar(PyObject* object, DeviceScalar::Name name, double& value);
   bool add_param(PyObject* param, const Group& group, size_t index, States& states, int64_t ordinal,
-             const std::vector<char>* taken);
+                 const std::vector<char>* consumed);
 
   const bool anywhere_;
-  // Kept from step to step for their memory alone.
+  // Members, so that their memory is reused from step to step.
   StepTensors tensors_;
   Options options_;
   std::vector<Hyper> groups_;

@@ -71,7 +71,7 @@ bool has_memory(const at::Tensor& x) {
   return storage && (storage.data() != nullptr || impl->numel() == 0);
 }
 
-// A zero-length tensor has no memory; a pointer that is not null keeps arithmetic on it defined.
+// Stands in for the memory of a tensor without elements: arithmetic on a null pointer would be undefined.
 char nowhere[1];
 
 template <class Pointer>
@@ -93,12 +93,12 @@ void StepTensors::clear() {
   copied_.clear();
   held_.clear();
   tiling_.clear();
-  if (!unsure_.empty()) known_.clear();  // nobody asked shares_memory(), or it does: all is looked at anew
+  if (!unsure_.empty()) known_.clear();  // shares_memory() was not called, or found an overlap: check everything again
   unsure_.clear();
 }
 
 const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
-                        const at::Tensor& step, int64_t ordinal) {
+                             const at::Tensor& step, int64_t ordinal) {
   Row record{};
   if (anywhere_ && records_.empty()) {
     device_ = w.device();
@@ -192,7 +192,7 @@ const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at:
   if (in_place && known.w == record.w && known.m == record.m && known.kahan == record.kahan &&
       known.step == record.step && known.numel == record.numel && known.w_type == record.w_type &&
       known.m_type == record.m_type) {
-    if (known.g == record.g && known.g_type == record.g_type) return nullptr;  // else it may end elsewhere
+    if (known.g == record.g && known.g_type == record.g_type) return nullptr;  // another dtype ends elsewhere
   } else {
     moved_ = true;
   }
@@ -288,7 +288,7 @@ void StepTensors::bump_steps() {
 void StepTensors::write_back(bool weights, bool moments) {
   c10::NoGradGuard no_grad;
   for (Copied& copied : copied_) {
-    if (copied.moment ? moments : weights) copied.home.detach().copy_(copied.copy);
+    if (copied.moment ? moments : weights) copied.original.detach().copy_(copied.copy);
   }
 }
 

@@ -11,29 +11,29 @@
 
 namespace sofim {
 
-// Whether a tensor's elements have addresses: it is dense, has memory, and its device is one where pointers say where.
+// Whether a tensor's elements have addresses: it is strided, has memory, and its device has pointers (not meta or MPS).
 bool has_addresses(const at::Tensor& x);
 
 class StepTensors {
  public:
-  // `anywhere`: all tensors may lie on any one device, the first one's. Else all have to lie on the CPU.
+  // `anywhere`: all tensors may be on any one device, the first one's. Otherwise all have to be on the CPU.
   explicit StepTensors(bool anywhere = false) : anywhere_(anywhere) {}
   void clear();
 
-  // Takes one tensor of a step; it must outlive this step. `kahan` and `step` may be undefined: no bits are kept, no
-  // count is needed. Returns nullptr, or what is wrong, a phrase for a message; then nothing was added.
-  // Tensors whose memory is not laid out like m's go through copies, which write_back() takes home; so do lazily
-  // conjugated and negated gradients.
+  // Adds one tensor of a step; it must outlive this step. `kahan` and `step` may be undefined: then no lost bits are
+  // kept, and no count of updates is needed. Returns nullptr; or, with nothing added, what is wrong, as a phrase for a
+  // message. Tensors whose memory is not laid out like m's go through copies, which write_back() copies back; so do
+  // lazily conjugated and negated ones.
   const char* add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
                   const at::Tensor& step, int64_t ordinal);
 
-  // Whether memory that a step writes (w, m, kahan, step) may be another tensor's as well: the ranges of addresses
-  // overlap. Gradients may lie in each other's memory, and one in that of its own w, element by element. Then no pass
-  // over all tensors at once is right: two threads would write the same elements.
+  // Whether memory that a step writes (w, m, kahan, step) may belong to another tensor as well: the ranges of addresses
+  // overlap. Then no pass over all tensors at once is correct: two threads would write the same elements. Allowed are
+  // gradients that share memory with each other, and a gradient that is its own w, element by element.
   //
-  // What was found stays known from step to step, as numbers, which point to nothing: a step whose addresses are those
-  // of the last one costs a comparison. Other addresses of what is written cost a sort, other ones of a gradient a look
-  // at its storage: memory that the allocator made for it alone is nobody else's.
+  // The result is remembered from step to step, with addresses as numbers that are never dereferenced. A step with the
+  // same addresses as the last one costs a comparison. New addresses of written tensors cost a sort. A new address of
+  // a gradient costs a look at its storage: if that was allocated for this gradient alone, no other tensor shares it.
   bool shares_memory();
 
   // The number of tensors.
@@ -41,11 +41,11 @@ class StepTensors {
   const Tiling& tiling() const { return tiling_; }
   const Row* records() const { return records_.data(); }
   Row& record(size_t i) { return records_[i]; }
-  // Where the tensors lie; undefined if there are none.
+  // The tensors' device; undefined if there are none.
   at::Device device() const { return device_; }
   uint32_t ordinal(size_t i) const { return records_[i].ordinal; }
 
-  // Where tensor i's count of updates lies, on the tensors' device.
+  // The address of tensor i's count of updates, on the tensors' device.
   const int64_t* count(size_t i) const { return records_[i].step; }
   // The updates that tensor i has received. This, key_random_bits() and advance() are for tensors on the CPU.
   int64_t updates(size_t i) const { return *records_[i].step; }
@@ -58,7 +58,7 @@ class StepTensors {
   void bump_weights();
   void bump_moments();
   void bump_steps();
-  // Takes what the passes wrote into copies home.
+  // Copies what the passes wrote into copies back to the tensors.
   void write_back(bool weights, bool moments);
   // Keeps the gradients alive until clear().
   void hold_gradients();
@@ -68,14 +68,14 @@ class StepTensors {
     c10::TensorImpl *w, *g, *m, *kahan, *step;
   };
   struct Copied {
-    at::Tensor home, copy;
+    at::Tensor original, copy;
     bool moment;
   };
   // A range of addresses; empty: {0, 0}.
   struct Range {
     uintptr_t begin, end;
   };
-  // Where a tensor lay in the last step; numbers, which point to nothing.
+  // Where a tensor was in the last step; the addresses are only compared, never dereferenced.
   struct Known {
     const void *w, *g, *m, *kahan, *step;
     int64_t numel;
@@ -83,7 +83,7 @@ class StepTensors {
   };
 
   static Range range_of(const c10::TensorImpl* x);
-  // Sorts what is written; says whether any two of the ranges overlap.
+  // Sorts the ranges that are written; returns whether any two of them overlap.
   bool sort_written();
   // Whether a range overlaps one of those that were sorted, which do not overlap each other.
   bool is_written(const Range& range) const;
@@ -97,10 +97,10 @@ class StepTensors {
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> held_;
   Tiling tiling_;
   std::vector<Known> known_;     // compared and replaced as tensors are added
-  std::vector<size_t> unsure_;   // tensors with gradients that shares_memory() has to look at
-  std::vector<Range> sorted_;    // what is written, when something of it last moved
-  bool moved_ = false;           // since it was sorted
-  bool overlap_ = false;         // of what was sorted
+  std::vector<size_t> unsure_;   // tensors whose gradients shares_memory() has to check
+  std::vector<Range> sorted_;    // the ranges that are written, as last sorted
+  bool moved_ = false;           // whether one of them has changed since
+  bool overlap_ = false;         // whether two of sorted_ overlap
 };
 
 }  // namespace sofim

@@ -7,11 +7,11 @@
 
 namespace sofim {
 
-// Elements that are summed in one go. A tile never crosses a tensor, and its place in a tensor never changes, so that
+// Elements that are summed in one go. A tile never spans two tensors, and its place in a tensor never changes, so that
 // sums do not depend on the number of threads.
 constexpr int64_t kTile = 32768;
 
-// Tiles are numbered from 0 over all tensors; those of a tensor are neighbours.
+// Tiles are numbered from 0 over all tensors; those of one tensor are consecutive.
 class Tiling {
  public:
   void clear();

@@ -1,5 +1,5 @@
-// The arithmetic of one element. Each formula stands here once, as a template: for a scalar, on host or device, and for
-// a vector of elements (csrc/cpu/lanes.h). V is a real type, float or double or a vector of them; U a 32-bit
+// The arithmetic of one element. Each formula is written once, as a template: for a scalar, on host or device, and for
+// a vector of elements (csrc/cpu/lanes.h). V is a real type, float or double or a vector of them; U is a 32-bit
 // unsigned integer or a vector of them.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 #if defined(__CUDACC__)
 #define SOFIM_HD __host__ __device__ __forceinline__
-#elif defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__)  // with checks around each access, code has to stay small
+#elif defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__)  // with checks around each access, inlined code is too large
 #define SOFIM_HD inline __attribute__((always_inline))
 #define SOFIM_INLINE __attribute__((always_inline))  // of a lambda
 #else
@@ -19,7 +19,7 @@
 
 namespace sofim {
 
-// What V has to offer besides + - *. One rounding for a*b + c wherever the hardware can.
+// The operations on V besides + - *. multiply_add(a, b, c) is a*b + c, rounded once wherever the hardware can.
 template <class V>
 struct Ops;
 
@@ -51,7 +51,7 @@ SOFIM_HD float from_bits(uint32_t bits) {
 // a, or b where the bits x are those of a NaN.
 SOFIM_HD uint32_t where_number(uint32_t x, uint32_t a, uint32_t b) { return (x & 0x7FFFFFFFu) <= 0x7F800000u ? a : b; }
 
-// How the first moment goes on: m' = m·m + g·v + w·w, each factor named after what it multiplies.
+// The coefficients of the new first moment, decay.m·m + decay.g·v + decay.w·w, each named after what it multiplies.
 struct Decay {
   double m, g, w;
 };
@@ -62,14 +62,14 @@ SOFIM_HD V blended(V m, V g, V by_m, V by_g) {
   return Ops<V>::multiply_add(by_g, g, by_m * m);
 }
 
-// The weight with the bits that its 16-bit storage lost. A kahan above half an ulp of w, |w|·half_eps, is none of
-// these: w was replaced from outside.
+// The weight plus `kahan`, the part that its 16-bit storage lost. A kahan above half an ulp of w, |w|·half_eps, cannot
+// be that part (w was replaced from outside) and is ignored.
 template <class V>
 SOFIM_HD V with_lost_bits(V w, V kahan, V half_eps) {
   return w + Ops<V>::where_at_most(Ops<V>::magnitude(kahan), Ops<V>::magnitude(w) * half_eps, kahan);
 }
 
-// What storage as `rounded` loses of a value; nothing where it overflows (largest: the largest finite V).
+// The part of a value that is lost when it is stored as `rounded`; 0 if that overflows (largest: the largest finite V).
 template <class V>
 SOFIM_HD V lost_bits(V value, V rounded, V largest) {
   return Ops<V>::where_at_most(Ops<V>::magnitude(rounded), largest, value - rounded);
@@ -100,7 +100,7 @@ SOFIM_HD uint32_t stretch_key(uint32_t key, int64_t index) {
 }
 
 // 16 random bits; `place` is the lower half of the index times kWeyl. They are the upper half of
-// mixed(stretch + place), to which its last step adds nothing.
+// mixed(stretch + place), which the last step of mixed() leaves as it is.
 template <class U>
 SOFIM_HD U random_bits(U stretch, U place) {
   U x = stretch + place;
@@ -110,9 +110,9 @@ SOFIM_HD U random_bits(U stretch, U place) {
   return (x * 0x846CA68Bu) >> 16;
 }
 
-// A float32's bits, rounded to those of a bfloat16 (the lower half zero): up in magnitude with the probability of the
-// part that is cut off. An infinity has nothing to cut off and stays what it is, and so does a NaN that arithmetic
-// made: it is a quiet one, which shows in the upper half.
+// A float32's bits, rounded to those of a bfloat16 (the lower half zero). The probability of rounding up in magnitude
+// is the part that is cut off, in units of the last bit that is kept. An infinity has nothing to cut off and is
+// unchanged. A NaN that arithmetic produced remains a NaN: it is a quiet one, whose mark is in the upper half.
 template <class U>
 SOFIM_HD U rounded_stochastically(U value, U random) {
   return where_number(value, value + random, value) & 0xFFFF0000u;

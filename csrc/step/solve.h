@@ -1,6 +1,6 @@
-// Sums to coefficients in float64: what sofim_fused/backends/solve.py derives and does with tensors, for one tensor of
-// a Fisher block at a time. Notation as there: β momentum, ρ rho, η lr, t updates so far including this one, S and P
-// the sums over a Fisher block, κ the clip factor.
+// From sums to coefficients, in float64. sofim_fused/backends/solve.py derives the formulas and evaluates them with
+// PyTorch; here they are evaluated for one tensor of a Fisher block at a time. Notation as there: β momentum, ρ rho,
+// η lr, t updates so far including this one, S and P the sums over a Fisher block, κ the clip factor.
 #pragma once
 
 #include <cfloat>
@@ -40,7 +40,7 @@ SOFIM_HD double bias_correction(double momentum, int64_t update) {
   return -1.0 / expm1(static_cast<double>(update) * log(momentum));
 }
 
-// The same for one tensor after another: neighbours mostly share it.
+// bias_correction() for one tensor after another. It keeps the last value, which the next tensor usually shares.
 class LastCorrection {
  public:
   double of(double momentum, int64_t update) {
@@ -53,11 +53,12 @@ class LastCorrection {
   int64_t update_ = 0;
 };
 
-// l2·x, and 0 without L2 decay, whatever x: it may be infinite.
+// l2·x; without L2 decay 0, even if x is infinite.
 SOFIM_HD double decayed(double l2, double x) { return l2 == 0.0 ? 0.0 : l2 * x; }
 
-// What one Fisher block comes to. Plain step: `norm` is S and `cross` P, of the new moment. Guarded step: polynomials
-// in κ, lowest power first, of the moment that is to come; `scale` is what `norm` would be if nothing cancelled.
+// The sums over one Fisher block. Plain step: `norm` is S and `cross` is P, of the new moment. Guarded step: the new
+// moment depends on κ, which is not known yet, so that all of these are polynomials in κ, lowest power first; `scale`
+// is what `norm` would be if nothing cancelled.
 struct PlainBlock {
   double norm = 0.0, cross = 0.0;
 
@@ -109,10 +110,10 @@ struct Update {
   double weight = 1.0, gradient = 0.0, moment = 0.0;
 };
 
-// As a float32 a larger coefficient would be infinite, and its product with a zero NaN.
+// Limits a coefficient to the range of float32. Beyond it, it would become infinite, and its product with zero NaN.
 SOFIM_HD double finite(double x) { return x > FLT_MAX ? FLT_MAX : x < -FLT_MAX ? -FLT_MAX : x; }
 
-// The part of the gradient form's step that is known before any sum is.
+// The part of the gradient form's step that does not depend on any sum.
 SOFIM_HD Update gradient_part(const Hyper& h) {
   const double rate = h.lr / h.rho;
   return {1.0 - h.lr * h.weight_decay - decayed(h.l2, rate), finite(-rate * h.sign), 0.0};

@@ -1,4 +1,4 @@
-// What the passes over tensors read and return, on a CPU and on a GPU alike. No header of PyTorch's is needed here.
+// What the passes over tensors read and return, on a CPU and on a GPU alike. This needs no header of PyTorch.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace sofim {
 
-// How elements are stored. A complex tensor counts as one of real numbers, of twice as many elements.
+// How elements are stored. A complex tensor is treated as a real one with twice as many elements.
 enum class Type : uint8_t { float32, float64, bfloat16, float16 };
 constexpr bool is_narrow(Type type) { return type == Type::bfloat16 || type == Type::float16; }
 
@@ -17,8 +17,8 @@ constexpr bool is_narrow(Type type) { return type == Type::bfloat16 || type == T
 enum Sum { kMM, kMG, kMW, kGG, kGW, kWW };
 constexpr int kSums = kWW + 1;
 
-// One tensor of a step: where its elements are, and how they are stored. w, g, m and kahan lie in memory in one and the
-// same order, without gaps.
+// One tensor of a step: where its elements are, and how they are stored. The elements of w, g, m and kahan have the
+// same order in memory, without gaps.
 struct TensorRow {
   void* w;
   const void* g;
