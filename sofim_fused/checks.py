@@ -30,9 +30,9 @@ DTYPES = (
 )
 
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
-SMALLEST_RHO = 1e-30  # keeps ‖m̂‖²/ρ far from what overflows a float64
+SMALLEST_RHO = 1e-30  # keeps ‖m̂‖²/ρ far below float64's overflow
 
-# What a parameter group may set for itself, and what holds for the optimizer as a whole.
+# Options that each parameter group may set, and options that have one value for the whole optimizer.
 PER_GROUP = (
     "lr",
     "momentum",
@@ -63,7 +63,7 @@ def flag(name: str, value: Any) -> bool:
     """A constructor's flag; ``None`` counts as ``False``.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is not a flag.
     """
     if not (value is None or isinstance(value, bool)):
         raise TypeError(f"{name}={value!r}: pass True or False")
@@ -202,7 +202,7 @@ def shard_group(group: Any, in_backward: bool) -> None:
 
 
 def unscaled(optimizer: Any) -> None:
-    """Check that no GradScaler steps an optimizer whose gradients were taken in the backward pass."""
+    """Check that no GradScaler calls ``step()`` of an optimizer whose gradients were taken in the backward pass."""
     if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
         raise ValueError(
             "in_backward=True under a GradScaler is impossible: gradients entered their moments with the loss's scale, "
@@ -211,7 +211,7 @@ def unscaled(optimizer: Any) -> None:
 
 
 def one_device(params: Sequence[Tensor]) -> None:
-    """Check that parameters which are spread over ranks are on one device of each."""
+    """Check that parameters which are sharded over ranks are on one device of this rank."""
     devices = sorted({str(param.device) for param in params})
     if len(devices) > 1:
         raise ValueError(
@@ -262,7 +262,7 @@ def parameters(params: Any, index: int, taken: Mapping[Tensor, int], state_dtype
         params: what the user gave: a tensor or an iterable of tensors or of (name, tensor) pairs.
         index: the group's.
         taken: the parameters of the groups before, with their group's index.
-        state_dtype: the group's, for what it rules out.
+        state_dtype: the group's, which excludes some dtypes of parameters.
     """
     if isinstance(params, (set, frozenset)):
         raise TypeError(f"parameter group {index}: params is a set, which has no fixed order: pass a list")
@@ -352,7 +352,7 @@ def apart(param: Tensor, ordinal: int) -> None:
 
 
 def shared_in_backward(one: int, other: int) -> ValueError:
-    """What to raise where two parameters (ordinals) share memory that their gradients entered one by one."""
+    """The error for two parameters (ordinals) that share memory, which their gradients entered one by one."""
     return ValueError(
         f"parameters {one} and {other} share memory (weights, or one exp_avg for both): with in_backward=True their "
         "gradients enter it in the order in which they arrive, which is not that of a plain step. Give each memory of "
@@ -368,7 +368,7 @@ def _sharing(x: Tensor, where: str | _Named, advice: str) -> ValueError:
 
 
 def _placements(param: Any, where: str) -> None:
-    """Check how a ``DTensor`` lies on its mesh."""
+    """Check the placements of a ``DTensor`` on its mesh."""
     if param.device_mesh.get_coordinate() is None:
         raise ValueError(
             f"{where} lies on {param.device_mesh}, which this rank is not part of: leave it out here; with"
@@ -426,13 +426,13 @@ _CAST_UNSET = (
 
 
 def other_mesh(param: Any, value: Any, where: str, advice: str) -> ValueError:
-    """The error for a tensor that lies on another mesh than its parameter."""
+    """The error for a tensor on another mesh than its parameter."""
     found, expected = (f"a DTensor on {x.device_mesh}" if is_sharded(x) else "a plain tensor" for x in (value, param))
     return ValueError(f"{where} is {found}, the parameter {expected}: {advice}")
 
 
 def _placed_alike(param: Any, value: Any, ordinal: int, name: str) -> None:
-    """Check that a parameter's state lies on ranks as the parameter does."""
+    """Check that a parameter's state has the mesh and the placements of the parameter."""
     if not on_one_mesh(param, value):
         raise other_mesh(param, value, f"{_state(param, ordinal)}: {name}", _SPREAD)
     if is_sharded(param) and param.placements != value.placements:
@@ -505,7 +505,7 @@ def shared(param: Tensor, ordinal: int, name: str, other: int, other_name: str) 
 
 
 def state_entries(param: Tensor, known: Any, ordinal: int) -> None:
-    """Check that what the optimizer's state has for a parameter is a dict, with all of SOFIM's entries or none."""
+    """Check that a parameter's entry in the optimizer's state is a dict, with all of SOFIM's entries or none."""
     if not isinstance(known, Mapping):
         raise TypeError(
             f"{_state(param, ordinal)} is of type {type(known).__name__}, not a dict: delete it to start the "
@@ -542,7 +542,7 @@ def _number(
     infinite: bool = False,
     tensor: bool = False,
 ) -> None:
-    """Check that ``value`` is a real number in the range; a tensor is looked into only where that needs no waiting.
+    """Check that ``value`` is a real number in the range. A tensor's value is read only if that needs no waiting.
 
     Without ``low`` and ``below`` it only has to be finite.
     """
@@ -560,7 +560,7 @@ def _number(
     else:
         kinds = "a float or a one-element tensor" if tensor else "a float"
         raise TypeError(f"{where}{name}={value!r}: pass {kinds}")
-    # Comparisons alone, which torch.compile takes of a number that it does not know; NaN fails the first.
+    # Only comparisons, which torch.compile can trace for a number that it does not know; NaN fails the first one.
     good = number > low if open_low or low == -math.inf else number >= low
     if not good or (number == math.inf and not infinite) or (below is not None and number >= below):
         if low == -math.inf:

@@ -29,10 +29,10 @@ from sofim_fused.checks import (
 )
 from sofim_fused.dtensor import on_one_mesh
 
-MOST_STEPS = 2**63 - 2**32  # an int64 still counts those that follow
+MOST_STEPS = 2**63 - 2**32  # leaves room in an int64 for the steps that follow
 IDENTITY = ("lr", "momentum", "rho")  # in the groups of every version; a group that lacks one is another optimizer's
 ADDED_LATER = tuple(name for name in PER_GROUP + WHOLE if name not in IDENTITY)  # what older versions may lack
-# What other optimizers keep for a parameter, and which optimizers these are.
+# Entries that other optimizers keep for a parameter, and the names of these optimizers.
 OTHER_STATES = {
     ("momentum_buffer",): "SGD",
     ("exp_avg_sq",): "Adam and its variants",
@@ -54,7 +54,7 @@ def check(saved: Any, groups: Sequence[Mapping[str, Any]], defaults: Mapping[str
 
     Raises:
         TypeError: it, or one of its parts, is of the wrong type.
-        ValueError: it lacks something, or its groups, parameters or shapes are others.
+        ValueError: something is missing, or its groups, parameters or shapes differ from the optimizer's.
     """
     if not isinstance(saved, Mapping):
         raise TypeError(f"state_dict is of type {type(saved).__name__}: pass what SOFIM.state_dict() returned")
@@ -99,8 +99,8 @@ def _completed(theirs: Any, ours: Mapping[str, Any], groups: Sequence[Any], defa
     """A copy of a saved group, with missing options filled in where possible; what is not a dict is returned as it is.
 
     An option that it lacks was added in a later version, and gets the constructor's default, which is how the older
-    version behaved. torch.distributed.checkpoint leaves all settings of an empty group out; such a group gets this
-    optimizer's settings for it, except those that hold for the optimizer as a whole.
+    version behaved. torch.distributed.checkpoint leaves out all settings of an empty group; such a group gets this
+    optimizer's settings for it, except those of the whole optimizer.
     """
     if not isinstance(theirs, dict):
         return theirs
@@ -146,7 +146,7 @@ def _saved_group(theirs: Any, ours: Mapping[str, Any], index: int) -> None:
 
 
 def _whose(group: Mapping[str, Any]) -> str:
-    """What an error says about a group that is not SOFIM's: where it comes from, and what to do."""
+    """The part of an error about a group that is not SOFIM's: where it comes from, and what to do."""
     if "dampening" in group and "nesterov" in group:
         return (
             "it comes from another optimizer (it has torch.optim.SGD's dampening and nesterov): load it into an SGD "
@@ -158,7 +158,7 @@ def _whose(group: Mapping[str, Any]) -> str:
 
 
 def saved_entries(known: Mapping[str, Any]) -> dict[str, Any]:
-    """SOFIM's entries of a parameter's saved state; an empty dict: it has none yet.
+    """SOFIM's entries of a parameter's saved state; an empty dict if it has none yet.
 
     torch.distributed.checkpoint puts an empty dict in place of an entry that a flattened state dict lacks.
     """
@@ -170,7 +170,7 @@ def _empty(value: Any) -> bool:
 
 
 def _others_state(known: Mapping[str, Any], entries: Mapping[str, Any]) -> str:
-    """Which entries of a saved state are another optimizer's, and which one's; an empty string if none are."""
+    """A phrase: which entries of a saved state belong to another optimizer, and to which. Empty if there are none."""
     step = entries.get("step")
     counted = isinstance(step, Tensor) and not step.is_floating_point()  # others count in float32
     if "exp_avg" in entries and counted:
@@ -203,7 +203,7 @@ def _saved_state(known: Any, param: Tensor, key: Any) -> None:
     optimizable(param, where, None)
     for name, value in entries.items():
         if name == "step" and isinstance(value, Real) and not isinstance(value, bool):
-            continue  # other optimizers, and converted checkpoints, have such counts
+            continue  # other optimizers and converted checkpoints have such counts
         if not isinstance(value, Tensor):
             raise TypeError(f"{where}: {name} is of type {type(value).__name__}, not a tensor: it is damaged")
         _readable(value, param, f"{where}: {name}")

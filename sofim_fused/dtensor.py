@@ -1,4 +1,4 @@
-"""What a ``DTensor`` holds on this rank, and where its other elements are. Plain tensors pass through."""
+"""What a ``DTensor`` holds on this rank, and which ranks hold its other elements. Plain tensors are returned as is."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def is_sharded(x: object) -> bool:
     """Whether it is a ``DTensor``."""
     if type(x) is Tensor or type(x) is nn.Parameter:
         return False
-    # The module is imported with the first of them; importing it for all others would take long.
+    # Creating the first DTensor imports this module. Programs without any should not wait for the import.
     module: Any = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 
 
 def on_one_mesh(x: Any, y: Any) -> bool:
-    """Whether two tensors lie on the same mesh, or both on none."""
+    """Whether two tensors are on the same mesh, or both on none."""
     sharded = is_sharded(x)
     if sharded is not is_sharded(y):
         return False
@@ -33,12 +33,12 @@ def on_one_mesh(x: Any, y: Any) -> bool:
 
 
 def local(x: Tensor) -> Tensor:
-    """What this rank holds of a tensor, in the same memory. Under ``no_grad``."""
+    """What this rank holds of a tensor, in the same memory. Call it under ``no_grad``."""
     return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
 
 
 def groups_of(param: Tensor) -> Groups:
-    """The process groups whose ranks hold other elements of a parameter than this one does; replicas are none."""
+    """The process groups whose ranks hold elements of a parameter that this rank does not hold; without replicas."""
     return _groups(param, replicated=False)
 
 
@@ -57,10 +57,10 @@ def _groups(param: Tensor, replicated: bool) -> Groups:
 
 
 def placed_as(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients that lie on ranks as their parameters do.
+    """Gradients with the placements of their parameters.
 
-    Some do not: under sequence parallelism each rank has the share of its part of the sequence in the gradient of a
-    replicated parameter (``Partial``). What has to be sent for that is under way at the same time.
+    Some do not have them: under sequence parallelism, the gradient of a replicated parameter is a sum to which each
+    rank contributes its part of the sequence (``Partial``). All transfers for that run at the same time.
     """
     moved: list[Any] = [
         grad.redistribute(placements=param.placements, async_op=True)  # type: ignore[attr-defined]
@@ -72,7 +72,7 @@ def placed_as(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]
 
 
 def _arrived(grad: Any) -> Tensor:
-    wait = getattr(grad.to_local(), "wait", None)  # it may have been a matter of this rank alone
+    wait = getattr(grad.to_local(), "wait", None)  # None if nothing had to be sent
     arrived: Tensor = grad.to_local() if wait is None else wait()
     return arrived
 

@@ -37,8 +37,8 @@ class Taken(NamedTuple):
 
     Attributes:
         groups: new group dicts, with SGD's own values under SOFIM's names.
-        defaults: the constructor's arguments, for groups that are added later; likewise.
-        dampenings: τ of each group, and of ``defaults`` last.
+        defaults: the constructor's arguments, for groups that are added later, in the same form.
+        dampenings: τ of each group, and at the end that of ``defaults``.
         buffers: the parameters that have a momentum buffer, with the buffer in place of the gradient.
         steps: how many updates SGD took, or ``None``.
     """

@@ -1,8 +1,8 @@
-"""In-backward accumulation: each gradient enters its moment while the backward pass that made it goes on.
+"""In-backward accumulation: each gradient enters its moment during the backward pass that computes it.
 
-A gradient is then still in cache, and nothing is left of a step but scalar algebra and ``apply``. Sums over all
-parameters are put together from what each ``accumulate`` leaves. In the gradient form, Sherman-Morrison splits the
-step into a term in the gradient, which w takes at once, and one in the moment, whose factor is known at the end:
+A gradient is then still in the cache, and only scalar algebra and ``apply`` remain for the step. Sums over all
+parameters are collected from each ``accumulate``. In the gradient form, Sherman-Morrison splits the step into a term
+in the gradient, which is added to w at once, and one in the moment, whose factor is known at the end:
 
     w - η F⁻¹g = [w - (η/ρ) g] + (η/ρ) m̂ P/(1 + S)
 """
@@ -32,16 +32,18 @@ from sofim_fused.step.hyperparameters import Hyperparameters, decay_of, entering
 from sofim_fused.step.plan import Plan
 
 BATCH = 1 << 20
-"""Elements that wait for a pass over all of them, where a pass has a launch to pay for."""
+"""Elements that are collected for one pass, where each pass costs a launch."""
 
 INDICES = 64
-"""Choices of tensors that are kept on a device."""
+"""How many index tensors are kept on a device, each for a choice of parameters."""
 
-_NOTHING, _PART, _WHOLE = range(3)  # of a parameter's gradient was taken in this step
+_NOTHING, _PART, _WHOLE = range(3)  # how much of a parameter's gradient was taken in this step
 
 
 class InBackward:
-    """Takes an optimizer's gradients as they come, and then the rest of the step.
+    """Takes an optimizer's gradients one by one, in the backward pass, and then the rest of the step.
+
+    To take a gradient is to add it to its moment; in the gradient form w is also updated by the gradient's term.
 
     Args:
         optimizer: whose parameters get hooks; not kept alive.
@@ -55,34 +57,34 @@ class InBackward:
         self._plan = plan
         self._capturable = capturable
         self.release = release
-        self._depth = 0  # of accumulate_grads()
-        self._met = False  # any gradient
-        self._searched = False  # for DistributedDataParallel, when a gradient looked like a part of its buckets
-        self._removed = False  # the hooks
-        self._hooks: dict[int, _Watch] = {}  # by id of the parameter; goes when the parameter goes
+        self._depth = 0  # of nested accumulate_grads()
+        self._met = False  # whether any gradient was seen so far
+        self._searched = False  # whether DistributedDataParallel was searched for: a gradient looked like a bucket's
+        self._removed = False  # whether the hooks were removed
+        self._hooks: dict[int, _Watch] = {}  # by id of the parameter; an entry is removed with its parameter
         weakref.finalize(self, _remove, self._hooks).atexit = False
-        # About the parameters at the last survey, by ordinal. No reference to them is kept: it would keep them alive,
+        # What _find_parameters() found last, by ordinal. No reference to parameters is kept: it would keep them alive,
         # and torch.utils.swap_tensors() refuses even tensors that have weak references.
         self._stale = True
         self._ids: list[int] = []
         self._watched = 0  # how many have hooks
         self._group_of: list[int] = []
-        self._position: list[tuple[torch.device, int]] = []  # the device, and the place among its parameters
+        self._position: list[tuple[torch.device, int]] = []  # the device, and the index among its parameters
         self._sizes: dict[torch.device, list[int]] = {}  # parameters of a device, by group
         self._everything: dict[torch.device, Hyperparameters] = {}
         self._native: NativeInBackward | None = None
         self._native_on: torch.device | None = None
         self._indices: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
-        # Of this step:
+        # For the current step only:
         self._progress = bytearray()
         self._marks: dict[int, _Mark] = {}  # of gradients that were not taken natively
         self._frozen: list[dict[str, Any]] | None = None
         self._take: Callable[[Tensor, Any, int, int, bool], bool] | None = None  # natively
         self._state: MutableMapping[Tensor, Any] = {}
         self._waiting: dict[torch.device, _Batch] = {}
-        self._sums: dict[int, tuple[Sums, int]] = {}  # by ordinal: those of its batch, and the place among them
+        self._sums: dict[int, tuple[Sums, int]] = {}  # by ordinal: the sums of its batch, and its index in the batch
         self._steps: dict[torch.device, GradientStep] = {}
-        self._streams: dict[torch.device, list[Any]] = {}  # on which passes ran
+        self._streams: dict[torch.device, list[Any]] = {}  # the streams on which passes ran
         check_not_replicated(param for group in optimizer.param_groups for param in group["params"])
         self.watch()
         self._find_parameters()
@@ -111,7 +113,7 @@ class InBackward:
             for place, param in enumerate(group["params"]):
                 if (
                     param.requires_grad and id(param) not in self._hooks
-                ):  # for frozen ones, step() takes gradients if there are any
+                ):  # step() takes the gradients of frozen ones, if there are any
                     where = f"parameter {place} of group {index}"
                     checks.in_backward_parameter(param, where, group["numerator"])
                     check_unwatched(param, where, self)
@@ -156,7 +158,7 @@ class InBackward:
         self._stale = False
 
     def _find_devices(self) -> None:
-        """Find out where parameters are."""
+        """Find out on which devices the parameters are."""
         self._position = []
         self._sizes = {}
         groups = self._optimizer.param_groups
@@ -169,11 +171,11 @@ class InBackward:
         self._steps.clear()
 
     def _hooks_are_gone(self) -> bool:
-        """Whether any hook is gone, alone or with its parameter; another parameter may have that address by now."""
+        """Whether any hook was removed, alone or with its parameter; another parameter may have that address by now."""
         return self._stale or len(self._hooks) != self._watched
 
     def _are_others(self) -> bool:
-        """Whether the parameters in the groups, or their order, differ from the last survey."""
+        """Whether the parameters in the groups, or their order, differ from what :meth:`_find_parameters` found."""
         if self._hooks_are_gone():
             return True
         groups = self._optimizer.param_groups
@@ -184,7 +186,7 @@ class InBackward:
         )
 
     def remove(self) -> None:
-        """Take the hooks off; from now on ``step()`` takes all gradients."""
+        """Remove the hooks; from now on ``step()`` takes all gradients."""
         _remove(self._hooks)
         self._watched = 0
         self._removed = True
@@ -227,10 +229,10 @@ class InBackward:
     # One gradient
 
     def on_gradient(self, place: _Place, param: Tensor) -> None:
-        """Take the gradient that a parameter has now: the last one of this step, unless more are to come."""
+        """Take the gradient that a parameter has now: its last one in this step, except in ``accumulate_grads()``."""
         if self._frozen is None:
             if self._depth and not self.release:
-                return  # gradients add up in param.grad until the last one is there
+                return  # gradients add up in param.grad until the last backward pass
             self._freeze_settings()
         ordinal = place.ordinal
         if ordinal is None:  # it is no longer in any group
@@ -256,7 +258,7 @@ class InBackward:
     on_gradient_untraced = untraced(on_gradient)
 
     def _freeze_settings(self) -> None:
-        """What holds for all gradients of this step, as it is at the first one."""
+        """Copy the settings for all gradients of this step, as they are at its first gradient."""
         optimizer = self._optimizer
         groups = optimizer.param_groups
         native = (
@@ -285,7 +287,7 @@ class InBackward:
         ]
 
     def _take_with_checks(self, param: Tensor, ordinal: int, again: bool) -> None:
-        """Take a parameter's first gradient, or one that the native part leaves to the passes, or say what is wrong."""
+        """Take a gradient that the native part cannot take, such as a parameter's first one, or raise an error."""
         group = self._group_of[ordinal]
         try:
             if param.is_cuda and not self._capturable and backends.capturing():
@@ -296,13 +298,13 @@ class InBackward:
             if not (self._take is not None and self._take(param, self._state, group, ordinal, again)):
                 self._take_later(entry, again)
         except BaseException:
-            if not self._any_consumed():  # settings may be others by the time of the first one
+            if not self._any_consumed():  # settings may still change before the first gradient is taken
                 self._forget()
             raise
 
     @torch.no_grad()
     def _entry(self, param: Tensor, group: int, ordinal: int) -> gather.Entry:
-        """The gradient, checked, and its parameter with state."""
+        """Check a gradient and its parameter, and make sure that there is state."""
         optimizer = self._optimizer
         settings = optimizer.param_groups[group]
         assert param.grad is not None
@@ -319,7 +321,7 @@ class InBackward:
         gather.ensure_state(entry, settings, optimizer.state)
         return entry
 
-    # Gradients that wait for a pass over several
+    # Gradients that wait for one pass over several of them
 
     def _take_later(self, entry: gather.Entry, again: bool) -> None:
         device = entry.param.device
@@ -330,8 +332,8 @@ class InBackward:
             waiting = None
         if waiting is None:
             waiting = self._waiting[device] = _Batch(stream)
-            # Nothing waits beyond the backward pass: gradients are the user's then. Outside of one it is step() that
-            # comes here, and goes on to take what waits.
+            # No gradient waits longer than the backward pass: after it, users may change gradients. Outside of a
+            # backward pass the caller is step(), which then takes the gradients that wait.
             with contextlib.suppress(RuntimeError):
                 torch.autograd.Variable._execution_engine.queue_callback(self._take_all_waiting)
         self._marks[entry.ordinal] = _Mark(None if self.release else entry.param.grad)
@@ -341,14 +343,14 @@ class InBackward:
             try:
                 self._take_waiting(device)
             except BaseException:
-                del waiting.entries[entry.ordinal]  # it was not taken, and step() will find it where it is
+                del waiting.entries[entry.ordinal]  # it was not taken, and step() will find it in param.grad
                 if not waiting.entries:
                     self._waiting.pop(device, None)
                 raise
 
     def _hand_back(self) -> None:
-        """Leave what still waits to the step: a backward pass failed, and gradients are the user's since."""
-        if self.release:  # there they are nowhere else
+        """Leave gradients that still wait to the step: a backward pass failed, and users may change them after that."""
+        if self.release:  # then no other reference to these gradients is left
             return
         for batch in self._waiting.values():
             for ordinal in batch.entries:
@@ -373,7 +375,7 @@ class InBackward:
         decay = decay_of([settings[entry.group] for entry in entries], cross)
         weight = decay.weight
         if weight is None and any(l2 for _, _, l2 in settings):
-            weight = [0.0] * len(entries)  # all batches leave the same sums
+            weight = [0.0] * len(entries)  # so that all batches have the same kinds of sums
         if any(again for _, again in taken):
             decay = decay._replace(
                 moment=[1.0 if again else beta for (_, again), beta in zip(taken, decay.moment, strict=True)]
@@ -385,22 +387,22 @@ class InBackward:
             streams = self._streams.setdefault(device, [])
             if batch.stream not in streams:
                 streams.append(batch.stream)
-            if streams[0] != batch.stream:  # what the passes of a step share was written there
+            if streams[0] != batch.stream:  # on the first stream, what all passes of a step share was written
                 batch.stream.wait_stream(streams[0])
             for entry in entries if self.release else ():
-                if is_sharded(entry.param):  # its gradient's memory may be another stream's
+                if is_sharded(entry.param):  # its gradient's memory may have been allocated on another stream
                     local(entry.grad).record_stream(batch.stream)
         with contextlib.nullcontext() if batch.stream is None else torch.cuda.stream(batch.stream):
             tensors = gather.lay_out(device, entries, optimizer.param_groups, optimizer.state)
             tensors, passes, _ = backends.apart(tensors, self._plan.passes_for(device))
             known = self._gradient_step(device, [entry.ordinal for entry in entries]) if cross else None
-            del self._waiting[device]  # whatever failed until here can be tried again
+            del self._waiting[device]  # after a failure up to here, another try is possible
             sums = passes.accumulate(tensors, decay._replace(weight=weight), known)
         for place, entry in enumerate(entries):
             self._sums[entry.ordinal] = (sums, place)
 
     def _gradient_step(self, device: torch.device, ordinals: Sequence[int]) -> GradientStep:
-        """The part of the gradient form's step that these parameters take with their gradients."""
+        """The gradient's part of the gradient form's step, for these parameters."""
         if any(self._position[ordinal][0] != device for ordinal in ordinals):  # the model was moved
             self._find_devices()
         known = self._steps.get(device)
@@ -417,13 +419,13 @@ class InBackward:
         return GradientStep(weight, self._chosen(known.gradient, places))
 
     def _chosen(self, x: Tensor, places: Sequence[int]) -> Tensor:
-        """Columns of ``x``, without a transfer where they are neighbours or were chosen before."""
+        """Chosen elements of ``x``, without a transfer if they are consecutive or were chosen before."""
         if list(places) == list(range(places[0], places[0] + len(places))):
             return x.narrow(-1, places[0], len(places))
         key = (x.device, tuple(places))
         index = self._indices.get(key)
         if index is None:
-            if len(self._indices) >= INDICES:  # layers left out at random make a new one in nearly every step
+            if len(self._indices) >= INDICES:  # layers that are skipped at random need a new one in nearly every step
                 self._indices.clear()
             index = self._indices[key] = torch.tensor(places, device=x.device)
         return x.index_select(-1, index)
@@ -431,19 +433,19 @@ class InBackward:
     # The rest of the step
 
     def finish(self) -> None:
-        """The step, from gradients that were taken, and from those that no hook has seen.
+        """Take the rest of the step, and gradients that no hook has taken.
 
         Raises:
-            RuntimeError: more gradients are announced (:meth:`accumulating`); or gradients, groups or state were
-                changed, since gradients were taken, in a way that would have made a different step.
-            ValueError: a gradient or a hyperparameter cannot be taken.
+            RuntimeError: inside :meth:`accumulating`, more gradients are expected; or gradients, groups or state were
+                changed, after gradients were taken, in a way that would have led to a different step.
+            ValueError: a gradient or a hyperparameter is refused.
         """
         if self._depth:
             raise RuntimeError("step() inside accumulate_grads(): leave the block before the last backward pass")
-        checks.in_backward(self._optimizer.param_groups)  # may have been set since
+        checks.in_backward(self._optimizer.param_groups)  # options may have been set since
         if self._waiting:
             self._hand_back()
-        # The last part of a gradient may have come without a hook.
+        # The last part of a gradient may have been set without a backward pass, so that no hook ran.
         if self._waiting or _PART in self._progress or not self._finish_natively():
             self._check_that_nothing_was_done()
             self._take_all_waiting()
@@ -464,7 +466,7 @@ class InBackward:
                     "has already used the gradients, for the groups as they were. Restore the groups and call step() "
                     "before editing them, or return to a saved state with load_state_dict()"
                 )
-            self._forget()  # of other groups
+            self._forget()  # what was taken belonged to other groups
             self._find_parameters()
         if not taken:
             return
@@ -474,7 +476,7 @@ class InBackward:
         if changed is not None:
             check_not_replicated(params)
             what = self._what_was_done(changed, params[changed])
-            for ordinal, param in whole:  # so that a second call goes on
+            for ordinal, param in whole:  # so that a second call takes the step
                 self._mark(ordinal, param)
             raise _after_the_fact(params[changed], self._where(changed), what)
         for ordinal, progress in enumerate(self._progress):
@@ -531,7 +533,7 @@ class InBackward:
         return len(groups) == len(self._frozen) and self._native.finish(self._settings(), optimizer.state, groups)
 
     def _settings(self) -> list[dict[str, Any]]:
-        """The groups for the rest of the step; the moment form has left lr, rho and decoupled decay open until now."""
+        """The groups for the rest of the step; the moment form reads lr, rho and decoupled decay only now."""
         assert self._frozen is not None
         groups = self._optimizer.param_groups
         if self._frozen[0]["numerator"] == "gradient":
@@ -547,7 +549,7 @@ class InBackward:
         optimizer = self._optimizer
         self._plan.refresh_placement(optimizer.param_groups)
         params = [param for group in optimizer.param_groups for param in group["params"]]
-        # No pass looks at a gradient any more, and it may be gone.
+        # No pass reads gradients any more, and they may have been freed: the parameters stand in for them.
         present = [
             gather.Entry(self._group_of[ordinal], ordinal, param, param)
             for ordinal, param in enumerate(params)
@@ -562,7 +564,7 @@ class InBackward:
             checks.group(group, index)
         checks.agreement(groups)
         for device, streams in self._streams.items():
-            for stream in streams:  # a pass may have been put there after the backward pass had brought them together
+            for stream in streams:  # a pass may have been launched there after the backward pass joined its streams
                 torch.cuda.current_stream(device).wait_stream(stream)
         self._plan.compare_ranks(optimizer, guarded=False)
         shares = self._plan.shares_of(optimizer, present)
@@ -577,15 +579,15 @@ class InBackward:
         bump_versions(entry.param for entry in present)
 
     def _sums_of(self, device: torch.device, ordinals: Sequence[int]) -> Sums:
-        """What the passes left, in the order of parameters."""
+        """The sums of the passes, in the order of parameters."""
         if not ordinals:
             return backends.no_sums(device)
         starts, parts, places = {}, [], []
         size = 0
         for ordinal in ordinals:
-            taken = None if self._native is None else self._native.sums_of(ordinal)
-            if taken is not None:  # natively, before the native part had to leave this step to the passes
-                values = torch.tensor(taken, dtype=torch.float64, device=device).unsqueeze(1)
+            native_sums = None if self._native is None else self._native.sums_of(ordinal)
+            if native_sums is not None:  # the native part took this gradient, but cannot take the rest of the step
+                values = torch.tensor(native_sums, dtype=torch.float64, device=device).unsqueeze(1)
                 parts.append(Sums(mm=values[0], mg=values[1], mw=values[2]))
                 places.append(size)
                 size += 1
@@ -617,7 +619,7 @@ class InBackward:
 
 
 class _Batch:
-    """Gradients that wait for a pass, on the stream that made them (``None``: not on a GPU)."""
+    """Gradients that wait for a pass, and the stream that computed them (``None``: not on a GPU)."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -639,8 +641,8 @@ class _Mark:
         """Whether this is the same gradient, with the same values as far as can be checked."""
         parts = _parts(grad)
         return len(parts) == len(self._recorded) and all(
-            x is seen() and _version(x) == version and _place(x) == place and torch.equal(_bits(x), bits)
-            for x, (seen, version, place, bits) in zip(parts, self._recorded, strict=True)
+            x is recorded() and _version(x) == version and _place(x) == place and torch.equal(_bits(x), bits)
+            for x, (recorded, version, place, bits) in zip(parts, self._recorded, strict=True)
         )
 
 
@@ -651,7 +653,8 @@ def _parts(grad: Tensor | None) -> list[Tensor]:
 
 
 def _version(x: Tensor) -> int | None:
-    # Parts of one larger memory, such as FSDP2's gradients, share a counter: it counts writes to other parts too.
+    # Parts of one larger block of memory, such as FSDP2's gradients, share a counter, which also counts writes to other
+    # parts.
     return None if x.is_inference() or (type(x) is Tensor and _is_part(x)) else x._version
 
 
@@ -661,13 +664,13 @@ def _place(x: Tensor) -> int | None:
 
 @torch.no_grad()
 def _bits(x: Tensor) -> Tensor:
-    """The bits of a few elements, from the first to the last; empty where reading them would have to wait."""
+    """The bits of a few elements, from the first to the last; empty if reading them would have to wait."""
     if type(x) is not Tensor or x.device.type != "cpu" or x.layout != torch.strided or not x.numel():
         return torch.empty(0)
-    if not x.untyped_storage().nbytes():  # given back
+    if not x.untyped_storage().nbytes():  # it was freed
         return torch.empty(0)
     x = x.detach().resolve_conj().resolve_neg()
-    for count in (8, 64):  # many changes leave zeros as they are, so look at more
+    for count in (8, 64):  # many changes, such as scaling, keep zeros: if all are zero, compare more elements
         if x.is_contiguous():
             places = [(x.numel() - 1) * i // (count - 1) for i in range(count)]
             chosen = x.view(-1)[places]
@@ -680,7 +683,7 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def _is_part(x: Tensor) -> bool:
-    """Whether a tensor's memory is a part of a larger one."""
+    """Whether a tensor's memory is a part of a larger block."""
     return x.layout == torch.strided and x.untyped_storage().nbytes() > x.numel() * x.element_size()
 
 
@@ -696,14 +699,14 @@ def _after_the_fact(param: Tensor, where: str, what: str) -> RuntimeError:
 
 
 class _Place:
-    """Where a parameter is in the groups; ``None``: in none of them."""
+    """A parameter's ordinal in the groups; ``None``: it is in none of them."""
 
     def __init__(self, ordinal: int | None) -> None:
         self.ordinal = ordinal
 
 
 class _Hook(_Place):
-    """On a parameter: hands each gradient over for as long as the optimizer lives."""
+    """A parameter's hook: passes each gradient on, as long as the optimizer exists."""
 
     def __init__(self, backward: InBackward) -> None:
         super().__init__(None)
@@ -712,12 +715,12 @@ class _Hook(_Place):
     def __call__(self, param: Tensor) -> None:
         backward = self.backward()
         if backward is not None:
-            # A function that was compiled may run the backward pass, and would have each hook compiled too.
+            # If a compiled function runs the backward pass, each hook would be compiled too.
             (backward.on_gradient_untraced if torch.compiler.is_compiling() else backward.on_gradient)(self, param)
 
 
 class _Watch:
-    """A hook on a parameter. Only the parameter keeps it alive: when that goes, so does the optimizer's entry."""
+    """A hook on a parameter. Only the parameter keeps it alive; when it is freed, so is the optimizer's entry."""
 
     def __init__(self, backward: InBackward, param: Tensor) -> None:
         hook = _Hook(backward)
@@ -725,7 +728,7 @@ class _Watch:
         self._hook = weakref.ref(hook, functools.partial(_gone, backward._hooks, id(param)))
 
     def place(self, ordinal: int | None) -> None:
-        """Set where in the groups the parameter is."""
+        """Set the parameter's ordinal in the groups."""
         hook = self._hook()
         if hook is not None:
             hook.ordinal = ordinal

@@ -1,4 +1,4 @@
-"""What is installed and in use here: ``python -m sofim_fused.info``."""
+"""Reports what is installed and which backends are in use here: ``python -m sofim_fused.info``."""
 
 from __future__ import annotations
 

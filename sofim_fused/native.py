@@ -17,7 +17,7 @@ import torch
 
 _RECORD = Path(__file__).with_name("_build.json")  # setup.py writes it
 INSTALL = "pip install --no-build-isolation --no-cache-dir"  # followed by a folder
-# What a processor runs, by what PyTorch says of it, the best first; any other runs the default.
+# The instruction sets that a processor can run, best first, by PyTorch's name for it. Any other runs the default.
 _RUNS = {"AVX512": ("avx512", "avx2", "default"), "AVX2": ("avx2", "default")}
 
 
@@ -29,7 +29,7 @@ def build() -> dict[str, Any]:
     purpose, or the system is not supported), ``torch`` and ``python`` (the versions it was built for),
     ``compiler``, ``instruction_sets``, ``sanitizers``, and ``cuda``, the record of the CUDA part: its ``reason``,
     ``compiler``, ``architectures`` ("sm_90", or "compute_80" for PTX) and ``emulated`` (its kernels are run by the
-    CPU). What cannot be read is all ``reason``.
+    CPU). If the record cannot be read, ``reason`` says so.
     """
     record = dict.fromkeys(("reason", "torch", "python", "compiler", "instruction_sets", "sanitizers"))
     cuda = dict.fromkeys(("reason", "compiler", "architectures", "emulated"))
@@ -117,7 +117,7 @@ def _find_cuda() -> ModuleType | str:
     reason = build()["cuda"]["reason"]
     if reason is not None:
         return f"the native CUDA part was not built: {reason}"
-    found = _find()  # which was built along with it, for the same versions
+    found = _find()  # the CPU part, which was built together with the CUDA part, for the same versions
     if isinstance(found, str):
         return f"it needs the native CPU part: {found}"
     try:
@@ -134,9 +134,9 @@ def _load(name: str) -> ModuleType:
 
 
 def _cut_off(file: Path) -> bool:
-    """Whether a library ends before what it says is in it: the loader does not look, and the process ends (SIGBUS).
+    """Whether a library file is shorter than its header says. The loader would not check, and the process would crash.
 
-    Only of ELF files, 64-bit and little-endian; for others the loader has to see for itself.
+    (The signal is SIGBUS.) Checks only ELF files, 64-bit and little-endian; for others the result is ``False``.
     """
     with file.open("rb") as opened:
         content = opened.read(4096)

@@ -39,7 +39,7 @@ _KEPT = ("_capturable", "_amp_fused", "_in_backward", "_release_grads")
 
 
 def _no_native_step(*_: Any) -> None:
-    """Takes the place of :data:`NativeStep` if ranks exchange sums between the passes: leaves the step to these."""
+    """Replaces :data:`NativeStep` if ranks exchange sums between the passes: it leaves every step to the passes."""
 
 
 class SOFIM(Optimizer):
@@ -108,7 +108,7 @@ class SOFIM(Optimizer):
         differentiable: ``True`` is refused, because the update is made in place.
         shard_group: the ranks that hold other parameters of the same model, as with pipeline stages or DeepSpeed's
             ZeRO. Sums are taken over all of them, and a rank may have no parameter at all. ``None``: this rank has all
-            parameters, or SOFIM recognises how they are sharded: as ``DTensor``, by FullyShardedDataParallel, or by a
+            parameters, or SOFIM recognizes how they are sharded: as ``DTensor``, by FullyShardedDataParallel, or by a
             ZeroRedundancyOptimizer around this optimizer (at the first step).
         backend: ``"auto"``, ``"cpu"`` (C++), ``"cuda"`` (CUDA C++), ``"triton"`` or ``"reference"`` (PyTorch). It is
             never saved with the state; :attr:`backends` shows which is used.
@@ -190,7 +190,7 @@ class SOFIM(Optimizer):
         self._may_not_capture = False
         # What guarded steps recorded, by name. Not attributes: torch 2.10's compiler cannot trace a step that sets any.
         self._recorded: dict[str, Tensor] = {}
-        # Nothing at all counts as an empty group: a group may be empty, all of them may not.
+        # No parameters count as one empty group: some groups may be empty, but not all of them.
         super().__init__(checks.groups(params) or [{"params": []}], defaults)
         if shard_group is None:  # else a rank may have none
             checks.some_parameter(self.param_groups)
@@ -314,7 +314,7 @@ class SOFIM(Optimizer):
         )
 
     def _native_step(self) -> NativeStep:
-        """The step in one call, for the first parameter's device; it leaves models on several devices to the passes."""
+        """The step in one call, for the first parameter's device. Models on several devices need the passes instead."""
         if self._step_in_one_call is None:
             plan, device = self._plan, self._plan.first_device(self.param_groups)
             plan.refresh_placement(self.param_groups)
@@ -567,7 +567,7 @@ class SOFIM(Optimizer):
         backward: InBackward | None = self.__dict__.get("_backward")
         if backward is not None:
             backward.reset()
-        else:  # hooks stay behind when parameters are copied
+        else:  # copies of parameters do not have their hooks
             self._backward = self._new_in_backward() if self._in_backward else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -587,7 +587,7 @@ class SOFIM(Optimizer):
     def __deepcopy__(self, memo: dict[int, Any]) -> SOFIM:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        own = {"_backend": self._backend, "_shard_group": self._shard_group}  # which stay behind in a pickle
+        own = {"_backend": self._backend, "_shard_group": self._shard_group}  # which pickles do not contain
         twin.__setstate__({**copy.deepcopy(self.__getstate__(), memo), **own})
         for ours, theirs in zip(self.param_groups, twin.param_groups, strict=True):
             for param, copied in zip(ours["params"], theirs["params"], strict=True):

@@ -1,4 +1,4 @@
-"""How an optimizer's parameters are spread over ranks: as ``DTensor``, by FSDP1, by ZeRO, or by a ``shard_group``."""
+"""How an optimizer's parameters are sharded over ranks: as ``DTensor``, by FSDP1, by ZeRO, or by a ``shard_group``."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class Sharding(NamedTuple):
-    """How an optimizer's parameters are spread over ranks.
+    """How an optimizer's parameters are sharded over ranks.
 
     Attributes:
         along: by ordinal, the process groups whose ranks hold other elements of a parameter.
         holders: the ranks that hold other parameters, or ``None``.
-        flattened: whether FSDP1 shards some of them.
+        flattened: whether FSDP1 shards some of the parameters.
     """
 
     along: list[Groups]
@@ -45,7 +45,7 @@ def placement(param: Tensor) -> tuple[object, ...]:
 
 
 def device_of(group: ProcessGroup) -> torch.device:
-    """Where the ranks of a group exchange tensors, for one that has none."""
+    """The device on which the ranks of a group exchange tensors, for a rank that has no tensors."""
     from torch import distributed
 
     if "nccl" in distributed.get_backend(group):
@@ -54,15 +54,15 @@ def device_of(group: ProcessGroup) -> torch.device:
 
 
 def is_flattened(param: Tensor) -> bool:
-    """Whether it is one of FSDP1's: a flat parameter, or with ``use_orig_params=True`` a view of one."""
+    """Whether FSDP1 made this parameter: a flat parameter, or with ``use_orig_params=True`` a view of one."""
     return bool(getattr(param, "_fsdp_flattened", False))
 
 
 def find_sharding(optimizer: Any, params: Sequence[Tensor], fisher: str, shard_group: ProcessGroup | None) -> Sharding:
-    """Find out how an optimizer's parameters are spread over ranks.
+    """Find out how an optimizer's parameters are sharded over ranks.
 
-    ``DTensor`` parameters have this information themselves. Those of FSDP1 (``FullyShardedDataParallel``) have a mark,
-    and their module has the process group. A ``ZeroRedundancyOptimizer`` around the optimizer has one too.
+    ``DTensor`` parameters have this information themselves. Parameters of FSDP1 (``FullyShardedDataParallel``) have a
+    mark, and their module has the process group. So has a ``ZeroRedundancyOptimizer`` around the optimizer.
 
     Args:
         optimizer: the owner of the parameters.
@@ -111,7 +111,7 @@ def _flattened(params: Sequence[Tensor], shard_group: ProcessGroup | None) -> di
     for thing in gc.get_objects() if module is not None else ():
         if issubclass(type(thing), module.FullyShardedDataParallel):
             handle = getattr(thing, "_handle", None)
-            if handle is None:  # all of its parameters belong to modules inside it
+            if handle is None:  # all parameters of this module belong to modules inside it
                 continue
             flat = handle.flat_param
             for param in (flat, *(flat._params or ()), *(flat._shared_params or ())):
@@ -147,7 +147,7 @@ def _holders_around(optimizer: Any) -> tuple[ProcessGroup | None, bool]:
     """The ranks of a ``ZeroRedundancyOptimizer`` that uses this optimizer for its own part, and whether there is one.
 
     Raises:
-        ValueError: DeepSpeed uses it in this way; its parts have no mark, and may be on more ranks than it knows of.
+        ValueError: DeepSpeed's ZeRO uses it in this way. Its parts have no mark, and the ranks cannot be found out.
     """
     zero: Any = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     deepspeed = "deepspeed" in sys.modules
@@ -174,7 +174,7 @@ class _Warned:
     """What this process has published in a default process group: the shapes of its optimizers' parameters."""
 
     MOST = 16
-    """How many optimizers at most, for programs that make very many."""
+    """The largest number of optimizers that are published, for programs that make very many."""
 
     def __init__(self, store: Any) -> None:
         self.store = store

@@ -150,7 +150,7 @@ int launch_dots(const Form& form, const Task& task, const Row* rows, const Group
 int launch_commit(const Form& form, const Task& task, const Row* rows, const Group* groups, void* stream);
 // A whole step in one launch: accumulate and apply, or dots and commit. `blocks`: as step_blocks() says.
 int launch_step(const Form& form, const Task& task, const Row* rows, const Group* groups, int blocks, void* stream);
-// How many blocks of such a launch the current device can run at once. 0: the step needs two launches, as with Types::any.
+// How many blocks of such a launch the current device can run at once. 0: the step needs two launches, like Types::any.
 int step_blocks(const Form& form, const Task& task, int* blocks);
 // The operators. `steps` and `starts` are in the host's memory, and not read if the task has a table.
 int launch_fold(const AlgebraTask& task, Bytes steps, Bytes starts, void* stream);

@@ -45,7 +45,7 @@ def with_gradients(groups: Sequence[Mapping[str, Any]]) -> list[Entry]:
 
 
 def check_state(entry: Entry, group: Mapping[str, Any], state: Mapping[Tensor, Any]) -> None:
-    """Check that a parameter's state fits it, or that the group's settings allow to make one.
+    """Check that a parameter's state fits it, or, if it has none, that the group's settings allow to create it.
 
     Raises:
         TypeError, ValueError: they do not; the message names the parameter.
@@ -60,10 +60,10 @@ def check_state(entry: Entry, group: Mapping[str, Any], state: Mapping[Tensor, A
 
 
 def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[Tensor, Any]) -> Any:
-    """Give a parameter that meets its first gradient a zero moment and a zero step count.
+    """Give a parameter that has its first gradient a zero moment and a zero step count.
 
     Returns:
-        What there was before; ``None`` if nothing was missing.
+        The state before; ``None`` if nothing was missing.
     """
     param = entry.param
     known = state.get(param, {})
@@ -72,7 +72,7 @@ def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[T
     if whole and kept:
         return None
     made = {}
-    with torch.inference_mode(False):  # or no later step could write to them
+    with torch.inference_mode(False):  # otherwise no later step could write to them
         if not whole:
             dtype = moment_dtype(param, group["state_dtype"])
             made["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
@@ -96,7 +96,7 @@ def restored_states(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]
 def _restored(param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
     """A saved state in the parameter's layout and on its device, each tensor in its own dtype.
 
-    Bits kept for a 16-bit parameter mean nothing to a wider one and are dropped there.
+    The lost bits of a 16-bit parameter are dropped if the parameter is now wider.
     """
     state = {name: _own(value, param.device) for name, value in saved.items() if name not in checks.STATE}
     entries = checks_state_dict.saved_entries(saved)
@@ -112,9 +112,10 @@ def _restored(param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any])
 
 
 def _own(value: Any, device: torch.device) -> Any:
-    """A copy of what a user keeps in a parameter's state, with its tensors on the parameter's device.
+    """A copy of an entry that a user added to a parameter's state, with its tensors on the parameter's device.
 
-    Optimizer.load_state_dict would cast these to the parameter's dtype, and makes a generator's name of a string.
+    Optimizer.load_state_dict would cast its tensors to the parameter's dtype, and replace a string by the text
+    "<generator object ...>".
     """
     if isinstance(value, Tensor):
         return value.detach().to(device, copy=True)
@@ -124,7 +125,7 @@ def _own(value: Any, device: torch.device) -> Any:
         return type(value)(_own(part, device) for part in value)
     try:
         return copy.deepcopy(value)
-    except Exception:  # a module, a lock: it is the user's to know
+    except Exception:  # what cannot be copied, such as a lock, is the user's own affair
         return value
 
 
@@ -133,19 +134,19 @@ def _like(param: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _filled(made: Tensor, value: Tensor) -> Tensor:
-    made.copy_(value.detach())  # what that returns may be of the saved tensor's own class
+    made.copy_(value.detach())  # not returned: it may be of the saved tensor's class
     return made
 
 
 def moment_dtype(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of a parameter's first moment: ``state_dtype``, else float32, as wide and as complex as w needs."""
+    """The dtype of a parameter's first moment: ``state_dtype``, or else float32; float64 or complex if w is."""
     if state_dtype is not None:
         return state_dtype
     return torch.promote_types(param.dtype, torch.float32)
 
 
 def keeps_lost_bits(param: Tensor, kahan: bool | None) -> bool:
-    """Whether a parameter carries a compensation tensor: 16-bit ones do, unless ``kahan`` is ``False``."""
+    """Whether a parameter has a tensor for lost bits: 16-bit ones do, unless ``kahan`` is ``False``."""
     return param.dtype in checks.NARROW_DTYPES and kahan is not False
 
 
@@ -160,9 +161,9 @@ def by_device(entries: Sequence[Entry]) -> Iterator[tuple[torch.device, list[Ent
 def lay_out(
     device: torch.device, entries: Sequence[Entry], groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any]
 ) -> StepTensors:
-    """The records of one device as the passes take them: complex tensors as their real views, of shards the local ones.
+    """The tensors of one device as the passes take them: real views of complex tensors, local tensors of ``DTensor``.
 
-    Nothing is copied but gradients whose conjugation or negation was put off.
+    Nothing is copied, except gradients whose conjugation or negation is lazy.
     """
     states = [state[entry.param] for entry in entries]
     return StepTensors(

@@ -14,7 +14,7 @@ Group = Mapping[str, Any]
 
 
 class Hyperparameters:
-    """The hyperparameters for the n tensors of one device, which follow the groups' from step to step.
+    """The hyperparameters for the n tensors of one device, updated from the groups in each step.
 
     Args:
         device: where the tensors are.
@@ -27,25 +27,25 @@ class Hyperparameters:
         self.sizes = list(sizes)
         self.numerator = numerator
         self.fisher = fisher
-        with torch.inference_mode(False):  # or no later step could write to them
+        with torch.inference_mode(False):  # otherwise no later step could write to them
             self._hyper = torch.zeros(len(self.sizes), len(_COLUMNS), dtype=sum_dtype(device), device=device)
             self._group_of = torch.zeros(sum(self.sizes), dtype=torch.int64, device=device)
         for index, part in enumerate(self._group_of.split(self.sizes)):
-            part.fill_(index)  # a kernel's argument, where a list would be copied and waited for
+            part.fill_(index)  # passes a kernel argument; a list would have to be copied to the device, and waited for
         self._written: dict[tuple[int, int], float] = {}
         self._decay: Decay | None = None
         self._decay_key: tuple[tuple[float, float, float], ...] = ()
         self.settings = self._settings(False)
 
     def serves(self, sizes: Sequence[int], numerator: str, fisher: str) -> bool:
-        """Whether it was made for such tensors and such a method."""
+        """Whether it was made for these sizes and options."""
         return (self.sizes, self.numerator, self.fisher) == (list(sizes), numerator, fisher)
 
     def refresh(self, groups: Sequence[Group]) -> Decay:
-        """Take over the groups' hyperparameters as they are now; return how gradients enter the moments.
+        """Copy the groups' hyperparameters as they are now; return how gradients enter the moments.
 
-        Values on the host are written only when they changed, and as kernel arguments; tensors on the device are copied
-        there. So nothing here waits for the device.
+        Values on the host are written only if they have changed, and as kernel arguments; tensors on the device are
+        copied there. So nothing here waits for the device.
         """
         present = [(group, size) for group, size in zip(groups, self.sizes, strict=True) if size]
         for row, (group, size) in enumerate(zip(groups, self.sizes, strict=True)):
@@ -82,12 +82,12 @@ class Hyperparameters:
 
 
 def entering(group: Group) -> tuple[float, float, float]:
-    """What of a group's settings says how a gradient enters the moment: β, the sign, and the L2 decay."""
+    """The settings of a group that determine how a gradient enters the moment: β, the sign, and the L2 decay."""
     return float(group["momentum"]), _sign(group), _l2(group)
 
 
 def decay_of(rows: Sequence[tuple[float, float, float]], cross: bool) -> Decay:
-    """How gradients enter the moments, from :func:`entering` for each; ``cross``: with sums of products with g."""
+    """How gradients enter the moments, from :func:`entering` of each tensor; ``cross``: as in :class:`Decay`."""
     return Decay(
         moment=[beta for beta, _, _ in rows],
         gradient=[(1 - beta) * sign for beta, sign, _ in rows],

@@ -1,4 +1,4 @@
-"""Who computes a step where: the backend of each device, the tensors of each device's share, what other ranks hold."""
+"""Where a step is computed: the backend of each device, the tensors of each device, and what other ranks hold."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Groups = Sequence[Mapping[str, Any]]
 
 
 class Plan:
-    """What an optimizer has found out about its parameters, and finds out anew when they change.
+    """What an optimizer has found out about its parameters, and finds out again if they change.
 
-    The optimizer is an argument wherever its groups and state are needed: kept here, it would live until the garbage
-    collector finds the cycle.
+    The optimizer is an argument wherever its groups and state are needed. A reference here would make a cycle, and keep
+    it alive until the garbage collector runs.
 
     Args:
         backend: as :func:`sofim_fused.backends.requested` returns it.
@@ -39,12 +39,12 @@ class Plan:
         self._shard_group = shard_group
         self._passes: dict[torch.device, Passes] = {}
         self._hyper: dict[torch.device, Hyperparameters] = {}
-        self._rank_sums: RankSums | Literal[False] | None = None  # None: to be found out
+        self._rank_sums: RankSums | Literal[False] | None = None  # None: not found out yet
         self._rank_sums_before: tuple[Sharding, RankSums] | None = None
         self._placed: list[tuple[object, ...]] | None = None
 
     def forget(self) -> None:
-        """Find out everything anew, but for what ranks have compared."""
+        """Forget everything, except what ranks have compared: it will be found out again."""
         self._passes.clear()
         self._hyper.clear()
         self._rank_sums = self._placed = None
@@ -68,13 +68,13 @@ class Plan:
         first = next((param.device for param in params if param.requires_grad), None)
         if first is None and params:
             first = params[0].device
-        if first is None:  # other ranks have all parameters
+        if first is None:  # all parameters are on other ranks
             assert self._shard_group is not None
             first = device_of(self._shard_group)
         return first
 
     def refresh_placement(self, groups: Groups) -> bool:
-        """Forget how parameters are sharded and on which devices they are, if any parameter was replaced or moved.
+        """If any parameter was replaced or moved, forget how parameters are sharded and on which devices they are.
 
         For example, users put ``DTensor``s into the groups after ``fully_shard()``. A native step needs no such check:
         it returns to Python if anything has changed.
@@ -92,7 +92,7 @@ class Plan:
     # Ranks
 
     def rank_sums(self, optimizer: Optimizer) -> RankSums | None:
-        """What adds up sums over the ranks among which the parameters are spread; ``None``: this rank has all of them.
+        """The ranks over which parameters are sharded, to add up sums over them; ``None``: this rank has all of them.
 
         Raises:
             ValueError: sums over these ranks would be wrong; the message says what to pass.
@@ -115,7 +115,7 @@ class Plan:
         return self._rank_sums or None
 
     def forget_ranks(self) -> None:
-        """Find out anew how parameters are sharded."""
+        """Forget how parameters are sharded: it will be found out again."""
         self._rank_sums = None
 
     def compare_ranks(self, optimizer: Optimizer, guarded: bool) -> None:
@@ -139,7 +139,7 @@ class Plan:
             guarded: which kind of step it is.
 
         Raises:
-            TypeError, ValueError: a hyperparameter, a gradient or a state cannot be taken; nothing was changed.
+            TypeError, ValueError: a hyperparameter, a gradient or a state is refused; nothing was changed.
             RuntimeError: other ranks are about to take another kind of step.
         """
         groups, state = optimizer.param_groups, optimizer.state
@@ -163,7 +163,7 @@ class Plan:
             raise
 
     def shares_of(self, optimizer: Optimizer, entries: list[gather.Entry]) -> list[DeviceShare]:
-        """The same for chosen parameters that have state, without checks.
+        """Like :meth:`shares`, for chosen parameters that have state, and without checks.
 
         Raises:
             ValueError: tensors share memory in a way that is refused; nothing was changed.

@@ -1,7 +1,7 @@
-"""Sums as totals: over the Fisher blocks of each device's share of a step, over devices, and over ranks.
+"""From sums to totals: over the Fisher blocks of each device's share of a step, over devices, and over ranks.
 
-The curvature is one number per Fisher block, a sum over all of its elements. Every rank sums over the elements that it
-holds. An all-reduce over the process groups along which elements are spread makes the totals, from which each rank
+The curvature is one number per Fisher block, a sum over all of its elements. Each rank sums over the elements that it
+holds. All-reduces over the process groups along which elements are sharded compute the totals, from which each rank
 computes the same coefficients and updates what it holds. Nothing else is sent, and replicas send nothing.
 """
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class DeviceShare:
-    """The tensors of one device, the backend that sweeps over them, and their hyperparameters.
+    """A device's share of a step: its tensors, the backend that works on them, and their hyperparameters.
 
     Attributes:
-        tensors: of this step.
-        passes: of the backend.
+        tensors: those of this step.
+        passes: the backend's.
         hyper: the hyperparameters.
-        rank_sums: where parameters are spread over ranks, adds up over these; there is one share then.
-        pairs: of tensors that share elements, as :func:`sofim_fused.backends.apart` found them.
+        rank_sums: adds up sums over ranks, if parameters are sharded; then there is only one share.
+        pairs: tensors that share elements, as :func:`sofim_fused.backends.apart` found them.
     """
 
     tensors: StepTensors
@@ -45,16 +45,17 @@ class DeviceShare:
 def totals(
     shares: Sequence[DeviceShare], sums: Sequence[Sums], guarded: bool, found_inf: Tensor | float | None = None
 ) -> tuple[list[Tensor], list[Tensor], Tensor | float | None]:
-    """Sums as totals per Fisher block, over all devices and ranks.
+    """The totals of sums per Fisher block, over all devices and ranks.
 
     Args:
         shares: of the step.
-        sums: of each share, from its first pass.
+        sums: each share's, from its first pass.
         guarded: which kind of step it is.
         found_inf: as :func:`sofim_fused.step.schedule.guarded` takes it.
 
     Returns:
-        Per share, the blocks ``[k, B]``, and the sum of all ``gg``, 0-dimensional; and ``found_inf`` of any rank.
+        For each share, the blocks ``[k, B]`` and the sum of all ``gg``, 0-dimensional; and ``found_inf``, not 0 if that
+        of any rank is not.
     """
     if shares[0].rank_sums is not None:
         blocks, square, found_inf = _over_ranks(shares[0], shares[0].rank_sums, sums[0], guarded, found_inf)
@@ -79,7 +80,7 @@ def _over_ranks(
         share.tensors.steps, share.hyper.settings, sums, guarded, rank_sums.class_of(present), rank_sums.classes
     )
     places = rank_sums.places(present) if share.hyper.fisher == "parameter" else None
-    if places is not None:  # other ranks may have gradients of others
+    if places is not None:  # other ranks may have gradients of other parameters
         parts = parts.new_zeros(*parts.shape[:-1], rank_sums.count).index_copy_(-1, places, parts)
     whole = parts.new_zeros(len(parts), 2 if guarded else 0)
     if guarded:
@@ -102,17 +103,17 @@ def _on_each(shares: Sequence[DeviceShare], parts: Sequence[Tensor]) -> list[Ten
 
 
 class RankSums:
-    """The ranks over which an optimizer's parameters are spread, and the totals of their sums.
+    """The ranks over which an optimizer's parameters are sharded, and the totals of their sums.
 
-    Parameters that are spread over the same process groups are a class: their sums travel together. Classes are in the
-    order in which parameters first have them, which is the same on all ranks of a mesh.
+    Parameters that are sharded over the same process groups are a class: their sums are sent together. Classes are in
+    the order in which parameters first have them, which is the same on all ranks of a mesh.
 
     Args:
         spread: :func:`sofim_fused.dtensor.groups_of` each parameter, by ordinal.
-        device: of the sums.
+        device: the device of the sums.
         holders: the ranks that hold other parameters. They may include all ranks of a group of ``spread``: these have
-            the same totals at that point, and only the first of them contributes these.
-        flattened: whether FSDP1 shards some of them.
+            the same totals at that point, and only the first of them contributes its own.
+        flattened: whether FSDP1 shards some of the parameters.
     """
 
     def __init__(
@@ -141,17 +142,17 @@ class RankSums:
         return torch.tensor([self._class_of[i] for i in ordinals], dtype=torch.int64, device=self.device)
 
     def _places(self, ordinals: tuple[int, ...]) -> Tensor | None:
-        """Ordinals as indices; ``None``: they are all there are."""
+        """Ordinals as indices; ``None``: these are all parameters."""
         if ordinals == tuple(range(self.count)):
             return None
         return torch.tensor(ordinals, dtype=torch.int64, device=self.device)
 
     def total(self, blocks: Tensor, whole: Tensor, fisher: str) -> tuple[Tensor, Tensor]:
-        """Sums over classes and ranks: an all-reduce for each mesh axis, and one for the holders of other parameters.
+        """Totals over classes and ranks: an all-reduce for each mesh axis, and one for the holders of other parameters.
 
         Args:
-            blocks: ``[classes, m]``, per Fisher block; the block of one parameter is not on several of those holders.
-            whole: ``[classes, l]``, over everything.
+            blocks: ``[classes, m]``, sums per Fisher block. If each parameter is a block, no holder shares it.
+            whole: ``[classes, l]``, sums over everything.
             fisher: as the optimizer's.
 
         Returns:
@@ -174,9 +175,9 @@ class RankSums:
         return total[: blocks.shape[1]], total[blocks.shape[1] :]
 
     def compare(self, numerator: str, fisher: str, groups: int, guarded: bool) -> None:
-        """Check, the first time, that all ranks have the same to add up.
+        """Check, the first time, that all ranks have sums of the same kind to add up.
 
-        All-reduces of different sizes give wrong sums, silently, or never return.
+        All-reduces of different sizes silently give wrong sums, or never return.
 
         Args:
             numerator: as the optimizer's.
@@ -185,7 +186,7 @@ class RankSums:
             guarded: which kind of step it is.
 
         Raises:
-            RuntimeError: they have not.
+            RuntimeError: they do not.
         """
         if (numerator, fisher, groups, guarded) in self._compared:
             return
@@ -220,7 +221,7 @@ class RankSums:
 
 
 def _first_among(holders: ProcessGroup, group: ProcessGroup) -> bool:
-    """Whether this rank contributes a group's total to ``holders``: it is the first of the group, or alone there."""
+    """Whether this rank contributes a group's total to ``holders``: it is the group's first, or only, rank in them."""
     from torch import distributed
 
     ranks = distributed.get_process_group_ranks(group)

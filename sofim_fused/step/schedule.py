@@ -1,7 +1,7 @@
-"""Which passes a step runs, in which order, and what passes between them.
+"""Which passes a step runs, in which order, and what happens between them.
 
-A step has a share for each device. Shares meet only in a few sums per Fisher block; nothing waits for a device, except
-where the shares of a step lie on devices of different kinds and the sums have to travel through the host.
+A step has a share for each device. Shares exchange only a few sums per Fisher block. Nothing waits for a device, unless
+the shares are on devices of different kinds, and the sums have to be copied through the host.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sofim_fused.step.reduce import DeviceShare
 
 
 class Guard(NamedTuple):
-    """What the guarded step saw: the gradients' global norm and whether the step was skipped (``None``: not asked)."""
+    """The results of a guarded step: the gradients' global norm and whether it was skipped (``None``: not asked)."""
 
     norm: Tensor
     skip: Tensor | None
@@ -32,9 +32,9 @@ def plain(shares: Sequence[DeviceShare], groups: Sequence[Group]) -> None:
 
 
 def after_backward(shares: Sequence[DeviceShare], groups: Sequence[Group], sums: Sequence[Sums]) -> None:
-    """``apply`` alone, 12 bytes per float32 parameter, from the sums that ``accumulate`` left during the backward pass.
+    """``apply`` alone, 12 bytes per float32 parameter, from the sums of ``accumulate`` in the backward pass.
 
-    In the gradient form w has taken the gradient's part of the step there already; gradients are not looked at.
+    In the gradient form, w was already updated by the gradient's term there; gradients are not read.
     """
     for share in shares:
         share.hyper.refresh(groups)
@@ -62,13 +62,13 @@ def guarded(
 ) -> Guard:
     """``dots``, then ``commit``: 28 bytes per float32 parameter (L2 decay 4 more), and all of the step or none of it.
 
-    The norm is known before anything is written, so that clipping to ``max_grad_norm`` and, with ``skip_nonfinite``,
-    leaving everything as it was when a gradient holds a NaN or an infinity cost no traffic of their own.
+    The norm is known before anything is written. So clipping to ``max_grad_norm``, and skipping a step in which a
+    gradient has a NaN or an infinity (``skip_nonfinite``), need no further reads or writes of memory.
 
-    ``grad_scale`` and ``found_inf`` are numbers, or tensors of one element anywhere, as ``torch.amp.GradScaler`` has
-    them: the gradients are the true ones times the first, and if the second is not 0 the step is skipped. The sums
-    are taken of the gradients as they are; the norm, and the gain at which the blocks' polynomials are taken, make up
-    for the scale.
+    ``grad_scale`` and ``found_inf`` are numbers, or tensors of one element on any device, as ``torch.amp.GradScaler``
+    has them: the gradients are the true ones times the first, and if the second is not 0 the step is skipped. The sums
+    are those of the gradients as they are; the norm, and the gain at which the blocks' polynomials are evaluated,
+    remove the scale.
     """
     decays = [share.hyper.refresh(groups) for share in shares]
     sums = [_swept(share, share.passes.dots, decay) for share, decay in zip(shares, decays, strict=True)]
@@ -85,5 +85,5 @@ def guarded(
 
 
 def _swept(share: DeviceShare, sweep: Callable[[StepTensors, Decay], Sums], decay: Decay) -> Sums:
-    """A first pass; a rank that holds nothing of a model has nothing to sweep over, and takes part in totals."""
+    """A first pass. A rank without any tensors runs none, but it takes part in the totals."""
     return sweep(share.tensors, decay) if len(share.tensors) else no_sums(share.tensors.device)
