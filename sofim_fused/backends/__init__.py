@@ -1,4 +1,4 @@
-"""Backends: who computes the passes on which device."""
+"""Backends: the registry that says which backend computes the passes on which device."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 # Name, and a function that gives the backend's passes for a device or the reason why it cannot run there.
-# The best comes first; "auto" takes the first that can run. On a GPU no measurement has yet decided between the two.
+# Best first: "auto" takes the first that can run. For GPUs, no measurement has yet decided which of the two is better.
 _REGISTRY: dict[str, Callable[[torch.device], Passes | str]] = {
     "cpu": cpu.passes_for,
     "cuda": cuda.passes_for,
@@ -108,7 +108,7 @@ def choose(backend: str, device: torch.device) -> Passes:
             _warn(device, reasons)
         return passes
     asked = "fused=True" if backend == NATIVE else f"backend={backend!r}"
-    built = {*reasons} & {*_NATIVE_ON.get(device.type, ())} - {"triton"}  # those that building again may provide
+    built = {*reasons} & {*_NATIVE_ON.get(device.type, ())} - {"triton"}  # another build may provide these
     rebuild = f", or build the package again: {native.INSTALL} ." if built else ""
     raise RuntimeError(f"{asked} cannot run on {device} ({_listed(reasons)}): take backend='auto'{rebuild}")
 
@@ -140,7 +140,7 @@ def missing(device: torch.device) -> bool:
 
 
 def _warn(device: torch.device, reasons: dict[str, str]) -> None:
-    """Warn, once for a kind of device, with the line that called this package as the place."""
+    """Warn, once for a kind of device. The warning points to the line that called this package."""
     if device.type in _WARNED or not missing(device):
         return
     frame, level, inside = sys._getframe(), 1, ("sofim_fused", "torch")

@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 WITHOUT_ADDRESSES = ("meta", "mps")
-"""Devices where a pointer does not say where an element is."""
+"""Devices on which a tensor's pointer is not the address of its elements."""
 
 address: Callable[[Tensor], int] = torch._C.TensorBase.data_ptr
-"""Of the first element."""
+"""The address of a tensor's first element."""
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def plain(x: Tensor) -> bool:
-    """Whether a tensor is nothing but its memory: no subclass with its own behaviour, not traced or functionalized."""
+    """Whether a tensor is only its memory: no subclass with its own behaviour, and not traced or functionalized."""
     keys, key = torch._C._dispatch_keys(x), torch._C.DispatchKey
     return not any(map(keys.has, (key.Python, key.Functionalize, key.FuncTorchBatched, key.FuncTorchGradWrapper)))
 
 
 def all_plain(tensors: Iterator[Tensor]) -> bool:
-    """Whether :func:`plain` holds for all; nearly always the type alone tells."""
+    """Whether :func:`plain` holds for all; nearly always their types alone decide this."""
     return all(type(x) in _PLAIN or plain(x) for x in tensors)
 
 
@@ -43,8 +43,8 @@ class Range(NamedTuple):
     """The address range of a tensor that a step writes.
 
     Attributes:
-        begin: the first.
-        end: one past the last.
+        begin: the first address.
+        end: one past the last address.
         tensor: its index among the parameters of the step.
         role: ``"w"``, ``"exp_avg"``, ``"kahan"`` or ``"step"``.
     """
@@ -60,7 +60,7 @@ class Written:
 
     Args:
         params, exp_avgs, kahans, steps: the tensors that it writes, index by index; ``None`` where there is none. They
-            must have addresses: be :func:`plain`, and not on a device of :data:`WITHOUT_ADDRESSES`.
+            need addresses: they must be :func:`plain`, and not on a device of :data:`WITHOUT_ADDRESSES`.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Written:
         self._reach = list(accumulate((end for _, end, _, _ in found), max))
 
     def pairs(self) -> Iterator[tuple[Range, Range]]:
-        """The pairs of ranges that overlap; in each pair, that of the earlier parameter is first."""
+        """The pairs of ranges that overlap; in each pair, the earlier parameter's range is first."""
         if all(end <= begin for end, begin in zip(self._reach, self._begins[1:], strict=False)):
             return
         reaching: list[Range] = []

@@ -14,7 +14,7 @@ def passes_for(device: torch.device) -> OperatorPasses | str:
     """The native passes for ``device``, or the reason why it has none."""
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}"
-    loaded: OperatorPasses | str = torch.compiler.disable(_loaded)()  # which files are there is nothing to trace
+    loaded: OperatorPasses | str = torch.compiler.disable(_loaded)()  # loading modules from files cannot be traced
     return loaded
 
 

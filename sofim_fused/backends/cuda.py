@@ -1,6 +1,6 @@
-"""The passes on an NVIDIA GPU in CUDA C++, compiled ahead of time (``csrc/cuda``): no warm-up, the least to launch.
+"""The passes on an NVIDIA GPU in CUDA C++, compiled ahead of time (``csrc/cuda``): no warm-up, cheap launches.
 
-A whole step takes one launch, or two. What a launch has to know travels in its arguments.
+A whole step takes one launch, or two. Everything that a launch needs to know is in its arguments.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sofim_fused import native
 from sofim_fused.backends.interface import NativeStep
 from sofim_fused.backends.operators import NAMESPACE, OperatorPasses, register_fakes
 
-CAPABILITY = (8, 0)  # the first with bfloat16, which setup.py compiles for
+CAPABILITY = (8, 0)  # the lowest that setup.py compiles for: the first with bfloat16
 
 SINGLE_LAUNCH: bool | None = None
 """One launch per step (``True``), two (``False``), or one for small models (``None``). Read at each step.

@@ -1,8 +1,8 @@
-"""What a backend is: four passes over the tensors of one device, what comes between them, and what they exchange.
+"""What a backend is: four passes over the tensors of one device, two functions between them, and their arguments.
 
-A step is two passes, with ``fold`` and ``solve`` between them: from the sums of the first to the coefficients of the
-second. A pass knows tensors and plain coefficients. What these mean (learning rate, damping, clipping, the sign of
-``maximize``) is told by :mod:`sofim_fused.backends.solve`.
+A step is two passes. Between them, ``fold`` and ``solve`` turn the sums of the first into the coefficients of the
+second. A pass knows only tensors and coefficients. How these follow from the learning rate, damping, clipping and the
+sign of ``maximize`` is described in :mod:`sofim_fused.backends.solve`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class StepTensors:
     """The tensors of one device that take part in a step, n of them, index by index.
 
     Attributes:
-        device: where all of them live.
+        device: the device of all of them.
         params: w, float32, float64, bfloat16 or float16. Complex parameters appear as their real views.
         grads: g, of w's shape; of w's dtype, or float32 for a 16-bit w.
         exp_avgs: m, of w's shape; float64 for float64 parameters, else float32 or bfloat16.
-        kahans: the part of w that its 16 bits could not hold, of w's shape and dtype; ``None`` where none is kept. One
-            above half an ulp of w is no such part (w was replaced from outside) and counts as zero.
+        kahans: the part of w that its 16 bits could not hold, of w's shape and dtype; ``None`` where none is kept. A
+            value above half an ulp of w cannot be such a part (w was replaced from outside) and counts as zero.
         steps: 0-dimensional int64, the updates that each tensor has received.
         ordinals: each tensor's place among all parameters of the optimizer; keys the rounding of bfloat16 moments.
     """
@@ -50,8 +50,8 @@ class StepTensors:
 class Decay(NamedTuple):
     """How a gradient enters the first moment, one value per tensor: ``m' = moment·m + gradient·g + weight·w``.
 
-    ``weight`` is ``None`` unless some tensor has L2 weight decay; passes read w only then. ``cross`` asks
-    ``accumulate`` for the products with g (and w): the gradient form of the step needs them.
+    ``weight`` is ``None`` unless some tensor has L2 weight decay; passes read w only then. With ``cross``,
+    ``accumulate`` also sums the products with g (and w), which the gradient form of the step needs.
     """
 
     moment: Sequence[float]
@@ -63,7 +63,7 @@ class Decay(NamedTuple):
 class Sums(NamedTuple):
     """Dot products per tensor, each a float64 vector of n on the pass's device, or ``None`` where not asked for.
 
-    Wherever several of them are stored together they are in this order (in C++: ``enum Sum`` of
+    Where several of them are stored together, they are in this order (in C++: ``enum Sum`` of
     ``csrc/step/tensor_row.h``).
     """
 
@@ -76,7 +76,7 @@ class Sums(NamedTuple):
 
 
 class GradientStep(NamedTuple):
-    """The part of an update that is known before the sums are: ``w' = weight·w + gradient·g``; float64 vectors of n."""
+    """The part of an update that does not depend on sums: ``w' = weight·w + gradient·g``; float64 vectors of n."""
 
     weight: Tensor | None
     gradient: Tensor
@@ -87,7 +87,7 @@ class Coefficients(NamedTuple):
 
     ``weight`` (``None``: 1), ``gradient`` (``None``: 0, and g is not read) and ``moment`` are float64 vectors of n on
     the pass's device. ``gain`` (0-dimensional float64, ``None``: 1) and ``skip`` (0-dimensional bool, ``None``: false)
-    concern ``commit`` alone: under ``skip`` it leaves every bit as it was.
+    are used only by ``commit``, which changes nothing if ``skip`` is true.
     """
 
     moment: Tensor
@@ -111,7 +111,7 @@ class Settings(NamedTuple):
         fisher: what one Fisher block is, as an index of :data:`FISHER`. There are B blocks: 1, one per group, or n.
         gradient_form: ``numerator="gradient"``.
         group_of: int64 ``[n]`` on the pass's device, each tensor's group.
-        scales_weight: some tensor has weight decay, so that its update scales w.
+        scales_weight: whether some tensor has weight decay, so that its update scales w.
     """
 
     hyper: Tensor
@@ -123,12 +123,12 @@ class Settings(NamedTuple):
 
 
 class GuardSettings(NamedTuple):
-    """What makes a step a guarded one.
+    """The settings of a guarded step.
 
     Attributes:
-        max_norm: of the true gradients, to which they are clipped; ``None``: they are not.
-        grad_scale: how many times too large the gradients are, a number or a tensor of one element anywhere.
-        found_inf: the step is skipped if it is not 0; likewise.
+        max_norm: the norm to which the true gradients are clipped; ``None``: they are not clipped.
+        grad_scale: how many times too large the gradients are, a number or a tensor of one element on any device.
+        found_inf: the step is skipped if it is not 0; a number or a tensor, as for ``grad_scale``.
         skip_nonfinite: the step is skipped if the norm is not finite.
     """
 
@@ -139,7 +139,7 @@ class GuardSettings(NamedTuple):
 
     @property
     def has_gain(self) -> bool:
-        """Whether the update takes other than the gradients as they are."""
+        """Whether gradients are multiplied by a gain: clipped or unscaled."""
         return self.max_norm is not None or self.grad_scale is not None
 
     @property
@@ -152,46 +152,48 @@ NativeStep = Callable[
     [list[dict[str, Any]], MutableMapping[Tensor, Any], Any, Any, "Tensor | None"],
     "tuple[Tensor, bool | Tensor | None] | Literal[True] | None",
 ]
-"""A whole step in one call, from an optimizer's ``param_groups`` and ``state``, and from ``grad_scale`` and
-``found_inf`` as :func:`sofim_fused.step.schedule.guarded` has them, or ``None``: ``True`` when a plain step was
-taken; of a guarded one, the norm of the gradients and whether it was skipped (on the device: 0-dimensional int64, 1 if
-so). The last argument is the counter of skipped steps, or ``None`` as long as there is none: a backend may raise it
-itself, and then returns ``None`` instead of whether the step was skipped. A result of ``None``: it cannot take this
-step, and has changed nothing; the passes can, or a check will say what is wrong."""
+"""A whole step in one call. The arguments are an optimizer's ``param_groups`` and ``state``; ``grad_scale`` and
+``found_inf`` as for :func:`sofim_fused.step.schedule.guarded`, or ``None``; and the counter of skipped steps, or
+``None`` as long as there is none.
+
+The result is ``True`` after a plain step. After a guarded one, it is the norm of the gradients and whether the step was
+skipped (on the device: 0-dimensional int64, 1 if so). A backend may raise the counter itself; the second value is then
+``None``. A result of ``None`` alone means that nothing was changed, because this function cannot take the step: either
+the passes can, or a check will raise an error."""
 
 
 class NativeInBackward(Protocol):
-    """A plain step in parts, natively: each gradient as it comes, then the rest (:mod:`sofim_fused.in_backward`).
+    """A plain step in parts, natively: gradients one by one, then the rest (:mod:`sofim_fused.in_backward`).
 
-    Where a part answers ``False`` it has changed nothing, and the passes have to take it.
+    A method that returns ``False`` has changed nothing, and the passes have to do its part.
     """
 
     def watch(self, groups: list[list[Tensor]]) -> None:
         """Set the parameters of the following steps, by group, without keeping them alive."""
 
     def freeze_settings(self, param_groups: list[dict[str, Any]], release: bool) -> bool:
-        """Take over the settings that hold for the gradients of this step, and forget the last step's.
+        """Copy the settings for the gradients of this step, and forget those of the last step.
 
         ``release``: each gradient is freed once it was taken. Also ``False`` if the parameters are not those watched.
         """
 
     def take(self, param: Tensor, state: MutableMapping[Tensor, Any], group: int, ordinal: int, again: bool) -> bool:
-        """Take a parameter's gradient into its moment; in the gradient form w takes the gradient's part of the step.
+        """Add a parameter's gradient to its moment; in the gradient form, also update w by the gradient's term.
 
-        ``again``: it is not the first one of this parameter in this step, and is added to it.
+        ``again``: it is not this parameter's first gradient in this step. They add up.
         """
 
     def allow_parts(self) -> None:
-        """From now on, also take gradients whose memory is a part of a larger one."""
+        """From now on, also take gradients whose memory is a part of a larger block."""
 
     def mark(self, param: Tensor, ordinal: int) -> None:
-        """Record what is now in ``param.grad`` as the gradient that was taken, as :meth:`take` does."""
+        """Record the current ``param.grad`` as the gradient that was taken, as :meth:`take` does."""
 
     def fits(self, param: Tensor, ordinal: int) -> bool:
         """Whether a parameter's gradient is the recorded one, with the same values as far as can be checked."""
 
     def sums_of(self, ordinal: int) -> tuple[float, float, float] | None:
-        """The sums (mm, mg, mw) of a parameter whose gradient was taken in this step, the last two where needed."""
+        """The sums (mm, mg, mw) of a parameter whose gradient was taken in this step; the last two only if needed."""
 
     def finish(
         self,
@@ -199,27 +201,27 @@ class NativeInBackward(Protocol):
         state: MutableMapping[Tensor, Any],
         current: list[dict[str, Any]],
     ) -> bool:
-        """Take the rest of the step over all that were taken, with the settings of ``param_groups``.
+        """Take the rest of the step, for all gradients that were taken, with the settings of ``param_groups``.
 
         Also ``False`` if another parameter has a gradient, if a gradient has changed since it was taken, or if the
         parameters of ``current``, the optimizer's own groups, are not those watched.
         """
 
     def forget(self) -> None:
-        """Nothing was taken."""
+        """Discard the records of this step, as if no gradient had been taken."""
 
 
 @runtime_checkable
 class Passes(Protocol):
     """The whole interface of a backend. Every pass is one sweep over all tensors of ``tensors``.
 
-    Arithmetic is float32, or float64 for float64 parameters; sums are float64 products and float64 additions in an
-    order that neither the number of threads nor the run changes. Each pass raises the version counter of every tensor
-    that it writes, so that autograd notices.
+    Arithmetic is float32, or float64 for float64 parameters. Sums consist of float64 products, added in float64 in an
+    order that is the same in every run and for any number of threads. Each pass raises the version counter of every
+    tensor that it writes, so that autograd notices.
 
     Attributes:
-        name: what ``backend=`` takes.
-        emulated: it is here to be tested, and far too slow for anything else; taken only when asked for by name.
+        name: its name, for ``backend=``.
+        emulated: it exists only for tests, because it is far too slow; it is used only if requested by name.
     """
 
     name: str
@@ -228,7 +230,7 @@ class Passes(Protocol):
     def accumulate(self, tensors: StepTensors, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
         """Update m in place and return its sums: ``mm``, with ``decay.cross`` also ``mg``, and with L2 decay ``mw``.
 
-        The sums are of m as stored. With ``gradient_step``, w then takes that step in the same sweep.
+        The sums are those of m as stored. With ``gradient_step``, the same sweep then also updates w by it.
         Runs before ``steps`` advance: a rounding to bfloat16 is keyed by ``steps + 1``.
         """
 
@@ -239,7 +241,7 @@ class Passes(Protocol):
         """Write nothing; return ``mm``, ``mg``, ``gg``, and with ``decay.weight`` also ``mw``, ``gw`` and ``ww``."""
 
     def commit(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients) -> None:
-        """Update m with ``gain·g`` in the place of g, then w from the new m before its rounding, all in place.
+        """Update m by ``gain·g`` instead of g, then w from the new m before its rounding, both in place.
 
         Runs after ``steps`` advance: a rounding to bfloat16 is keyed by ``steps``.
         """
@@ -253,7 +255,7 @@ class Passes(Protocol):
         class_of: Tensor | None = None,
         classes: int = 1,
     ) -> tuple[Tensor, Tensor]:
-        """Each tensor's part of the curvature, from its sums, added up per Fisher block.
+        """Compute each tensor's part of the curvature from its sums, and add these up per Fisher block.
 
         Args:
             steps: of the tensors, as in :class:`StepTensors`; not advanced yet.
@@ -261,13 +263,13 @@ class Passes(Protocol):
             sums: from ``accumulate``, or from ``dots`` if ``guarded``.
             guarded: which kind of step it is.
             class_of: int64 ``[n]`` on the device, from 0 to ``classes`` - 1: tensors of different classes are added up
-                apart, because other ranks have sums to add to each. ``None``: one class.
+                separately, because other ranks add their sums to each. ``None``: one class.
             classes: how many there are.
 
         Returns:
-            Two float64 tensors on the device. ``[classes, k, B]``: of a plain step k is 1 (S) or, in the gradient form,
-            2 (S and P); of a guarded one 6 or 9, the coefficients of 1, κ and κ² of S, of its rounding error's scale,
-            and of P. ``[classes]``: the sums of ``gg`` of a guarded step. All are 0 without tensors.
+            Two float64 tensors on the device. ``[classes, k, B]``: for a plain step k is 1 (S) or, in the gradient
+            form, 2 (S and P); for a guarded one 6 or 9, the coefficients of 1, κ and κ² of S, of its rounding error's
+            scale, and of P. ``[classes]``: the sums of ``gg`` of a guarded step. All are 0 without tensors.
         """
 
     def solve(
@@ -293,7 +295,7 @@ class Passes(Protocol):
         """
 
     def native_step(self) -> NativeStep:
-        """A new function that takes whole steps on this backend's device, or none at all; it may keep memory."""
+        """A new function that takes whole steps on this backend's device, if it can; it may keep memory for them."""
 
     def native_in_backward(self) -> NativeInBackward | None:
-        """A new object that takes steps in parts, or ``None`` where only the passes do."""
+        """A new object that takes steps in parts, or ``None`` if this backend has only the passes for that."""

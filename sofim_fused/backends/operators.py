@@ -1,7 +1,7 @@
 """Passes in C++ over all tensors at once (``csrc``), as operators over lists of tensors.
 
-The optimizer takes whole steps in one call where it can; these operators serve schedules in Python: the first step of a
-tensor, models that span devices, ``torch.compile``.
+The optimizer takes whole steps in one call where it can. These operators are for steps that Python runs pass by pass:
+the first step of a tensor, models on several devices, ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class OperatorPasses(TorchSolve):
     """See :class:`sofim_fused.backends.interface.Passes`.
 
     Args:
-        name: of the backend.
-        new_step: makes its whole steps.
-        namespace: of its operators.
-        emulated: it is no more than tested here.
-        new_in_backward: makes what takes steps in parts.
+        name: the backend's.
+        new_step: makes a function that takes whole steps.
+        namespace: that of the operators.
+        emulated: it exists only for tests.
+        new_in_backward: makes an object that takes steps in parts.
         device: the kind of device for which the operators are registered.
     """
 
@@ -55,7 +55,7 @@ class OperatorPasses(TorchSolve):
         self._new_step = new_step
         self._new_in_backward = new_in_backward
         self._namespace = namespace
-        # Without these two it takes the algebra in pure PyTorch.
+        # Without these two operators, the algebra runs in pure PyTorch.
         self._solves = all(
             torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{operator}", device)
             for operator in ("fold", "solve")
@@ -158,18 +158,18 @@ class OperatorPasses(TorchSolve):
 
 
 def _fields(settings: Settings) -> tuple[Tensor, list[int], int, bool]:
-    """What the operators take of the settings, in their order."""
+    """The settings that the operators take, in their order."""
     return settings.hyper, settings.sizes, settings.fisher, settings.gradient_form
 
 
 def _kahans(tensors: StepTensors) -> list[Tensor]:
-    none = torch.empty(0, device=tensors.device)  # an operator's list holds tensors only
+    none = torch.empty(0, device=tensors.device)  # an operator's list may contain only tensors
     return [none if kahan is None else kahan for kahan in tensors.kahans]
 
 
 @cache
 def register_fakes(namespace: str) -> None:
-    """Once, say what the operators return, for tracing: shapes alone."""
+    """Register fake implementations, once: for tracing, the shapes of what the operators return."""
 
     def sums(params: Sequence[Tensor], rows: int) -> Tensor:
         return torch.empty(rows, len(params), dtype=torch.float64, device=params[0].device if params else "cpu")

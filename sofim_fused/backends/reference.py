@@ -23,28 +23,28 @@ from sofim_fused.backends.solve import TorchSolve
 
 TILE = 16_384  # elements summed at once; below the size at which torch splits one sum among threads
 CHUNK = 256 * TILE  # elements for which temporaries are made at once: 32 MiB in float64
-_WIDE = {  # the dtype of the arithmetic by that of the parameter
+_WIDE = {  # the dtype of the arithmetic, by the parameter's
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
     torch.float32: torch.float32,
     torch.float64: torch.float64,
 }
 
-_Factors = Sequence[Tensor] | None  # one 0-dimensional factor per tensor; None where the term is absent
+_Factors = Sequence[Tensor] | None  # one 0-dimensional factor per tensor; None: the term is absent
 
 
 class ReferencePasses(TorchSolve):
     """See :class:`sofim_fused.backends.interface.Passes`.
 
-    Tensors go through ``torch._foreach`` together: all that are updated where they lie; of those that need temporaries,
-    as many as fit into ``CHUNK`` elements, a larger one alone.
+    ``torch._foreach`` works on many tensors together: on all that are updated in place; and of those that need
+    temporaries, on as many as have ``CHUNK`` elements together, or on a larger one alone.
     """
 
     name = "reference"
     emulated = False
 
     def accumulate(self, tensors: StepTensors, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
-        sums = _Table(len(tensors))
+        sums = _SumCollector(len(tensors))
         known = None if gradient_step is None else _Update(weight=gradient_step.weight, gradient=gradient_step.gradient)
         for batch in _batches(tensors, temporaries=known is not None and not known.in_place):
             grads = batch.wide(tensors.grads)
@@ -68,8 +68,8 @@ class ReferencePasses(TorchSolve):
             update.run(tensors, batch, grads, batch.wide(tensors.exp_avgs))
 
     def dots(self, tensors: StepTensors, decay: Decay) -> Sums:
-        sums = _Table(len(tensors))
-        batch = _Batch(range(len(tensors)), None)  # one for all: sums widen for themselves
+        sums = _SumCollector(len(tensors))
+        batch = _Batch(range(len(tensors)), None)  # one batch for all tensors: sums widen what they need
         sums.add_squares("mm", batch, tensors.exp_avgs)
         sums.add("mg", batch, tensors.exp_avgs, tensors.grads)
         sums.add_squares("gg", batch, tensors.grads)
@@ -100,22 +100,22 @@ class ReferencePasses(TorchSolve):
 
 
 class _Batch(NamedTuple):
-    """Indices of tensors that are worked on together, and the dtype to widen them to (``None``: none needed)."""
+    """Indices of tensors that are processed together, and the dtype to widen them to (``None``: not needed)."""
 
     indices: Sequence[int]
     dtype: torch.dtype | None
 
     def wide(self, tensors: Sequence[Tensor], copy: bool = False) -> list[Tensor]:
-        """The batch's tensors in the dtype of the arithmetic; themselves where they have it, unless ``copy``."""
+        """The batch's tensors in the dtype of the arithmetic; those that have it are not copied, unless ``copy``."""
         if self.dtype is None and not copy:
             return [tensors[i] for i in self.indices]
         return [tensors[i].to(self.dtype or tensors[i].dtype, copy=copy) for i in self.indices]
 
 
 def _batches(tensors: StepTensors, temporaries: bool = False) -> Iterator[_Batch]:
-    """Tensors to work on together: any number that are updated where they lie, others up to ``CHUNK`` elements.
+    """Tensors to process together: any number of those that are updated in place, up to ``CHUNK`` elements of others.
 
-    ``temporaries``: none is updated where it lies.
+    ``temporaries``: none is updated in place.
     """
     begun: dict[torch.dtype | None, tuple[list[int], int]] = {}
     for i, (w, g, m) in enumerate(zip(tensors.params, tensors.grads, tensors.exp_avgs, strict=True)):
@@ -131,7 +131,7 @@ def _batches(tensors: StepTensors, temporaries: bool = False) -> Iterator[_Batch
         yield _Batch(indices, dtype)
 
 
-class _Table:
+class _SumCollector:
     """Collects sums tensor by tensor, in any order, and stacks them into vectors."""
 
     def __init__(self, size: int) -> None:
@@ -161,9 +161,9 @@ class _Table:
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of a·b over all elements, 0-dimensional: float64 products, added in an order that threads do not change.
+    """The sum of a·b over all elements, 0-dimensional: float64 products, added in the same order for any thread count.
 
-    ``a`` and ``b`` have one shape; memory for the products of ``CHUNK`` elements is taken at a time.
+    ``a`` and ``b`` have the same shape. Products are made of ``CHUNK`` elements at a time, to limit memory.
     """
     if a.numel() <= TILE:
         return _products(a, b).sum()
@@ -207,7 +207,7 @@ def _add(targets: list[Tensor], terms: list[Tensor], factors: list[float]) -> No
 def _store_moments(
     tensors: StepTensors, batch: _Batch, moments: list[Tensor], *, early: bool, skip: Tensor | None = None
 ) -> list[Tensor]:
-    """Write the moments to their places unless ``skip``; return what was written, as wide as it came.
+    """Store the moments, unless ``skip``; return the stored values in the dtype of the arithmetic.
 
     ``early``: the step counts have not advanced yet.
     """
@@ -231,8 +231,8 @@ def _store_moments(
 class _Update:
     """``w' = weight·w + gradient·g + moment·m``, unless ``skip``; a term without a coefficient is left out.
 
-    Where a compensation is kept, the weight is the pair w + kahan: w takes what fits into its 16 bits, kahan the rest.
-    A kahan above half an ulp of w is none of its bits: w was replaced from outside, and kahan is dropped.
+    If lost bits are kept, the weight is the sum w + kahan: w has what fits into its 16 bits, kahan has the rest. A
+    kahan above half an ulp of w cannot be its rest (w was replaced from outside) and is dropped.
     """
 
     def __init__(
@@ -244,7 +244,7 @@ class _Update:
     ) -> None:
         self._weight, self._gradient, self._moment = map(_unbound, (weight, gradient, moment))
         self._skip = skip
-        # A gradient may lie in the parameter's own memory; it is read before that is written to.
+        # A gradient may share the parameter's memory, and has to be read before that is written.
         self.in_place = skip is None and (weight is None or gradient is None)
 
     def run(

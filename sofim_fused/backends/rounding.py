@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16: the random bits and their use, as every backend must produce them.
+"""Stochastic rounding to bfloat16: the random bits, and how values are rounded with them, the same in every backend.
 
 The bits are a function of (seed, step, parameter ordinal, element index) and of nothing else, so that a run can be
 repeated, resumed and replicated bit for bit on any backend.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SEED = 0x50F1  # one for all: data-parallel replicas have to round alike
-WEYL = 0x9E3779B9  # 2**32 / golden ratio, odd: neighbouring indices land far apart
+SEED = 0x50F1  # the same for all: data-parallel replicas have to round alike
+WEYL = 0x9E3779B9  # 2**32 / golden ratio, odd: the multiples of neighbouring indices are far apart
 _LOW = 0xFFFFFFFF
 
 
@@ -19,7 +19,7 @@ def mix(x: Tensor) -> Tensor:
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & _LOW
     x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & _LOW  # wraps in int64; the low 32 bits stand
+    x = (x * 0x846CA68B) & _LOW  # wraps around in int64, but the low 32 bits are right
     return x ^ (x >> 16)
 
 
@@ -44,9 +44,10 @@ def random_bits(like: Tensor, step: Tensor, ordinal: int, seed: int = SEED) -> T
 
 
 def round_stochastic(value: Tensor, bits: Tensor) -> Tensor:
-    """Round float32 ``value`` to bfloat16, up in magnitude with the probability of the part cut off.
+    """Round float32 ``value`` stochastically to bfloat16, with random ``bits``.
 
-    ``bits`` is int32 in [0, 2**16), of ``value``'s shape. Infinities and NaN stay what they are.
+    The probability of rounding up in magnitude is the part that is cut off, in units of the last bit that is kept.
+    ``bits`` is int32 in [0, 2**16), of ``value``'s shape. Infinities and NaN are unchanged.
     """
     raised = ((value.view(torch.int32) + bits) & ~0xFFFF).view(torch.float32)
     return torch.where(torch.isfinite(value), raised, value).to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Finds tensors of a step that share memory, and updates these one after the other.
+"""Finds tensors of a step that share memory, and updates them one after the other.
 
 A pass works on all tensors at once. If two tensors share memory (weights tied through ``.data``, views of one buffer,
 one moment for two parameters), two threads would write the same elements. Such a step is defined as one that handles
@@ -39,11 +39,11 @@ def apart(tensors: StepTensors, passes: Passes) -> tuple[StepTensors, Passes, Pa
     Two tensors count as sharing if their address ranges overlap, even if their elements only interleave: handling them
     in turn is right in either case. Gradients may share memory with each other, and a gradient with its own parameter,
     element by element. A gradient that shares any other memory that the step writes is copied, so that the step uses
-    its values from before.
+    the values it had before the step.
 
     Args:
         tensors: the tensors of a step. If they have no addresses, as in tracing, nothing is checked.
-        passes: of a backend.
+        passes: those of a backend.
 
     Returns:
         The tensors; the passes to call with them; and the first pair of tensors that share elements, as their indices,
@@ -75,7 +75,7 @@ def apart(tensors: StepTensors, passes: Passes) -> tuple[StepTensors, Passes, Pa
 
 
 class InTurn:
-    """The passes of a backend, over consecutive runs of tensors, one run after the other.
+    """The passes of a backend over consecutive groups of tensors (runs), one run after the other.
 
     See :class:`sofim_fused.backends.interface.Passes`.
 

@@ -1,10 +1,10 @@
-"""Sums to coefficients: the Sherman-Morrison step as scalar algebra, in float64 and on the device.
+"""From sums to coefficients: the Sherman-Morrison step as scalar algebra, in float64 and on the device.
 
 Notation, per tensor i of a Fisher block: w the weight, g the gradient, m the first moment, β ``momentum``, ρ ``rho``,
 η ``lr``, t the updates received so far including this one, c = 1/(1 - β^t), m̂ = c·m, and v the vector that the
 Fisher matrix is applied to: m̂ ("moment") or the gradient s·κ·g + λ·w ("gradient"), with s = -1 for ``maximize``, κ the
 clip factor, λ the L2 weight decay. The regularized Fisher matrix of a block is F = m̂ m̂ᵀ + D with D = diag(ρᵢ), and
-Sherman-Morrison gives, in a form that never subtracts nearly equal numbers where v is m̂:
+Sherman-Morrison gives, in a form that never subtracts nearly equal numbers if v is m̂:
 
     S = Σ cᵢ²‖mᵢ‖²/ρᵢ        P = Σ cᵢ(mᵢ·vᵢ)/ρᵢ
     F⁻¹m̂ = cᵢmᵢ / (ρᵢ(1 + S))        F⁻¹v = (vᵢ - cᵢmᵢ P/(1 + S)) / ρᵢ
@@ -12,8 +12,8 @@ Sherman-Morrison gives, in a form that never subtracts nearly equal numbers wher
 With one ρ and one β these are SOFIM's update (arXiv 2403.02833, Algorithm 1): m̂/(ρ + ‖m̂‖²).
 
 A step uses this twice. ``fold`` turns each tensor's sums into its part of S and P and adds these up per Fisher block.
-``solve`` turns the totals into the coefficients of the update. Here both are written with PyTorch's operators, which
-defines them; ``csrc/step/solve.h`` is the same in C++ and CUDA.
+``solve`` turns the totals into the coefficients of the update. This module defines both, with PyTorch's operators;
+``csrc/step/solve.h`` is the same in C++ and CUDA.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def hyper_of(settings: Settings) -> Hyper:
 
 
 def correction(steps: Sequence[Tensor], momentum: Tensor) -> Tensor:
-    """1/(1 - β^t) per tensor, t being one more than its count in ``steps``; a few ulp off at most, β near 1 too."""
+    """1/(1 - β^t) per tensor, t being its count in ``steps`` plus one; accurate to a few ulp, even for β near 1."""
     if not steps:
         return momentum.clone()
     counts = torch.stack(list(steps)).to(momentum.dtype) + 1
@@ -121,8 +121,8 @@ def plain_rows(hyper: Hyper, sums: Sums, correction: Tensor, gradient_form: bool
     return torch.stack(rows)
 
 
-# Guarded step: nothing is written yet, and the clip factor κ is not known. The sums of the moment that is to come are
-# polynomials in κ; their coefficients are added up over the block, so that one reduction serves everything.
+# Guarded step: nothing is written yet, and the clip factor κ is not known. The sums of the new moment are polynomials
+# in κ; their coefficients are added up over the block, so that one reduction is enough.
 
 
 def guarded_rows(hyper: Hyper, sums: Sums, correction: Tensor, gradient_form: bool) -> Tensor:
@@ -166,7 +166,7 @@ def added_up(rows: Tensor, settings: Settings) -> Tensor:
 
 
 def guard_of(square: Tensor, guard: GuardSettings) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The true gradients' norm, the gain κ, and whether the step is to be skipped (``None``: not asked)."""
+    """The true gradients' norm, the gain κ, and whether to skip the step (``None``: it cannot be skipped)."""
     norm = square.sqrt()
     if guard.grad_scale is None:
         gain = clip_factor(norm, guard.max_norm)
@@ -182,10 +182,10 @@ def guard_of(square: Tensor, guard: GuardSettings) -> tuple[Tensor, Tensor, Tens
 
 
 def on_device_of(like: Tensor, value: Tensor | float) -> Tensor:
-    """A number, or a tensor of one, as a 0-dimensional tensor of ``like``'s dtype where that lies."""
+    """A number, or a one-element tensor, as a 0-dimensional tensor of ``like``'s dtype on its device."""
     if not isinstance(value, Tensor):
         return like.new_full((), value)
-    # A copy to the CPU that is not waited for would be read before it is there.
+    # A non-blocking copy to the CPU would be read before it has arrived.
     return value.detach().reshape(()).to(like.device, like.dtype, non_blocking=like.device.type != "cpu")
 
 
@@ -198,10 +198,10 @@ def clip_factor(norm: Tensor, max_norm: float | None) -> Tensor:
 def at_gain(blocks: Tensor, gain: Tensor) -> Tensor:
     """:func:`guarded_rows`' polynomials, added up, at κ = ``gain``: S (and P) per block, ``[1 or 2, blocks]``."""
     constant, linear, square = blocks.unflatten(0, (len(blocks) // 3, 3)).unbind(1)
-    # A norm that overflows makes κ zero and the other coefficients infinite.
+    # If the norm overflows, κ is zero and the other coefficients are infinite.
     norm, scale, *cross = torch.where(gain == 0, constant, constant + gain * (linear + gain * square)).unbind()
-    # Where the terms of the moment cancel, S is their rounding error: as large as the moment's own, or the step, which
-    # is proportional to that moment, would leave the trust region.
+    # Where the terms of the moment cancel, S is only their rounding error. It has to be at least as large as that of
+    # the moment itself: otherwise the step, which is proportional to the moment, would leave the trust region.
     return torch.stack((torch.maximum(norm, CANCELLED * scale), *cross))
 
 
@@ -216,7 +216,7 @@ def coefficients(settings: Settings, hyper: Hyper, blocks: Tensor, correction: T
 
 
 def gradient_step(settings: Settings, hyper: Hyper | None = None) -> GradientStep:
-    """The gradient form's part of the update that is known before any sum is."""
+    """The gradient form's part of the update that does not depend on any sum."""
     hyper = hyper_of(settings) if hyper is None else hyper
     return GradientStep(weight=_weight(settings, hyper), gradient=_finite(-(hyper.lr / hyper.rho) * hyper.sign))
 
@@ -239,7 +239,7 @@ def _decayed(l2: Tensor, x: Tensor) -> Tensor:
 
 
 def _finite(coefficients: Tensor) -> Tensor:
-    # As a float32 a larger one would be infinite, and its product with a zero moment NaN.
+    # Beyond the range of float32, a coefficient would become infinite, and its product with a zero moment NaN.
     return coefficients.clamp_(-FLOAT32_MAX, FLOAT32_MAX)
 
 
@@ -249,11 +249,11 @@ def advance(steps: Sequence[Tensor], skip: Tensor | None) -> None:
         return
     if skip is None:
         torch._foreach_add_(list(steps), 1)
-    else:  # a list: one tensor for all would be read back
+    else:  # a list: torch would read the value of a single tensor back to the host
         torch._foreach_add_(list(steps), [skip.logical_not().to(torch.int64)] * len(steps))
 
 
 def no_sums(device: torch.device) -> Sums:
-    """Of no tensors."""
+    """The sums of no tensors."""
     none = torch.zeros(0, dtype=sum_dtype(device), device=device)
     return Sums(*[none] * len(Sums._fields))

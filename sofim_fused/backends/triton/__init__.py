@@ -1,7 +1,7 @@
-"""The backend of Triton kernels, for GPUs.
+"""The backend that runs Triton kernels on GPUs.
 
-``kernels`` has the kernels, ``launch`` their launches, ``pack`` the rows of addresses that they read, ``workspace`` the
-memory that they share; ``passes`` runs them pass by pass, ``step`` a whole step in one call.
+``kernels`` has the kernels, ``launch`` launches them, ``pack`` makes the rows of addresses that they read, and
+``workspace`` has the memory that they share. ``passes`` runs them pass by pass; ``step`` runs whole steps in one call.
 """
 
 SINGLE_LAUNCH: bool | None = None

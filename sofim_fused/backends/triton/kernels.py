@@ -1,11 +1,12 @@
 """The Triton kernels: sweeps over packed tensors, and the algebra from sums to coefficients.
 
 A sweep has one program per tile. A tile is ``TILE`` consecutive elements of one tensor: ``tile_of`` has the index of
-the tensor, and that tensor's row in ``rows`` (:mod:`sofim_fused.backends.triton.pack`) says where it lies and how it is
-stored (its kind). A kernel is compiled for the kinds that a model has. Full tiles are read and written without masks.
+the tensor, and that tensor's row in ``rows`` (:mod:`sofim_fused.backends.triton.pack`) has its addresses and says how
+it is stored (its kind). A kernel is compiled for the kinds that a model has. Full tiles are read and written without
+masks.
 
-A pass that sums writes one float64 per tile and sum into a slot of its own. The program that finishes a tensor's last
-tile adds up that tensor's slots in a fixed order; the one that finishes the last tensor goes on to the step's
+A pass with sums writes one float64 per tile and sum into a slot of its own. The program that finishes a tensor's last
+tile adds up that tensor's slots in a fixed order; the one that finishes the last tensor computes the step's
 coefficients (``FINISH``). Which program that is makes no difference to the result, and the host waits for nothing.
 ``fold`` and ``solve`` do the same algebra for steps that run pass by pass.
 
@@ -22,8 +23,8 @@ from sofim_fused.backends.triton import pack
 
 TILE = 4096  # elements; a power of two, so that the elements of a tile share the upper half of their index
 NUM_WARPS = 8
-SLOTS = 1024  # of a tensor, one per tile, that are added up at once
-SOLVE_BLOCK = 256  # tensors whose sums are worked on at once: one per thread; more would spill registers
+SLOTS = 1024  # how many slots of a tensor, one per tile, are added up at once
+SOLVE_BLOCK = 256  # tensors whose sums are processed at once: one per thread; more would spill registers
 _SLOTS = tl.constexpr(SLOTS)
 _SOLVE_BLOCK = tl.constexpr(SOLVE_BLOCK)
 
@@ -81,9 +82,9 @@ _DECAY_M = tl.constexpr(pack.DECAY_M)
 _DECAY_G = tl.constexpr(pack.DECAY_G)
 _DECAY_W = tl.constexpr(pack.DECAY_W)
 
-# Columns of the first row of hyperparameters, which holds for all groups: the limit of the gradients' norm, the factor
-# that the gradients were multiplied by (AMP), whether a gradient is known not to be finite (AMP), and whether to skip
-# the step if their norm is not finite.
+# Columns of the first row of hyperparameters, whose values are for all groups: the limit of the gradients' norm, the
+# factor that the gradients were multiplied by (AMP), whether a gradient is known not to be finite (AMP), and whether to
+# skip the step if their norm is not finite.
 LIMIT, GRAD_SCALE, FOUND_INF, SKIP_NONFINITE = range(4)
 _LIMIT = tl.constexpr(LIMIT)
 _GRAD_SCALE = tl.constexpr(GRAD_SCALE)
@@ -99,7 +100,7 @@ _SEED = tl.constexpr(rounding.SEED)
 _WEYL = tl.constexpr(rounding.WEYL)
 _CANCELLED = tl.constexpr(2.0**-46)  # (2 ulp of float32 arithmetic)², as in sofim_fused/backends/solve.py
 _FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
-# The interpreter truncates where it should round to bfloat16, and mistreats subnormal numbers.
+# Triton's interpreter truncates where it should round to bfloat16, and computes wrongly with subnormal numbers.
 _EMULATED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _UPPER = tl.constexpr(0xFFFF0000)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
@@ -288,7 +289,7 @@ def _update(
             half_eps: tl.constexpr = 0.00048828125
         lost = _lost(row, at, KIND)
         kahan = _load(lost, offsets, left, KIND, FULL)
-        # More than half an ulp cannot be a bit that w lost: w was replaced from outside.
+        # More than half an ulp cannot be what w lost: w was replaced from outside.
         w += tl.where(tl.abs(kahan) <= tl.abs(w) * half_eps, kahan, 0.0)
     w *= _factor(coefs + _BY_WEIGHT * tensors, KIND)
     if V:
@@ -457,7 +458,7 @@ def _tile(
 
 @triton.jit
 def _is_last(counter, total):
-    """Count this program in; true for the last of ``total``, which can then read what all others wrote before."""
+    """Count this program. True for the last one of ``total``, which can then read what all others wrote before."""
     tl.debug_barrier()
     last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == total - 1
     if last:
@@ -468,7 +469,7 @@ def _is_last(counter, total):
 
 @triton.jit
 def _load_cg(address, mask):
-    """Load what other programs may have written in this launch: past the L1 cache (``.cg``), which is not shared."""
+    """Load what other programs may have written in this launch, without the L1 cache (``.cg``), which is not shared."""
     return tl.load(address, mask=mask, other=0.0, cache_modifier=".cg")
 
 
@@ -488,7 +489,7 @@ def _add_up(slots, sums, row, tensor, tensors, tiles, SUM: tl.constexpr, SIZE: t
 def _correction(momentum, update):
     """1/(1 - β^t), accurate where β^t is close to 1.
 
-    There u = β^t is rounded, and 1 - u has few correct digits; ln u has the same error, so that (1 - u)/ln u is
+    There, because u = β^t is rounded, 1 - u has few correct digits. ln u has the same error, so that (1 - u)/ln u is
     accurate (Kahan; see Higham, Accuracy and Stability of Numerical Algorithms, 1.14.1).
     """
     x = update.to(tl.float64) * tl.log(momentum)
@@ -505,7 +506,7 @@ def _finite(x):
 
 @triton.jit
 def _decayed(l2, x):
-    """l2·x, and 0 where there is no L2 decay, whatever x is: weights may be infinite there."""
+    """l2·x; without L2 decay 0, even if x is infinite."""
     return tl.where(l2 == 0.0, 0.0, l2 * x)
 
 
@@ -526,9 +527,9 @@ def _parts(
 ):  # fmt: skip
     """What tensors add to their Fisher block. Masked tensors have zero sums and add nothing.
 
-    Nine values. Three each for S, for what S would be if nothing cancelled in β m + (1-β) v, and for P: coefficients of
-    1, κ and κ², where κ is the clip factor, which is not known yet. Without a guard there is no κ: the first of S and
-    of P are all.
+    Nine values: three each for S, for what S would be if nothing cancelled in β m + (1-β) v, and for P. They are the
+    coefficients of 1, κ and κ², where κ is the clip factor, which is not known yet. A plain step has no κ, and only the
+    first coefficients of S and P.
     """
     group, _, correction = _located(rows, hyper, at, mask, HYPERS)
     beta = tl.load(group + _MOMENTUM, mask=mask, other=0.0)
@@ -610,7 +611,7 @@ def _fold(
 
 @triton.jit
 def _polynomial(constant, linear, square, gain):
-    # A norm that overflows makes the clip factor zero and the other coefficients infinite.
+    # If the norm overflows, the clip factor is zero and the other coefficients are infinite.
     return tl.where(gain == 0.0, constant, constant + gain * (linear + gain * square))
 
 
@@ -654,9 +655,9 @@ def _solve(
 
 @triton.jit
 def _guard(square, limit, grad_scale, found_inf, skip_nonfinite, CLIP: tl.constexpr, SKIP: tl.constexpr):
-    """The gradients' norm without their scale, the factor to multiply them by, and 1.0 to skip the step, else 0.0.
+    """The norm of the unscaled gradients, the factor to multiply gradients by, and 1.0 to skip the step, else 0.0.
 
-    ``square`` is the square of the norm with the scale.
+    ``square`` is the square of the norm of the scaled gradients.
     """
     norm = tl.sqrt(square)
     gain = tl.full([], 1.0, tl.float64)
@@ -700,7 +701,7 @@ def _finish(
         tl.store(extras + _SKIP, skip)
         tl.store(outcome, norm)
         tl.store((outcome + 1).to(tl.pointer_type(tl.int64)), skip.to(tl.int64))
-    groups = hyper + _HYPERS  # after the row that holds for all groups
+    groups = hyper + _HYPERS  # after the row for all groups
     if PER_TENSOR:
         for start in range(0, tensors, _SOLVE_BLOCK):
             at = (start + lanes).to(tl.int64)
@@ -730,7 +731,7 @@ def _first_sweep(
     CROSS: tl.constexpr, STEP: tl.constexpr, PER_TENSOR: tl.constexpr, CLIP: tl.constexpr, SKIP: tl.constexpr,
     SIZE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a pass that sums, and what follows the last tile. True for the program that did the latter."""
+    """One tile of a pass with sums, and what follows the last tile. True for the program that did the latter."""
     sums = work
     coefs = sums + _SUMS * tensors
     slots = coefs + _COEFFICIENTS * tensors + _EXTRAS
@@ -781,7 +782,7 @@ def _second_sweep(
 
 
 # The kernels that sweep. Arrays, in the order of the arguments:
-#   rows     int64 [tensors, COLUMNS]      hyper    float64 [1 + groups, HYPERS]; the first row holds for all groups
+#   rows     int64 [tensors, COLUMNS]      hyper    float64 [1 + groups, HYPERS]; the first row is for all groups
 #   tile_of  int32 [tiles]                 work     float64: sums [SUMS, tensors], coefficients [COEFFICIENTS, tensors],
 #   bounds   int32 [blocks + 1]                     the EXTRAS, then a slot for each sum and tile
 #   counters int32 [tensors + 2], zero     outcome  float64 [2]: the norm, and the bits of an int64: 1 if skipped
@@ -807,7 +808,7 @@ def second(
     PASS: tl.constexpr, KINDS: tl.constexpr, N_KINDS: tl.constexpr, L2: tl.constexpr, GRADIENT: tl.constexpr,
     CLIP: tl.constexpr, SKIP: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """``apply`` or ``commit``: one program per tile, the last tile first: the first sweep left it in the cache."""
+    """``apply`` or ``commit``: one program per tile, the last tile first, because it is still in the cache."""
     _second_sweep(
         tiles - 1 - tl.program_id(0), rows, tile_of, hyper, work, tensors, tiles,
         PASS, KINDS, N_KINDS, L2, GRADIENT, CLIP, SKIP, SIZE,
@@ -823,14 +824,14 @@ def single(
 ):  # fmt: skip
     """A whole step: both sweeps, and between them a barrier that every program has to reach.
 
-    All programs have to run at the same time, or those that wait would keep out those that they wait for. A program
-    takes the same tiles in both sweeps, in the second one in reverse.
+    All programs have to run at the same time; otherwise those that wait would occupy the place of those that they wait
+    for. A program works on the same tiles in both sweeps, in the second one in reverse order.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     turns = counters + tensors + 1
     before = tl.load(turns, volatile=True)
-    # The turn comes only after all programs have worked, and this one has not begun: so all of them read it before.
+    # The value changes only after all programs have worked, and this one has not begun: all of them read the old one.
     tl.debug_barrier()
     for tile in range(program, tiles, programs):
         done = _first_sweep(
@@ -864,7 +865,7 @@ def single(
 def _store_total(
     out, block, mask, blocks, s0, s1, s2, most0, most1, most2, p0, p1, p2, FINISH: tl.constexpr, CROSS: tl.constexpr
 ):
-    """Write what belongs to Fisher blocks, one after the other along the rows of ``out``."""
+    """Write the values of Fisher blocks, one below the other in the rows of ``out``."""
     tl.store(out + block, s0, mask=mask)
     if FINISH == _PLAIN:
         if CROSS:
@@ -883,7 +884,7 @@ def _store_total(
 
 @triton.jit
 def _load_total(totals, block, mask, blocks, FINISH: tl.constexpr, CROSS: tl.constexpr):
-    """Read what ``_store_total`` wrote; zeros where there is nothing."""
+    """Read what ``_store_total`` wrote; zeros for values that were not written."""
     s0 = tl.load(totals + block, mask=mask, other=0.0)
     zero = tl.zeros_like(s0)
     s1, s2, most0, most1, most2, p0, p1, p2 = zero, zero, zero, zero, zero, zero, zero, zero
@@ -909,7 +910,7 @@ def fold(
     FINISH: tl.constexpr, L2: tl.constexpr, CROSS: tl.constexpr, PER_TENSOR: tl.constexpr, CLASSES: tl.constexpr,
     HYPERS: tl.constexpr,
 ):  # fmt: skip
-    """Sums to totals per Fisher block: one program per class of tensors.
+    """From sums to totals per Fisher block: one program per class of tensors.
 
     ``class_of``, int64 ``[tensors]``, is read with ``CLASSES``. ``squares``, float64 ``[classes]``, gets the sums of
     gg, or zeros without a guard.
@@ -953,7 +954,7 @@ def solve(
     FINISH: tl.constexpr, CROSS: tl.constexpr, FISHER: tl.constexpr, CLIP: tl.constexpr, SCALED: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr, FOUND: tl.constexpr, HYPERS: tl.constexpr,
 ):  # fmt: skip
-    """Totals to coefficients, float64 ``[COEFFICIENTS, tensors]``: one program per ``SOLVE_BLOCK`` tensors.
+    """From totals to coefficients, float64 ``[COEFFICIENTS, tensors]``: one program per ``SOLVE_BLOCK`` tensors.
 
     Counts one more update of each tensor, unless the step is skipped. If guarded, ``square`` is the sum of gg,
     ``outcome`` (float64 ``[2]``) gets the norm and the clip factor, and ``skipped`` (bool ``[1]``, as int8) whether to

@@ -22,23 +22,23 @@ OLDEST = (3, 6)  # the oldest Triton that the kernels were compiled with
 CAPABILITY = (8, 0)  # of an NVIDIA GPU: the first with bfloat16
 
 REGISTERS = 128  # per thread at most
-# In a whole step as one launch with L2 decay: its programs wait for each other, one per multiprocessor.
+# The limit for whole steps in one launch with L2 decay, where one program per multiprocessor runs.
 REGISTERS_ALONE = 224
 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """What a kernel is compiled for; :mod:`sofim_fused.backends.triton.kernels` names passes and ways to finish.
+    """What a kernel is compiled for; :mod:`sofim_fused.backends.triton.kernels` has the numbers of passes.
 
     Attributes:
-        kinds: of the tensors (:mod:`sofim_fused.backends.triton.pack`).
+        kinds: those of the tensors (:mod:`sofim_fused.backends.triton.pack`).
         first: the pass of the first sweep.
         second: the pass of the second sweep.
         finish: what follows the sums.
         l2: some tensor has L2 weight decay.
         cross: the gradient form of the step, or sums for it.
         per_tensor: each tensor is a Fisher block.
-        clip: the gradients are scaled: clipped, or freed of the scale that they came with.
+        clip: gradients are multiplied by a factor: clipped or unscaled.
         skip: the step may be skipped.
     """
 
@@ -61,7 +61,7 @@ class KernelConfig:
         """Arguments of every kernel that sweeps. ``waits``: its programs wait for each other."""
         alone = waits and self.l2 and not self.double
         return {
-            # Without a limit, the compiler spills a few registers to fit more programs than memory can feed.
+            # Without a limit, the compiler spills a few registers to fit more programs than memory can keep busy.
             **({} if torch.version.hip else {"maxnreg": REGISTERS_ALONE if alone else REGISTERS}),
             "KINDS": sum(kind << 8 * i for i, kind in enumerate(self.kinds)),  # one constant, a byte for each
             "N_KINDS": len(self.kinds),
@@ -70,12 +70,12 @@ class KernelConfig:
             "SKIP": self.skip,
             "SIZE": kernels.TILE,
             "num_warps": kernels.NUM_WARPS * (2 if self.double else 1),  # as many registers as float32 takes
-            "enable_fp_fusion": False,  # the kernels say where they want a single rounding
+            "enable_fp_fusion": False,  # the kernels use fma explicitly where they need a single rounding
         }
 
 
 def launch_first(kernels: ModuleType, workspace: Workspace, config: KernelConfig, with_step: bool = False) -> None:
-    """Launch ``accumulate`` (``with_step``: w takes the known part of its step) or ``dots``."""
+    """Launch ``accumulate`` (``with_step``: also update w by the known part of the step) or ``dots``."""
     run(
         kernels.first,
         workspace.tiles,
@@ -162,14 +162,14 @@ def launch_fold(
     totals: Tensor,
     squares: Tensor,
 ) -> None:
-    """Launch ``fold``: sums to totals per Fisher block.
+    """Launch ``fold``: from sums to totals per Fisher block.
 
     Args:
         kernels: :mod:`sofim_fused.backends.triton.kernels`.
         config: what to compile for.
         located: the tensors.
         hyper: float64 ``[groups, columns]``, whose columns begin as those of ``pack`` do, up to ``SIGN``.
-        sums: of the tensors; with L2 weight decay ``mw`` (and ``gw``, ``ww``) are there.
+        sums: those of the tensors; with L2 weight decay they include ``mw`` (and ``gw``, ``ww``).
         class_of: int64 ``[n]``, the class of each tensor; ``None``: there is one class.
         totals: float64 ``[classes, config.rows, blocks]``, is written.
         squares: float64 ``[classes]``, gets the sums of gg.
@@ -181,7 +181,7 @@ def launch_fold(
         located.rows,
         located.bounds,
         hyper,
-        *(sums.mm if vector is None else vector.contiguous() for vector in vectors),  # what is not there is not read
+        *(sums.mm if vector is None else vector.contiguous() for vector in vectors),  # a missing one is not read
         located.rows if class_of is None else class_of.contiguous(),
         totals,
         squares,
@@ -210,7 +210,7 @@ def launch_solve(
     found_inf: Tensor | None = None,
     skip_nonfinite: bool = False,
 ) -> None:
-    """Launch ``solve``: totals to coefficients; it also counts the update.
+    """Launch ``solve``: from totals to coefficients; it also counts the update.
 
     Args:
         kernels: :mod:`sofim_fused.backends.triton.kernels`.
@@ -268,18 +268,18 @@ def run(kernel: Any, programs: int, *arguments: Tensor | float, **constants: Any
 
 
 def programs_per_multiprocessor(config: KernelConfig, hip: bool) -> int:
-    """How many programs of one launch certainly run on a multiprocessor at once, and so may wait for each other.
+    """How many programs of one launch certainly run on a multiprocessor at once, so that they may wait for each other.
 
     A multiprocessor has 65,536 registers. A program takes ``REGISTERS`` for each of its 256 threads (512 with
-    float64), or ``REGISTERS_ALONE`` with L2 decay, where there is more to sum. The launch is cooperative as well, which
-    the driver refuses if there is no room. One program on an AMD GPU, where registers are not limited.
+    float64), or ``REGISTERS_ALONE`` with L2 decay, which needs more sums. The launch is also cooperative: the driver
+    refuses it if the programs do not fit. On an AMD GPU, where registers are not limited, the result is 1.
     """
     return 1 if hip or config.double or config.l2 else 2
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many of them a GPU has."""
+    """How many multiprocessors a GPU has."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -318,7 +318,7 @@ def kernels_for(device: torch.device) -> tuple[ModuleType, bool] | str:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < CAPABILITY:
         return f"it needs compute capability {'.'.join(map(str, CAPABILITY))}, that of A100, or above"
     try:
-        triton.runtime.driver.active.get_current_target()  # compiles a file of C
+        triton.runtime.driver.active.get_current_target()  # compiles a C file
     except Exception as error:
         return f"Triton cannot use the GPU ({_first_line(error)})"
     return kernels, False

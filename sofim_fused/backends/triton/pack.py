@@ -1,6 +1,6 @@
 """The tensors of a step packed into rows of addresses and numbers, so that one launch can work on all of them.
 
-Two things pack tensors. :func:`lay_out` does it in Python, for steps that run pass by pass.
+Tensors are packed in two places. :func:`lay_out` packs them in Python, for steps that run pass by pass.
 ``sofim_fused._C.PackedStep`` (``csrc/gather/packed_step.cpp``) reads an optimizer's groups and state, checks them, and
 packs them for whole steps; :class:`sofim_fused.backends.triton.step.PackedStep` documents it. Both fill the columns
 that are described here, which the kernels read.
@@ -24,10 +24,11 @@ W, G, M, KAHAN, STEP, NUMEL, ORDINAL, KIND, GROUP, FIRST = range(10)
 COLUMNS = 10
 """Columns of ``rows``, int64 ``[n, COLUMNS]``: one row per tensor.
 
-``W``, ``G``, ``M``, ``KAHAN``, ``STEP``: addresses. The first four point to as many elements in the same memory order,
-without gaps. ``KAHAN`` is 0 where no lost bits are kept; all four are 0 for an empty tensor. ``STEP`` points to the
-step count, an int64. ``NUMEL``: the number of elements; a complex element counts as two real ones. ``ORDINAL``: the
-tensor's place among all parameters of the optimizer. ``KIND``: see :data:`UNALIGNED`. ``GROUP``: the row of ``hyper``.
+``W``, ``G``, ``M``, ``KAHAN``, ``STEP``: addresses. The first four point to the same number of elements in the same
+memory order, without gaps. ``KAHAN`` is 0 where no lost bits are kept; all four are 0 for an empty tensor. ``STEP``
+points to the step count, an int64. ``NUMEL``: the number of elements; a complex element counts as two real ones.
+``ORDINAL``: the tensor's place among all parameters of the optimizer. ``KIND``: see :data:`UNALIGNED`. ``GROUP``: the
+row of ``hyper``.
 ``FIRST``: the tensor's first tile; it has ``max(1, ceil(numel / tile))`` tiles."""
 
 LR, MOMENTUM, RHO, WEIGHT_DECAY, L2, SIGN, DECAY_M, DECAY_G, DECAY_W = range(9)
@@ -68,7 +69,7 @@ class PackedTensors:
         rows: int64 ``[n, COLUMNS]``, on the CPU.
         kinds: the distinct kinds, sorted.
         tiles: the number of tiles of all tensors.
-        copies: stand in for tensors that are not laid out like their moment.
+        copies: the copies that replace tensors which are not laid out like their moment.
         params, grads, exp_avgs, kahans, steps: the tensors; ``kahans`` only those that exist.
     """
 
@@ -112,7 +113,7 @@ def lay_out(
     ordinals: Sequence[int],
     tile: int,
 ) -> PackedTensors:
-    """Pack tensors of one device, which were checked before; see :class:`sofim_fused.backends.StepTensors`.
+    """Pack tensors of one device that were checked before; see :class:`sofim_fused.backends.StepTensors`.
 
     Args:
         params: w.
@@ -137,7 +138,7 @@ def lay_out(
         rows.append([*placed, addresses.address(steps[i]), numel, ordinals[i], kind, i, tiles])
         tiles += max(1, -(-numel // tile))
     flat = array("q", chain.from_iterable(rows))
-    # torch.tensor would take several times as long; torch.frombuffer refuses to be empty.
+    # torch.tensor would take several times as long; torch.frombuffer refuses an empty buffer.
     packed = torch.frombuffer(flat, dtype=torch.int64) if rows else torch.empty(0, dtype=torch.int64, device="cpu")
     present = [kahan for kahan in kahans if kahan is not None]
     kinds = sorted({row[KIND] for row in rows})
@@ -146,7 +147,7 @@ def lay_out(
 
 
 def readable(value: Any) -> bool:
-    """Whether a kernel can be given it: ``None``, a number, or a tensor with one real number in memory."""
+    """Whether a kernel can use a value: ``None``, a number, or a tensor with one real number in memory."""
     if value is None or isinstance(value, (float, int)):
         return not isinstance(value, bool)
     return isinstance(value, Tensor) and _is_number(value) and _has_address(value)
@@ -157,7 +158,7 @@ def _is_number(x: Tensor) -> bool:
 
 
 def _has_address(x: Tensor) -> bool:
-    """Whether it is dense, has memory, and lies on a device where a pointer says where."""
+    """Whether a tensor is strided, has memory, and is on a device where its pointer is the address of its elements."""
     placed = x.layout == torch.strided and x.device.type not in addresses.WITHOUT_ADDRESSES and torch._C._has_storage(x)
     return placed and x.untyped_storage().data_ptr() != 0
 
@@ -174,7 +175,7 @@ def _kind(w: Tensor, g: Tensor, m: Tensor, kahan: Tensor | None, addresses: tupl
 def _placed(
     w: Tensor, g: Tensor, m: Tensor, kahan: Tensor | None, copies: list[Copy], kept: list[Tensor]
 ) -> tuple[int, int, int, int]:
-    """Addresses of one tensor's w, g, m and kahan in one memory order: that of m, or of its copy.
+    """Addresses of one tensor's w, g, m and kahan in the same memory order: that of m, or of its copy.
 
     Copies that are needed are added to ``copies`` if the pass writes them, and to ``kept`` if it only reads them.
     """
@@ -208,7 +209,7 @@ def _placed(
 
 
 def _in_order(x: Tensor, strides: Sequence[int]) -> bool:
-    """Whether elements lie as these strides say; dimensions of size 1 are ignored."""
+    """Whether a tensor has these strides; dimensions of size 1 are ignored."""
     return all(size < 2 or a == b for size, a, b in zip(x.shape, x.stride(), strides, strict=True))
 
 

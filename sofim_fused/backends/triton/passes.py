@@ -1,4 +1,4 @@
-"""The passes one by one: Triton kernels over packed tensors, one launch per pass for any number of tensors."""
+"""Triton's passes, one launch each: kernels over packed tensors, for any number of tensors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from sofim_fused.backends.triton.workspace import Located, Workspace
 
 
 class TritonPasses:
-    """See :class:`sofim_fused.backends.interface.Passes`. An instance serves one optimizer: it keeps a workspace.
+    """See :class:`sofim_fused.backends.interface.Passes`. Each optimizer has its own instance, with a workspace.
 
     Args:
         kernels: :mod:`sofim_fused.backends.triton.kernels`.
@@ -137,7 +137,7 @@ class TritonPasses:
         return self._tensors
 
     def native_step(self) -> NativeStep:
-        """Whole steps, where the native part of the package can be used; else none: all steps run by the passes."""
+        """Whole steps, if the native part of the package can be used; otherwise all steps run pass by pass."""
         module = native.cpu()
         if isinstance(module, str):
             return lambda groups, state, grad_scale, found_inf, counter: None
@@ -186,7 +186,7 @@ class TritonPasses:
         """The packed tensors, and the workspace filled with them.
 
         Raises:
-            RuntimeError: a CUDA graph is being captured, which the passes cannot be part of.
+            RuntimeError: a CUDA graph is being captured, which cannot contain these passes.
         """
         if capturing():  # pinned memory cannot be allocated then
             missing = native.cpu()
@@ -218,12 +218,12 @@ class TritonPasses:
             workspace = Workspace(self._kernels, tensors.device, packed.rows, hyper, packed.tiles, [0, n])
             self._workspace = workspace
         workspace.load(packed.rows, hyper, None)
-        workspace.renew_work()  # sums that were returned stay what they are
+        workspace.renew_work()  # so that sums which were returned keep their values
         return packed, workspace
 
 
 def _number(value: Tensor | float | None, like: Tensor) -> Tensor | None:
-    """A number, or a tensor of one element anywhere, as a kernel reads it: float32 or float64 on ``like``'s device."""
+    """A number, or a one-element tensor, as kernels read it: a float32 or float64 tensor on ``like``'s device."""
     if value is None:
         return None
     ready = isinstance(value, Tensor) and value.device == like.device and addresses.plain(value)

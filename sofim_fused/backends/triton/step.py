@@ -19,29 +19,30 @@ from sofim_fused.backends.triton import launch, pack
 from sofim_fused.backends.triton.launch import KernelConfig, capturing, device_scope
 from sofim_fused.backends.triton.workspace import Workspace
 
-# Up to so many tiles, a million elements, a step takes one launch. On an H200 that saves 1.2 µs with 23 tiles, and
-# loses 6 with 1,622, because fewer programs find room.
+# A step of at most this many tiles, a million elements, takes one launch. On an H200 that saves 1.2 µs with 23 tiles,
+# and costs 6 µs with 1,622, because fewer programs fit at once.
 SINGLE_UP_TO = 256
 
 
 class PackedStep(Protocol):
-    """``sofim_fused._C.PackedStep``: gathers and checks the tensors of an optimizer's steps anew in each step.
+    """``sofim_fused._C.PackedStep``: gathers and checks the tensors of an optimizer in each step.
 
-    It is made with one argument, the number of elements per tile (``ValueError`` if that is less than 1). Between steps
-    it keeps numbers, and holds parameters and state, which the optimizer holds as well. It holds gradients only from
-    ``gather`` to ``finish``. The attributes are those of the last ``gather`` that did not return ``None``.
+    Its constructor takes one argument, the number of elements per tile (``ValueError`` if that is less than 1). Between
+    steps it keeps numbers, and references to parameters and state, which the optimizer has as well. It has references
+    to gradients only from ``gather`` to ``finish``. The attributes describe the last ``gather`` that did not return
+    ``None``.
 
     Attributes:
         size: n, the tensors that take part.
         tiles: the number of tiles of all tensors.
         kinds: the distinct kinds of tensors, sorted (:mod:`sofim_fused.backends.triton.pack`).
         rows: int64 ``[n, COLUMNS]`` on the CPU; the same memory as long as n stays the same.
-        hyper: float64 ``[number of parameter groups, HYPERS]`` on the CPU, likewise.
-        scalars: (group, column, tensor) for each ``lr`` and ``rho`` that is a tensor on another device than the CPU;
+        hyper: float64 ``[number of parameter groups, HYPERS]`` on the CPU; the memory stays likewise.
+        scalars: (group, column, tensor) for each ``lr`` and ``rho`` that is a tensor on a device other than the CPU;
             ``hyper`` has NaN there.
         device: of all tensors; ``None`` if there are none.
         gradient_form, fisher, max_grad_norm, skip_nonfinite: settings of the whole optimizer.
-        l2, decoupled: some tensor that takes part has a group with such a weight decay.
+        l2, decoupled: whether some tensor that takes part has a group with such a weight decay.
     """
 
     size: int
@@ -62,13 +63,13 @@ class PackedStep(Protocol):
         """Gather the tensors of a step from an optimizer's groups and state, which it does not change.
 
         It drops what was gathered before and not finished. Tensors that are not laid out like their moments, and
-        gradients whose conjugation or negation is lazy, are copied here, and the copies take their places.
+        gradients whose conjugation or negation is lazy, are copied here, and the copies are used instead.
 
         Returns:
-            Bits of what differs from the last time that it did not return ``None``: ``POINTERS``, ``VALUES``,
-            ``LAYOUT``. ``None``: nothing was changed, and Python's checks have to look at this step. A value is not
-            what is expected, state is missing, a tensor is a subclass with its own behaviour or a mode intercepts
-            operations on tensors, or the tensors lie on several devices or on one without addresses.
+            What differs from the last time that it did not return ``None``, as bits: ``POINTERS``, ``VALUES``,
+            ``LAYOUT``. ``None``, with nothing changed, if Python has to check this step: a value is not the expected
+            one, state is missing, a tensor is a subclass with its own behaviour, a mode intercepts operations on
+            tensors, or the tensors are on several devices or on one without addresses.
         """
 
     def finish(self, weights: bool, moments: bool, steps: bool) -> None:
@@ -98,7 +99,7 @@ class TritonStep:
         self._config: KernelConfig | None = None
         self._captured: list[Workspace] = []  # graphs read their pinned memory at each replay
         self._cooperates = True
-        self._changed = 0  # since the workspace was filled
+        self._changed = 0  # what has changed since the workspace was filled
         self._scaling = (False, False)  # whether there is a grad_scale, a found_inf
 
     def __call__(
@@ -133,7 +134,7 @@ class TritonStep:
             self._config = self._new_config(guarded)
         with device_scope(packed.device):
             workspace = self._filled(grad_scale, found_inf)
-            if guarded:  # the last step's is the caller's
+            if guarded:  # the last step's now belongs to the caller
                 workspace.outcome = torch.empty(2, dtype=torch.float64, device=workspace.device)
             self._launch(workspace, self._config)
             packed.finish(True, True, True)
@@ -166,7 +167,7 @@ class TritonStep:
                     "a step is captured in a graph before any like it was taken: take one with the same gradients "
                     "present and the same settings, then capture"
                 )
-            # A graph has a workspace of its own: what eager steps write into theirs must not show in a replay.
+            # A graph has a workspace of its own: a replay must not see what eager steps write into theirs.
             workspace = self._workspace.for_capture()
             self._captured.append(workspace)
             workspace.load(packed.rows, packed.hyper, packed.max_grad_norm, packed.skip_nonfinite)
@@ -187,7 +188,7 @@ class TritonStep:
             self._changed = 0
         for group, column, value in packed.scalars:
             workspace.hyper[1 + group, column].copy_(value.detach().reshape(()))
-        # Whether there are such numbers is part of the layout: a new layout has a new workspace, nothing stale is left.
+        # Whether there are such numbers is part of the layout. A new layout gets a new workspace: none is stale.
         for column, number in ((self._kernels.GRAD_SCALE, grad_scale), (self._kernels.FOUND_INF, found_inf)):
             if isinstance(number, Tensor):
                 workspace.hyper[0, column].copy_(number.detach().reshape(()), non_blocking=True)
@@ -212,14 +213,14 @@ class TritonStep:
         launch.launch_second(self._kernels, workspace, config)
 
     def _programs(self, device: torch.device, config: KernelConfig) -> int:
-        if self._emulated:  # there programs run one after the other
+        if self._emulated:  # the interpreter runs programs one after the other
             return 1
         hip = torch.version.hip is not None
         return launch.multiprocessors(device) * launch.programs_per_multiprocessor(config, hip=hip)
 
 
 def _bounds(packed: PackedStep) -> list[int]:
-    """Where Fisher blocks begin and end among the tensors of a step."""
+    """The indices of tensors at which Fisher blocks begin and end."""
     if packed.fisher != "group":
         return [0, packed.size]
     groups = packed.rows[:, pack.GROUP]

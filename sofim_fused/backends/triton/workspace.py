@@ -15,14 +15,14 @@ from sofim_fused.backends.triton import pack
 
 
 class Workspace:
-    """Arrays on a device for tensors of given sizes; :mod:`sofim_fused.backends.triton.kernels` gives their shapes.
+    """Arrays on a device for tensors of given sizes; :mod:`sofim_fused.backends.triton.kernels` has their shapes.
 
     Args:
         kernels: that module.
-        device: of the arrays.
-        rows: int64 ``[n, COLUMNS]`` on the CPU, packed tensors (:mod:`sofim_fused.backends.triton.pack`) like those to
-            come; only their sizes are used.
-        hyper: float64 ``[groups, HYPERS]`` on the CPU, likewise.
+        device: the device of the arrays.
+        rows: int64 ``[n, COLUMNS]`` on the CPU, packed tensors (:mod:`sofim_fused.backends.triton.pack`). Only their
+            sizes are used.
+        hyper: float64 ``[groups, HYPERS]`` on the CPU. Only its shape is used.
         tiles: the number of tiles of all tensors.
         bounds: where Fisher blocks begin and end among the tensors: ``[0, ..., n]``.
     """
@@ -57,20 +57,20 @@ class Workspace:
         self.hyper = torch.empty(hyper, dtype=torch.float64, device=device)
         self.counters = torch.zeros(self.tensors + 2, dtype=torch.int32, device=device)
         self.work = torch.empty(work, dtype=torch.float64, device=device)
-        self.outcome = self.work  # only guarded steps write it, and they replace it before
+        self.outcome = self.work  # a stand-in: only guarded steps write it, and they replace it before
         self._rows = torch.empty(rows, dtype=torch.int64)
         self._hyper = torch.zeros(hyper, dtype=torch.float64)
         self._limit: float | None = None
         self._known = False
-        # Kept for the next capture: while a graph is captured, pinned memory cannot be allocated.
+        # Allocated for the next capture, because pinned memory cannot be allocated while a graph is captured.
         self._pinned: tuple[Tensor, Tensor] | None = _pinned(self.rows), _pinned(self.hyper)
         self._reread = False
 
     def for_capture(self) -> Workspace:
-        """A workspace of the same sizes for a graph that is being captured; one for each eager step before.
+        """A workspace of the same sizes for a graph that is being captured. Each capture needs an eager step before it.
 
         Raises:
-            RuntimeError: no eager step was taken since the last capture, so that there is no pinned memory.
+            RuntimeError: no eager step was taken since the last capture, so there is no pinned memory.
         """
         if self._pinned is None:
             raise RuntimeError("two captures in a row: take a step outside of a graph before the second")
@@ -91,12 +91,12 @@ class Workspace:
         return same and torch.equal(rows[:, pack.NUMEL], self._numels)
 
     def load(self, rows: Tensor | None, hyper: Tensor | None, limit: float | None, skip: bool = False) -> None:
-        """Send what differs from the last time to the device, without waiting for it.
+        """Send what has changed to the device, without waiting for it.
 
         Args:
-            rows: packed tensors on the CPU, or ``None`` for those of the last time.
-            hyper: likewise.
-            limit: of the gradients' norm.
+            rows: packed tensors on the CPU, or ``None`` if they have not changed.
+            hyper: the groups' hyperparameters on the CPU, or ``None`` if they have not changed.
+            limit: the limit of the gradients' norm.
             skip: a step is skipped if that norm is not finite; only read together with a new ``hyper``.
         """
         if self._pinned is None:
@@ -114,18 +114,18 @@ class Workspace:
         self._known = True
 
     def arguments(self) -> tuple[Tensor | int, ...]:
-        """The arguments of kernels that sweep and sum, in their order."""
+        """The arguments of kernels that compute sums, in their order."""
         arrays = (self.rows, self.tile_of, self.bounds, self.hyper, self.work, self.counters, self.outcome)
         return (*arrays, self.tensors, self.tiles, self.blocks)
 
     def renew_work(self) -> None:
-        """Allocate sums and coefficients anew; whoever holds the last ones keeps them."""
+        """Allocate new memory for sums and coefficients; callers that have the old ones keep them."""
         coefficients = self._coefficients().clone()
         self.work = torch.empty_like(self.work)
         self._coefficients().copy_(coefficients)
 
     def sums(self) -> Tensor:
-        """The sums of the last pass, float64 ``[SUMS, tensors]``: mm, mg, mw, gg, gw, ww; only those it was to take."""
+        """The sums of the last pass, float64 ``[SUMS, tensors]``: mm, mg, mw, gg, gw, ww; others are undefined."""
         return self.work[: self._sum_rows * self.tensors].view(self._sum_rows, self.tensors)
 
     def _coefficients(self) -> Tensor:
@@ -150,10 +150,10 @@ class Workspace:
 
 
 class Located:
-    """On a device, what the algebra between the sweeps needs to know of n tensors: step counts, groups, Fisher blocks.
+    """What the algebra between the sweeps needs to know of n tensors, on a device: step counts, groups, Fisher blocks.
 
     Args:
-        device: of the arrays.
+        device: the device of the arrays.
         steps: the step counts, 0-dimensional int64 tensors on ``device``.
         sizes: how many tensors each parameter group has; tensors are in the order of groups.
         by_group: a Fisher block is a parameter group; else there is one, or one per tensor.
@@ -185,7 +185,7 @@ def send(values: Tensor, to: Tensor, pinned: Tensor | None = None) -> Tensor:
     """Copy from the CPU in stream order, through pinned memory, without waiting.
 
     Args:
-        values: on the CPU; may be changed right after.
+        values: on the CPU; may be changed right after the call.
         to: of the same shape and dtype.
         pinned: memory to copy through. ``None``: memory of PyTorch's pool, which returns to it after the copy.
 
