@@ -81,11 +81,11 @@ ALLOCATORS: dict[str, int | None] = {_LIBC: None, f"{_LIBC}, 128 KiB": THRESHOLD
 
 
 class Model:
-    """Parameters of some shapes, equal each time, whose gradients are made one after the other, and an optimizer.
+    """Parameters with the same values each time, whose gradients are computed one after the other, and an optimizer.
 
     Args:
-        values: the gradients, which are everyone's.
-        new_optimizer: of the parameters.
+        values: the gradients, which all models share.
+        new_optimizer: makes the optimizer of the parameters.
     """
 
     def __init__(self, values: Sequence[Tensor], new_optimizer: NewOptimizer) -> None:
@@ -100,7 +100,7 @@ class Model:
 
     @torch.no_grad()
     def make_gradients(self) -> None:
-        """As a backward pass: each gradient beside its weight, then handed over to the hooks there are."""
+        """Compute gradients one by one, as a backward pass does, and call the hooks for each."""
         for param, weight, value, grad, hooks in self._order:
             torch.add(value, weight, alpha=0.0, out=grad)
             for hook in hooks:
@@ -117,7 +117,7 @@ def check_agreement(params: Mapping[str, Sequence[Tensor]]) -> None:
     """Check that parameters agree but for the order of additions.
 
     Raises:
-        RuntimeError: optimizers that were compared have not done the same.
+        RuntimeError: the optimizers that are compared have not computed the same.
     """
     (name, first), *others = params.items()
     for other, theirs in others:
@@ -173,8 +173,8 @@ class Training:
     """A network that is trained.
 
     Args:
-        network: its own.
-        new_optimizer: of its parameters.
+        network: the network of this training alone.
+        new_optimizer: makes the optimizer of its parameters.
         batches: taken in turn.
     """
 
@@ -229,7 +229,7 @@ def memory_use(task: Task, optimizer: str, threads: int, threshold: int | None) 
     if threshold is not None and not ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, threshold):
         raise RuntimeError("mallopt() does not take the threshold")
     torch.set_num_threads(threads)
-    _use_memory(LENET, optimizer)  # code, threads and their stacks are not the task's
+    _use_memory(LENET, optimizer)  # code, threads and their stacks do not count for the task
     return _use_memory(task, optimizer)
 
 
@@ -295,7 +295,7 @@ class Run:
                 target = STEP_TARGETS.get(model) if name == OVERLAPPED else None
                 yield {**row, "rounds": len(taken), "calls": measured.calls, **_verdict(target, row)}
             del models, values, measured
-            gc.collect()  # a large model's memory is the next one's
+            gc.collect()  # frees a large model's memory for the next one
 
     def training(self) -> Iterator[Row]:
         """Whole training steps."""

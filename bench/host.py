@@ -36,7 +36,7 @@ RESULTS = Path(__file__).parent / "results" / "host"
 
 
 class Counter:
-    """In the place of a kernel."""
+    """Replaces a kernel, and counts its launches."""
 
     def __init__(self) -> None:
         self.launches = 0
@@ -64,7 +64,7 @@ class ByPasses(TritonPasses):
     """Takes no whole steps, as without the native part."""
 
     def native_step(self) -> NativeStep:
-        """Of no step."""
+        """A function that takes no step."""
         return lambda groups, state, grad_scale, found_inf, counter: None
 
 
@@ -84,7 +84,7 @@ def on_triton(count: int, kernels: ModuleType, passes: type[TritonPasses]) -> tu
         params = [nn.Parameter(torch.ones(1)) for _ in range(count)]
         optimizer = SOFIM(params, backend="triton")
         renew(params)
-        optimizer.step()  # which asks for the passes
+        optimizer.step()  # asks for the passes
     finally:
         backends._REGISTRY["triton"] = registered
     counter.launches = 0

@@ -132,8 +132,8 @@ CUDA_KINDS = {
     "fp16, Kahan": ("Float16", "Float16", "float"),
     "fp64": ("double", "double", "double"),
 }
-TWO_LAUNCHES = ("bf16, fp32 gradient, Kahan", "fp64")  # in any case
-SUMS = "sums"  # in the place of a kind, for what works on sums
+TWO_LAUNCHES = ("bf16, fp32 gradient, Kahan", "fp64")  # kinds whose steps always take two launches
+SUMS = "sums"  # replaces the kind for kernels that work on sums
 ALL_KINDS = list(dict.fromkeys([*KINDS, SUMS, *CUDA_KINDS, *SHIPPED.values()]))
 
 
@@ -242,7 +242,7 @@ def table_bytes(case: Case, kernels: ModuleType) -> tuple[int, int]:
 
 @dataclass
 class Launch:
-    """A kernel with the arguments that the backend passed; in the place of a kernel it takes note of them."""
+    """Replaces a kernel, and records the arguments that the backend passes to it."""
 
     kernel: Any
     args: dict[str, Any] = field(default_factory=dict)
@@ -339,7 +339,7 @@ def compiled(launch: Launch, target: str) -> Any:
 
 @dataclass
 class Row:
-    """What became of a case on a target.
+    """The results for a case on a target.
 
     Attributes:
         by: ``TRITON`` or ``CUDA``.
@@ -352,7 +352,7 @@ class Row:
             for full tiles, both sides of each branch; ``None`` for AMD, where each access stands in a loop (of one
             turn) of its own, and where it serves several kinds.
         milliseconds: for ``PARAMETERS`` at ``BANDWIDTH``.
-        wrong: what the exit code is about.
+        wrong: what is wrong with the kernel; if any is, the exit code is 1.
     """
 
     by: str

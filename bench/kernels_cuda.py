@@ -52,7 +52,7 @@ class Instance(NamedTuple):
         template: ``"first"``, ``"second"`` or ``"both"``.
         storage: C++ types of weight, gradient and moment.
         kinds: of its passes, as :func:`kind_of` gives them.
-        l2, gradient: what the kernels that are shipped are told at run time.
+        l2, gradient: options that shipped kernels get at run time.
     """
 
     template: str
@@ -65,7 +65,7 @@ class Instance(NamedTuple):
 def kind_of(which: str, *, l2: bool = False, gradient: bool = False, step: bool = False) -> str:
     """What a sweep is compiled for, as a type in C++."""
     if which in ("dots", "commit"):
-        gradient = False  # dots takes the same sums in both forms; commit is told at run time
+        gradient = False  # dots computes the same sums in both forms; commit gets the form at run time
     if which in ("apply", "commit"):
         l2 = False
     return f"Kind<Pass::{which}, {', '.join(map(_cpp, (gradient, l2, step)))}>"
@@ -135,7 +135,7 @@ class Kernel:
 
 
 class Compiled(NamedTuple):
-    """What a source came to: its kernels for each target, and the numbers that it defines."""
+    """A compiled source: its kernels for each target, and the numbers that it defines."""
 
     kernels: list[Kernel]
     numbers: dict[str, int]

@@ -403,7 +403,7 @@ class Trainer:
 
         Args:
             job: the run.
-            say: is told of the losses.
+            say: is called with a line of text for each loss.
 
         Returns:
             In types that JSON has: ``curve``, validation losses by step; ``test``, the loss there, or ``None``;
@@ -480,7 +480,7 @@ def _event(device: torch.device) -> Event:
 
 
 def stem(size: str, device: str) -> str:
-    """Of the files of results."""
+    """The stem of the names of result files."""
     return PREFIX + size + ("" if device == "cpu" else f"-{device}")
 
 

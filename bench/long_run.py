@@ -100,11 +100,11 @@ class Timed:
 
 
 class Runner(Timed):
-    """A SOFIM on its way, with what rounding may have done to it so far.
+    """A SOFIM optimizer in the run, and how far rounding may have moved it so far.
 
     Attributes:
         variance: of the weights' distance from the oracle, if every rounding were independent and uniform.
-        bound: the distance, if all roundings went one way.
+        bound: the distance, if all rounding errors had the same direction.
     """
 
     def __init__(self, kind: Kind, weights: Sequence[Tensor]) -> None:
@@ -125,7 +125,7 @@ class Runner(Timed):
         self.bound += kind.weight * weight + (kind.moment + 2.0**-22) * moment * carried
 
     def distance(self, weights: Sequence[Tensor]) -> float:
-        """From the oracle's weights."""
+        """The distance from the oracle's weights."""
         kept = [self.optimizer.state[p].get("kahan", torch.zeros(())) for p in self.params]
         return _norm([p.detach().double() + k - w for p, k, w in zip(self.params, kept, weights, strict=True)])
 

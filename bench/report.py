@@ -41,7 +41,7 @@ def fresh_processes() -> Pool:
 
 
 def give_back() -> None:
-    """Return free memory to the system, or it would be taken again unseen; make the peak what is resident now."""
+    """Return free memory to the system, as its reuse would not be seen; reset the peak to what is resident now."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -95,7 +95,7 @@ TEXT = {"model", "tensors", "gradients", "provider", "allocator"}  # columns tha
 
 
 def digits(value: float) -> str:
-    """Three digits that count."""
+    """A number with three significant digits."""
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
@@ -118,7 +118,7 @@ def target(row: Row) -> str:
 
 
 def machine(threads: int) -> Row:
-    """What the figures depend on."""
+    """The machine and the versions, on which the figures depend."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),

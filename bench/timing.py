@@ -109,7 +109,7 @@ def compare_phases(
 
 
 def median_interval(samples: Sequence[float]) -> tuple[float, float]:
-    """An interval that has the median of what the samples are drawn from, at 95 %: two of the samples, by their ranks.
+    """A 95 % confidence interval of the median of the samples' distribution: two of the samples, by their ranks.
 
     Nothing is assumed of the distribution, only that samples are independent. Fewer than six cannot give 95 %.
     """
@@ -133,7 +133,7 @@ def _rounds(
 
     collecting = gc.isenabled()
     gc.collect()
-    gc.disable()  # a collection would be charged to whoever happens to be running
+    gc.disable()  # a collection would count as time of the provider that is running
     try:
         for _ in range(WARMUP_ROUNDS):
             one_round(1)

@@ -1,11 +1,11 @@
 """Breaks one line for each stage of CI, and requires the stage to notice: ``python -m tests.mutations [stage ...]``.
 
-A mutation is an entry of :data:`MUTATIONS`: the stage, the file, what text becomes which, and what the stage then has
-to say. It is made in a copy of the sources (``build/mutations``), where the stage's make target runs, restricted to
-what has to notice. A stage has noticed if it failed and said what was expected; one that fails for another reason has
-not. The text must stand in exactly one place, or the run ends with an error: then the entry has to follow the sources.
+A mutation is an entry of :data:`MUTATIONS`: the stage, the file, the text and its replacement, and what the stage then
+has to print. It is made in a copy of the sources (``build/mutations``), where the stage's make target runs, restricted
+to the part that has to notice. A stage has noticed if it fails and prints what is expected; failing for another reason
+does not count. The text must occur exactly once, or the run ends with an error: then the entry has to be updated.
 
-It takes many minutes, most of them for C++ that is compiled anew; ``.ci/run`` leaves it out.
+It takes many minutes, most of them to compile C++ again; ``.ci/run`` leaves it out.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ MUTATIONS = [
 
 
 class Outcome(NamedTuple):
-    """What came of a mutation."""
+    """The result of a mutation."""
 
     mutation: Mutation
     noticed: str
@@ -174,7 +174,7 @@ def place_of(mutation: Mutation, root: Path) -> Path:
 
 
 def copied() -> None:
-    """Copy the sources and the native part; what was compiled in an earlier copy stays for those that come."""
+    """Copy the sources and the native part. What was compiled in an earlier copy stays, to be used again."""
     for place in COPY.iterdir() if COPY.exists() else []:
         if place.name != "build":
             shutil.rmtree(place) if place.is_dir() else place.unlink()
@@ -189,7 +189,7 @@ def copied() -> None:
 
 
 def native_is_new(yes: bool) -> None:
-    """Have make take the native part that was copied for up to date, or not."""
+    """Make ``make`` regard the copied native part as up to date, or not."""
     stamp = COPY / "build" / "native"
     stamp.parent.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
@@ -198,7 +198,7 @@ def native_is_new(yes: bool) -> None:
 
 
 def tried(mutation: Mutation, python: Path, shown: bool) -> Outcome:
-    """Run a mutation's stage with the mutation, which is undone afterwards."""
+    """Run a mutation's stage with the mutation, and undo the mutation afterwards."""
     if mutation.needs and shutil.which(mutation.needs) is None:
         return Outcome(mutation, f"not tried: {mutation.needs} is not here", 0.0)
     path = place_of(mutation, COPY)

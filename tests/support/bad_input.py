@@ -1,4 +1,4 @@
-"""Bad input as one table: what is wrong, how it comes about, and the error that says so."""
+"""Bad input as one table: what is wrong, how to produce it, and the error that SOFIM has to raise."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ BOTH = ("cpu", "reference")
 
 
 class Case(NamedTuple):
-    """A row brought about.
+    """A row of the table, ready to be tried.
 
     Attributes:
-        attempt: what is refused.
-        params: of whom nothing may change, besides those of the optimizer.
-        optimizer: likewise; ``None``: none is there yet.
+        attempt: the call that has to raise the error.
+        params: parameters that must not change, besides those of the optimizer.
+        optimizer: the optimizer, which must not change; ``None``: there is none yet.
     """
 
     attempt: Callable[[], object]
@@ -35,11 +35,11 @@ class Row(NamedTuple):
     """A row of the table.
 
     Attributes:
-        what: is wrong, in Markdown.
-        make: brings it about, for a backend.
-        error: its type.
-        text: of its message, which names what is wrong and says what to do; "…" stands for what is left out.
-        backends: for which it is tried.
+        what: what is wrong, in Markdown.
+        make: makes the case, for a backend.
+        error: the type of the error.
+        text: the message, which names what is wrong and says what to do; "…" stands for any text.
+        backends: the backends with which the row is tried.
     """
 
     what: str
@@ -202,7 +202,7 @@ ARGUMENTS = [
 def _given(
     what: str, make: Callable[[], Any], error: type[Exception], text: str, params: Callable[[Any], Any] = list
 ) -> Row:
-    """What the constructor is given in the place of parameters; ``params``: those that are in it."""
+    """A wrong ``params`` argument of the constructor; ``params``: the parameters that are in it."""
 
     def case(_: str) -> Case:
         given = make()
@@ -497,7 +497,7 @@ ADDED = [
 ]
 
 
-# What a step meets: gradients, and what has become of parameters, state and groups since they were checked
+# What a step finds: gradients, and parameters, state and groups that have changed since they were checked
 
 
 def _met(
@@ -510,7 +510,7 @@ def _met(
     make: Callable[[], list[Any]] = two,
     **options: Any,
 ) -> Row:
-    """Something spoiled after so many steps, before the next."""
+    """Something that is spoiled after a number of steps, before the next one."""
 
     def case(backend: str) -> Case:
         params = make()
@@ -526,7 +526,7 @@ def _met(
 
 
 def _data(*shape: int, dtype: torch.dtype = torch.float32) -> Callable[[SOFIM, list[nn.Parameter]], None]:
-    """Another memory for the second parameter, of a shape and dtype; its gradient stays."""
+    """Replaces the second parameter's memory by one of another shape and dtype; its gradient stays."""
 
     def spoil(_: SOFIM, params: list[nn.Parameter]) -> None:
         params[1].data = torch.ones(*shape, dtype=dtype)
@@ -560,7 +560,7 @@ def _gradient(make: Callable[[], Tensor]) -> Callable[[SOFIM, list[nn.Parameter]
 def _a_gradient_for(
     make: Callable[[], Tensor], dtype: torch.dtype | None = None
 ) -> Callable[[SOFIM, list[nn.Parameter]], None]:
-    """A frozen parameter, which is taken whatever it is, and then given a gradient."""
+    """A frozen parameter, of which the optimizer accepts any kind, gets a gradient."""
 
     def spoil(optimizer: SOFIM, _: list[nn.Parameter]) -> None:
         frozen = make()
@@ -573,17 +573,17 @@ def _a_gradient_for(
 
 
 def _lost(name: str) -> Callable[[SOFIM, list[nn.Parameter]], None]:
-    """An entry of the second parameter's state is gone."""
+    """Deletes an entry of the second parameter's state."""
     return lambda optimizer, params: optimizer.state[params[1]].__delitem__(name)
 
 
 def _entry(name: str, value: Any) -> Callable[[SOFIM, list[nn.Parameter]], None]:
-    """Another value for an entry of the second parameter's state."""
+    """Replaces an entry of the second parameter's state."""
     return lambda optimizer, params: optimizer.state[params[1]].__setitem__(name, value)
 
 
 def _set(**values: Any) -> Callable[[SOFIM, list[nn.Parameter]], None]:
-    """Values written into the last group, as schedulers and users write them."""
+    """Writes values into the last group, as schedulers and users do."""
     return lambda optimizer, _: optimizer.param_groups[-1].update(values)
 
 
@@ -596,7 +596,7 @@ def _without_rho(optimizer: SOFIM, _: list[nn.Parameter]) -> None:
 
 
 def _a_late_first(optimizer: SOFIM, params: list[nn.Parameter]) -> None:
-    """The first parameter has no state yet, and would get one before the second one's is looked at."""
+    """The first parameter has no state yet, and would get it before the second one's is checked."""
     del optimizer.state[params[0]]
     optimizer.param_groups[0]["state_dtype"] = torch.bfloat16
 
@@ -890,7 +890,7 @@ MET = [
 ]
 
 
-# State dicts: how a good one is spoiled
+# State dicts: good ones, of which one thing is spoiled
 
 Spoil = Callable[[dict[str, Any]], Any]
 
@@ -1210,7 +1210,7 @@ def _too_late(
     taken: bool = True,
     release: bool = False,
 ) -> Row:
-    """Something done between ``backward()``, or gradients that were given by hand (``taken=False``), and ``step()``."""
+    """Something done between ``backward()``, or gradients that are set by hand (``taken=False``), and ``step()``."""
 
     def case(backend: str) -> Case:
         params = two()
@@ -1285,7 +1285,7 @@ ROWS: list[Row] = [*(argument.row() for argument in ARGUMENTS), *PARAMETERS, *AD
 
 
 def markdown() -> str:
-    """The table as documents have it."""
+    """The table in Markdown, as docs/reliability.md has it."""
     lines = ["| what | error |", "|---|---|"]
     for row in ROWS:
         lines.append(f"| {row.what} | {row.error.__name__}: `{row.text}` |")

@@ -1,4 +1,4 @@
-"""A selection of a test's cases in which any few values still meet, for tests with many cases."""
+"""Selects some cases of a test that has many, so that any few values of its arguments still occur together."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from itertools import combinations
 
 
 def chosen(cases: Sequence[Sequence[Hashable]], strength: int) -> list[int]:
-    """The places of some cases in which all values of ``strength`` columns meet that meet in any case.
+    """The indices of some cases. Any values of ``strength`` columns that occur together in a case do so in these.
 
-    The same cases give the same choice: each time the one that has most to add, the first of several.
+    Always chooses next the case that adds the most combinations, or the first of several: the same cases give the same
+    choice.
     """
     meetings = [
         {(columns, tuple(case[column] for column in columns)) for columns in combinations(range(len(case)), strength)}
@@ -18,7 +19,7 @@ def chosen(cases: Sequence[Sequence[Hashable]], strength: int) -> list[int]:
     ]
     missing = set().union(*meetings)
     places = []
-    # What a case has to add only shrinks: the first whose number is still right has the most.
+    # What a case adds can only become less: the first case whose number is still right adds the most.
     queue = [(-len(found), place) for place, found in enumerate(meetings)]
     heapify(queue)
     while missing:

@@ -1,10 +1,10 @@
-"""Runs of ``examples.train`` to be killed: forked from one process, which has loaded everything that they need.
+"""Runs ``examples.train`` and kills it. Runs are forked from one process, which has loaded everything that they need.
 
-``python -m tests.support.faults_training`` reads a line of JSON for each run from standard input: ``argv``, the command
-line;
-``after``, the seconds after which it is killed, or ``null``; ``at``, where it kills itself: the name of a moment in
-:data:`MOMENTS` and which writing of a file it is, or ``null``. It answers each with a line: how the run ended, as
-``os.waitstatus_to_exitcode`` has it, and how many seconds it took.
+``python -m tests.support.faults_training`` reads a line of JSON for each run from standard input. ``argv`` is the
+command line. ``after`` is the number of seconds after which it is killed, or ``null``. ``at`` says where it kills
+itself: the name of a moment in :data:`MOMENTS`, and in which replacement of a file, counted from the first; or
+``null``. It answers with a line for each run: the exit code, as ``os.waitstatus_to_exitcode`` returns it, and how many
+seconds the run took.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from examples import data, train
 from sofim_fused import SOFIM
 
-IMAGES = 96  # in three batches of 32: an epoch is then not much longer than a checkpoint is written
+IMAGES = 96  # three batches of 32: then an epoch takes not much longer than writing a checkpoint
 
 
 def die(*_: Any) -> NoReturn:
@@ -79,7 +79,7 @@ def watch(writings: Writings) -> None:
 
 
 def begin(argv: list[str], at: tuple[str, int] | None, log: Path) -> int:
-    """Fork a run; its process's number."""
+    """Fork a run; return its process id."""
     child = os.fork()
     if child:
         return child
@@ -119,11 +119,11 @@ def small(images: data.ImageData) -> data.ImageData:
 
 
 def main(log: Path) -> None:
-    torch.set_num_threads(1)  # a fork has none of its parent's
+    torch.set_num_threads(1)  # a fork has none of its parent's threads
     images = small(data.load("digits"))
     data.load = lambda *_: images
-    train.plot = lambda *_: Figure(figsize=(1, 1))  # of all that a run does this would take longest
-    # What a first use imports. No backward pass: forks could not have another.
+    train.plot = lambda *_: Figure(figsize=(1, 1))  # it would take longer than anything else
+    # Imports what the first use imports. No backward pass is run here: after one, forks could not run another.
     assert SOFIM([torch.ones(1)]).backends
     Figure(figsize=(1, 1)).savefig(io.BytesIO(), format="png")
     print("ready", flush=True)

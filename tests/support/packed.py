@@ -1,4 +1,4 @@
-"""What the tests of packed steps share: optimizers with state, and what the rows of their tensors have to say."""
+"""Shared by the tests of packed steps: optimizers with state, and what the rows of their tensors have to contain."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TILE = 4
 
 
 def new(tile: int = TILE) -> Any:
-    """What gathers the tensors of steps, with the native part alone."""
+    """A new ``PackedStep`` of the native part."""
     return native.cpu().PackedStep(tile)  # type: ignore[union-attr]
 
 
@@ -40,7 +40,7 @@ def gathered(t: Any, optimizer: SOFIM) -> int | None:
 
 
 def laid_like(x: Tensor, m: Tensor) -> Tensor:
-    """A copy of x in m's order of memory; in that of a contiguous tensor if there are gaps in m."""
+    """A copy of x with m's memory order, or contiguous if there are gaps in m."""
     dense = torch.empty_like(m)  # preserves strides only without gaps
     order = m.stride() if dense.stride() == m.stride() else m.contiguous().stride()
     return torch.empty_strided(x.shape, order, dtype=x.dtype).copy_(x.detach())
@@ -55,7 +55,7 @@ def same_strides(x: Tensor, y: Tensor) -> bool:
 
 
 def check_addresses(row: list[int], tensors: list[Tensor | None], m: Tensor) -> None:
-    """What lies at the addresses are the tensors' values in one order; the tensors themselves where those have it."""
+    """Check that at the addresses are the tensors' values in m's order, and the tensors themselves if they have it."""
     for address, x in zip(row, tensors, strict=True):
         if x is None or x.numel() == 0:
             assert address == 0
@@ -83,7 +83,7 @@ def expected_kind(w: Tensor, g: Tensor, m: Tensor, keeps: bool, row: list[int]) 
 
 
 def check_everything(t: Any, optimizer: SOFIM, tile: int = TILE) -> None:
-    """All that is said of an optimizer whose tensors were just gathered."""
+    """Check everything that ``gather`` has stored about an optimizer whose tensors were just gathered."""
     expected_rows = []
     first = 0
     rows = t.rows.tolist()

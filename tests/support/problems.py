@@ -20,7 +20,7 @@ def _sliced(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _offset(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """One element behind the start of its storage: aligned to nothing but itself."""
+    """A tensor that begins one element after its storage: aligned to its element size only."""
     size = int(torch.tensor(shape).prod())
     return torch.empty(size + 1, dtype=dtype)[1:].view(*shape)
 
@@ -53,7 +53,7 @@ def make_parameter(
 
 @dataclass
 class Problem:
-    """Parameters in groups, their hyperparameters, and gradients without end.
+    """Parameters in groups, their hyperparameters, and any number of gradients.
 
     Attributes:
         groups: group dicts as the optimizer takes them.
@@ -71,7 +71,7 @@ class Problem:
         return [p for group in self.groups for p in group["params"]]
 
     def gradients(self, scale: float = 0.3) -> Iterator[list[Tensor | None]]:
-        """Gradients for step after step: a drift plus noise; the last parameter of each group comes late or rarely."""
+        """Gradients, step by step: a drift plus noise. The last parameter of each group gets them late or rarely."""
         drifts = [torch.randn(p.shape, generator=self.generator, dtype=torch.float64) for p in self.params]
         last = {self.group_of.index(g) + self.group_of.count(g) - 1: g for g in set(self.group_of)}
         step = 0
@@ -87,7 +87,7 @@ class Problem:
 
     @staticmethod
     def _shaped(p: Tensor, grad: Tensor, step: int) -> Tensor:
-        """The gradient in the parameter's dtype, and now and then with strides of its own."""
+        """The gradient in the parameter's dtype, sometimes with other strides than the parameter's."""
         full = torch.complex(grad, 0.5 * grad) if p.is_complex() else grad
         shaped = torch.empty_like(p).copy_(full)
         if step % 2 and p.dim() >= 2:
@@ -95,7 +95,7 @@ class Problem:
         return shaped.conj() if p.is_complex() and step % 3 == 1 else shaped
 
     def oracle(self, numerator: str, fisher: str, **options: Any) -> Oracle:
-        """The oracle of this problem as the parameters are now."""
+        """An oracle of this problem that starts with the parameters' current values."""
         blocks = {"model": [0] * len(self.params), "group": self.group_of, "parameter": list(range(len(self.params)))}
         return Oracle([p.detach() for p in self.params], self.hypers, list(blocks[fisher]), numerator, **options)
 
@@ -153,7 +153,7 @@ def give(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
 
 
 def give_state(optimizer: SOFIM) -> None:
-    """Make every parameter's state at once, as the first step with all gradients would find it."""
+    """Create every parameter's state, as a first step with all gradients would."""
     ordinal = 0
     for index, group in enumerate(optimizer.param_groups):
         for p in group["params"]:

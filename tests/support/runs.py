@@ -1,9 +1,8 @@
 """Where the tests of backends run: each backend that this process can use, on each of its devices.
 
-What stands in for a GPU is chosen by the environment, for a whole process: with ``TRITON_INTERPRET=1`` only runs in
-Triton's interpreter are here, with ``SOFIM_EMULATED=1`` only those of the CUDA kernels in the emulator
-(``tests/emulator``), without them neither. Runs on a GPU are marked ``gpu``; where there is none, ``tests/conftest.py``
-leaves them out.
+Environment variables choose what replaces a GPU in the whole process: with ``TRITON_INTERPRET=1`` there are only runs
+in Triton's interpreter, with ``SOFIM_EMULATED=1`` only those of the CUDA kernels in the emulator (``tests/emulator``),
+without them neither. Runs on a GPU are marked ``gpu``; if there is none, ``tests/conftest.py`` leaves them out.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ class Run(NamedTuple):
     """A backend on a device.
 
     Attributes:
-        single: whole steps take one launch, or two; ``None``: as each test's name happens to say, half of them one.
-        ready: there is state before the first step, which can then be a whole one; ``None``: likewise.
+        single: whether whole steps take one launch, or two; ``None``: chosen by each test's name (:func:`chance`).
+        ready: whether there is state before the first step, so that it can be a whole one; ``None``: chosen likewise.
     """
 
     backend: str
@@ -45,7 +44,7 @@ class Run(NamedTuple):
 
     @property
     def layouts(self) -> tuple[str, ...]:
-        """A choice of :data:`tests.support.problems.LAYOUTS`: all (none named), or those that kernels tell apart."""
+        """A choice of :data:`tests.support.problems.LAYOUTS`: all of them (empty), or those that differ for kernels."""
         return ("scalar", "channels-last", "sliced", "offset", "empty") if INTERPRETED else ()
 
 
@@ -60,12 +59,12 @@ def _params() -> list[Any]:
 
 
 def chance(name: str) -> int:
-    """A number that a test's name happens to have."""
+    """A number that depends on a test's name alone, to choose options evenly among tests."""
     return zlib.crc32(name.encode())
 
 
 def as_named(run: Run, name: str) -> Run:
-    """A run in a test of this name."""
+    """A run with the options that a test's name chooses."""
     bits = chance(name)
     return run._replace(
         single=bool(bits & 1) if run.single is None else run.single,
@@ -82,7 +81,7 @@ def on_gpu(name: str) -> str:
 
 
 def name_of(run: object) -> str:
-    """What a test's name has for a run."""
+    """A run's part of a test's name."""
     assert isinstance(run, Run)
     if run.single is None:
         return f"{run.backend}-{run.device}"

@@ -1,6 +1,7 @@
-"""What hypothesis draws: models, hyperparameters and gradients as they may come, in any legal combination.
+"""Strategies for hypothesis: models, hyperparameters and gradients in any legal combination.
 
-Values are made from drawn seeds, not drawn one by one: a counterexample shrinks to few tensors with simple settings.
+Values are made from seeds that are drawn, not drawn one by one, so that counterexamples shrink to few tensors with
+simple settings.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Settings:
-    """One group's."""
+    """The settings of one group."""
 
     hyper: Hyper
     state_dtype: torch.dtype | None = None
@@ -68,7 +69,7 @@ class Settings:
     tensors: torch.dtype | None = None  # of lr and rho as tensors; None: as floats
 
     def options(self) -> dict[str, Any]:
-        """As a group dict has them."""
+        """The settings as a group dict."""
         lr, rho = self.hyper.lr, self.hyper.rho
         wrap = self.tensors is not None
         return {
@@ -111,7 +112,7 @@ class Case:
     ready: bool = False
     reload: int | None = None  # before this step, through a state dict
     change: int | None = None  # before this step, hyperparameters as schedulers do
-    strange: bool = False  # gradients: strides of their own, put-off conjugation, float32 for 16-bit parameters
+    strange: bool = False  # gradients: other strides, lazy conjugation, float32 for 16-bit parameters
 
     @property
     def whole(self) -> dict[str, Any]:
@@ -138,7 +139,7 @@ class Case:
         return Problem(groups, hypers, list(self.group_of), generator)
 
     def gradients(self) -> Iterator[list[Tensor | None]]:
-        """Those of each step, the same at each call: a drift and noise."""
+        """The gradients of each step, the same at each call: a drift plus noise."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         choice = random.Random(self.seed)
         drifts = [filled(t.empty(), self.gradient_scale, self.pattern, generator) for t in self.tensors]
@@ -193,7 +194,7 @@ def spoil(grads: list[Tensor], choice: random.Random) -> None:
     grad = choice.choice(grads)
     value = choice.choice(BAD)
     place = tuple(choice.randrange(n) for n in grad.shape)
-    # An expanded or put-off gradient shows it wherever that memory is seen.
+    # In an expanded or lazily conjugated gradient, other elements may show it as well.
     grad[place] = complex(value, 0.0) if grad.is_complex() else value
 
 
@@ -204,7 +205,7 @@ def _powers(low: int, high: int) -> st.SearchStrategy[float]:
 
 _seeds = st.integers(0, 2**32 - 1)
 _counts = st.one_of(st.integers(1, 5), st.integers(1, 40))
-# From simple to large, and each one draw: many draws are what takes hypothesis its time.
+# From simple to large, each as a single draw, because hypothesis spends its time on draws.
 _SHAPES = sorted(
     {
         *((n,) for n in range(300)),
@@ -228,11 +229,11 @@ _tensors = st.sampled_from((None, None, None, torch.float64, torch.float32))
 
 @dataclass
 class Ranges:
-    """What a property leaves open. Decades are of powers of ten.
+    """The ranges that a property leaves open, in decades (powers of ten).
 
     Attributes:
-        regime: of ρ, relative to the gradients' squared norm: its inverse is ‖m̂‖²/ρ.
-        length: of the learning rate, relative to what moves the weights by their own size.
+        regime: ρ relative to the gradients' squared norm; its inverse is ‖m̂‖²/ρ.
+        length: the learning rate relative to one that moves the weights by their own size.
     """
 
     dtypes: Sequence[torch.dtype] = DTYPES
@@ -245,7 +246,7 @@ class Ranges:
     max_groups: int = 4
     narrow_moments: bool = True
     spoiled: bool = True
-    one_tensor_more: bool = True  # now and then a large one
+    one_tensor_more: bool = True  # sometimes a large one
     extra: dict[str, Any] = field(default_factory=dict)
 
 
