@@ -43,7 +43,7 @@ class AdaptiveSOFIM(Optimizer):
         params: real parameters of one floating-point type on one device, in any number of groups.
         lr: of Adam's size: no element of D⁻¹ n is much larger than 1.
         momentum: β, from 0 on and below 1.
-        beta2: β₂, likewise.
+        beta2: β₂, in the same range.
         diagonal: a name of ``DIAGONALS``.
         numerator: a name of ``NUMERATORS``.
         rho: ρ > 0, without dimension; ``None``: no term of rank one.
@@ -95,7 +95,7 @@ class AdaptiveSOFIM(Optimizer):
         """One update; nothing waits for the device.
 
         Args:
-            closure: evaluates the loss and its gradients anew, and returns the loss.
+            closure: computes the loss and its gradients again, and returns the loss.
         """
         loss = None
         if closure is not None:

@@ -46,10 +46,10 @@ class Plan(NamedTuple):
 
     Attributes:
         task: what is trained.
-        size: how much of it.
-        seeds: runs of each optimizer with the settings that were chosen.
-        device: where.
-        configurations: of each optimizer, the first of its grid.
+        size: how much is trained.
+        seeds: how many runs each optimizer has with the settings that were chosen.
+        device: where it runs.
+        configurations: how many settings of each optimizer's grid are tried, from the first on.
     """
 
     task: Task
@@ -60,7 +60,7 @@ class Plan(NamedTuple):
 
     @property
     def contenders(self) -> list[Contender]:
-        """Who takes part."""
+        """The optimizers that take part."""
         scaled_ = (scaled(contender, self.task.factors) for contender in CONTENDERS.values())
         return [replace(contender, grid=contender.grid[: self.configurations]) for contender in scaled_]
 
@@ -101,15 +101,15 @@ class Entry(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A plan and what came of it."""
+    """A plan and its results."""
 
     plan: Plan
     entries: list[Entry]
 
 
 def run(plan: Plan, store: Store, workers: int, root: Path | None, console: Console) -> Comparison:
-    """Do what of a plan is not in the store."""
-    plan.task.data(root, plan.size.examples)  # what is wrong with the data is better known before anything is begun
+    """Run what the store does not have yet of a plan."""
+    plan.task.data(root, plan.size.examples)  # raises errors in the data before any run begins
     work = partial(record, root=root)
     tuning = [
         job for contender in plan.contenders for settings in contender.grid for job in plan.tuning(contender, settings)

@@ -69,7 +69,7 @@ def follow(job: Job, root: Path | None) -> list[float]:
 def run(
     plans: Sequence[Plan], stores: Sequence[Store], store: Store, workers: int, root: Path | None, console: Console
 ) -> list[Course]:
-    """Follow what is not in the store."""
+    """Run what the store does not have yet."""
     wanted = {job.key: job for job in jobs(plans, stores)}
     run_missing(wanted, partial(follow, root=root), store, workers, "regime", console)
     return courses(plans, stores, store)

@@ -75,7 +75,7 @@ class Plan(NamedTuple):
 
 
 def run(plan: Plan, store: Store, workers: int, root: Path | None, console: Console) -> dict[str, Grid]:
-    """Do what of a plan is not in the store; by panel, the last epoch's training losses."""
+    """Run what the store does not have yet of a plan; return the last epoch's training losses by panel."""
     jobs = {job.key: job for rows in plan.jobs().values() for row in rows for job in row}
     run_missing(jobs, partial(record, root=root), store, workers, "sensitivity", console)
     return losses(plan, store)

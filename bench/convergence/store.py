@@ -92,13 +92,13 @@ class Store:
 
     def _write(self, record: Any) -> None:
         assert self._file is not None
-        # NaN and infinity are no JSON: a run that meets them says so in words.
+        # JSON has no NaN and no infinity: a run that has them stores a word instead.
         self._file.write(json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Let go of the file; the next result opens it again."""
+        """Close the file; the next result opens it again."""
         if self._file is not None:
             self._whole = self._file.tell()
             self._file.close()

@@ -77,7 +77,7 @@ class Point(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a run came to.
+    """The results of a run.
 
     Attributes:
         points: of each epoch that ended with finite losses.
@@ -106,7 +106,7 @@ class Outcome(NamedTuple):
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Outcome:
-        """As JSON held it."""
+        """From its form in JSON."""
         return cls(**{**record, "points": [Point(*point) for point in record["points"]]})
 
 

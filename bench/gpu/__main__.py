@@ -50,7 +50,7 @@ WATCHED = "16_bit and complex64 and True-none and (plain- or skip-)"
 
 
 class Part(NamedTuple):
-    """A part of a run: ``action`` takes the seconds that it may use, and returns what there is to be said of it."""
+    """A part of a run: ``action`` takes the seconds that it may use, and returns a description of the outcome."""
 
     name: str
     weight: float

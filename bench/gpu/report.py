@@ -29,7 +29,7 @@ def failures(found: Record) -> list[str]:
 
 
 def remarks(found: Record) -> list[str]:
-    """What a reader has to know, and what does not make a run fail."""
+    """What readers of the report have to know, although it does not make the run fail."""
     told = [note["name"] for note in found.of("note")]
     told += [f"tests left out: {x['name']}: {x['reason']}" for x in found.of("uncollected") if _lacking(x)]
     mild = [x for x in found.of("sanitizer") if x["outcome"] not in ("passed", "failed")]

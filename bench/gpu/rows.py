@@ -103,7 +103,7 @@ class Rows:
                 os._exit(LOST)
 
     def backends(self) -> list[str]:
-        """Those that run here; the record is told of all."""
+        """The backends that can run here; the record gets a line for each backend."""
         found = []
         for name in (name for name in backends.names() if name != "auto"):
             self.at("backend", name)
