@@ -147,7 +147,8 @@ def _holders_around(optimizer: Any) -> tuple[ProcessGroup | None, bool]:
     """The ranks of a ``ZeroRedundancyOptimizer`` that uses this optimizer for its own part, and whether there is one.
 
     Raises:
-        ValueError: DeepSpeed's ZeRO uses it in this way. Its parts have no mark, and the ranks cannot be found out.
+        ValueError: DeepSpeed uses this optimizer for its own part. Such parts have no mark, and may be on more ranks
+            than DeepSpeed's process group has.
     """
     zero: Any = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     deepspeed = "deepspeed" in sys.modules

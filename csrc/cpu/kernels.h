@@ -12,7 +12,7 @@ namespace sofim {
 struct Mode {
   bool weights = false;   // some decay.w is not zero: accumulate and dots read w
   bool cross = false;     // accumulate also sums m·g, and m·w if `weights`
-  bool gradient = false;  // the update of w has the term update.gradient·v (in accumulate, v's only term)
+  bool gradient = false;  // the update of w has the term update.gradient·v (accumulate: and none of m)
   bool scaled = false;    // commit: v = gain·g, else v = g
   double gain = 1.0;
   bool prefetch = false;   // the elements are too many for a core's caches
