@@ -196,7 +196,7 @@ def test_capture_without_capturable_is_refused(backend: str) -> None:
 
 
 def test_bits_do_not_depend_on_the_run(backend: str) -> None:
-    """StepTensors end in another order each time."""
+    """Tiles end in another order each time."""
     results = []
     for _ in range(5):
         optimizer, _ = ready_problem(backend, [3, 5_000_000, 1_000_003] + [999] * 300, "cuda", **GUARDED)
