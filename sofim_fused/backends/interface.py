@@ -269,7 +269,7 @@ class Passes(Protocol):
         Returns:
             Two float64 tensors on the device. ``[classes, k, B]``: for a plain step k is 1 (S) or, in the gradient
             form, 2 (S and P); for a guarded one 6 or 9, the coefficients of 1, κ and κ² of S, of its rounding error's
-            scale, and of P. ``[classes]``: the sums of ``gg`` of a guarded step. All are 0 without tensors.
+            scale, and of P. ``[classes]``: the sums of ``gg``; in a plain step anything. Without tensors all are 0.
         """
 
     def solve(

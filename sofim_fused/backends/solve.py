@@ -60,8 +60,9 @@ class TorchSolve:
             mine = class_of == torch.arange(classes, device=class_of.device).unsqueeze(1)  # [classes, n]
             rows = torch.where(mine.unsqueeze(1), rows, 0.0)  # a product with zero would keep NaN
             squares = None if squares is None else torch.where(mine, squares, 0.0)
-        total = sums.mm.new_zeros(classes) if squares is None or not guarded else squares.sum(-1)
-        return added_up(rows, settings), total
+        blocks = added_up(rows, settings)
+        # A plain step has no use for the second result, which can be anything of that shape.
+        return blocks, squares.sum(-1) if guarded and squares is not None else blocks.sum((1, 2))
 
     def solve(
         self,

@@ -153,13 +153,14 @@ def test_a_bad_element_that_a_grad_scaler_finds_changes_nothing(
 
 
 class Memory:
-    """``torch.zeros`` and ``torch.zeros_like``, of which one call in a row fails."""
+    """What makes new tensors by name (``zeros``, ``zeros_like``, ``new_zeros``), of which one call in a row fails."""
 
     def __init__(self, patch: pytest.MonkeyPatch, error: type[Exception]) -> None:
         self.calls = 0
         self.fails_at: int | None = None
         for name in ("zeros", "zeros_like"):
             patch.setattr(torch, name, self._counted(getattr(torch, name), error))
+        patch.setattr(Tensor, "new_zeros", self._counted(Tensor.new_zeros, error))
 
     def _counted(self, make: Callable[..., Tensor], error: type[Exception]) -> Callable[..., Tensor]:
         def counted(*args: Any, **kwargs: Any) -> Tensor:

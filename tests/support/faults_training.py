@@ -46,7 +46,7 @@ class Writings:
         return (self.moment, self.turn) == (moment, self.turns)
 
 
-MOMENTS = ("opened", "half written", "bump_versions", "renamed")
+MOMENTS = ("opened", "half written", "written", "renamed")
 
 
 def watch(writings: Writings) -> None:
@@ -68,7 +68,7 @@ def watch(writings: Writings) -> None:
             file.write(content)
 
     train.replacing = watched
-    os.fsync = lambda file: die() if writings.now("bump_versions") else fsync(file)
+    os.fsync = lambda file: die() if writings.now("written") else fsync(file)
 
     def rename(source: Path, target: Path) -> None:
         replace(source, target)
