@@ -4,9 +4,10 @@
 
 Takes a fixed time at most, the most telling first. What is found goes at once to a new file, bench/results/
 gpu_<device>_<date>.jsonl, and to a document beside it: a run may be ended at any time. The exit code is 1 after a
-failed test, an exception or a hang in a step of this package, or a finding of compute-sanitizer, and 2 where there is
-no GPU. With ``--device cpu`` the same code runs on the CPU: miniature models, Triton in its interpreter, and, with
-SOFIM_EMULATED=1, the CUDA kernels, where the native parts are those of ``make emulated``.
+failed test, an exception or a hang in a step of this package, or a finding of compute-sanitizer; also if the tests of
+a native backend were asked for and none has passed. It is 2 where there is no GPU. With ``--device cpu`` the same code
+runs on the CPU: miniature models, Triton in its interpreter, and, with SOFIM_EMULATED=1, the CUDA kernels, where the
+native parts are those of ``make emulated``.
 
 Where one run has not enough time, another goes on: ``--continue`` takes the first one's file, leaves out what is known
 there and adds to it. ``--prebuilt`` takes native parts that were compiled elsewhere.
@@ -87,10 +88,10 @@ class Run:
         every = [
             Part("build", 150, self.build),
             Part("smoke", 40, self.smoke),
-            Part("tests", 150, lambda seconds: self.tests(seconds, "not triton")),
+            Part("tests", 150, lambda seconds: self.tests("tests", seconds, "not triton")),
             Part("sanitizer", 25, self.sanitize),
             Part("rows", 220, self.rows),
-            Part("triton-tests", 100, lambda seconds: self.tests(seconds, "triton")),
+            Part("triton-tests", 100, lambda seconds: self.tests("triton-tests", seconds, "triton")),
             Part("rest", 5, self.rows),  # with what the others have left
         ]
         return [part for part in every if part.name in self.options.parts]
@@ -166,19 +167,27 @@ class Run:
 
     def smoke(self, seconds: float) -> str:
         """A few cases of the matrix: whether anything is worth the time."""
-        return self.pytest(seconds, [MATRIX], f"{self.native[0]}-{self.device} and ({SMOKE})")
+        return self.pytest("smoke", seconds, [MATRIX], f"{self.native[0]}-{self.device} and ({SMOKE})")
 
-    def tests(self, seconds: float, wanted: str) -> str:
+    def tests(self, part: str, seconds: float, wanted: str) -> str:
         """Run tests that are marked gpu, while compute-sanitizer watches some of them."""
         self.watch()
         files = dict.fromkeys(map(str, (*self.options.tests_first, *self.options.tests)))
-        return self.pytest(seconds, list(files), wanted)
+        return self.pytest(part, seconds, list(files), wanted)
 
-    def pytest(self, seconds: float, files: Sequence[str], wanted: str) -> str:
-        """Run tests that have not passed yet."""
+    def pytest(self, part: str, seconds: float, files: Sequence[str], wanted: str) -> str:
+        """Run tests that have not passed yet.
+
+        Args:
+            part: the one that they belong to. It fails if tests are left for it to run and none of its tests passes,
+                now or, for the same code, in the run that is continued: if all of them are skipped, nothing is tested.
+            seconds: for all of them.
+            files: that have them.
+            wanted: pytest's expression that selects them by name.
+        """
         if importlib.util.find_spec("pytest") is None:
             return "pytest is not installed: no test was run"
-        environment = {record.VARIABLE: str(self.path), "TRITON_INTERPRET": "0"}
+        environment = {record.VARIABLE: str(self.path), record.PART: part, "TRITON_INTERPRET": "0"}
         environment["SOFIM_ALL_GPU_TESTS"] = os.environ.get("SOFIM_ALL_GPU_TESTS") or "1"
         command = ["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
         command += ["-p", "bench.gpu.outcomes", "-m", "gpu" if self.device == "cuda" else "not slow", "-k", wanted]
@@ -188,9 +197,12 @@ class Run:
         say(f"  {report.tested(found)}")
         if done.code is None:
             return f"not finished within {seconds:.0f} s, after {len(found.of('test')) - before} tests"
+        passed = [test for test in found.of("test") if test["outcome"] == "passed"]
+        if done.code != NO_TESTS:  # if all have passed before, they may have done so in another part
+            passed = [test for test in passed if test.get("part", part) == part]
         # After 1, tests have failed, of which the record has been told.
-        self.failed = done.code not in (0, 1, NO_TESTS) or not found.passed()
-        return f"pytest {done}" if self.failed else ""
+        self.failed = done.code not in (0, 1, NO_TESTS) or not passed
+        return f"{'' if passed else 'no test has passed; '}pytest {done}" if self.failed else ""
 
     def watch(self) -> None:
         """Begin with what :meth:`sanitize` waits for: each keeps one core of many busy while the tests run."""
@@ -341,6 +353,12 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def tested_backends(options: argparse.Namespace) -> list[str]:
+    """The native backends of which some test has to pass: those whose tests are asked for, on a GPU."""
+    parts = {"cuda": {"smoke", "tests"}, "triton": {"triton-tests"}} if options.device == "cuda" else {}
+    return [backend for backend, theirs in parts.items() if theirs & {*options.parts}]
+
+
 def path_of(options: argparse.Namespace, device: Row) -> Path:
     """Where the record goes: what an earlier run has left is never overwritten.
 
@@ -382,7 +400,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python3", "-m", "bench.gpu", *(Path(x).name if os.path.isabs(x) else x for x in given)])
     today = datetime.date.today().isoformat()
-    record.add(path, "run", command=command, date=today, device=device, code=record.code_of())
+    code = {"code": record.code_of(), "bench": record.code_of(names=record.BENCH)}
+    record.add(path, "run", command=command, date=today, device=device, **code, backends=tested_backends(options))
     return Run(options, path, environment).run()
 
 

@@ -36,6 +36,7 @@ class Writer:
         around = report.when != "call" and report.outcome == "failed"
         if report.when == "call" or around or (report.when == "setup" and report.outcome == "skipped"):
             how = {"name": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
+            how["part"] = os.environ.get(record.PART, "")
             record.add(Path(os.environ[record.VARIABLE]), "test", **how)
 
 

@@ -1,9 +1,10 @@
 """What runs on a GPU have found, as lines of JSON: whatever ends a run, and when, what was written stays.
 
-Every line has a ``kind``. A "run" has its command, date, device and code, and what follows belongs to it: "test"
-(name, outcome, seconds), "uncollected" (name of a test file, reason), "backend" (name, state), "copy" (the device's
-copy bandwidth), "row" (title, provider, status and times), "sanitizer" (name, outcome, detail), "part" (name, outcome,
-failed) and "note" (name).
+Every line has a ``kind``. A "run" has its command, date and device, hashes of the tested code ("code") and of the code
+that times it ("bench"), and the native backends whose tests it was asked for ("backends"). What follows belongs to it:
+"test" (name, outcome, seconds, and the part of the run that it ran in), "uncollected" (name of a test file, reason),
+"backend" (name, state), "copy" (the device's copy bandwidth), "row" (title, provider, status and times), "sanitizer"
+(name, outcome, detail), "part" (name, outcome, failed) and "note" (name).
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[2]
 VARIABLE = "SOFIM_GPU_RECORD"  # of the environment: the file, for tests
-CODE = ("csrc", "sofim_fused", "tests", "setup.py")
+PART = "SOFIM_GPU_PART"  # of the environment: the part of the run that tests belong to
+CODE = ("csrc", "sofim_fused", "tests", "setup.py")  # what is tested
+BENCH = ("bench", "examples")  # what times it: bench takes networks from examples
 SUFFIXES = (".py", ".h", ".cpp", ".cu", ".cuh")
 
 
@@ -42,13 +45,15 @@ class Record:
     """What the lines of a file come to.
 
     A time stays what it was, and is shown with the number of its run. What says that the code is right, and what
-    failed, holds for the same code alone: that of the last run.
+    failed, holds for the same code alone: that of the last run. A row without a time, and a test file that could not
+    be imported, may be the fault of ``BENCH``: once that has changed, these are dropped as well, to be tried again.
 
     Attributes:
         runs: each run's own line.
         copies: the copy bandwidth in GB/s, by number of the run, from 1.
         rows: of times, by title and provider, each with the number of its run.
         found: other lines, by kind and name.
+        backends: whose tests the runs of this code were asked for.
 
     Raises:
         ValueError: the file is no such record; the message names it.
@@ -59,25 +64,29 @@ class Record:
         self.copies: dict[int, float] = {}
         self.rows: dict[tuple[str, str], Row] = {}
         self.found: dict[str, dict[str, Row]] = {}
+        self.backends: list[str] = []
         try:
             lines: list[Row] = [json.loads(line) for line in whole(path.read_bytes()).splitlines()]
-            code = [line["code"] for line in lines if line["kind"] == "run"][-1]
+            last = [line for line in lines if line["kind"] == "run"][-1]
             for line in lines:
-                self._take(line, code)
+                self._take(line, last)
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{path} has no results of bench.gpu ({type(error).__name__}): give its .jsonl") from None
 
-    def _take(self, line: Row, code: str) -> None:
+    def _take(self, line: Row, last: Row) -> None:
         kind, run = line["kind"], len(self.runs)
-        same = run > 0 and self.runs[-1]["code"] == code
+        same = run > 0 and self.runs[-1]["code"] == last["code"]
+        same_bench = same and self.runs[-1].get("bench") == last.get("bench")
         if kind == "run":
             self.runs.append(line)
+            if line["code"] == last["code"]:
+                self.backends = list(dict.fromkeys([*self.backends, *line.get("backends", [])]))
         elif kind == "copy":
             self.copies[run] = line["gb_per_s"]
         elif kind == "row":
-            if same or line["status"] == "measured":
+            if same_bench or line["status"] == "measured":
                 self.rows[line["title"], line["provider"]] = {"run": run, **line}
-        elif same:
+        elif same_bench or (same and kind != "uncollected"):
             self.found.setdefault(kind, {})[line["name"]] = line
 
     def of(self, kind: str) -> list[Row]:
@@ -89,11 +98,16 @@ class Record:
         return {line["name"] for line in self.of(kind) if line["outcome"] == "passed"}
 
 
-def code_of(root: Path = ROOT) -> str:
-    """What the tested code amounts to: a hash over all of its files."""
+def code_of(root: Path = ROOT, names: Sequence[str] = CODE) -> str:
+    """What code amounts to: a hash over all of its files.
+
+    Args:
+        root: the folder in which ``names`` are.
+        names: of files, and of folders with all that is in them.
+    """
     found = hashlib.sha256()
     files: Sequence[Path] = [
-        file for name in CODE for file in ([root / name] if (root / name).is_file() else (root / name).rglob("*"))
+        file for name in names for file in ([root / name] if (root / name).is_file() else (root / name).rglob("*"))
     ]
     for file in sorted(file for file in files if file.suffix in SUFFIXES):
         found.update(f"{file.relative_to(root).as_posix()}\n".encode() + file.read_bytes() + b"\n")

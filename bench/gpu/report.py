@@ -5,8 +5,9 @@ python -m bench.gpu.report bench/results/gpu_DEVICE_DATE.jsonl
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +15,16 @@ from pathlib import Path
 
 from bench.gpu.record import Record, Row
 
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+OURS = ("sofim_fused", "tests", "bench", "examples")  # Python packages of this project
+
 
 def failures(found: Record) -> list[str]:
-    """What makes the exit code 1. A missing package, another package's failure or a lack of time does not."""
+    """What makes the exit code 1.
+
+    A missing package, another package's failure or a lack of time does not, unless because of it no test of a backend
+    has passed whose tests were asked for: then nothing is known about its kernels.
+    """
     bad = [f"test failed: {test['name']}" for test in found.of("test") if test["outcome"] == "failed"]
     bad += [f"not imported: {x['name']}: {x['reason']}" for x in found.of("uncollected") if not _lacking(x)]
     bad += [f"{x['name']}: {x['outcome']}: {x['detail']}" for x in found.of("sanitizer") if x["outcome"] == "failed"]
@@ -25,7 +33,9 @@ def failures(found: Record) -> list[str]:
         for row in found.rows.values()
         if row["status"] == "failed" and row["ours"]
     ]
-    return bad + [f"{part['name']}: {part['outcome']}" for part in found.of("part") if part["failed"]]
+    bad += [f"{part['name']}: {part['outcome']}" for part in found.of("part") if part["failed"]]
+    tested = {backend_of(name) for name in found.passed()}
+    return bad + [_untested(found, name) for name in sorted({*found.backends} - tested)]
 
 
 def remarks(found: Record) -> list[str]:
@@ -47,8 +57,29 @@ def tested(found: Record) -> str:
     return ", ".join(f"{count:,} {how}" for how, count in counts) + f" (slowest: {times})" if tests else "none was run"
 
 
+def backend_of(test: str) -> str | None:
+    """The backend that a test is about, from its name; ``None``: of none.
+
+    It is the first parameter that names one. What follows it may be a device: ``test_x[reference-cuda]`` is about the
+    backend "reference" on a CUDA device.
+    """
+    words = re.split(r"[-\[\]]", test.partition("[")[2])
+    return next((word for word in words if word in BACKENDS), None)
+
+
+def _untested(found: Record, backend: str) -> str:
+    counts = Counter(test["outcome"] for test in found.of("test") if backend_of(test["name"]) == backend)
+    tried = ", ".join(f"{count:,} {how}" for how, count in sorted(counts.items())) or "none was run"
+    return (
+        f"no test of the backend {backend} has passed ({tried}): nothing is known about its kernels. Repair what"
+        " prevents it or give more time, and go on with --continue; or leave its tests out with --parts"
+    )
+
+
 def _lacking(line: Row) -> bool:
-    return "No module named" in line["reason"] and "sofim_fused" not in line["reason"]
+    """Whether a test file could not be imported because another project's package is not installed."""
+    missing = re.search(r"No module named '?(\w+)", line["reason"])
+    return missing is not None and missing[1] not in OURS
 
 
 def _digits(value: float) -> str:
@@ -134,5 +165,16 @@ def write(path: Path) -> Record:
     return found
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the document of the record that the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.report", description=__doc__.splitlines()[0])
+    parser.add_argument("record", type=Path, help="the .jsonl of a run; the document goes beside it")
+    path = parser.parse_args(arguments).record
+    try:
+        write(path)
+    except ValueError as error:
+        parser.error(str(error))
+
+
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    main()

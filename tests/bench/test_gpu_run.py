@@ -25,6 +25,7 @@ from bench.gpu.providers import BASELINE, Group, Provider, UnavailableError, Wor
 from bench.gpu.record import ROOT, Record, Row
 from bench.gpu.rows import Rows
 from bench.shapes import GPU_MODELS
+from sofim_fused import backends
 from sofim_fused.backends import cpu
 from tests.support.runs import GPU_BACKENDS
 
@@ -220,6 +221,39 @@ def test_times_outlive_a_change_of_the_code_and_verdicts_do_not(path: Path) -> N
     assert "| 900 | 90% |" in report.markdown(Record(path))
 
 
+def test_what_bench_may_have_broken_is_tried_again_once_bench_has_changed(path: Path) -> None:
+    """Of the same tested code. Times stay, and so does what tests have found."""
+    rows = {"SOFIM cuda": "measured", "SOFIM triton": "failed", "SGD compiled": "unavailable"}
+    for name, status in rows.items():
+        record.add(path, "row", **row(name, status))
+    for outcome in ("passed", "failed"):
+        record.add(path, "test", name=outcome, outcome=outcome, seconds=1.0)
+    record.add(path, "uncollected", name="x.py", reason="ModuleNotFoundError: No module named 'bench.x'")
+    assert (names(path), len(report.failures(Record(path)))) == (rows, 3)
+    for _ in range(2):  # the second time nothing has changed
+        record.add(path, "run", command="c", date="2026-01-02", device=DEVICE, code="A", bench="changed")
+        found = Record(path)
+        assert (names(path), found.passed()) == ({"SOFIM cuda": "measured"}, {"passed"})
+        assert report.failures(found) == ["test failed: failed"]
+    record.add(path, "row", **row("SOFIM triton", "failed"))
+    record.add(path, "run", command="c", date="2026-01-03", device=DEVICE, code="A", bench="changed")
+    assert names(path) == {"SOFIM cuda": "measured", "SOFIM triton": "failed"}
+
+
+def test_a_run_notes_the_code_of_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, made = [], record.code_of
+    monkeypatch.setattr(gpu.Run, "parts", lambda _: [])
+    monkeypatch.setattr(record, "code_of", lambda names=record.CODE: made(tmp_path, names))
+    for number, file in enumerate(("bench/gpu/x.py", "examples/x.py", "sofim_fused/x.py", "README.md")):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+        gpu.main(["--device", "cpu", "--output", str(tmp_path / f"{number}.jsonl")])
+        codes.append([Record(tmp_path / f"{number}.jsonl").runs[0][key] for key in ("code", "bench")])
+    tested, timing = zip(*codes, strict=True)
+    assert [tested.index(code) for code in tested] == [0, 0, 2, 2]
+    assert [timing.index(code) for code in timing] == [0, 1, 1, 1]
+
+
 def test_the_code_is_all_that_is_tested(tmp_path: Path) -> None:
     (tmp_path / "csrc").mkdir()
     (tmp_path / "setup.py").write_text("1")
@@ -253,6 +287,79 @@ def test_the_document_tells_failures_from_remarks(path: Path) -> None:
     assert "tests: 1 failed, 2 passed" in text
 
 
+@pytest.mark.parametrize("package", ["hypothesis", "triton.backends", "benchmark", "testsuite"])
+def test_a_package_that_is_not_installed_is_a_remark(path: Path, package: str) -> None:
+    record.add(path, "uncollected", name="x.py", reason=f"ModuleNotFoundError: No module named '{package}'")
+    found = Record(path)
+    assert (len(report.remarks(found)), len(report.failures(found))) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        *(f"ModuleNotFoundError: No module named '{name}'" for name in ("tests.support.runs", "bench.x", "examples")),
+        "No module named sofim_fused.x",
+        "ImportError: cannot import name 'x' from 'torch'",
+    ],
+)
+def test_a_module_of_this_project_that_is_not_there_is_a_failure(path: Path, reason: str) -> None:
+    record.add(path, "uncollected", name="x.py", reason=reason)
+    found = Record(path)
+    assert (len(report.remarks(found)), len(report.failures(found))) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "backend"),
+    [
+        ("[cuda]", "cuda"),
+        ("[cuda-cuda-plain]", "cuda"),
+        ("[True-triton-cuda]", "triton"),
+        ("[reference-cuda]", "reference"),
+        ("[one launch-cuda-{'numerator': 'gradient'}]", "cuda"),
+        ("[float32-3]", None),
+        ("", None),
+    ],
+)
+def test_the_backend_that_a_test_is_about(parameters: str, backend: str | None) -> None:
+    assert report.backend_of(f"tests/backends/test_cuda.py::test_cuda{parameters}") == backend
+    assert {"auto", *report.BACKENDS} == set(backends.names())
+
+
+def test_a_backend_of_which_no_test_has_passed_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where its tests were asked for, in this run or an earlier one of the same code, on a GPU."""
+    monkeypatch.setattr(gpu, "device_information", lambda *_: DEVICE)
+    monkeypatch.setattr(gpu.Run, "parts", lambda _: [])
+    monkeypatch.setattr(record, "code_of", lambda names=record.CODE: "A")
+    path = tmp_path / "gpu.jsonl"
+
+    def failing(*arguments: str) -> list[str]:
+        code = gpu.main(list(arguments))
+        entries = [line.strip() for line in capsys.readouterr().out.splitlines() if "no test of the backend" in line]
+        assert code == bool(entries)
+        return [entry.partition(":")[0] for entry in entries]
+
+    def test(name: str, outcome: str) -> None:
+        record.add(path, "test", name=f"t.py::test_x[{name}]", outcome=outcome, seconds=1.0)
+
+    cuda, triton = (f"no test of the backend {name} has passed" for name in ("cuda", "triton"))
+    assert failing("--parts", "build", "rows", "--output", str(tmp_path / "rows.jsonl")) == []
+    assert failing("--device", "cpu", "--output", str(tmp_path / "cpu.jsonl")) == []
+    assert failing("--parts", "smoke", "--output", str(tmp_path / "smoke.jsonl")) == [f"{cuda} (none was run)"]
+    assert failing("--parts", "triton-tests", "--output", str(path)) == [f"{triton} (none was run)"]
+    test("reference-cuda", "passed")
+    test("cuda-cuda", "skipped")
+    assert failing("--continue", str(path)) == [f"{cuda} (1 skipped)", f"{triton} (none was run)"]
+    assert cuda in path.with_suffix(".md").read_text()
+    test("True-triton-cuda", "passed")
+    assert failing("--parts", "rows", "--continue", str(path)) == [f"{cuda} (1 skipped)"]
+    test("one launch-cuda-{}", "passed")
+    assert failing("--continue", str(path)) == []
+    monkeypatch.setattr(record, "code_of", lambda names=record.CODE: "B")
+    assert failing("--continue", str(path)) == [f"{cuda} (none was run)", f"{triton} (none was run)"]
+
+
 # Parts of a run
 
 
@@ -278,6 +385,38 @@ def test_a_part_that_raises_does_not_stop_the_others(path: Path, monkeypatch: py
     assert made.run() == 1
     assert seen == ["RuntimeError: broken"]
     assert "first: RuntimeError: broken" in path.with_suffix(".md").read_text()
+
+
+def test_a_part_whose_tests_are_all_skipped_fails(path: Path, tmp_path: Path) -> None:
+    """Whatever passes in other parts; what has passed for the same code in an earlier run counts."""
+    (tmp_path / "test_some.py").write_text(
+        textwrap.dedent("""
+            import os, pytest
+            @pytest.mark.parametrize("run", ["reference-cuda", "cuda-cuda", "triton-cuda", "triton-cuda-2"])
+            def test(run):
+                if run not in os.environ["WORKS"].split(): pytest.skip("the native part was not built")
+        """)
+    )
+    made = run(path, "--tests", str(tmp_path))
+    actions = {part.name: part.action for part in made.parts()}
+
+    def outcome(name: str, works: str = "") -> tuple[str, bool]:
+        made.failed = False
+        made.environment["WORKS"] = works
+        return actions[name](60), made.failed
+
+    def has_passed(parameter: str, part: str) -> None:
+        (name,) = (test["name"] for test in Record(path).of("test") if f"[{parameter}]" in test["name"])
+        record.add(path, "test", name=name, outcome="passed", seconds=1.0, part=part)
+
+    assert outcome("tests", "reference-cuda") == ("", False)
+    text, failed = outcome("triton-tests")
+    assert text.startswith("no test has passed; pytest ended")
+    assert failed
+    has_passed("triton-cuda", "triton-tests")
+    assert outcome("triton-tests") == ("", False)
+    has_passed("triton-cuda-2", "smoke")
+    assert outcome("triton-tests") == ("", False)  # nothing is left to run
 
 
 def test_a_provider_that_hangs_or_dies_is_left_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
