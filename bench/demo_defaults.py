@@ -11,6 +11,7 @@ images, ten seeds each, and evaluated on the test images. Writes bench/results/d
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -138,8 +139,15 @@ def measure(pool: ProcessPoolExecutor, grid: Sequence[Configuration], choosing: 
     return outcomes
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Choose, compare, and write both down."""
+    description, _, details = __doc__.partition("\n\n")
+    argparse.ArgumentParser(
+        prog="python -m bench.demo_defaults",
+        description=description,
+        epilog=details.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(arguments)
     started = time.time()
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         chosen_from = measure(pool, GRID, choosing=True)

@@ -6,6 +6,7 @@ written as text, so that the same results always give the same file (tests/docs/
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,6 +114,7 @@ def step_time(results: Path = RESULTS) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m bench.figures", description=__doc__.partition(":")[0]).parse_args()
     FIGURE.parent.mkdir(exist_ok=True)
     FIGURE.write_text(step_time(), encoding="utf-8")
     print(f"Written: {FIGURE.relative_to(ROOT)}")

@@ -7,8 +7,9 @@ On a CPU, PyTorch adds up the squares of a float32 tensor in float32, and loses 
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,10 +55,25 @@ def norms(elements: int, backend: str = "auto") -> Norms:
     return Norms(float(optimizer.grad_norm), theirs, exact)
 
 
-def main() -> None:
+def _size(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of elements: give an integer from 1")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the norms of gradients of the sizes on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.norms", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "elements",
+        type=_size,
+        nargs="*",
+        default=[1_000_000, 124_000_000],
+        help="how many, of each gradient (default: 1000000 124000000)",
+    )
+    options = parser.parse_args(arguments)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for elements in map(int, sys.argv[1:] or ["1000000", "124000000"]):
+    for elements in options.elements:
         found = norms(elements)
         ours, theirs = found.off
         print(f"{elements:,} elements: float64 {found.exact:.9g}, grad_norm off by {ours:.1e}, torch by {theirs:.1e}")
