@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sofim_fused import SOFIM
+from sofim_fused import SOFIM, in_backward
 from tests.in_backward.support import backward
 from tests.support.problems import GUARDED, give, give_state, same_bits, snapshot
-from tests.support.runs import Run
+from tests.support.runs import Run, once
 
 Mode = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -89,3 +89,13 @@ def test_bits_are_those_without_modes(schedule: str, modes: str, run: Run) -> No
     found = _trained(run, schedule, MODES[modes])
     assert same_bits(found, _trained_without(run, schedule))
     assert not any(x.is_inference() for x in found)
+
+
+@once
+@pytest.mark.parametrize("freed", [False, True])
+def test_a_record_of_a_gradient_without_values_fits_it(freed: bool) -> None:
+    """Under another default device as well, although there are no elements to compare."""
+    grad = torch.ones(3 if freed else 0)
+    grad.untyped_storage().resize_(0)
+    with default_device():
+        assert in_backward._Mark(grad).fits(grad)
