@@ -666,9 +666,9 @@ def _place(x: Tensor) -> int | None:
 def _bits(x: Tensor) -> Tensor:
     """The bits of a few elements, from the first to the last; empty if reading them would have to wait."""
     if type(x) is not Tensor or x.device.type != "cpu" or x.layout != torch.strided or not x.numel():
-        return torch.empty(0)
+        return torch.empty(0, device="cpu")
     if not x.untyped_storage().nbytes():  # it was freed
-        return torch.empty(0)
+        return torch.empty(0, device="cpu")
     x = x.detach().resolve_conj().resolve_neg()
     for count in (8, 64):  # many changes, such as scaling, keep zeros: if all are zero, compare more elements
         if x.is_contiguous():

@@ -243,6 +243,23 @@ def test_a_graph_has_a_workspace_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     optimizer.step()
 
 
+@whole_steps
+def test_workspaces_made_under_modes_can_be_written_to_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph's too, and the memory to copy through, which a step after a capture makes anew."""
+    optimizer, _ = made([3, 50], capturable=True)
+    give_state(optimizer)
+    with torch.inference_mode(), torch.device("meta"):
+        for capturing in (False, True, False):
+            _captures(monkeypatch, capturing)
+            optimizer.step()
+    taken: Any = optimizer._step_in_one_call
+    for used in (taken._workspace, *taken._captured):
+        pinned = used._pinned
+        assert {x.device.type for x in (*pinned, used._rows, used._hyper)} == {"cpu"}
+        written = (used.rows, used.hyper, used.counters, used.work, used._rows, used._hyper, *pinned)
+        assert not any(x.is_inference() for x in written)
+
+
 @runs_kernels
 def test_without_the_native_part_steps_run_by_the_passes(
     launches: Counter[str], monkeypatch: pytest.MonkeyPatch

@@ -209,10 +209,10 @@ class TritonPasses:
             self._kernels.TILE,
         )
         n = len(tensors)
-        hyper = torch.zeros(n, pack.HYPERS, dtype=torch.float64)
+        hyper = torch.zeros(n, pack.HYPERS, dtype=torch.float64, device="cpu")
         if decay is not None:
             factors = [decay.moment, decay.gradient, decay.weight or [0.0] * n]
-            hyper[:, pack.DECAY_M :] = torch.tensor(factors, dtype=torch.float64).t()
+            hyper[:, pack.DECAY_M :] = torch.tensor(factors, dtype=torch.float64, device="cpu").t()
         workspace = self._workspace
         if workspace is None or not workspace.fits(tensors.device, packed.rows, packed.tiles):
             workspace = Workspace(self._kernels, tensors.device, packed.rows, hyper, packed.tiles, [0, n])

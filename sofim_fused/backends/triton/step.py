@@ -224,4 +224,4 @@ def _bounds(packed: PackedStep) -> list[int]:
     if packed.fisher != "group":
         return [0, packed.size]
     groups = packed.rows[:, pack.GROUP]
-    return torch.searchsorted(groups.contiguous(), torch.arange(len(packed.hyper) + 1)).tolist()
+    return torch.searchsorted(groups.contiguous(), torch.arange(len(packed.hyper) + 1, device="cpu")).tolist()

@@ -43,14 +43,17 @@ class Workspace:
         self._sum_rows, self._coefficient_rows = kernels.SUMS, kernels.COEFFICIENTS
         self._columns = kernels.LIMIT, kernels.GRAD_SCALE, kernels.SKIP_NONFINITE
         self._numels = rows[:, pack.NUMEL].clone()
-        ends = torch.cat((rows[1:, pack.FIRST], torch.tensor([tiles])))
-        tile_of = torch.repeat_interleave(torch.arange(self.tensors, dtype=torch.int32), ends - rows[:, pack.FIRST])
+        # What is on the CPU names it: torch.set_default_device may have set another default.
+        ends = torch.cat((rows[1:, pack.FIRST], torch.tensor([tiles], device="cpu")))
+        numbers = torch.arange(self.tensors, dtype=torch.int32, device="cpu")
+        tile_of = torch.repeat_interleave(numbers, ends - rows[:, pack.FIRST])
         self.tile_of = send(tile_of, torch.empty_like(tile_of, device=device))
-        bounds_ = torch.tensor(bounds, dtype=torch.int32)
+        bounds_ = torch.tensor(bounds, dtype=torch.int32, device="cpu")
         self.bounds = send(bounds_, torch.empty_like(bounds_, device=device))
         size = (kernels.SUMS + kernels.COEFFICIENTS) * self.tensors + kernels.EXTRAS + kernels.SUMS * tiles
         self._allocate(rows.shape, (1 + len(hyper), pack.HYPERS), size)
 
+    @torch.inference_mode(False)  # otherwise no later step could write to it
     def _allocate(self, rows: Sequence[int], hyper: Sequence[int], work: int) -> None:
         device = self.device
         self.rows = torch.empty(rows, dtype=torch.int64, device=device)
@@ -58,8 +61,8 @@ class Workspace:
         self.counters = torch.zeros(self.tensors + 2, dtype=torch.int32, device=device)
         self.work = torch.empty(work, dtype=torch.float64, device=device)
         self.outcome = self.work  # a stand-in: only guarded steps write it, and they replace it before
-        self._rows = torch.empty(rows, dtype=torch.int64)
-        self._hyper = torch.zeros(hyper, dtype=torch.float64)
+        self._rows = torch.empty(rows, dtype=torch.int64, device="cpu")
+        self._hyper = torch.zeros(hyper, dtype=torch.float64, device="cpu")
         self._limit: float | None = None
         self._known = False
         # Allocated for the next capture, because pinned memory cannot be allocated while a graph is captured.
@@ -76,10 +79,11 @@ class Workspace:
             raise RuntimeError("two captures in a row: take a step outside of a graph before the second")
         twin: Workspace = object.__new__(Workspace)
         twin.__dict__.update(self.__dict__)
-        twin.rows, twin.hyper = torch.empty_like(self.rows), torch.empty_like(self.hyper)
-        twin.counters, twin.work = torch.zeros_like(self.counters), torch.empty_like(self.work)
+        with torch.inference_mode(False):  # as in _allocate
+            twin.rows, twin.hyper = torch.empty_like(self.rows), torch.empty_like(self.hyper)
+            twin.counters, twin.work = torch.zeros_like(self.counters), torch.empty_like(self.work)
+            twin._rows, twin._hyper = torch.empty_like(self._rows), torch.zeros_like(self._hyper)
         twin.outcome = twin.work
-        twin._rows, twin._hyper = torch.empty_like(self._rows), torch.zeros_like(self._hyper)
         twin._known = False
         twin._reread = True
         self._pinned = None
@@ -166,9 +170,11 @@ class Located:
     def __init__(self, device: torch.device, steps: Sequence[Tensor], sizes: Sequence[int], by_group: bool) -> None:
         self._key = (device, _addresses(steps), tuple(sizes), by_group)
         rows = torch.zeros(len(steps), pack.COLUMNS, dtype=torch.int64, device="cpu")
-        rows[:, pack.STEP] = torch.tensor(self._key[1], dtype=torch.int64)
-        rows[:, pack.GROUP] = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes)))
-        bounds = torch.tensor([0, *accumulate(sizes)] if by_group else [0, len(steps)], dtype=torch.int32)
+        rows[:, pack.STEP] = torch.tensor(self._key[1], dtype=torch.int64, device="cpu")
+        numbers, counts = torch.arange(len(sizes), device="cpu"), torch.tensor(list(sizes), device="cpu")
+        rows[:, pack.GROUP] = torch.repeat_interleave(numbers, counts)
+        ends = accumulate(sizes) if by_group else [len(steps)]
+        bounds = torch.tensor([0, *ends], dtype=torch.int32, device="cpu")
         self.rows = send(rows, torch.empty_like(rows, device=device))
         self.bounds = send(bounds, torch.empty_like(bounds, device=device))
 
@@ -197,5 +203,6 @@ def send(values: Tensor, to: Tensor, pinned: Tensor | None = None) -> Tensor:
     return to.copy_(values.pin_memory() if pinned is None else pinned.copy_(values), non_blocking=True)
 
 
+@torch.inference_mode(False)  # steps in and outside of inference mode write to it
 def _pinned(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.device.type != "cpu")
+    return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=like.device.type != "cpu")
