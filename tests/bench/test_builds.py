@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,13 @@ def test_the_sources_of_this_folder_are_copied_whole(tmp_path: Path) -> None:
     assert (before / "setup.py").is_file()
 
 
-def test_two_processes_take_steps_in_turns() -> None:
-    workers = {name: builds.Worker(builds.ROOT, threads=1) for name in ("before", "now")}
+def test_two_processes_take_steps_in_turns(tmp_path: Path) -> None:
+    """Each with its own package, also where a revision has a package ``bench`` of its own."""
+    for name in ("before", "now"):
+        shutil.copytree(builds.ROOT / "sofim_fused", tmp_path / name / "sofim_fused")
+        (tmp_path / name / "bench").mkdir()
+        (tmp_path / name / "bench" / "__init__.py").touch()
+    workers = {name: builds.Worker(tmp_path / name, threads=1) for name in ("before", "now")}
     try:
         rows = list(builds.steps(workers, ["lenet-5"], rounds=2, seconds=0.001))
     finally:
