@@ -142,6 +142,8 @@ def work(package: str, threads: int) -> None:
                 values = torch.empty(shape).normal_(0, 0.02, generator=generator).to(getattr(torch, dtype))
                 params.append(torch.nn.Parameter(values))
                 params[-1].grad = (values * 0.05).clone()
+            # Earlier revisions take a dtype, not its name.
+            options = {key: getattr(torch, value) for key, value in options.items()}
             step = sofim_fused.SOFIM(params, **OURS, **options, **SCHEDULES[job["schedule"]]).step
             for _ in range(3):
                 step()
@@ -246,15 +248,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         workers = {name: Worker(place, options.threads) for name, place in places.items()}
         show = partial(print, flush=True)
+
+        def write() -> None:
+            options.output.write_text(json.dumps(record, indent=1) + "\n")
+            options.output.with_suffix(".md").write_text(markdown(record))
+
+        write()
         try:
             for row in steps(workers, options.models, options.rounds, options.seconds):
                 record["steps"].append(row)
+                write()  # what was measured stays, however the run ends
                 show(f"{row['model']:<12} {row['storage']:<18} {row['schedule']:<14} {row['ratio']:.3f}")
         finally:
             for worker in workers.values():
                 worker.close()
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
-    options.output.with_suffix(".md").write_text(markdown(record))
     show(markdown(record))
 
 
