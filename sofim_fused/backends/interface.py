@@ -121,6 +121,15 @@ class Settings(NamedTuple):
     group_of: Tensor
     scales_weight: bool
 
+    def coefficients(self, rows: Tensor) -> Coefficients:
+        """Those that the update has, of all that a kernel computes: ``[3, n]``, for the weight, gradient and moment."""
+        weight, gradient, moment = rows.unbind()
+        return Coefficients(
+            moment=moment,
+            weight=weight if self.scales_weight else None,
+            gradient=gradient if self.gradient_form else None,
+        )
+
 
 class GuardSettings(NamedTuple):
     """The settings of a guarded step.

@@ -138,12 +138,7 @@ class OperatorPasses(TorchSolve):
             scale, found = (None if x is None else on_device_of(square, x) for x in (guard.grad_scale, guard.found_inf))
             guard_fields = (True, guard.max_norm, scale, found, guard.skip_nonfinite)
         coefficients, seen = self._ops.solve(blocks, square, list(steps), *_fields(settings), *guard_fields)
-        weight, gradient, moment = coefficients.unbind()
-        update = Coefficients(
-            moment=moment,
-            weight=weight if settings.scales_weight else None,
-            gradient=gradient if settings.gradient_form else None,
-        )
+        update = settings.coefficients(coefficients)
         if guard is None:
             return update, None, None
         norm, gain, skipped = seen.unbind()

@@ -118,12 +118,7 @@ class TritonPasses:
             located = self._located(steps, settings)
             launch_solve(self._kernels, config, located, hyper, blocks.contiguous(), found, **asked)
         torch.autograd.graph.increment_version(list(steps))
-        weight, gradient, moment = found.unbind()
-        update = Coefficients(
-            moment=moment,
-            weight=weight if settings.scales_weight else None,
-            gradient=gradient if settings.gradient_form else None,
-        )
+        update = settings.coefficients(found)
         if guard is None:
             return update, None, None
         norm, gain = asked["outcome"].unbind()
