@@ -238,7 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         where = machine(options.threads)
         record: dict[str, Any] = {
-            "command": f"python -m bench.builds --before {options.before}",
+            "command": f"python -m bench.builds --before {options.before} --rounds {options.rounds}"
+            f" --seconds {options.seconds:g}",
             "date": time.strftime("%Y-%m-%d"),
             "cpu": f"{where['cpu']}, {where['cores']} cores, {where['instruction_set']}",
             "torch": torch.__version__,
