@@ -12,6 +12,8 @@ from sofim_fused import native
 from sofim_fused.backends import cpu, cuda, triton
 from sofim_fused.backends.interface import (
     FISHER,
+    NUMERATORS,
+    AdaptivePasses,
     Coefficients,
     Decay,
     GradientStep,
@@ -19,9 +21,12 @@ from sofim_fused.backends.interface import (
     NativeInBackward,
     NativeStep,
     Passes,
+    ScaledSums,
     Settings,
+    Squares,
     StepTensors,
     Sums,
+    Variance,
     sum_dtype,
 )
 from sofim_fused.backends.reference import ReferencePasses
@@ -31,6 +36,8 @@ from sofim_fused.backends.triton.launch import capturing
 
 __all__ = [
     "FISHER",
+    "NUMERATORS",
+    "AdaptivePasses",
     "Coefficients",
     "Decay",
     "GradientStep",
@@ -38,9 +45,12 @@ __all__ = [
     "NativeInBackward",
     "NativeStep",
     "Passes",
+    "ScaledSums",
     "Settings",
+    "Squares",
     "StepTensors",
     "Sums",
+    "Variance",
     "apart",
     "capturing",
     "choose",

@@ -29,6 +29,7 @@ from sofim_fused.backends.interface import (
     StepTensors,
     Sums,
 )
+from sofim_fused.backends.reference import TorchAdaptivePasses
 
 Pairs = Mapping[str, tuple[int, int]]
 
@@ -74,7 +75,7 @@ def apart(tensors: StepTensors, passes: Passes) -> tuple[StepTensors, Passes, Pa
     return tensors, InTurn(passes, [*bounds, len(tensors)]), pairs
 
 
-class InTurn:
+class InTurn(TorchAdaptivePasses):
     """The passes of a backend over consecutive groups of tensors (runs), one run after the other.
 
     See :class:`sofim_fused.backends.interface.Passes`.

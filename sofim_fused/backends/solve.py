@@ -209,17 +209,17 @@ def at_gain(blocks: Tensor, gain: Tensor) -> Tensor:
 def coefficients(settings: Settings, hyper: Hyper, blocks: Tensor, correction: Tensor) -> Coefficients:
     """The second pass's coefficients from S (and P) per block, ``[1 or 2, blocks]``."""
     norm, *cross = blocks.unbind()
-    shrink = correction / (hyper.rho * (1 + _per_tensor(norm, settings)))
+    shrink = correction / (hyper.rho * (1 + per_tensor(norm, settings)))
     if not settings.gradient_form:
-        return Coefficients(moment=_finite(-hyper.lr * shrink), weight=_weight(settings, hyper))
-    moment = hyper.lr * shrink * _per_tensor(cross[0], settings)
-    return Coefficients(_finite(moment), *gradient_step(settings, hyper))
+        return Coefficients(moment=finite(-hyper.lr * shrink), weight=_weight(settings, hyper))
+    moment = hyper.lr * shrink * per_tensor(cross[0], settings)
+    return Coefficients(finite(moment), *gradient_step(settings, hyper))
 
 
 def gradient_step(settings: Settings, hyper: Hyper | None = None) -> GradientStep:
     """The gradient form's part of the update that does not depend on any sum."""
     hyper = hyper_of(settings) if hyper is None else hyper
-    return GradientStep(weight=_weight(settings, hyper), gradient=_finite(-(hyper.lr / hyper.rho) * hyper.sign))
+    return GradientStep(weight=_weight(settings, hyper), gradient=finite(-(hyper.lr / hyper.rho) * hyper.sign))
 
 
 def _weight(settings: Settings, hyper: Hyper) -> Tensor | None:
@@ -229,7 +229,7 @@ def _weight(settings: Settings, hyper: Hyper) -> Tensor | None:
     return shrunk - _decayed(hyper.l2, hyper.lr / hyper.rho) if settings.gradient_form else shrunk
 
 
-def _per_tensor(blocks: Tensor, settings: Settings) -> Tensor:
+def per_tensor(blocks: Tensor, settings: Settings) -> Tensor:
     """The value of each tensor's block."""
     return blocks.index_select(0, settings.group_of) if FISHER[settings.fisher] == "group" else blocks
 
@@ -239,7 +239,8 @@ def _decayed(l2: Tensor, x: Tensor) -> Tensor:
     return torch.where(l2 == 0, 0.0, l2 * x)
 
 
-def _finite(coefficients: Tensor) -> Tensor:
+def finite(coefficients: Tensor) -> Tensor:
+    """Coefficients limited to the range of float32, in place."""
     # Beyond the range of float32, a coefficient would become infinite, and its product with a zero moment NaN.
     return coefficients.clamp_(-FLOAT32_MAX, FLOAT32_MAX)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sofim_fused import checks, checks_state_dict
-from sofim_fused.backends import StepTensors
+from sofim_fused.backends import StepTensors, Variance
 from sofim_fused.dtensor import local, placed_as
 
 
@@ -55,6 +55,8 @@ def check_state(entry: Entry, group: Mapping[str, Any], state: Mapping[Tensor, A
     checks.state_entries(entry.param, known, entry.ordinal)
     if "exp_avg" in known:
         checks.state_of_parameter(entry.param, known, moment_dtype(entry.param, group["state_dtype"]), entry.ordinal)
+        shapes = variance_shapes(entry.param, group["diagonal"])
+        checks.variances(entry.param, known, shapes, variance_dtype(entry.param), entry.ordinal, group["diagonal"])
     else:
         checks.first_gradient(entry.param, entry.ordinal, group["state_dtype"])
 
@@ -77,10 +79,46 @@ def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[T
             dtype = moment_dtype(param, group["state_dtype"])
             made["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
             made["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            made.update(_zero_variances(param, group["diagonal"]))
         if not kept:
             made["kahan"] = torch.zeros_like(param, memory_format=torch.preserve_format)
     state[param] = {**known, **made}
     return known
+
+
+def variance_shapes(param: Tensor, diagonal: str) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a parameter's running means of g² (:class:`sofim_fused.backends.Variance`).
+
+    Rows are those of the parameter as the user made it. Of a complex one, the real and the imaginary part are elements.
+    """
+    if diagonal == "identity":
+        return {}
+    shape = (*param.shape, 2) if param.is_complex() else tuple(param.shape)
+    if diagonal == "element" or (diagonal == "factored" and param.dim() < 2):
+        return {"variance": shape}
+    if diagonal == "tensor" or param.dim() < 2:
+        return {"variance": ()}
+    return {"row_var": shape[:1], "col_var": shape[1:]} if diagonal == "factored" else {"row_var": shape[:1]}
+
+
+def variance_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of running means of g²."""
+    return torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def _zero_variances(param: Tensor, diagonal: str) -> dict[str, Tensor]:
+    """Running means of g² before the first gradient, in the parameter's order in memory where they have its shape."""
+    whole = _real(param.detach())
+    dtype, preserve = variance_dtype(param), torch.preserve_format
+    made = {}
+    for name, shape in variance_shapes(param, diagonal).items():
+        if name == "variance" and shape == tuple(whole.shape):
+            made[name] = torch.zeros_like(whole, dtype=dtype, memory_format=preserve)
+        elif name == "col_var" and param.shape[0]:
+            made[name] = torch.zeros_like(whole[0], dtype=dtype, memory_format=preserve)
+        else:
+            made[name] = torch.zeros(shape, dtype=dtype, device=param.device)
+    return made
 
 
 def restored_states(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, dict[str, Any]]:
@@ -108,6 +146,8 @@ def _restored(param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any])
     state["exp_avg"] = _like(param, entries["exp_avg"], moment_dtype(param, group["state_dtype"]))
     if "kahan" in entries and keeps_lost_bits(param, group["kahan"]):
         state["kahan"] = _like(param, entries["kahan"], param.dtype)
+    for name, made in _zero_variances(param, group["diagonal"]).items():
+        state[name] = _filled(made, entries[name])
     return state
 
 
@@ -177,7 +217,19 @@ def lay_out(
         ],
         steps=[known["step"] for known in states],
         ordinals=[entry.ordinal for entry in entries],
+        variances=[
+            _variance(entry.param, known)
+            for entry, known in zip(entries, states, strict=True)
+            if groups[entry.group]["diagonal"] != "identity"
+        ],
     )
+
+
+def _variance(param: Tensor, known: Mapping[str, Tensor]) -> Variance:
+    row_var, col_var, variance = (known.get(name) for name in ("row_var", "col_var", "variance"))
+    numel = param.numel() * (2 if param.is_complex() else 1)
+    shape = (1, numel) if row_var is None else (param.shape[0], numel // max(param.shape[0], 1))
+    return Variance(row_var, col_var, variance, shape)
 
 
 def _real(x: Tensor) -> Tensor:

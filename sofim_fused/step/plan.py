@@ -146,6 +146,8 @@ class Plan:
         for index, group in enumerate(groups):
             checks.group(group, index)
         checks.agreement(groups)
+        if is_adaptive(groups) and self.rank_sums(optimizer) is not None:
+            checks.not_adaptive_over_ranks(groups[0]["diagonal"])
         entries = gather.with_gradients(groups)
         for entry in entries:
             gather.check_state(entry, groups[entry.group], state)
@@ -180,13 +182,18 @@ class Plan:
         sizes = [0] * len(groups)
         for entry in entries:
             sizes[entry.group] += 1
-        numerator, fisher = groups[0]["numerator"], groups[0]["fisher"]
+        options = groups[0]["numerator"], groups[0]["fisher"], is_adaptive(groups)
         hyper = self._hyper.get(device)
-        if hyper is None or not hyper.serves(sizes, numerator, fisher):
-            hyper = self._hyper[device] = Hyperparameters(device, sizes, numerator, fisher)
+        if hyper is None or not hyper.serves(sizes, *options):
+            hyper = self._hyper[device] = Hyperparameters(device, sizes, *options)
         tensors = gather.lay_out(device, entries, groups, optimizer.state)
         tensors, passes, pairs = backends.apart(tensors, self.passes_for(device))
         return DeviceShare(tensors, passes, hyper, rank_sums, pairs)
+
+
+def is_adaptive(groups: Groups) -> bool:
+    """Whether the diagonals adapt: those of all groups do, or those of none."""
+    return bool(groups[0]["diagonal"] != "identity")
 
 
 def params_of(groups: Groups) -> list[Tensor]:

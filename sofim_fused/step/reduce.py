@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sofim_fused.backends import Passes, StepTensors, Sums, on_device_of
+from sofim_fused.backends import Passes, ScaledSums, Squares, StepTensors, Sums, on_device_of
 from sofim_fused.dtensor import Groups
 from sofim_fused.step.hyperparameters import Hyperparameters
 
@@ -70,6 +70,25 @@ def totals(
             blocks_here = _on_each(shares, blocks_here)
         squares = _on_each(shares, squares)
     return blocks_here, squares, found_inf
+
+
+def square_of(
+    shares: Sequence[DeviceShare], squares: Sequence[Squares], found_inf: Tensor | float | None
+) -> tuple[Tensor, Tensor | float | None]:
+    """The sum of the squares of all gradients, 0-dimensional on the first device; and ``found_inf``."""
+    total = squares[0].total.sum()
+    for theirs in squares[1:]:
+        total = total + theirs.total.sum().to(total.device)
+    return total, found_inf
+
+
+def scaled_totals(shares: Sequence[DeviceShare], sums: Sequence[ScaledSums]) -> list[Tensor]:
+    """For each share the totals per Fisher block, ``[4, B]``, over all devices, of a step with an adaptive diagonal."""
+    blocks = [
+        share.passes.fold_scaled(share.tensors.steps, share.hyper.settings, theirs).select(0, 0)
+        for share, theirs in zip(shares, sums, strict=True)
+    ]
+    return _on_each(shares, blocks) if len(shares) > 1 and shares[0].hyper.fisher != "parameter" else blocks
 
 
 def _over_ranks(

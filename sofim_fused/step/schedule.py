@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sofim_fused.backends import Coefficients, Decay, GuardSettings, StepTensors, Sums, no_sums
+from sofim_fused.backends import Coefficients, Decay, GuardSettings, Squares, StepTensors, Sums, no_sums
 from sofim_fused.step import reduce
 from sofim_fused.step.hyperparameters import Group
 from sofim_fused.step.reduce import DeviceShare
@@ -82,6 +82,55 @@ def guarded(
         if len(share.tensors):
             share.passes.commit(share.tensors, decay, update)
     return seen[0]
+
+
+def adaptive(
+    shares: Sequence[DeviceShare], groups: Sequence[Group], guard: GuardSettings | None
+) -> tuple[Guard | None, Tensor | None]:
+    """A step with a diagonal that adapts: :class:`sofim_fused.backends.AdaptivePasses` has its sweeps.
+
+    Nothing is written before the gradients' norm is known; so a guarded step (``guard``) has no sweep of its own, but
+    for tensors with a variance per element, whose gradients are read for the norm.
+
+    Returns:
+        Of a guarded step the norm, and whether it is skipped; and the signal of each Fisher block, if F has a term of
+        rank one.
+    """
+    decays = [share.hyper.refresh(groups) for share in shares]
+    squares = [_squares(share, guard is not None) for share in shares]
+    square, found = (None, None) if guard is None else reduce.square_of(shares, squares, guard.found_inf)
+    if guard is not None:
+        guard = guard._replace(found_inf=found)
+    scales, seen = [], []
+    for share, sums in zip(shares, squares, strict=True):
+        mine = None if square is None else square.to(share.tensors.device)
+        made, norm = share.passes.adapt(share.tensors, share.hyper.settings, sums, guard, mine)
+        scales.append(made)
+        seen.append(None if norm is None else Guard(norm, made.skip))
+    if not any(share.hyper.settings.rank_one for share in shares):
+        for share, decay, scale in zip(shares, decays, scales, strict=True):
+            update, _ = share.passes.solve_scaled(share.tensors.steps, share.hyper.settings, None, scale.skip)
+            share.passes.commit_scaled(share.tensors, decay, update, scale)
+        return seen[0], None
+    swept = [
+        share.passes.accumulate_scaled(share.tensors, decay, scale)
+        for share, decay, scale in zip(shares, decays, scales, strict=True)
+    ]
+    signal = None
+    for share, blocks, scale in zip(shares, reduce.scaled_totals(shares, swept), scales, strict=True):
+        settings = share.hyper.settings
+        update, signal = share.passes.solve_scaled(share.tensors.steps, settings, blocks, scale.skip)
+        share.passes.apply_scaled(share.tensors, update, scale)
+    return seen[0], signal
+
+
+def _squares(share: DeviceShare, all_of_them: bool) -> Squares:
+    """The sums of g², or nothing, if each element has its own variance and they are not needed for a norm."""
+    tensors = share.tensors
+    if all_of_them or not all(variance.by_element for variance in tensors.variances):
+        return share.passes.squares(tensors)
+    sums = no_sums(tensors.device).mm
+    return Squares(sums.new_zeros(len(tensors)), sums, sums)
 
 
 def _swept(share: DeviceShare, sweep: Callable[[StepTensors, Decay], Sums], decay: Decay) -> Sums:
