@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/tensor.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -55,9 +56,21 @@ py::object Step::run(const py::handle& groups, const py::handle& state, const py
   found_ = found.value != 0.0;
   if (tensors_.size() == 0) return py::bool_(true);
   const bool is_guarded = options().guarded() || scale.there || found_;
-  unlocked(param_groups_, [&] { is_guarded ? guarded_step() : plain_step(); });
-  if (!is_guarded) return py::bool_(true);
-  return py::make_tuple(at::scalar_tensor(norm_, at::kDouble), skipped_);
+  if (!options().adaptive) {
+    unlocked(param_groups_, [&] { is_guarded ? guarded_step() : plain_step(); });
+    if (!is_guarded) return py::bool_(true);
+    return py::make_tuple(at::scalar_tensor(norm_, at::kDouble), skipped_, py::none());
+  }
+  unlocked(param_groups_, [&] { adaptive_step(is_guarded); });
+  const bool has_signal = options().rank_one && !(is_guarded && skipped_);
+  if (!is_guarded && !has_signal) return py::bool_(true);
+  py::object norm = py::none(), skipped = py::none(), signal = py::none();
+  if (is_guarded) {
+    norm = py::cast(at::scalar_tensor(norm_, at::kDouble));
+    skipped = py::bool_(skipped_);
+  }
+  if (has_signal) signal = py::cast(at::tensor(signal_, at::kDouble));
+  return py::make_tuple(norm, skipped, signal);
 }
 
 // The stages of a step
@@ -87,11 +100,8 @@ void Step::guarded_step() {
   const auto products = run_pass(Pass::dots, tensors_.records(), tensors_.tiling(), mode, scratch_);
   double square = 0.0;
   for (const Products& p : products) square += p.gg;
-  norm_ = std::sqrt(square) * unscale_;
-  skipped_ = found_ || (options().skip_nonfinite && !std::isfinite(norm_));
+  const double gain = guard(square);
   if (skipped_) return;
-  const double limit = options().max_grad_norm.value_or(kInfinity);
-  const double gain = (norm_ > limit ? limit / norm_ : 1.0) * unscale_;
   std::vector<PlainBlock> blocks;
   for (const GuardedBlock& block : fold<GuardedBlock>(products)) blocks.push_back(block.at_gain(gain));
   solve(blocks);
@@ -102,6 +112,63 @@ void Step::guarded_step() {
   mode.scaled = gain != 1.0;
   mode.gain = gain;
   run_pass(Pass::commit, tensors_.records(), tensors_.tiling(), mode, scratch_);
+  tensors_.write_back(true, true);
+  tensors_.advance();
+}
+
+double Step::guard(double square) {
+  norm_ = std::sqrt(square) * unscale_;
+  skipped_ = found_ || (options().skip_nonfinite && !std::isfinite(norm_));
+  const double limit = options().max_grad_norm.value_or(kInfinity);
+  return (norm_ > limit ? limit / norm_ : 1.0) * unscale_;
+}
+
+// sofim_fused/step/schedule.py, adaptive().
+void Step::adaptive_step(bool is_guarded) {
+  find_corrections();
+  const size_t n = tensors_.size();
+  mixes_.resize(n);
+  LastCorrection correction;
+  for (size_t i = 0; i < n; ++i) {
+    const AdaptiveHyper& hyper = param_groups_.adaptive(i);
+    mixes_[i] = {hyper.beta2, hyper.eps, correction.of(hyper.beta2, tensors_.updates(i) + 1)};
+  }
+  sweeps_.begin(&tensors_.record(0), tensors_.variances(), tensors_.tiling(), mixes_.data());
+  if (is_guarded) {
+    const double gain = guard(sweeps_.squares());
+    if (skipped_) return;
+    sweeps_.set_gain(gain);
+  }
+  tensors_.key_random_bits(1);
+  tensors_.bump_moments();
+  tensors_.bump_variances();
+  tensors_.bump_weights();
+  Mode mode;
+  mode.cross = mode.gradient = options().gradient_form || options().look_ahead;
+  const auto terms = [&](size_t i) {
+    return numerator_terms(param_groups_.hyper(i), corrections_[i], options().gradient_form, options().look_ahead);
+  };
+  const auto solve = [&](const std::vector<AdaptiveBlock>* blocks) {
+    for (size_t i = 0; i < n; ++i) {
+      tensors_.record(i).update = scaled_update(param_groups_.hyper(i), corrections_[i], terms(i), !mode.gradient,
+                                                blocks == nullptr ? nullptr : &(*blocks)[block_of(i)]);
+    }
+  };
+  if (!options().rank_one) {
+    solve(nullptr);
+    mode.updates = true;
+    sweeps_.enter(mode);
+  } else {
+    const std::vector<ScaledProducts> products = sweeps_.enter(mode);
+    std::vector<AdaptiveBlock> blocks(this->blocks());
+    for (size_t i = 0; i < n; ++i) {
+      blocks[block_of(i)].add(param_groups_.hyper(i), corrections_[i], terms(i), products[i]);
+    }
+    solve(&blocks);
+    signal_.clear();
+    for (const AdaptiveBlock& block : blocks) signal_.push_back(block.signal());
+    sweeps_.apply(mode);
+  }
   tensors_.write_back(true, true);
   tensors_.advance();
 }
@@ -122,12 +189,18 @@ size_t Step::block_of(size_t i) const {
   }
 }
 
+size_t Step::blocks() const {
+  switch (options().fisher) {
+    case Fisher::model: return 1;
+    case Fisher::group: return param_groups_.groups().size();
+    default: return tensors_.size();
+  }
+}
+
 // Adds each tensor's part to its Fisher block, in the order of tensors.
 template <class Block>
 std::vector<Block> Step::fold(const std::vector<Products>& products) const {
-  std::vector<Block> blocks(options().fisher == Fisher::model   ? 1
-                            : options().fisher == Fisher::group ? param_groups_.groups().size()
-                                                                : tensors_.size());
+  std::vector<Block> blocks(this->blocks());
   for (size_t i = 0; i < tensors_.size(); ++i) {
     blocks[block_of(i)].add(param_groups_.hyper(i), corrections_[i], products[i]);
   }

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/adaptive.h"
 #include "cpu/gradient_record.h"
 #include "cpu/parallel.h"
 #include "gather/param_groups.h"
@@ -20,9 +21,10 @@ namespace py = pybind11;
 
 class Step {
  public:
-  // One step. Returns None, with nothing changed, if Python has to take it; True for a plain step; for a guarded one
-  // the pair of the gradients' norm before clipping, a 0-dimensional float64 tensor, and whether the step was skipped.
-  // The gradients are `grad_scale` times too large, and if `found_inf` is not 0, not all of them are finite. The last
+  // One step. Returns None, with nothing changed, if Python has to take it; True for a step without results; otherwise
+  // three results, of which any may be None: of a guarded step the gradients' norm before clipping, a 0-dimensional
+  // float64 tensor, and whether the step was skipped; and the signal of each Fisher block, if the diagonal adapts and F
+  // has its term of rank one (but not of a skipped step), a float64 vector. The gradients are `grad_scale` times too large, and if `found_inf` is not 0, not all of them are finite. The last
   // argument, a counter of skipped steps, is not used: it is for devices where the step ends after the call.
   py::object run(const py::handle& groups, const py::handle& state, const py::handle& grad_scale,
                  const py::handle& found_inf, const py::handle& counter);
@@ -65,14 +67,18 @@ class Step {
   // The stages of a step, over what param_groups_ has gathered.
   void plain_step();
   void guarded_step();
+  void adaptive_step(bool is_guarded);
+  // Sets norm_ and skipped_ from the sum of the gradients' squares; returns what they are to be multiplied by.
+  double guard(double square);
   void find_corrections();
   template <class Block>
   std::vector<Block> fold(const std::vector<Products>& products) const;
   void solve(const std::vector<PlainBlock>& blocks);
   size_t block_of(size_t i) const;
+  size_t blocks() const;
 
   // Members, so that their memory is reused from step to step.
-  ParamGroups param_groups_;
+  ParamGroups param_groups_{false, true};
   StepTensors& tensors_ = param_groups_.tensors();
   ParamGroups hook_groups_;
   // By ordinal:
@@ -82,6 +88,9 @@ class Step {
   std::vector<GradientRecord> records_;
   std::vector<Products> products_;
   std::vector<double> corrections_;  // by tensor of the step
+  std::vector<Mix> mixes_;           // the same
+  std::vector<double> signal_;       // by Fisher block
+  AdaptiveSweeps sweeps_;
   std::vector<double> scratch_;
   double unscale_ = 1.0;  // times the gradients: the true gradients
   double norm_ = 0.0;

@@ -2,7 +2,9 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/view_as_real.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 
@@ -71,6 +73,43 @@ bool has_memory(const at::Tensor& x) {
   return storage && (storage.data() != nullptr || impl->numel() == 0);
 }
 
+// Whether a running mean has the shape of w from dimension `from` on; elements of a complex w are pairs.
+bool shaped_like(const at::Tensor& x, const at::Tensor& w, int64_t from) {
+  const auto sizes = w.sizes().slice(from);
+  const size_t pairs = w.is_complex() ? 1 : 0;
+  if (x.sizes().size() != sizes.size() + pairs || (pairs && x.sizes().back() != 2)) return false;
+  return std::equal(sizes.begin(), sizes.end(), x.sizes().begin());
+}
+
+// The same of the order of elements in memory, given that it has the shape; `order` is w or laid out like it.
+bool ordered_like(const at::Tensor& x, const at::Tensor& order, int64_t from) {
+  const int64_t unit = order.is_complex() ? 2 : 1;
+  if (order.numel() == 0) return x.is_contiguous();
+  if (unit == 2 && x.stride(-1) != 1) return false;
+  for (int64_t d = from; d < order.dim(); ++d) {
+    if (order.size(d) > 1 && x.stride(d - from) != order.stride(d) * unit) return false;
+  }
+  return true;
+}
+
+// Whether a dense tensor's elements with one index of dimension 0 lie together.
+bool rows_are_outermost(const at::Tensor& x) {
+  return x.numel() == 0 || x.size(0) == 1 || x.stride(0) == x.numel() / x.size(0);
+}
+
+// Whether a tensor has the running means that its diagonal needs, and no others.
+bool has_those_of(const Variances& given, const at::Tensor& w) {
+  const auto defined = [](const at::Tensor* x) { return x != nullptr && x->defined(); };
+  const bool rows = w.dim() >= 2 && (given.diagonal == Diagonal::row || given.diagonal == Diagonal::factored);
+  const bool cols = rows && given.diagonal == Diagonal::factored;
+  if (defined(given.rows) != rows || defined(given.cols) != cols || defined(given.whole) == rows) return false;
+  if (rows) {
+    return given.rows->dim() == 1 && given.rows->size(0) == w.size(0) && (!cols || shaped_like(*given.cols, w, 1));
+  }
+  const bool by_element = given.diagonal == Diagonal::element || given.diagonal == Diagonal::factored;
+  return by_element ? shaped_like(*given.whole, w, 0) : given.whole->dim() == 0;
+}
+
 // Stands in for the memory of a tensor without elements: arithmetic on a null pointer would be undefined.
 char nowhere[1];
 
@@ -91,6 +130,7 @@ void StepTensors::clear() {
   members_.clear();
   kept_.clear();
   copied_.clear();
+  variances_.clear();
   held_.clear();
   tiling_.clear();
   if (!unsure_.empty()) known_.clear();  // shares_memory() was not called, or found an overlap: check everything again
@@ -98,7 +138,7 @@ void StepTensors::clear() {
 }
 
 const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
-                             const at::Tensor& step, int64_t ordinal) {
+                             const at::Tensor& step, int64_t ordinal, const Variances* variances) {
   Row record{};
   if (anywhere_ && records_.empty()) {
     device_ = w.device();
@@ -131,8 +171,24 @@ const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at:
   if (step.defined() && (!readable(step) || step.scalar_type() != at::kLong || step.numel() != 1)) {
     return "step: not a 0-dimensional int64 tensor on the step's device";
   }
+  const at::Tensor none;
+  const auto variance = [&](const at::Tensor* Variances::*name) -> const at::Tensor& {
+    return variances == nullptr || variances->*name == nullptr ? none : *(variances->*name);
+  };
+  const at::Tensor &rows = variance(&Variances::rows), &cols = variance(&Variances::cols),
+                   &whole = variance(&Variances::whole);
+  if (variances != nullptr) {
+    if (!has_those_of(*variances, w)) return "not the running means of g² that the diagonal needs";
+    for (const at::Tensor* x : {&rows, &cols, &whole}) {
+      if (!x->defined()) continue;
+      if (!readable(*x) || x->scalar_type() != (wide ? at::kDouble : at::kFloat) || x->is_neg()) {
+        return "running means of g²: not float32 (of a float64 parameter: float64) on the step's device";
+      }
+      if (may_overlap(*x)) return "running means of g² whose elements may share memory";
+    }
+  }
   if (!at::InferenceMode::is_enabled()) {
-    for (const at::Tensor* x : {&w, &m, &kahan, &step}) {
+    for (const at::Tensor* x : {&w, &m, &kahan, &step, &rows, &cols, &whole}) {
       if (x->defined() && x->is_inference()) {
         return "an inference tensor, which cannot be updated outside of torch.inference_mode()";
       }
@@ -143,7 +199,10 @@ const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at:
                                             (!kahan.defined() || kahan.is_contiguous())
                                       : m.is_non_overlapping_and_dense() && same_order(w, m) && same_order(g, m) &&
                                             (!kahan.defined() || same_order(kahan, m));
-  const bool in_place = flat && as_stored(g) && as_stored(w) && as_stored(m);
+  const bool by_element = whole.defined() && whole.dim() > 0;
+  const bool in_place = flat && as_stored(g) && as_stored(w) && as_stored(m) &&
+                        (!rows.defined() || rows_are_outermost(m)) && (!by_element || ordered_like(whole, m, 0));
+  at::Tensor order = m;
   if (in_place) {
     record.w = somewhere(w.mutable_data_ptr());
     record.g = somewhere(g.const_data_ptr());
@@ -153,7 +212,8 @@ const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at:
     for (const at::Tensor* x : {&w, &m, &kahan}) {
       if (x->defined() && may_overlap(*x)) return "a parameter or its state whose elements may share memory";
     }
-    const at::Tensor order = m.is_non_overlapping_and_dense() ? m : at::empty(m.sizes(), m.options());
+    const bool served = m.is_non_overlapping_and_dense() && (!rows.defined() || rows_are_outermost(m));
+    if (!served) order = at::empty(m.sizes(), m.options());
     const auto copy_of = [&](const at::Tensor& x) {
       at::Tensor copy = at::empty_strided(order.sizes(), order.strides(), x.options());
       copy.copy_(x.detach());
@@ -177,6 +237,34 @@ const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at:
     }
   }
   record.numel = w.numel() * (w.is_complex() ? 2 : 1);
+  if (variances != nullptr) {
+    // `like`: rows of what they are ordered like; running means are few, or of the same order in nearly every case.
+    const auto address = [&](const at::Tensor& x, bool in_order, const at::Tensor& like) -> void* {
+      if (!x.defined()) return nullptr;
+      if (in_order) return somewhere(x.mutable_data_ptr());
+      at::Tensor copy = at::empty_like(like, x.options(), at::MemoryFormat::Preserve);
+      copied_.push_back({x, copy.copy_(x), true});
+      return somewhere(copy.mutable_data_ptr());
+    };
+    const auto real = [](const at::Tensor& x) { return x.is_complex() ? at::view_as_real(x) : x; };
+    VarianceRow row;
+    row.columns = record.numel;
+    row.by_element = by_element;
+    if (rows.defined()) {
+      row.count = rows.size(0);
+      row.columns = row.count == 0 ? 0 : record.numel / row.count;
+      row.rows = address(rows, rows.is_contiguous(), rows.contiguous());
+    }
+    if (cols.defined()) {
+      const bool in_order = ordered_like(cols, order, 1);
+      row.cols = address(cols, in_order, in_order ? cols : order.numel() == 0 ? cols.contiguous() : real(order)[0]);
+    }
+    if (whole.defined()) {
+      const bool in_order = !by_element || ordered_like(whole, order, 0);
+      row.whole = address(whole, in_order, in_order ? whole : real(order));
+    }
+    variances_.push_back(row);
+  }
   record.step = step.defined() ? static_cast<int64_t*>(step.mutable_data_ptr()) : nullptr;
   record.ordinal = static_cast<uint32_t>(ordinal);
   const auto address = [](const void* at) { return reinterpret_cast<uintptr_t>(at); };
@@ -184,12 +272,24 @@ const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at:
   records_.push_back(record);
   members_.push_back({w.unsafeGetTensorImpl(), g.unsafeGetTensorImpl(), m.unsafeGetTensorImpl(),
                       kahan.defined() ? kahan.unsafeGetTensorImpl() : nullptr,
-                      step.defined() ? step.unsafeGetTensorImpl() : nullptr});
+                      step.defined() ? step.unsafeGetTensorImpl() : nullptr,
+                      rows.defined() ? rows.unsafeGetTensorImpl() : nullptr,
+                      cols.defined() ? cols.unsafeGetTensorImpl() : nullptr,
+                      whole.defined() ? whole.unsafeGetTensorImpl() : nullptr});
   tiling_.add(record.numel);
   const size_t place = records_.size() - 1;
   if (place >= known_.size()) known_.resize(place + 1);
   Known& known = known_[place];
-  if (in_place && known.w == record.w && known.m == record.m && known.kahan == record.kahan &&
+  bool same_variances = true;
+  if (variances != nullptr || place < known_variances_.size()) {
+    if (place >= known_variances_.size()) known_variances_.resize(place + 1);
+    const VarianceRow now = variances != nullptr ? variances_.back() : VarianceRow();
+    VarianceRow& before = known_variances_[place];
+    same_variances = now.rows == before.rows && now.cols == before.cols && now.whole == before.whole &&
+                     now.count == before.count && now.columns == before.columns;
+    before = now;
+  }
+  if (in_place && same_variances && known.w == record.w && known.m == record.m && known.kahan == record.kahan &&
       known.step == record.step && known.numel == record.numel && known.w_type == record.w_type &&
       known.m_type == record.m_type) {
     if (known.g == record.g && known.g_type == record.g_type) return nullptr;  // another dtype ends elsewhere
@@ -239,7 +339,8 @@ bool StepTensors::shares_memory() {
 bool StepTensors::sort_written() {
   sorted_.clear();
   for (const Member& member : members_) {
-    for (const c10::TensorImpl* x : {member.w, member.m, member.kahan, member.step}) {
+    for (const c10::TensorImpl* x :
+         {member.w, member.m, member.kahan, member.step, member.rows, member.cols, member.whole}) {
       const Range range = range_of(x);
       if (range.begin < range.end) sorted_.push_back(range);
     }
@@ -279,6 +380,14 @@ void StepTensors::bump_weights() {
 
 void StepTensors::bump_moments() {
   for (Member& member : members_) member.m->bump_version();
+}
+
+void StepTensors::bump_variances() {
+  for (Member& member : members_) {
+    for (c10::TensorImpl* x : {member.rows, member.cols, member.whole}) {
+      if (x != nullptr) x->bump_version();
+    }
+  }
 }
 
 void StepTensors::bump_steps() {

@@ -1,0 +1,316 @@
+// The sweeps of a step whose diagonal adapts, over one tile. sofim_fused/backends/interface.py defines what they do.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/kernels.h"
+#include "cpu/lanes.h"
+#include "cpu/tile.h"
+
+namespace sofim {
+namespace {
+
+// Operations that only these sweeps need.
+
+template <class T>
+SOFIM_HD Pack<T> quotient(const Pack<T>& a, const Pack<T>& b) {
+  return Pack<T>(typename Pack<T>::Indices(), [&](auto i) SOFIM_INLINE { return a.part[i] / b.part[i]; });
+}
+template <class T>
+SOFIM_HD Pack<T> root_of(const Pack<T>& x) {
+  return Pack<T>(typename Pack<T>::Indices(), [&](auto i) SOFIM_INLINE { return x.part[i].sqrt(); });
+}
+// The smaller one, and a NaN if x is one.
+template <class T>
+SOFIM_HD Pack<T> saturated(const Pack<T>& x, const Pack<T>& largest) {
+  return Pack<T>(typename Pack<T>::Indices(), [&](auto i) SOFIM_INLINE {
+    return at::vec::clamp_max(x.part[i], largest.part[i]);
+  });
+}
+
+// Sixteen elements, the factors 1/s of their rows and columns, and their running means. Where elements have their own s,
+// a factor is 1, and 0 behind the end of a tensor.
+template <class Y>
+struct ScaledBlock : Block<Y> {
+  const typename Y::T* inverse;
+  typename Y::T* variance;
+
+  SOFIM_HD void advance(int64_t elements) {
+    Block<Y>::advance(elements);
+    inverse += elements;
+    if (variance != nullptr) variance += elements;
+  }
+};
+
+// The three sweeps in one, because their code is nearly the same and there are eleven kinds of storage to compile it for.
+template <class Y>
+struct Scaled {
+  using V = typename Y::V;
+  using T = typename Y::T;
+
+  SOFIM_HD Scaled(const Row& r, const Mode& mode, int64_t begin)
+      : factors(r, mode, begin),
+        beta2(static_cast<T>(r.scale->beta2)),
+        one_minus_beta2(static_cast<T>(1.0 - r.scale->beta2)),
+        eps(static_cast<T>(r.scale->eps)),
+        root(static_cast<T>(r.scale->root)),
+        enters(mode.enters),
+        updates(mode.updates),
+        gains(mode.scaled),
+        gradient(mode.gradient),
+        cross(mode.cross) {}
+
+  SOFIM_HD Use use() const { return {updates, enters || gradient, enters, updates}; }
+
+  SOFIM_HD void operator()(const ScaledBlock<Y>& b) {
+    V v(T(0)), m = load(b.m), inverse = load(b.inverse);
+    if (enters || gradient) v = load(b.g);
+    if (gains) v = v * V(factors.gain);
+    if (enters) {
+      m = factors.moment(m, v, b.w);
+      const V stored = factors.store_moment(b.m, m, b.index);
+      if (!updates) m = stored;
+    }
+    if (b.variance != nullptr) {
+      V mean = load(b.variance);
+      if (enters) {
+        mean = Ops<V>::multiply_add(v * V(one_minus_beta2), v, mean * V(beta2));
+        mean = saturated(mean, V(std::numeric_limits<T>::max()));
+        store(b.variance, mean);
+      }
+      const V s = Ops<V>::multiply_add(root_of(mean), V(root), V(eps));
+      if (!updates) trace.add(widened(s), widened(inverse));
+      inverse = quotient(inverse, s);
+    }
+    m = m * inverse;
+    if (updates) {
+      factors.update(b, v * inverse, m, gradient, true);
+    } else {
+      // m itself, which no register holds any more.
+      const Doubles scaled = widened(m);
+      mm.add(widened(load(b.m)), scaled);
+      if (cross) mg.add(widened(v), scaled);
+    }
+  }
+
+  Factors<Y> factors;
+  T beta2, one_minus_beta2, eps, root;
+  bool enters, updates, gains, gradient, cross;
+  LaneSums mm, mg, trace;
+};
+
+// Writes the factors 1/s of elements one after the other, for a few hundred of them at a time: rows that are no multiple
+// of sixteen long then need no code of their own.
+template <class T, class V>
+class Inverses {
+ public:
+  SOFIM_HD Inverses(const Scale& scale, int64_t index)
+      : rows_(static_cast<const T*>(scale.rows)), cols_(static_cast<const T*>(scale.cols)), columns_(scale.columns) {
+    if (rows_ == nullptr) return;
+    const int64_t row = index / columns_;
+    column_ = index - row * columns_;
+    rows_ += row;
+  }
+
+  // Each row's end is written beyond, by less than sixteen elements, which the next row overwrites.
+  SOFIM_HD void fill(T* to, int64_t count) {
+    if (rows_ == nullptr) return;
+    while (count > 0) {
+      const int64_t part = columns_ - column_ < count ? columns_ - column_ : count;
+      const V row(*rows_);
+      if (cols_ == nullptr) {
+        for (int64_t i = 0; i < part; i += kLanes) store(to + i, row);
+      } else {
+        for (int64_t i = 0; i < part; i += kLanes) store(to + i, load(cols_ + column_ + i) * row);
+      }
+      to += part;
+      count -= part;
+      column_ += part;
+      if (column_ == columns_) {
+        column_ = 0;
+        ++rows_;
+      }
+    }
+  }
+
+ private:
+  const T *rows_, *cols_;
+  int64_t columns_, column_ = 0;
+};
+
+// Elements of either half of a tile whose factors are written at a time.
+constexpr int64_t kStretch = 256;
+
+// As over_tile().
+template <class Y>
+Scaled<Y> over_scaled_tile(Scaled<Y> pass, const Row& r, const Mode& mode, int64_t begin, int64_t size) {
+  using T = typename Y::T;
+  constexpr int64_t kPair = 2 * kLanes;
+  alignas(64) T inverse[2][kStretch + kLanes];
+  const Scale& scale = *r.scale;
+  if (scale.rows == nullptr) std::fill_n(inverse[0], sizeof inverse / sizeof(T), T(1));
+  ScaledBlock<Y> block;
+  block.w = static_cast<typename Y::W*>(r.w) + begin;
+  block.g = static_cast<const typename Y::G*>(r.g) + begin;
+  block.m = static_cast<typename Y::M*>(r.m) + begin;
+  block.kahan = r.kahan == nullptr ? nullptr : static_cast<typename Y::W*>(r.kahan) + begin;
+  block.index = begin;
+  block.inverse = inverse[0];
+  block.variance = scale.variance == nullptr ? nullptr : static_cast<T*>(scale.variance) + begin;
+  const int64_t pairs = size / kPair, half = pairs * kLanes;
+  if (size >= kSplit) {
+    ScaledBlock<Y> second = block;
+    second.advance(half);
+    Inverses<T, typename Y::V> of_first(scale, begin), of_second(scale, begin + half);
+    const ptrdiff_t skip = size < kTile ? 0 : mode.backwards ? -3 * half : half;
+    for (int64_t done = 0; done < half; done += kStretch) {
+      const int64_t part = std::min(kStretch, half - done);
+      of_first.fill(inverse[0], part);
+      of_second.fill(inverse[1], part);
+      block.inverse = inverse[0];
+      second.inverse = inverse[1];
+      pass = over_blocks(pass, block, second, part / kLanes, kLanes, mode.prefetch, begin + half, skip);
+      block.advance(part);
+      second.advance(part);
+    }
+    block.advance(half);
+  } else if (pairs > 0) {
+    Inverses<T, typename Y::V> of_block(scale, begin);
+    for (int64_t done = 0; done < 2 * half; done += kStretch) {
+      const int64_t part = std::min(kStretch, 2 * half - done);
+      of_block.fill(inverse[0], part);
+      block.inverse = inverse[0];
+      ScaledBlock<Y> second = block;
+      second.advance(kLanes);
+      pass = over_blocks(pass, block, second, part / kPair, kPair, mode.prefetch, begin + size, 0);
+      block.advance(part);
+    }
+  }
+  const size_t rest = static_cast<size_t>(size - 2 * half);
+  if (rest == 0) return pass;
+  Inverses<T, typename Y::V>(scale, begin + 2 * half).fill(inverse[0], rest);
+  std::fill(inverse[0] + rest, inverse[0] + kPair, T(0));
+  const Use use = pass.use();
+  alignas(64) typename Y::W w[kPair] = {};
+  alignas(64) typename Y::G g[kPair] = {};
+  alignas(64) typename Y::M m[kPair] = {};
+  alignas(64) typename Y::W kahan[kPair] = {};
+  alignas(64) T variance[kPair];
+  std::fill_n(variance, kPair, T(1));  // so that s is not 0
+  if (use.w) memcpy(w, block.w, rest * sizeof *w);
+  if (use.g) memcpy(g, block.g, rest * sizeof *g);
+  memcpy(m, block.m, rest * sizeof *m);
+  if (block.kahan != nullptr && use.writes_w) memcpy(kahan, block.kahan, rest * sizeof *kahan);
+  if (block.variance != nullptr) memcpy(variance, block.variance, rest * sizeof *variance);
+  ScaledBlock<Y> copies = block;
+  copies.w = w;
+  copies.g = g;
+  copies.m = m;
+  if (block.kahan != nullptr) copies.kahan = kahan;
+  copies.inverse = inverse[0];
+  if (block.variance != nullptr) copies.variance = variance;
+  ScaledBlock<Y> second = copies;
+  second.advance(kLanes);
+  pass = over_blocks(pass, copies, second, 1, kPair, false, 0, 0);
+  if (use.writes_m) {
+    memcpy(block.m, m, rest * sizeof *m);
+    if (block.variance != nullptr) memcpy(block.variance, variance, rest * sizeof *variance);
+  }
+  if (use.writes_w) {
+    memcpy(block.w, w, rest * sizeof *w);
+    if (block.kahan != nullptr) memcpy(block.kahan, kahan, rest * sizeof *kahan);
+  }
+  return pass;
+}
+
+void run_scaled(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
+  with_types(r, [&](auto types) {
+    using Y = decltype(types);
+    const auto done = over_scaled_tile<Y>(Scaled<Y>(r, mode, begin), r, mode, begin, size);
+    if (mode.updates) return;
+    sums[kScaledMM] = done.mm.total();
+    sums[kScaledMG] = done.mg.total();
+    sums[kTrace] = done.trace.total();
+  });
+}
+
+// Sums of squares over rows and columns
+
+// Sixteen lanes of all bits for the first `count`, else 0.
+template <class V, class T>
+SOFIM_HD V lanes_before(int64_t count, T) {
+  alignas(64) T lanes[kLanes];
+  memset(lanes, 0, sizeof lanes);
+  memset(lanes, 0xFF, static_cast<size_t>(count) * sizeof(T));
+  return load(lanes);
+}
+
+template <class T>
+SOFIM_HD Pack<T> masked(const Pack<T>& x, const Pack<T>& lanes) {
+  return Pack<T>(typename Pack<T>::Indices(), [&](auto i) SOFIM_INLINE { return x.part[i] & lanes.part[i]; });
+}
+
+// The rows `first`, `first` + 1, ..., which share the reads and writes of the columns' sums.
+template <class G, int... r>
+SOFIM_NOINLINE void squares_of_rows(const SquaresTile& t, int64_t first, std::integer_sequence<int, r...>) {
+  using T = std::conditional_t<std::is_same_v<G, double>, double, float>;
+  using V = Pack<T>;
+  constexpr int rows = sizeof...(r);
+  const G* const g = static_cast<const G*>(t.g) + first * t.stride;
+  Doubles sum[rows] = {((void)r, Doubles(0.0))...};
+  const auto add = [&](int64_t column, auto values) SOFIM_INLINE {
+    const Doubles x[rows] = {widened(values(g + r * t.stride + column))...};
+    ((sum[r] = Ops<Doubles>::multiply_add(x[r], x[r], sum[r])), ...);
+    if (t.by_col == nullptr) return;
+    Doubles col = load(t.by_col + column);
+    ((col = Ops<Doubles>::multiply_add(x[r], x[r], col)), ...);
+    store(t.by_col + column, col);
+  };
+  const int64_t whole = t.columns / kLanes * kLanes, rest = t.columns - whole;
+  for (int64_t column = 0; column < whole; column += kLanes) {
+    add(column, [](const G* from) SOFIM_INLINE { return load(from); });
+  }
+  if (rest > 0 && (first + rows - 1) * t.stride + whole + kLanes <= t.readable) {
+    const V lanes = lanes_before<V>(rest, T());
+    add(whole, [&](const G* from) SOFIM_INLINE { return masked(load(from), lanes); });
+  } else if (rest > 0) {
+    add(whole, [&](const G* from) {
+      alignas(64) G copy[kLanes] = {};
+      memcpy(copy, from, static_cast<size_t>(rest) * sizeof(G));
+      return load(copy);
+    });
+  }
+  const auto total = [](const Doubles& x) {
+    LaneSums lanes;
+    lanes.add(x, Doubles(1.0));
+    return lanes.total();
+  };
+  ((t.by_row[first + r] = total(sum[r])), ...);
+}
+
+// As many rows as have room for their sums in registers.
+constexpr int kRows = Doubles::kParts <= 2 ? 4 : 2;
+
+template <class G>
+void squares_of(const SquaresTile& t) {
+  if (t.by_col != nullptr) std::fill_n(t.by_col, (t.columns + kLanes - 1) / kLanes * kLanes, 0.0);
+  int64_t row = 0;
+  for (; row + kRows <= t.rows; row += kRows) squares_of_rows<G>(t, row, std::make_integer_sequence<int, kRows>());
+  for (; row < t.rows; ++row) squares_of_rows<G>(t, row, std::make_integer_sequence<int, 1>());
+}
+
+void run_squares(const SquaresTile& tile) {
+  switch (tile.type) {
+    case Type::float64:
+      return squares_of<double>(tile);
+    case Type::float32:
+      return squares_of<float>(tile);
+    case Type::bfloat16:
+      return squares_of<BFloat16>(tile);
+    case Type::float16:
+      return squares_of<Half>(tile);
+  }
+}
+
+}  // namespace
+}  // namespace sofim
