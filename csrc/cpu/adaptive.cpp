@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 namespace sofim {
 namespace {
@@ -15,40 +16,15 @@ constexpr int64_t kStrip = 2048;
 // Rows and columns that are worth waking up another thread for.
 constexpr size_t kFactorGrain = 4096;
 
-template <class T>
-double adapted(const VarianceRow& variance, const Mix& mix, int64_t rows, int64_t columns, int64_t strips,
-               int64_t bands, int64_t padded, const double* sums, T* factors) {
-  const auto elements = [](int64_t count) { return static_cast<double>(std::max<int64_t>(count, 1)); };
-  const auto total = [&](int64_t row) {
-    double sum = 0.0;
-    for (int64_t strip = 0; strip < strips; ++strip) sum += sums[strip * rows + row];
-    return sum;
-  };
-  double trace = 0.0;
-  T* const means = static_cast<T*>(variance.rows == nullptr ? variance.whole : variance.rows);
-  for (int64_t i = 0; i < rows; ++i) {
-    const double s = mix.root(mix.enter(means[i], total(i), elements(columns)));
-    factors[i] = static_cast<T>(1.0 / s);
-    trace += s;
+// Adds `count` vectors of n numbers to the first one.
+void add_up(double* at, int64_t n, int64_t count) {
+  for (int64_t k = 1; k < count; ++k) {
+    const double* const more = at + k * n;
+    for (int64_t i = 0; i < n; ++i) at[i] += more[i];
   }
-  if (variance.cols == nullptr) return trace * static_cast<double>(columns);
-  T* const running = static_cast<T*>(variance.cols);
-  const double* const by_column = sums + strips * rows;
-  double sum = 0.0;
-  for (int64_t j = 0; j < columns; ++j) {
-    double squares = 0.0;
-    for (int64_t band = 0; band < bands; ++band) squares += by_column[band * padded + j];
-    sum += mix.enter(running[j], squares, elements(rows));
-  }
-  const double mean = sum / elements(columns);
-  double shares = 0.0;
-  for (int64_t j = 0; j < columns; ++j) {
-    const double share = column_share(static_cast<double>(running[j]), mean);
-    factors[rows + j] = static_cast<T>(1.0 / share);
-    shares += share;
-  }
-  return trace * shares;
 }
+
+double elements(int64_t count) { return static_cast<double>(std::max<int64_t>(count, 1)); }
 
 }  // namespace
 
@@ -68,7 +44,8 @@ void AdaptiveSweeps::begin(Row* rows, const VarianceRow* variances, const Tiling
   for (size_t i = 0; i < n; ++i) {
     const VarianceRow& variance = variances[i];
     Scale& scale = scales_[i] = Scale();
-    scale.columns = variance.columns;
+    scale.count = variance.count;
+    scale.inner = variance.inner;
     if (variance.by_element) {
       scale.variance = variance.whole;
       scale.beta2 = mixes[i].beta2;
@@ -107,8 +84,7 @@ std::vector<ScaledProducts> AdaptiveSweeps::enter(Mode mode) {
   size_t places = 0;
   const auto keep = [&](size_t i) {
     kept[i] = places;
-    const size_t count = grid_of(i).factors();
-    places += rows_[i].w_type == Type::float64 ? count : (count + 1) / 2;
+    places += factors_of(i);
   };
   if (mode.updates) {
     for (const size_t i : squared_) keep(i);
@@ -130,8 +106,8 @@ std::vector<ScaledProducts> AdaptiveSweeps::enter(Mode mode) {
     if (are_squared || variances_[i].by_element || !is_small(i)) return kernels.scaled(rows_[i], mode, begin, size, sums);
     static thread_local std::vector<double> memory;
     const Grid grid = grid_of(i);
-    memory.resize(std::max(memory.size(), grid.places() + (mode.updates ? grid.factors() : 0)));
-    sum_squares(i, grid, 0, 0, memory.data());
+    memory.resize(std::max(memory.size(), grid.places() + factors_of(i)));
+    for (int64_t outer = 0; outer < grid.outer; ++outer) sum_squares(i, grid, {0, outer, 0, 0, 0}, memory.data());
     void* const factors = mode.updates ? memory.data() + grid.places() : factors_.data() + kept[i];
     traces_[i] = adapt(i, grid, memory.data(), factors, scales_[i]);
     kernels.scaled(rows_[i], mode, begin, size, sums);
@@ -160,20 +136,32 @@ void AdaptiveSweeps::apply(Mode mode) {
 
 bool AdaptiveSweeps::is_small(size_t i) const { return rows_[i].numel > 0 && rows_[i].numel <= kTile; }
 
+size_t AdaptiveSweeps::factors_of(size_t i) const {
+  const VarianceRow& variance = variances_[i];
+  const int64_t count = variance.count + (variance.cols == nullptr ? 0 : variance.columns) + kScalePadding;
+  return static_cast<size_t>(rows_[i].w_type == Type::float64 ? count : (count + 1) / 2);
+}
+
 AdaptiveSweeps::Grid AdaptiveSweeps::grid_of(size_t i) const {
   const VarianceRow& variance = variances_[i];
+  const int64_t numel = rows_[i].numel;
   Grid grid;
-  grid.rows = variance.rows == nullptr ? 1 : variance.count;
-  grid.columns = variance.columns;
+  grid.rows = variance.count;
+  grid.inner = variance.inner;
   grid.by_column = variance.cols != nullptr;
-  if (rows_[i].numel == 0) return grid;
+  if (grid.inner == 1 && variance.count > 1) {
+    grid.swapped = grid.by_column = true;
+    grid.rows = variance.columns;
+    grid.inner = variance.count;
+  } else if (grid.inner > 0) {
+    grid.outer = variance.columns / grid.inner;
+  }
   grid.band = grid.rows;
-  grid.strip = grid.columns;
-  grid.bands = grid.strips = 1;
-  if (rows_[i].numel <= kSquares) return grid;
-  grid.strip = std::min(grid.columns, grid.by_column ? kStrip : kSquares);
+  grid.strip = grid.inner;
+  if (numel <= kSquares) return grid;
+  grid.strip = std::min(grid.inner, grid.by_column ? kStrip : kSquares);
   grid.band = std::max<int64_t>(kSquares / grid.strip, 1);
-  grid.strips = (grid.columns + grid.strip - 1) / grid.strip;
+  grid.strips = (grid.inner + grid.strip - 1) / grid.strip;
   grid.bands = (grid.rows + grid.band - 1) / grid.band;
   return grid;
 }
@@ -186,10 +174,12 @@ void AdaptiveSweeps::add_grid(size_t i) {
     const Grid& last = grids_[tiles_.back().place];
     before = tiles_.back().before + last.band * last.strip;
   }
-  for (int64_t band = 0; band < grid.bands; ++band) {
-    for (int64_t strip = 0; strip < grid.strips; ++strip) {
-      tiles_.push_back({place, band, strip, before});
-      before += grid.band * grid.strip;
+  for (int64_t outer = 0; outer < grid.outer; ++outer) {
+    for (int64_t band = 0; band < grid.bands; ++band) {
+      for (int64_t strip = 0; strip < grid.strips; ++strip) {
+        tiles_.push_back({place, outer, band, strip, before});
+        before += grid.band * grid.strip;
+      }
     }
   }
   sums_at_.push_back(place == 0 ? 0 : sums_at_.back() + grids_.back().places());
@@ -212,32 +202,34 @@ void AdaptiveSweeps::sum_squares() {
     };
     for (auto tile = boundary(begin); tile != boundary(end); ++tile) {
       const size_t k = tile->place;
-      sum_squares(squared_[k], grids_[k], tile->band, tile->strip, sums_.data() + sums_at_[k]);
+      sum_squares(squared_[k], grids_[k], *tile, sums_.data() + sums_at_[k]);
     }
   };
   if (parts == 1) return run(0, 1);
   at::parallel_for(0, parts, 1, run);
 }
 
-void AdaptiveSweeps::sum_squares(size_t i, const Grid& grid, int64_t band, int64_t strip, double* sums) const {
+void AdaptiveSweeps::sum_squares(size_t i, const Grid& grid, const Tile& tile, double* sums) const {
   const Row& row = rows_[i];
-  const int64_t first = band * grid.band, column = strip * grid.strip, at = first * grid.columns + column;
+  const int64_t first = tile.band * grid.band, column = tile.strip * grid.strip;
+  const int64_t at = (tile.outer * grid.rows + first) * grid.inner + column;
   const int64_t bytes = row.g_type == Type::float64 ? 8 : is_narrow(row.g_type) ? 2 : 4;
-  SquaresTile tile;
-  tile.g = static_cast<const char*>(row.g) + at * bytes;
-  tile.type = row.g_type;
-  tile.rows = std::min(grid.band, grid.rows - first);
-  tile.columns = std::min(grid.strip, grid.columns - column);
-  tile.stride = grid.columns;
-  tile.readable = row.numel - at;
-  tile.by_row = sums + strip * grid.rows + first;
-  tile.by_col = grid.by_column ? sums + grid.row_places() + band * grid.padded() + column : nullptr;
-  kernels_in_use().squares(tile);
+  SquaresTile part;
+  part.g = static_cast<const char*>(row.g) + at * bytes;
+  part.type = row.g_type;
+  part.rows = std::min(grid.band, grid.rows - first);
+  part.columns = std::min(grid.strip, grid.inner - column);
+  part.stride = grid.inner;
+  part.readable = row.numel - at;
+  part.by_row = sums + (tile.outer * grid.strips + tile.strip) * grid.rows + first;
+  double* const by_column = sums + grid.row_places() + (tile.band * grid.outer + tile.outer) * grid.padded() + column;
+  part.by_col = grid.by_column ? by_column : nullptr;
+  kernels_in_use().squares(part);
 }
 
 void AdaptiveSweeps::adapt_all() {
   size_t work = 0;
-  for (const Grid& grid : grids_) work += grid.factors();
+  for (const size_t i : squared_) work += factors_of(i);
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       const size_t i = squared_[k];
@@ -250,15 +242,41 @@ void AdaptiveSweeps::adapt_all() {
   at::parallel_for(0, n, 1, run);
 }
 
-double AdaptiveSweeps::adapt(size_t i, const Grid& grid, const double* sums, void* factors, Scale& scale) const {
-  Mix mix = mixes_[i];
-  mix.gain_squared = gain_ * gain_;
-  const auto with = [&](auto* to) {
-    scale.rows = to;
-    scale.cols = grid.by_column ? to + grid.rows : nullptr;
-    return adapted(variances_[i], mix, grid.rows, grid.columns, grid.strips, grid.bands, grid.padded(), sums, to);
+double AdaptiveSweeps::adapt(size_t i, const Grid& grid, double* sums, void* factors, Scale& scale) const {
+  const Kernels& kernels = kernels_in_use();
+  const VarianceRow& variance = variances_[i];
+  const bool wide = rows_[i].w_type == Type::float64;
+  double *by_row = sums, *by_column = sums + grid.row_places();
+  add_up(by_row, grid.rows, grid.outer * grid.strips);
+  if (grid.by_column) add_up(by_column, grid.outer * grid.padded(), grid.bands);
+  int64_t inner = grid.inner, padded = grid.padded();
+  if (grid.swapped) {
+    std::swap(by_row, by_column);
+    inner = variance.columns;
+  }
+  const auto factor = [&](int64_t place) {
+    return static_cast<void*>(static_cast<char*>(factors) + place * (wide ? 8 : 4));
   };
-  return rows_[i].w_type == Type::float64 ? with(static_cast<double*>(factors)) : with(static_cast<float*>(factors));
+  const auto running_column = [&](int64_t place) {
+    return static_cast<void*>(static_cast<char*>(variance.cols) + place * (wide ? 8 : 4));
+  };
+  Means rows{variance.rows == nullptr ? variance.whole : variance.rows, factors,  by_row, variance.count, wide,
+             elements(variance.columns),                                mixes_[i]};
+  rows.mix.gain_squared = gain_ * gain_;
+  scale.rows = factors;
+  const double trace = kernels.rows(rows);
+  if (variance.cols == nullptr) return trace * static_cast<double>(variance.columns);
+  scale.cols = factor(variance.count);
+  Means columns{running_column(0), factor(variance.count), by_column, inner, wide, elements(variance.count), rows.mix};
+  double sum = 0.0;
+  for (int64_t j = 0; j < variance.columns; j += inner, columns.totals += padded) {
+    columns.running = running_column(j);
+    sum += kernels.columns(columns);
+  }
+  columns.running = running_column(0);
+  columns.count = variance.columns;
+  columns.totals = by_column;
+  return trace * kernels.shares(columns, sum / elements(variance.columns));
 }
 
 }  // namespace sofim

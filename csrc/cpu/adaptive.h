@@ -30,19 +30,20 @@ class AdaptiveSweeps {
   // How sums of squares of one tensor are made and stored: its rows and columns are cut into tiles, each with places
   // for its own sums, which are added up in order. So they have the same bits for any number of threads.
   struct Grid {
-    int64_t rows = 1, columns = 0;
-    int64_t band = 1, strip = 0;    // rows and columns of a tile
-    int64_t bands = 0, strips = 0;  // how many tiles there are
-    bool by_column = false;         // sums over columns are needed, too
+    int64_t outer = 1, rows = 1, inner = 0;  // memory has the order [outer, rows, inner]
+    int64_t band = 1, strip = 0;             // rows and columns of a tile
+    int64_t bands = 1, strips = 1;           // how many tiles there are for each of `outer`
+    bool by_column = false;                  // sums over columns are needed, too
+    // Each row has one element in a place: then what this calls columns are the rows.
+    bool swapped = false;
 
-    int64_t padded() const { return (columns + kScalePadding - 1) / kScalePadding * kScalePadding; }
-    size_t row_places() const { return static_cast<size_t>(strips * rows); }
-    size_t places() const { return row_places() + (by_column ? static_cast<size_t>(bands * padded()) : 0); }
-    size_t factors() const { return static_cast<size_t>(rows + (by_column ? columns + kScalePadding : 0)); }
+    int64_t padded() const { return (inner + kScalePadding - 1) / kScalePadding * kScalePadding; }
+    size_t row_places() const { return static_cast<size_t>(outer * strips * rows); }
+    size_t places() const { return row_places() + (by_column ? static_cast<size_t>(bands * outer * padded()) : 0); }
   };
   struct Tile {
     size_t place;  // in grids_
-    int64_t band, strip;
+    int64_t outer, band, strip;
     int64_t before;  // elements of all tiles before this one
   };
 
@@ -50,10 +51,12 @@ class AdaptiveSweeps {
   // Adds a tensor to those that sum_squares() reads, with places for its sums.
   void add_grid(size_t i);
   void sum_squares();
-  void sum_squares(size_t i, const Grid& grid, int64_t band, int64_t strip, double* sums) const;
+  void sum_squares(size_t i, const Grid& grid, const Tile& tile, double* sums) const;
   void adapt_all();
-  // Updates the running means of a tensor, and writes its factors; returns Σs.
-  double adapt(size_t i, const Grid& grid, const double* sums, void* factors, Scale& scale) const;
+  // Updates the running means of a tensor, and writes its factors; returns Σs. Adds up `sums` in their first places.
+  double adapt(size_t i, const Grid& grid, double* sums, void* factors, Scale& scale) const;
+  // How many numbers the factors of a tensor take, in units of a double.
+  size_t factors_of(size_t i) const;
   // Whether one thread does everything for a tensor while it is in the cache.
   bool is_small(size_t i) const;
 

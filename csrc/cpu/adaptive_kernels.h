@@ -10,24 +10,6 @@
 namespace sofim {
 namespace {
 
-// Operations that only these sweeps need.
-
-template <class T>
-SOFIM_HD Pack<T> quotient(const Pack<T>& a, const Pack<T>& b) {
-  return Pack<T>(typename Pack<T>::Indices(), [&](auto i) SOFIM_INLINE { return a.part[i] / b.part[i]; });
-}
-template <class T>
-SOFIM_HD Pack<T> root_of(const Pack<T>& x) {
-  return Pack<T>(typename Pack<T>::Indices(), [&](auto i) SOFIM_INLINE { return x.part[i].sqrt(); });
-}
-// The smaller one, and a NaN if x is one.
-template <class T>
-SOFIM_HD Pack<T> saturated(const Pack<T>& x, const Pack<T>& largest) {
-  return Pack<T>(typename Pack<T>::Indices(), [&](auto i) SOFIM_INLINE {
-    return at::vec::clamp_max(x.part[i], largest.part[i]);
-  });
-}
-
 // Sixteen elements, the factors 1/s of their rows and columns, and their running means. Where elements have their own s,
 // a factor is 1, and 0 behind the end of a tensor.
 template <class Y>
@@ -75,12 +57,12 @@ struct Scaled {
       V mean = load(b.variance);
       if (enters) {
         mean = Ops<V>::multiply_add(v * V(one_minus_beta2), v, mean * V(beta2));
-        mean = saturated(mean, V(std::numeric_limits<T>::max()));
+        mean = Ops<V>::at_most(mean, V(std::numeric_limits<T>::max()));
         store(b.variance, mean);
       }
-      const V s = Ops<V>::multiply_add(root_of(mean), V(root), V(eps));
+      const V s = Ops<V>::multiply_add(Ops<V>::root(mean), V(root), V(eps));
       if (!updates) trace.add(widened(s), widened(inverse));
-      inverse = quotient(inverse, s);
+      inverse = Ops<V>::divide(inverse, s);
     }
     m = m * inverse;
     if (updates) {
@@ -105,19 +87,23 @@ template <class T, class V>
 class Inverses {
  public:
   SOFIM_HD Inverses(const Scale& scale, int64_t index)
-      : rows_(static_cast<const T*>(scale.rows)), cols_(static_cast<const T*>(scale.cols)), columns_(scale.columns) {
+      : rows_(static_cast<const T*>(scale.rows)),
+        cols_(static_cast<const T*>(scale.cols)),
+        count_(scale.count),
+        inner_(scale.inner) {
     if (rows_ == nullptr) return;
-    const int64_t row = index / columns_;
-    column_ = index - row * columns_;
-    rows_ += row;
+    const int64_t run = index / inner_, outer = run / count_;
+    column_ = index - run * inner_;
+    row_ = run - outer * count_;
+    if (cols_ != nullptr) cols_ += outer * inner_;
   }
 
   // Each row's end is written beyond, by less than sixteen elements, which the next row overwrites.
   SOFIM_HD void fill(T* to, int64_t count) {
     if (rows_ == nullptr) return;
     while (count > 0) {
-      const int64_t part = columns_ - column_ < count ? columns_ - column_ : count;
-      const V row(*rows_);
+      const int64_t part = inner_ - column_ < count ? inner_ - column_ : count;
+      const V row(rows_[row_]);
       if (cols_ == nullptr) {
         for (int64_t i = 0; i < part; i += kLanes) store(to + i, row);
       } else {
@@ -126,16 +112,17 @@ class Inverses {
       to += part;
       count -= part;
       column_ += part;
-      if (column_ == columns_) {
-        column_ = 0;
-        ++rows_;
-      }
+      if (column_ < inner_) continue;
+      column_ = 0;
+      if (++row_ < count_) continue;
+      row_ = 0;
+      if (cols_ != nullptr) cols_ += inner_;
     }
   }
 
  private:
   const T *rows_, *cols_;
-  int64_t columns_, column_ = 0;
+  int64_t count_, inner_, row_ = 0, column_ = 0;
 };
 
 // Elements of either half of a tile whose factors are written at a time.
@@ -250,6 +237,14 @@ SOFIM_HD Pack<T> masked(const Pack<T>& x, const Pack<T>& lanes) {
   return Pack<T>(typename Pack<T>::Indices(), [&](auto i) SOFIM_INLINE { return x.part[i] & lanes.part[i]; });
 }
 
+// The sum of sixteen lanes, in the order of LaneSums::total().
+SOFIM_HD double added_up(const Doubles& x) {
+  double a[kLanes];
+  x.store(a);
+  const auto four = [&a](int i) SOFIM_INLINE { return (a[i] + a[i + 8]) + (a[i + 4] + a[i + 12]); };
+  return (four(0) + four(2)) + (four(1) + four(3));
+}
+
 // The rows `first`, `first` + 1, ..., which share the reads and writes of the columns' sums.
 template <class G, int... r>
 SOFIM_NOINLINE void squares_of_rows(const SquaresTile& t, int64_t first, std::integer_sequence<int, r...>) {
@@ -280,12 +275,7 @@ SOFIM_NOINLINE void squares_of_rows(const SquaresTile& t, int64_t first, std::in
       return load(copy);
     });
   }
-  const auto total = [](const Doubles& x) {
-    LaneSums lanes;
-    lanes.add(x, Doubles(1.0));
-    return lanes.total();
-  };
-  ((t.by_row[first + r] = total(sum[r])), ...);
+  ((t.by_row[first + r] = added_up(sum[r])), ...);
 }
 
 // As many rows as have room for their sums in registers.
@@ -310,6 +300,75 @@ void run_squares(const SquaresTile& tile) {
     case Type::float16:
       return squares_of<Half>(tile);
   }
+}
+
+// Running means and their factors
+
+// Calls `run` with every sixteen running means, the sums that enter them, the place of their factors, and which lanes
+// are means. The tail goes through copies; factors have room for whole vectors.
+template <class T, class Run>
+SOFIM_HD void over_means(const Means& means, Run run) {
+  T* const running = static_cast<T*>(means.running);
+  T* const factors = static_cast<T*>(means.factors);
+  int64_t i = 0;
+  for (; i + kLanes <= means.count; i += kLanes) {
+    run(running + i, means.totals + i, factors + i, [](const Doubles& x) SOFIM_INLINE { return x; });
+  }
+  const size_t rest = static_cast<size_t>(means.count - i);
+  if (rest == 0) return;
+  alignas(64) T few[kLanes] = {};
+  alignas(64) double totals[kLanes] = {};
+  memcpy(few, running + i, rest * sizeof(T));
+  memcpy(totals, means.totals + i, rest * sizeof(double));
+  const Doubles lanes = lanes_before<Doubles>(static_cast<int64_t>(rest), double());
+  run(few, totals, factors + i, [&](const Doubles& x) SOFIM_INLINE { return masked(x, lanes); });
+  memcpy(running + i, few, rest * sizeof(T));
+}
+
+template <class T>
+SOFIM_HD Doubles entered(const Means& means, T* running, const double* totals) {
+  const Doubles largest(static_cast<double>(std::numeric_limits<T>::max()));
+  const Doubles mixed =
+      means.mix.enter(Doubles(widened(load(running))), load(totals), Doubles(means.elements), largest);
+  store(running, mixed);
+  return widened(load(running));
+}
+
+template <class T>
+double rows_of(const Means& means) {
+  Doubles trace(0.0);
+  over_means<T>(means, [&](T* running, const double* totals, T* factors, auto only) SOFIM_INLINE {
+    const Doubles s = means.mix.root(entered(means, running, totals));
+    store(factors, Ops<Doubles>::divide(Doubles(1.0), s));
+    trace = trace + only(s);
+  });
+  return added_up(trace);
+}
+
+template <class T>
+double columns_of(const Means& means) {
+  Doubles sum(0.0);
+  over_means<T>(means, [&](T* running, const double* totals, T*, auto only) SOFIM_INLINE {
+    sum = sum + only(entered(means, running, totals));
+  });
+  return added_up(sum);
+}
+
+template <class T>
+double shares_of(const Means& means, double mean) {
+  Doubles sum(0.0);
+  over_means<T>(means, [&](T* running, const double*, T* factors, auto only) SOFIM_INLINE {
+    const Doubles share = column_share(Doubles(widened(load(running))), mean);
+    store(factors, Ops<Doubles>::divide(Doubles(1.0), share));
+    sum = sum + only(share);
+  });
+  return added_up(sum);
+}
+
+double run_rows(const Means& means) { return means.wide ? rows_of<double>(means) : rows_of<float>(means); }
+double run_columns(const Means& means) { return means.wide ? columns_of<double>(means) : columns_of<float>(means); }
+double run_shares(const Means& means, double mean) {
+  return means.wide ? shares_of<double>(means, mean) : shares_of<float>(means, mean);
 }
 
 }  // namespace

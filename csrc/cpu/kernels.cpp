@@ -146,7 +146,8 @@ void run_commit(const Row& r, const Mode& mode, int64_t begin, int64_t size, dou
 }  // namespace
 
 const Kernels& kernels() {
-  static constexpr Kernels table{run_accumulate, run_apply, run_dots, run_commit, run_scaled, run_squares};
+  static constexpr Kernels table{run_accumulate, run_apply,   run_dots, run_commit,
+                                 run_scaled,     run_squares, run_rows, run_columns, run_shares};
   return table;
 }
 

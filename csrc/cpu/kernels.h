@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "gather/tiling.h"
+#include "step/adaptive.h"
 #include "step/tensor_row.h"
 
 namespace sofim {
@@ -27,8 +28,8 @@ struct Mode {
 // factor per row times a factor per column, or follows from each element's own running mean.
 struct Scale {
   const void* rows = nullptr;
-  const void* cols = nullptr;  // with kScalePadding more that may be read; nullptr: 1
-  int64_t columns = 1;         // elements per row
+  const void* cols = nullptr;          // with kScalePadding more that may be read; nullptr: 1
+  int64_t count = 1, inner = 1;        // of rows, and of elements of a row that lie together: see VarianceRow
   void* variance = nullptr;    // not nullptr: of each element
   double beta2 = 0.0, eps = 0.0, root = 1.0;
 };
@@ -57,12 +58,28 @@ struct SquaresTile {
   double* by_row;    // receives a sum for each row
   double* by_col;    // receives a sum for each column, and something in the next kScalePadding; nullptr: no sums
 };
-using SquaresKernel = void (*)(const SquaresTile& tile);
+
+// Running means over rows or columns of one tensor.
+struct Means {
+  void* running;         // float64 if `wide`, else float32
+  void* factors;         // of the same dtype, with room for kScalePadding more
+  const double* totals;  // the sums of g² that enter them
+  int64_t count;         // of means
+  bool wide;
+  double elements;  // that each is a mean of
+  Mix mix;
+};
 
 // The passes for one instruction set.
 struct Kernels {
   Kernel accumulate, apply, dots, commit, scaled;
-  SquaresKernel squares;
+  void (*squares)(const SquaresTile& tile);
+  // Updates running means of rows, or one of a whole tensor; writes factors 1/s; returns Σs.
+  double (*rows)(const Means& means);
+  // Updates running means of columns; returns their sum.
+  double (*columns)(const Means& means);
+  // Writes the factors 1/s of columns from the mean of all of them; returns Σs.
+  double (*shares)(const Means& means, double mean);
 };
 
 // The passes for the instruction set that kernels.cpp was compiled for.

@@ -2,11 +2,10 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
-#include <ATen/ops/view_as_real.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/util/SmallVector.h>
 
 #include <algorithm>
 #include <iterator>
@@ -81,20 +80,33 @@ bool shaped_like(const at::Tensor& x, const at::Tensor& w, int64_t from) {
   return std::equal(sizes.begin(), sizes.end(), x.sizes().begin());
 }
 
-// The same of the order of elements in memory, given that it has the shape; `order` is w or laid out like it.
-bool ordered_like(const at::Tensor& x, const at::Tensor& order, int64_t from) {
-  const int64_t unit = order.is_complex() ? 2 : 1;
-  if (order.numel() == 0) return x.is_contiguous();
-  if (unit == 2 && x.stride(-1) != 1) return false;
-  for (int64_t d = from; d < order.dim(); ++d) {
-    if (order.size(d) > 1 && x.stride(d - from) != order.stride(d) * unit) return false;
+// The strides of running means of columns whose order is that of a row of the dense tensor x; elements of a complex x are
+// pairs.
+c10::SmallVector<int64_t, 5> strides_of_columns(const at::Tensor& x) {
+  const int64_t unit = x.is_complex() ? 2 : 1;
+  c10::SmallVector<int64_t, 5> strides;
+  for (int64_t d = 1; d < x.dim(); ++d) {
+    const bool outside = x.size(0) > 1 && x.stride(d) > x.stride(0);
+    strides.push_back((outside ? x.stride(d) / x.size(0) : x.stride(d)) * unit);
   }
-  return true;
+  if (unit == 2) strides.push_back(1);
+  return strides;
 }
 
-// Whether a dense tensor's elements with one index of dimension 0 lie together.
-bool rows_are_outermost(const at::Tensor& x) {
-  return x.numel() == 0 || x.size(0) == 1 || x.stride(0) == x.numel() / x.size(0);
+// The strides of running means of elements in the order of x; elements of a complex x are pairs.
+c10::SmallVector<int64_t, 5> strides_of_elements(const at::Tensor& x) {
+  const int64_t unit = x.is_complex() ? 2 : 1;
+  c10::SmallVector<int64_t, 5> strides;
+  for (const int64_t stride : x.strides()) strides.push_back(stride * unit);
+  if (unit == 2) strides.push_back(1);
+  return strides;
+}
+
+bool has_strides(const at::Tensor& x, at::IntArrayRef strides) {
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (x.size(d) > 1 && x.stride(d) != strides[d]) return false;
+  }
+  return true;
 }
 
 // Whether a tensor has the running means that its diagonal needs, and no others.
@@ -200,8 +212,7 @@ const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at:
                                       : m.is_non_overlapping_and_dense() && same_order(w, m) && same_order(g, m) &&
                                             (!kahan.defined() || same_order(kahan, m));
   const bool by_element = whole.defined() && whole.dim() > 0;
-  const bool in_place = flat && as_stored(g) && as_stored(w) && as_stored(m) &&
-                        (!rows.defined() || rows_are_outermost(m)) && (!by_element || ordered_like(whole, m, 0));
+  const bool in_place = flat && as_stored(g) && as_stored(w) && as_stored(m);
   at::Tensor order = m;
   if (in_place) {
     record.w = somewhere(w.mutable_data_ptr());
@@ -212,8 +223,7 @@ const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at:
     for (const at::Tensor* x : {&w, &m, &kahan}) {
       if (x->defined() && may_overlap(*x)) return "a parameter or its state whose elements may share memory";
     }
-    const bool served = m.is_non_overlapping_and_dense() && (!rows.defined() || rows_are_outermost(m));
-    if (!served) order = at::empty(m.sizes(), m.options());
+    if (!m.is_non_overlapping_and_dense()) order = at::empty(m.sizes(), m.options());
     const auto copy_of = [&](const at::Tensor& x) {
       at::Tensor copy = at::empty_strided(order.sizes(), order.strides(), x.options());
       copy.copy_(x.detach());
@@ -238,31 +248,22 @@ const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at:
   }
   record.numel = w.numel() * (w.is_complex() ? 2 : 1);
   if (variances != nullptr) {
-    // `like`: rows of what they are ordered like; running means are few, or of the same order in nearly every case.
-    const auto address = [&](const at::Tensor& x, bool in_order, const at::Tensor& like) -> void* {
-      if (!x.defined()) return nullptr;
-      if (in_order) return somewhere(x.mutable_data_ptr());
-      at::Tensor copy = at::empty_like(like, x.options(), at::MemoryFormat::Preserve);
-      copied_.push_back({x, copy.copy_(x), true});
-      return somewhere(copy.mutable_data_ptr());
+    const auto address = [&](const at::Tensor& x, at::IntArrayRef strides) {
+      if (has_strides(x, strides) || x.numel() == 0) return somewhere(x.mutable_data_ptr());
+      copied_.push_back({x, at::empty_strided(x.sizes(), strides, x.options()).copy_(x.detach()), true});
+      return somewhere(copied_.back().copy.mutable_data_ptr());
     };
-    const auto real = [](const at::Tensor& x) { return x.is_complex() ? at::view_as_real(x) : x; };
     VarianceRow row;
-    row.columns = record.numel;
+    row.columns = row.inner = record.numel;
     row.by_element = by_element;
     if (rows.defined()) {
       row.count = rows.size(0);
-      row.columns = row.count == 0 ? 0 : record.numel / row.count;
-      row.rows = address(rows, rows.is_contiguous(), rows.contiguous());
+      row.columns = row.inner = row.count == 0 ? 0 : record.numel / row.count;
+      if (record.numel > 0 && row.count > 1) row.inner = order.stride(0) * (order.is_complex() ? 2 : 1);
+      row.rows = address(rows, {1});
     }
-    if (cols.defined()) {
-      const bool in_order = ordered_like(cols, order, 1);
-      row.cols = address(cols, in_order, in_order ? cols : order.numel() == 0 ? cols.contiguous() : real(order)[0]);
-    }
-    if (whole.defined()) {
-      const bool in_order = !by_element || ordered_like(whole, order, 0);
-      row.whole = address(whole, in_order, in_order ? whole : real(order));
-    }
+    if (cols.defined()) row.cols = address(cols, strides_of_columns(order));
+    if (whole.defined()) row.whole = address(whole, strides_of_elements(by_element ? order : whole));
     variances_.push_back(row);
   }
   record.step = step.defined() ? static_cast<int64_t*>(step.mutable_data_ptr()) : nullptr;
@@ -286,7 +287,7 @@ const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at:
     const VarianceRow now = variances != nullptr ? variances_.back() : VarianceRow();
     VarianceRow& before = known_variances_[place];
     same_variances = now.rows == before.rows && now.cols == before.cols && now.whole == before.whole &&
-                     now.count == before.count && now.columns == before.columns;
+                     now.count == before.count && now.columns == before.columns && now.inner == before.inner;
     before = now;
   }
   if (in_place && same_variances && known.w == record.w && known.m == record.m && known.kahan == record.kahan &&

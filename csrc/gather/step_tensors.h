@@ -32,8 +32,8 @@ class StepTensors {
   // message. Tensors whose memory is not laid out like m's go through copies, which write_back() copies back; so do
   // lazily conjugated and negated ones.
   //
-  // `variances`: of a tensor whose diagonal adapts, nullptr of others. Then dimension 0 has to be the outermost in
-  // memory, if it is a dimension of its own; other layouts go through copies as well.
+  // `variances`: of a tensor whose diagonal adapts, nullptr of others. They go through copies if their elements lie in
+  // another order than w's.
   const char* add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
                   const at::Tensor& step, int64_t ordinal, const Variances* variances = nullptr);
 
