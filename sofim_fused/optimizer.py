@@ -349,7 +349,8 @@ class SOFIM(Optimizer):
             if skip or found_inf is not None:
                 _ = self.skipped_steps
             seen, signal = schedule.adaptive(shares, self.param_groups, guard)
-            self._record(*(seen or (None, None)), signal)
+            norm, skipped = (None, None) if seen is None else seen
+            self._record(norm, skipped, signal)
             return
         if not guarded:
             schedule.plain(shares, self.param_groups)

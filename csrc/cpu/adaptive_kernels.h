@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 
 #include "cpu/kernels.h"
 #include "cpu/lanes.h"
@@ -9,6 +10,11 @@
 
 namespace sofim {
 namespace {
+
+// Elements whose factors are written at a time.
+constexpr int64_t kStretch = 256;
+// Where those of the other half of a tile begin.
+constexpr int64_t kOtherHalf = kStretch + kLanes;
 
 // Sixteen elements, the factors 1/s of their rows and columns, and their running means. Where elements have their own s,
 // a factor is 1, and 0 behind the end of a tensor.
@@ -22,11 +28,17 @@ struct ScaledBlock : Block<Y> {
     inverse += elements;
     if (variance != nullptr) variance += elements;
   }
+  SOFIM_HD void jump(int64_t elements) {
+    const typename Y::T* const theirs = inverse + (elements < kStretch ? elements : kOtherHalf);
+    advance(elements);
+    inverse = theirs;
+  }
 };
 
 // The three sweeps in one, because their code is nearly the same and there are eleven kinds of storage to compile it for.
 template <class Y>
 struct Scaled {
+  using Sums = std::array<LaneSums, kScaledSums>;
   using V = typename Y::V;
   using T = typename Y::T;
 
@@ -44,7 +56,7 @@ struct Scaled {
 
   SOFIM_HD Use use() const { return {updates, enters || gradient, enters, updates}; }
 
-  SOFIM_HD void operator()(const ScaledBlock<Y>& b) {
+  SOFIM_HD void operator()(const ScaledBlock<Y>& b, Sums& sums) const {
     V v(T(0)), m = load(b.m), inverse = load(b.inverse);
     if (enters || gradient) v = load(b.g);
     if (gains) v = v * V(factors.gain);
@@ -61,7 +73,7 @@ struct Scaled {
         store(b.variance, mean);
       }
       const V s = Ops<V>::multiply_add(Ops<V>::root(mean), V(root), V(eps));
-      if (!updates) trace.add(widened(s), widened(inverse));
+      if (!updates) sums[kTrace].add(widened(s), widened(inverse));
       inverse = Ops<V>::divide(inverse, s);
     }
     m = m * inverse;
@@ -70,15 +82,14 @@ struct Scaled {
     } else {
       // m itself, which no register holds any more.
       const Doubles scaled = widened(m);
-      mm.add(widened(load(b.m)), scaled);
-      if (cross) mg.add(widened(v), scaled);
+      sums[kScaledMM].add(widened(load(b.m)), scaled);
+      if (cross) sums[kScaledMG].add(widened(v), scaled);
     }
   }
 
   Factors<Y> factors;
   T beta2, one_minus_beta2, eps, root;
   bool enters, updates, gains, gradient, cross;
-  LaneSums mm, mg, trace;
 };
 
 // Writes the factors 1/s of elements one after the other, for a few hundred of them at a time: rows that are no multiple
@@ -125,58 +136,48 @@ class Inverses {
   int64_t count_, inner_, row_ = 0, column_ = 0;
 };
 
-// Elements of either half of a tile whose factors are written at a time.
-constexpr int64_t kStretch = 256;
-
 // As over_tile().
 template <class Y>
-Scaled<Y> over_scaled_tile(Scaled<Y> pass, const Row& r, const Mode& mode, int64_t begin, int64_t size) {
+typename Scaled<Y>::Sums over_scaled_tile(const Scaled<Y>& pass, const Row& r, const Mode& mode, int64_t begin,
+                                          int64_t size) {
   using T = typename Y::T;
   constexpr int64_t kPair = 2 * kLanes;
-  alignas(64) T inverse[2][kStretch + kLanes];
+  alignas(64) T inverse[2 * kOtherHalf];
   const Scale& scale = *r.scale;
-  if (scale.rows == nullptr) std::fill_n(inverse[0], sizeof inverse / sizeof(T), T(1));
-  ScaledBlock<Y> block;
+  if (scale.rows == nullptr) std::fill_n(inverse, std::size(inverse), T(1));
+  typename Scaled<Y>::Sums sums;
+  const int64_t pairs = size / kPair, half = pairs * kLanes;
+  Run<ScaledBlock<Y>> run;
+  ScaledBlock<Y>& block = run.first;
   block.w = static_cast<typename Y::W*>(r.w) + begin;
   block.g = static_cast<const typename Y::G*>(r.g) + begin;
   block.m = static_cast<typename Y::M*>(r.m) + begin;
   block.kahan = r.kahan == nullptr ? nullptr : static_cast<typename Y::W*>(r.kahan) + begin;
   block.index = begin;
-  block.inverse = inverse[0];
   block.variance = scale.variance == nullptr ? nullptr : static_cast<T*>(scale.variance) + begin;
-  const int64_t pairs = size / kPair, half = pairs * kLanes;
-  if (size >= kSplit) {
-    ScaledBlock<Y> second = block;
-    second.advance(half);
-    Inverses<T, typename Y::V> of_first(scale, begin), of_second(scale, begin + half);
-    const ptrdiff_t skip = size < kTile ? 0 : mode.backwards ? -3 * half : half;
-    for (int64_t done = 0; done < half; done += kStretch) {
-      const int64_t part = std::min(kStretch, half - done);
-      of_first.fill(inverse[0], part);
-      of_second.fill(inverse[1], part);
-      block.inverse = inverse[0];
-      second.inverse = inverse[1];
-      pass = over_blocks(pass, block, second, part / kLanes, kLanes, mode.prefetch, begin + half, skip);
-      block.advance(part);
-      second.advance(part);
-    }
-    block.advance(half);
-  } else if (pairs > 0) {
-    Inverses<T, typename Y::V> of_block(scale, begin);
-    for (int64_t done = 0; done < 2 * half; done += kStretch) {
-      const int64_t part = std::min(kStretch, 2 * half - done);
-      of_block.fill(inverse[0], part);
-      block.inverse = inverse[0];
-      ScaledBlock<Y> second = block;
-      second.advance(kLanes);
-      pass = over_blocks(pass, block, second, part / kPair, kPair, mode.prefetch, begin + size, 0);
-      block.advance(part);
-    }
+  const bool split = size >= kSplit;
+  run.gap = split ? half : kLanes;
+  run.stride = split ? kLanes : kPair;
+  run.far = mode.prefetch;
+  run.bend = begin + (split ? half : size);
+  // The distance from the end of either half to the start of that half in the next tile.
+  run.skip = !split || size < kTile ? 0 : mode.backwards ? -3 * half : half;
+  Inverses<T, typename Y::V> of_first(scale, begin), of_second(scale, begin + half);
+  const int64_t end = split ? half : 2 * half;
+  for (int64_t done = 0; done < end; done += kStretch) {
+    const int64_t part = std::min(kStretch, end - done);
+    of_first.fill(inverse, part);
+    block.inverse = inverse;
+    run.pairs = split ? part / kLanes : part / kPair;
+    if (split) of_second.fill(inverse + kOtherHalf, part);
+    over_blocks(pass, run, sums);
+    block.advance(part);
   }
+  block.advance(2 * half - end);
   const size_t rest = static_cast<size_t>(size - 2 * half);
-  if (rest == 0) return pass;
-  Inverses<T, typename Y::V>(scale, begin + 2 * half).fill(inverse[0], rest);
-  std::fill(inverse[0] + rest, inverse[0] + kPair, T(0));
+  if (rest == 0) return sums;
+  Inverses<T, typename Y::V>(scale, begin + 2 * half).fill(inverse, static_cast<int64_t>(rest));
+  std::fill(inverse + rest, inverse + kPair, T(0));
   const Use use = pass.use();
   alignas(64) typename Y::W w[kPair] = {};
   alignas(64) typename Y::G g[kPair] = {};
@@ -189,16 +190,17 @@ Scaled<Y> over_scaled_tile(Scaled<Y> pass, const Row& r, const Mode& mode, int64
   memcpy(m, block.m, rest * sizeof *m);
   if (block.kahan != nullptr && use.writes_w) memcpy(kahan, block.kahan, rest * sizeof *kahan);
   if (block.variance != nullptr) memcpy(variance, block.variance, rest * sizeof *variance);
-  ScaledBlock<Y> copies = block;
-  copies.w = w;
-  copies.g = g;
-  copies.m = m;
-  if (block.kahan != nullptr) copies.kahan = kahan;
-  copies.inverse = inverse[0];
-  if (block.variance != nullptr) copies.variance = variance;
-  ScaledBlock<Y> second = copies;
-  second.advance(kLanes);
-  pass = over_blocks(pass, copies, second, 1, kPair, false, 0, 0);
+  Run<ScaledBlock<Y>> tail = run;
+  tail.first.w = w;
+  tail.first.g = g;
+  tail.first.m = m;
+  if (block.kahan != nullptr) tail.first.kahan = kahan;
+  if (block.variance != nullptr) tail.first.variance = variance;
+  tail.first.inverse = inverse;
+  tail.gap = kLanes;
+  tail.pairs = 1;
+  tail.far = false;
+  over_blocks(pass, tail, sums);
   if (use.writes_m) {
     memcpy(block.m, m, rest * sizeof *m);
     if (block.variance != nullptr) memcpy(block.variance, variance, rest * sizeof *variance);
@@ -207,7 +209,7 @@ Scaled<Y> over_scaled_tile(Scaled<Y> pass, const Row& r, const Mode& mode, int64
     memcpy(block.w, w, rest * sizeof *w);
     if (block.kahan != nullptr) memcpy(block.kahan, kahan, rest * sizeof *kahan);
   }
-  return pass;
+  return sums;
 }
 
 void run_scaled(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
@@ -215,9 +217,7 @@ void run_scaled(const Row& r, const Mode& mode, int64_t begin, int64_t size, dou
     using Y = decltype(types);
     const auto done = over_scaled_tile<Y>(Scaled<Y>(r, mode, begin), r, mode, begin, size);
     if (mode.updates) return;
-    sums[kScaledMM] = done.mm.total();
-    sums[kScaledMG] = done.mg.total();
-    sums[kTrace] = done.trace.total();
+    for (int i = 0; i < kScaledSums; ++i) sums[i] = done[i].total();
   });
 }
 
@@ -237,12 +237,10 @@ SOFIM_HD Pack<T> masked(const Pack<T>& x, const Pack<T>& lanes) {
   return Pack<T>(typename Pack<T>::Indices(), [&](auto i) SOFIM_INLINE { return x.part[i] & lanes.part[i]; });
 }
 
-// The sum of sixteen lanes, in the order of LaneSums::total().
 SOFIM_HD double added_up(const Doubles& x) {
-  double a[kLanes];
-  x.store(a);
-  const auto four = [&a](int i) SOFIM_INLINE { return (a[i] + a[i + 8]) + (a[i + 4] + a[i + 12]); };
-  return (four(0) + four(2)) + (four(1) + four(3));
+  LaneSums lanes;
+  lanes.add(x, Doubles(1.0));
+  return lanes.total();
 }
 
 // The rows `first`, `first` + 1, ..., which share the reads and writes of the columns' sums.

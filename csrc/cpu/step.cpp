@@ -1,13 +1,12 @@
 #include "cpu/step.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/scalar_tensor.h>
-#include <ATen/ops/tensor.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/autograd/python_variable.h>
 
-#include <cmath>
+#include <algorithm>
 #include <limits>
+
+#include "gather/cpu_tensor.h"
 
 namespace sofim {
 namespace {
@@ -18,17 +17,25 @@ constexpr int64_t kUnlockFrom = int64_t{1} << 21;
 
 bool modes_are_set() { return c10::impl::TorchDispatchModeTLS::any_modes_set(); }
 
-const at::Tensor& gradient_of(const py::handle& param) {
+const at::Tensor& gradient_of(PyObject* param) {
   static const at::Tensor none;
-  return THPVariable_Check(param.ptr()) ? THPVariable_Unpack(param.ptr()).unsafeGetTensorImpl()->grad() : none;
+  const at::Tensor* w = tensor_of(param);
+  return w != nullptr ? w->unsafeGetTensorImpl()->grad() : none;
 }
+
+struct Unlocked {
+  Unlocked() : thread(PyEval_SaveThread()) {}
+  ~Unlocked() { PyEval_RestoreThread(thread); }
+  Unlocked(const Unlocked&) = delete;
+  PyThreadState* thread;
+};
 
 // Calls `work`, without Python's lock if there is much to do.
 template <class Work>
 void unlocked(ParamGroups& param_groups, Work work) {
   if (param_groups.tensors().tiling().elements() < kUnlockFrom) return work();
   param_groups.hold();
-  const py::gil_scoped_release released;
+  const Unlocked unlocked;
   work();
 }
 
@@ -45,32 +52,38 @@ struct Step::Busy {
   Step& step;
 };
 
-py::object Step::run(const py::handle& groups, const py::handle& state, const py::handle& grad_scale,
-                     const py::handle& found_inf, const py::handle&) {
-  if (busy_ || modes_are_set()) return py::none();
+PyObject* Step::run(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf) {
+  if (busy_ || modes_are_set()) Py_RETURN_NONE;
   const Busy busy(*this);
-  if (!param_groups_.read(groups.ptr(), state.ptr())) return py::none();
+  if (!param_groups_.read(groups, state)) Py_RETURN_NONE;
   OptionalScalar scale, found;
-  if (!scale.read(grad_scale.ptr(), false) || !found.read(found_inf.ptr(), false)) return py::none();
+  if (!scale.read(grad_scale, false) || !found.read(found_inf, false)) Py_RETURN_NONE;
   unscale_ = scale.there ? 1.0 / scale.value : 1.0;
   found_ = found.value != 0.0;
-  if (tensors_.size() == 0) return py::bool_(true);
+  if (tensors_.size() == 0) Py_RETURN_TRUE;
   const bool is_guarded = options().guarded() || scale.there || found_;
-  if (!options().adaptive) {
-    unlocked(param_groups_, [&] { is_guarded ? guarded_step() : plain_step(); });
-    if (!is_guarded) return py::bool_(true);
-    return py::make_tuple(at::scalar_tensor(norm_, at::kDouble), skipped_, py::none());
-  }
-  unlocked(param_groups_, [&] { adaptive_step(is_guarded); });
-  const bool has_signal = options().rank_one && !(is_guarded && skipped_);
-  if (!is_guarded && !has_signal) return py::bool_(true);
-  py::object norm = py::none(), skipped = py::none(), signal = py::none();
+  signal_.clear();
+  unlocked(param_groups_, [&] {
+    options().adaptive ? adaptive_step(is_guarded) : is_guarded ? guarded_step() : plain_step();
+  });
+  if (!is_guarded && signal_.empty()) Py_RETURN_TRUE;
+  return results(is_guarded);
+}
+
+PyObject* Step::results(bool is_guarded) const {
+  PyObject *norm = Py_NewRef(Py_None), *skip = Py_NewRef(Py_None), *signal = Py_NewRef(Py_None);
   if (is_guarded) {
-    norm = py::cast(at::scalar_tensor(norm_, at::kDouble));
-    skipped = py::bool_(skipped_);
+    at::Tensor value = cpu_tensor({}, at::kDouble);
+    *value.mutable_data_ptr<double>() = guard_.norm;
+    norm = object_of(value);
+    skip = PyBool_FromLong(guard_.skip);
   }
-  if (has_signal) signal = py::cast(at::tensor(signal_, at::kDouble));
-  return py::make_tuple(norm, skipped, signal);
+  if (!signal_.empty()) {
+    at::Tensor values = cpu_tensor({static_cast<int64_t>(signal_.size())}, at::kDouble);
+    std::copy(signal_.begin(), signal_.end(), values.mutable_data_ptr<double>());
+    signal = object_of(values);
+  }
+  return Py_BuildValue("(NNN)", norm, skip, signal);
 }
 
 // The stages of a step
@@ -100,27 +113,20 @@ void Step::guarded_step() {
   const auto products = run_pass(Pass::dots, tensors_.records(), tensors_.tiling(), mode, scratch_);
   double square = 0.0;
   for (const Products& p : products) square += p.gg;
-  const double gain = guard(square);
-  if (skipped_) return;
+  guard_ = guard_of(square, unscale_, options().max_grad_norm.value_or(kInfinity), found_, options().skip_nonfinite);
+  if (guard_.skip) return;
   std::vector<PlainBlock> blocks;
-  for (const GuardedBlock& block : fold<GuardedBlock>(products)) blocks.push_back(block.at_gain(gain));
+  for (const GuardedBlock& block : fold<GuardedBlock>(products)) blocks.push_back(block.at_gain(guard_.gain));
   solve(blocks);
   tensors_.key_random_bits(1);
   tensors_.bump_moments();
   tensors_.bump_weights();
   mode.gradient = options().gradient_form;
-  mode.scaled = gain != 1.0;
-  mode.gain = gain;
+  mode.scaled = guard_.gain != 1.0;
+  mode.gain = guard_.gain;
   run_pass(Pass::commit, tensors_.records(), tensors_.tiling(), mode, scratch_);
   tensors_.write_back(true, true);
   tensors_.advance();
-}
-
-double Step::guard(double square) {
-  norm_ = std::sqrt(square) * unscale_;
-  skipped_ = found_ || (options().skip_nonfinite && !std::isfinite(norm_));
-  const double limit = options().max_grad_norm.value_or(kInfinity);
-  return (norm_ > limit ? limit / norm_ : 1.0) * unscale_;
 }
 
 // sofim_fused/step/schedule.py, adaptive().
@@ -135,9 +141,10 @@ void Step::adaptive_step(bool is_guarded) {
   }
   sweeps_.begin(&tensors_.record(0), tensors_.variances(), tensors_.tiling(), mixes_.data());
   if (is_guarded) {
-    const double gain = guard(sweeps_.squares());
-    if (skipped_) return;
-    sweeps_.set_gain(gain);
+    const double limit = options().max_grad_norm.value_or(kInfinity);
+    guard_ = guard_of(sweeps_.squares(), unscale_, limit, found_, options().skip_nonfinite);
+    if (guard_.skip) return;
+    sweeps_.set_gain(guard_.gain);
   }
   tensors_.key_random_bits(1);
   tensors_.bump_moments();
@@ -160,12 +167,11 @@ void Step::adaptive_step(bool is_guarded) {
     sweeps_.enter(mode);
   } else {
     const std::vector<ScaledProducts> products = sweeps_.enter(mode);
-    std::vector<AdaptiveBlock> blocks(this->blocks());
+    std::vector<AdaptiveBlock> blocks(fisher_blocks(options().fisher, param_groups_.groups().size(), n));
     for (size_t i = 0; i < n; ++i) {
       blocks[block_of(i)].add(param_groups_.hyper(i), corrections_[i], terms(i), products[i]);
     }
     solve(&blocks);
-    signal_.clear();
     for (const AdaptiveBlock& block : blocks) signal_.push_back(block.signal());
     sweeps_.apply(mode);
   }
@@ -182,25 +188,13 @@ void Step::find_corrections() {
 }
 
 size_t Step::block_of(size_t i) const {
-  switch (options().fisher) {
-    case Fisher::model: return 0;
-    case Fisher::group: return param_groups_.group_of(i);
-    default: return i;
-  }
-}
-
-size_t Step::blocks() const {
-  switch (options().fisher) {
-    case Fisher::model: return 1;
-    case Fisher::group: return param_groups_.groups().size();
-    default: return tensors_.size();
-  }
+  return fisher_block_of(options().fisher, param_groups_.group_of(i), i);
 }
 
 // Adds each tensor's part to its Fisher block, in the order of tensors.
 template <class Block>
 std::vector<Block> Step::fold(const std::vector<Products>& products) const {
-  std::vector<Block> blocks(this->blocks());
+  std::vector<Block> blocks(fisher_blocks(options().fisher, param_groups_.groups().size(), tensors_.size()));
   for (size_t i = 0; i < tensors_.size(); ++i) {
     blocks[block_of(i)].add(param_groups_.hyper(i), corrections_[i], products[i]);
   }
@@ -217,34 +211,35 @@ void Step::solve(const std::vector<PlainBlock>& blocks) {
 
 // Gradient by gradient
 
-void Step::watch(const std::vector<py::list>& groups) {
+void Step::watch(PyObject* groups) {
   watched_.clear();
   ends_.clear();
-  for (const py::list& group : groups) {
-    for (const py::handle& param : group) watched_.push_back(param.ptr());
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
+    PyObject* group = PyList_GET_ITEM(groups, i);
+    for (Py_ssize_t j = 0; j < PyList_GET_SIZE(group); ++j) watched_.push_back(PyList_GET_ITEM(group, j));
     ends_.push_back(watched_.size());
   }
 }
 
-bool Step::freeze_settings(const py::handle& groups, bool release) {
+bool Step::freeze_settings(PyObject* groups, bool release) {
   forget();
   release_ = release;
-  return !busy_ && are_watched(groups.ptr()) && hook_groups_.read_settings(groups.ptr()) &&
+  return !busy_ && are_watched(groups) && hook_groups_.read_settings(groups) &&
          !hook_groups_.options().guarded();
 }
 
-void Step::mark(const py::handle& param, size_t ordinal) {
+void Step::mark(PyObject* param, size_t ordinal) {
   if (ordinal < records_.size()) records_[ordinal].set(gradient_of(param));
 }
 
-bool Step::fits(const py::handle& param, size_t ordinal) const {
+bool Step::fits(PyObject* param, size_t ordinal) const {
   return ordinal < records_.size() && records_[ordinal].fits(gradient_of(param));
 }
 
-bool Step::take(const py::handle& param, const py::handle& state, size_t group, int64_t ordinal, bool again) {
+bool Step::take(PyObject* param, PyObject* state, size_t group, int64_t ordinal, bool again) {
   if (busy_ || modes_are_set()) return false;
   const Busy busy(*this);
-  if (!hook_groups_.read_one(param.ptr(), state.ptr(), group, ordinal)) return false;
+  if (!hook_groups_.read_one(param, state, group, ordinal)) return false;
   if (hook_groups_.options().gradient_form && is_narrow(hook_groups_.tensors().records()[0].w_type)) return false;
   const at::Tensor& grad = gradient_of(param);
   if (!parts_ && grad.storage().nbytes() > grad.nbytes()) return false;
@@ -273,17 +268,15 @@ bool Step::take(const py::handle& param, const py::handle& state, size_t group, 
   return true;
 }
 
-py::object Step::sums_of(size_t ordinal) const {
-  if (ordinal >= consumed_.size() || !consumed_[ordinal]) return py::none();
-  const Products& p = products_[ordinal];
-  return py::make_tuple(p.mm, p.mg, p.mw);
+const Products* Step::sums_of(size_t ordinal) const {
+  return ordinal < consumed_.size() && consumed_[ordinal] ? &products_[ordinal] : nullptr;
 }
 
-bool Step::finish(const py::handle& groups, const py::handle& state, const py::handle& current) {
+bool Step::finish(PyObject* groups, PyObject* state, PyObject* current) {
   if (busy_ || modes_are_set()) return false;
-  if (!are_watched(current.ptr()) || !all_fit()) return false;
+  if (!are_watched(current) || !all_fit()) return false;
   const Busy busy(*this);
-  if (!param_groups_.read(groups.ptr(), state.ptr(), &consumed_)) return false;
+  if (!param_groups_.read(groups, state, &consumed_)) return false;
   unlocked(param_groups_, [this] {
     find_corrections();
     std::vector<Products> products;

@@ -37,6 +37,8 @@ struct Block {
     if (kahan != nullptr) kahan += elements;
     index += elements;
   }
+  // To the second one of a pair.
+  SOFIM_HD void jump(int64_t elements) { advance(elements); }
 };
 
 // What a pass reads or writes, besides reading m; the tail of a tile goes through copies of these.
@@ -58,56 +60,72 @@ SOFIM_HD void ask_for(const T* from, ptrdiff_t ahead) {
 #endif
 }
 
-// Calls `pass` for `pairs` blocks starting at `first` and for as many starting at `second`, alternately. Each block is
-// `stride` elements after the one before. Returns the pass with its sums. Not inlined, so that it is compiled once.
-//
-// With `far`, memory is prefetched kAhead elements ahead; where that is index `bend` or more, `skip` elements further.
-template <class Pass, class Block>
-SOFIM_NOINLINE Pass over_blocks(Pass pass, Block first, Block second, int64_t pairs, int64_t stride, bool far,
-                                int64_t bend, ptrdiff_t skip) {
+// `pairs` pairs of blocks: those that start at `first`, and those `gap` elements after them. Each pair is `stride`
+// elements after the one before. With `far`, memory is prefetched kAhead elements ahead; where that is index `bend` or
+// more, `skip` elements further.
+template <class B>
+struct Run {
+  B first;
+  int64_t gap, pairs, stride;
+  bool far;
+  int64_t bend;
+  ptrdiff_t skip;
+};
+
+// Calls `pass` for all blocks of a run, and adds to `sums`. Not inlined, so that it is compiled once. What it takes is
+// small or passed by reference: for a tensor of a few hundred elements, a copy would take longer than the loop.
+template <class Pass, class B>
+SOFIM_NOINLINE void over_blocks(const Pass& given, const Run<B>& run, typename Pass::Sums& total) {
+  const Pass pass = given;  // local copies, which no store to a tensor can change
+  typename Pass::Sums sums = total;
   const Use use = pass.use();
-  const auto take = [&](Block& block, ptrdiff_t ahead) SOFIM_INLINE {
+  const bool far = run.far;
+  const int64_t stride = run.stride;
+  const auto take = [&](B& block, ptrdiff_t ahead) SOFIM_INLINE {
     if (far) {
       if (use.w) ask_for(block.w, ahead);
       if (use.g) ask_for(block.g, ahead);
       ask_for(block.m, ahead);
     }
-    pass(block);
+    pass(block, sums);
     block.advance(stride);
   };
-  for (int64_t i = 0; i < pairs; ++i) {
-    const ptrdiff_t ahead = first.index + kAhead < bend ? kAhead : kAhead + skip;
+  B first = run.first, second = run.first;
+  second.jump(run.gap);
+  for (int64_t pairs = run.pairs; pairs > 0; --pairs) {
+    const ptrdiff_t ahead = first.index + kAhead < run.bend ? kAhead : kAhead + run.skip;
     take(first, ahead);
     take(second, ahead);
   }
-  return pass;
+  total = sums;
 }
 
-// Calls `pass` for every sixteen elements of a tile, and returns it with its sums. The tail, less than a pair of
-// blocks, goes through the same instructions on copies padded with zeros, which add nothing to a sum.
+// Calls `pass` for every sixteen elements of a tile, and returns its sums. The tail, less than a pair of blocks, goes
+// through the same instructions on copies padded with zeros, which add nothing to a sum.
 template <class Y, class Pass>
-SOFIM_HD Pass over_tile(Pass pass, const Row& r, const Mode& mode, int64_t begin, int64_t size) {
+SOFIM_HD typename Pass::Sums over_tile(const Pass& pass, const Row& r, const Mode& mode, int64_t begin, int64_t size) {
   constexpr int64_t kPair = 2 * kLanes;
-  Block<Y> block{
-      static_cast<typename Y::W*>(r.w) + begin,
-      static_cast<const typename Y::G*>(r.g) + begin,
-      static_cast<typename Y::M*>(r.m) + begin,
-      r.kahan == nullptr ? nullptr : static_cast<typename Y::W*>(r.kahan) + begin,
-      begin};
+  typename Pass::Sums sums;
   const int64_t pairs = size / kPair, half = pairs * kLanes;
-  Block<Y> second = block;
+  Run<Block<Y>> run{
+      {static_cast<typename Y::W*>(r.w) + begin,
+       static_cast<const typename Y::G*>(r.g) + begin,
+       static_cast<typename Y::M*>(r.m) + begin,
+       r.kahan == nullptr ? nullptr : static_cast<typename Y::W*>(r.kahan) + begin,
+       begin},
+      kLanes, pairs, kPair, mode.prefetch, begin + size, 0};
   if (size >= kSplit) {
-    second.advance(half);
+    run.gap = half;
+    run.stride = kLanes;
+    run.bend = begin + half;
     // The distance from the end of either half to the start of that half in the next tile.
-    const ptrdiff_t skip = size < kTile ? 0 : mode.backwards ? -3 * half : half;
-    pass = over_blocks(pass, block, second, pairs, kLanes, mode.prefetch, begin + half, skip);
-  } else if (pairs > 0) {
-    second.advance(kLanes);
-    pass = over_blocks(pass, block, second, pairs, kPair, mode.prefetch, begin + size, 0);
+    run.skip = size < kTile ? 0 : mode.backwards ? -3 * half : half;
   }
-  block.advance(2 * half);
+  if (pairs > 0) over_blocks(pass, run, sums);
   const size_t rest = static_cast<size_t>(size - 2 * half);
-  if (rest == 0) return pass;
+  if (rest == 0) return sums;
+  Block<Y>& block = run.first;
+  block.advance(2 * half);
   const Use use = pass.use();
   alignas(64) typename Y::W w[kPair] = {};
   alignas(64) typename Y::G g[kPair] = {};
@@ -117,16 +135,15 @@ SOFIM_HD Pass over_tile(Pass pass, const Row& r, const Mode& mode, int64_t begin
   if (use.g) memcpy(g, block.g, rest * sizeof *g);
   memcpy(m, block.m, rest * sizeof *m);
   if (block.kahan != nullptr && use.writes_w) memcpy(kahan, block.kahan, rest * sizeof *kahan);
-  const Block<Y> copies{w, g, m, block.kahan == nullptr ? nullptr : kahan, block.index};
-  second = copies;
-  second.advance(kLanes);
-  pass = over_blocks(pass, copies, second, 1, kPair, false, 0, 0);
+  const Run<Block<Y>> tail{
+      {w, g, m, block.kahan == nullptr ? nullptr : kahan, block.index}, kLanes, 1, kPair, false, 0, 0};
+  over_blocks(pass, tail, sums);
   if (use.writes_m) memcpy(block.m, m, rest * sizeof *m);
   if (use.writes_w) {
     memcpy(block.w, w, rest * sizeof *w);
     if (block.kahan != nullptr) memcpy(block.kahan, kahan, rest * sizeof *kahan);
   }
-  return pass;
+  return sums;
 }
 
 // A tensor's factors in the type of computation, and the key of its random bits in this tile.

@@ -214,6 +214,10 @@ bool OptionalScalar::read(PyObject* object, bool anywhere) {
   return false;
 }
 
+const at::Tensor* tensor_of(PyObject* object) { return is_tensor(object) ? &THPVariable_Unpack(object) : nullptr; }
+
+PyObject* object_of(const at::Tensor& tensor) { return THPVariable_Wrap(tensor); }
+
 bool ParamGroups::read(PyObject* groups, PyObject* state, const std::vector<char>* consumed) {
   clear();
   if (read_everything(groups, state, consumed)) return true;
@@ -383,7 +387,7 @@ bool ParamGroups::add_param(PyObject* param, const Group& group, size_t index, S
   const at::Tensor& g = was_consumed ? w : given;
   if (known == nullptr) known = states.find(param);
   if (known == nullptr || !PyDict_Check(known)) return false;
-  const bool keeps = group.kahan && (w.scalar_type() == at::kBFloat16 || w.scalar_type() == at::kHalf);
+  const bool narrow = w.scalar_type() == at::kBFloat16 || w.scalar_type() == at::kHalf, keeps = group.kahan && narrow;
   const bool adapts = group.diagonal != Diagonal::identity;
   const Entries entries(known, keeps, adapts);
   if (!adapts && PyDict_GET_SIZE(known) > 2 + keeps) {  // running means are those of another diagonal
@@ -398,7 +402,7 @@ bool ParamGroups::add_param(PyObject* param, const Group& group, size_t index, S
   const at::Tensor& t = THPVariable_Unpack(entries.step);
   const at::Tensor& kahan = keeps ? THPVariable_Unpack(entries.kahan) : none;
   if (!plain(w) || !plain(g) || !plain(m) || !plain(t) || (keeps && !plain(kahan))) return false;
-  const at::ScalarType natural = c10::promoteTypes(w.scalar_type(), at::kFloat);
+  const at::ScalarType natural = narrow ? at::kFloat : w.scalar_type();
   if (m.scalar_type() != group.state_dtype.value_or(natural)) return false;
   if (group.state_dtype && natural != at::kFloat) return false;
   Variances variances{group.diagonal};

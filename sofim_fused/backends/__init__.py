@@ -10,6 +10,7 @@ import torch
 
 from sofim_fused import native
 from sofim_fused.backends import cpu, cuda, triton
+from sofim_fused.backends.adaptive import TorchAdaptive
 from sofim_fused.backends.interface import (
     FISHER,
     NUMERATORS,
@@ -28,6 +29,7 @@ from sofim_fused.backends.interface import (
     StepTensors,
     Sums,
     Variance,
+    fisher_blocks,
     sum_dtype,
 )
 from sofim_fused.backends.reference import ReferencePasses
@@ -52,10 +54,12 @@ __all__ = [
     "Squares",
     "StepTensors",
     "Sums",
+    "TorchAdaptive",
     "Variance",
     "apart",
     "capturing",
     "choose",
+    "fisher_blocks",
     "gradient_step",
     "names",
     "no_sums",

@@ -140,6 +140,11 @@ FISHER = ("model", "group", "parameter")
 """The values of the option ``fisher``, by their number in :attr:`Settings.fisher`."""
 
 
+def fisher_blocks(fisher: int, groups: int, tensors: int) -> int:
+    """The number B of Fisher blocks of a step; ``fisher`` is an index of :data:`FISHER`."""
+    return (1, groups, tensors)[fisher]
+
+
 class Settings(NamedTuple):
     """What ``fold`` and ``solve`` need besides sums. Tensors are in the order of their parameter groups.
 
@@ -208,11 +213,13 @@ class Squares(NamedTuple):
         total: ``[n]``, over each tensor.
         rows: over each row of the tensors that have ``row_var``, one tensor after the other; a vector.
         cols: over each column of the tensors that have ``col_var``, in the order of its elements; a vector.
+        col_var: ``[n]``, if other ranks hold other columns: the sum of ``col_var`` over all of them, before this step.
     """
 
     total: Tensor
     rows: Tensor
     cols: Tensor
+    col_var: Tensor | None = None
 
 
 class Scales(NamedTuple):
@@ -265,11 +272,11 @@ NativeStep = Callable[
 ``found_inf`` as for :func:`sofim_fused.step.schedule.guarded`, or ``None``; and the counter of skipped steps, or
 ``None`` as long as there is none.
 
-The result is ``True`` after a step that has none. After a guarded one, it is the norm of the gradients and whether the
-step was skipped (on the device: 0-dimensional int64, 1 if so). A backend may raise the counter itself; the second value
-is then ``None``. A third value, if there is one and it is not ``None``, is the signal of each Fisher block; the first
-two are then ``None`` without a guard. A result of ``None`` alone means that nothing was changed, because this function cannot take the step: either
-the passes can, or a check will raise an error."""
+The result is ``True`` after a plain step. After a guarded one, it is the norm of the gradients and whether the step was
+skipped (on the device: 0-dimensional int64, 1 if so). A backend may raise the counter itself; the second value is then
+``None``. If there is a third value that is not ``None``, it is the signal of each Fisher block, of a step with a
+diagonal that adapts; without a guard the first two are then ``None``. A result of ``None`` alone means that nothing was
+changed, because this function cannot take the step: either the passes can, or a check will raise an error."""
 
 
 class NativeInBackward(Protocol):
@@ -347,8 +354,9 @@ class AdaptivePasses(Protocol):
         Args:
             tensors: of the step; ``steps`` are not advanced yet.
             settings: of the same tensors.
-            squares: from :meth:`squares`, summed over ranks. Without ``guard`` nothing else is needed of it than the
-                sums of tensors that do not have a variance for each element.
+            squares: from :meth:`squares`, summed over the ranks that hold other parts of a row, column or tensor. Only
+                ``TorchAdaptive`` has to take :attr:`Squares.col_var`. Without ``guard`` nothing else is needed of it
+                than the sums of tensors that do not have a variance for each element.
             guard: ``None``: gradients are neither clipped nor scaled, and the step is not skipped.
             square: with ``guard``, the sum of all ``squares.total``, over devices and ranks.
 

@@ -284,7 +284,7 @@ def _sums_of_squares(g: Tensor, columns: bool) -> tuple[Tensor, Tensor]:
         # Sums with several results are never divided among threads; one alone would be.
         rows.append(square.sum(1) if len(part) != 1 else _ordered_sum(square.view(-1)).view(1))
         if columns:
-            cols += square.sum(0) if size > 1 else _ordered_sum(square.view(-1))
+            cols += square.sum(0) if size != 1 else _ordered_sum(square.view(-1))
     return torch.cat(rows) if rows else cols.new_zeros(count), cols
 
 
