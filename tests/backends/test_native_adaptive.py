@@ -87,7 +87,7 @@ def native_answers(optimizer: SOFIM) -> list[Any]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("diagonal", DIAGONALS)
 def test_steps_are_the_reference_s(diagonal: str, dtype: str) -> None:
-    """Each numerator, with and without the term of rank one, plain, clipped and unscaled: step after step."""
+    """Each numerator, with and without the term of rank one, plain or clipped and unscaled: step after step."""
     torch_dtype, options, tolerance = DTYPES[dtype]
     optimizers, params = [], []
     for backend in ("cpu", "reference"):
@@ -97,17 +97,16 @@ def test_steps_are_the_reference_s(diagonal: str, dtype: str) -> None:
         params.append(mine)
         groups = [{"params": mine[::2]}, {"params": mine[1::2], "weight_decay": 0.1, "maximize": True, "beta2": 0.9}]
         optimizers.append(SOFIM(groups, backend=backend, diagonal=diagonal, lr=0.01, **options))
-    numbers = itertools.count()
-    cases = itertools.product(("moment", "gradient", "nesterov"), (None, 0.5), ("plain", "clipped", "unscaled"))
+    cases = itertools.product(("moment", "gradient", "nesterov"), (None, 0.5), (False, True))
     answers: list[Any] = []
-    for numerator, rho, guard in [("moment", None, "plain"), *cases]:
+    for number, (numerator, rho, guarded) in enumerate([("moment", None, False), *cases]):
         for mine, optimizer in zip(params, optimizers, strict=True):
-            give(mine, gradients(mine, seed=len(answers)))
+            give(mine, gradients(mine, seed=number))
             for group in optimizer.param_groups:
-                group.update(numerator=numerator, rho=rho, max_grad_norm=1.0 if guard == "clipped" else None)
-            optimizer.grad_scale = torch.tensor(4.0) if guard == "unscaled" else None  # type: ignore[attr-defined]
+                group.update(numerator=numerator, rho=rho, max_grad_norm=1.0 if guarded else None)
+            optimizer.grad_scale = torch.tensor(4.0) if guarded else None  # type: ignore[attr-defined]
             optimizer.step()
-        if next(numbers) == 0:
+        if number == 0:
             answers = native_answers(optimizers[0])
         for p, q in zip(*params, strict=True):
             ours, theirs = (
@@ -127,9 +126,9 @@ def test_steps_are_the_reference_s(diagonal: str, dtype: str) -> None:
                 ours["kahan"].copy_(theirs["kahan"])
         if rho is not None:
             torch.testing.assert_close(optimizers[0].signal, optimizers[1].signal, rtol=1e-5, atol=0)
-        if guard != "plain":
+        if guarded:
             torch.testing.assert_close(optimizers[0].grad_norm, optimizers[1].grad_norm)
-    assert len(answers) == 18
+    assert len(answers) == 12
     assert all(answer is not None for answer in answers)
 
 
