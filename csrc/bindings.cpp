@@ -64,7 +64,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_property_readonly("hyper", &PackedStep::hyper)
       .def_property_readonly("scalars", &PackedStep::scalars)
       .def_property_readonly("device", &PackedStep::device)
-      .def_property_readonly("gradient_form", [](const PackedStep& packed) { return packed.options().gradient_form; })
+      .def_property_readonly("numerator",
+                             [](const PackedStep& packed) {
+                               const char* const names[] = {"moment", "gradient", "nesterov"};
+                               return names[static_cast<int>(packed.options().numerator)];
+                             })
       .def_property_readonly("fisher",
                              [](const PackedStep& packed) {
                                const char* const names[] = {"model", "group", "parameter"};

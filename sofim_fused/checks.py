@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sofim_fused.dtensor import is_sharded, local, on_one_mesh
 
-NUMERATORS = ("moment", "gradient")
+NUMERATORS = ("moment", "gradient", "nesterov")
 FISHERS = ("model", "group", "parameter")
 DTYPES = (
     torch.float32,
@@ -170,11 +170,16 @@ def in_backward(groups: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
+def reads_gradient(numerator: str) -> bool:
+    """Whether the update has a term in the gradient, which then is a part of what F⁻¹ is applied to."""
+    return numerator != "moment"
+
+
 def in_backward_parameter(param: Tensor, where: str, numerator: str) -> None:
     """Check a parameter whose gradients are taken in the backward pass."""
-    if numerator == "gradient" and param.dtype in NARROW_DTYPES:
+    if reads_gradient(numerator) and param.dtype in NARROW_DTYPES:
         raise ValueError(
-            f"{where} ({described(param)}): in_backward=True with numerator='gradient' would round it twice in a "
+            f"{where} ({described(param)}): in_backward=True with numerator={numerator!r} would round it twice in a "
             "step, between two large terms: take numerator='moment', leave out in_backward, or keep the weights in "
             "float32"
         )

@@ -1,10 +1,11 @@
 """In-backward accumulation: each gradient enters its moment during the backward pass that computes it.
 
 A gradient is then still in the cache, and only scalar algebra and ``apply`` remain for the step. Sums over all
-parameters are collected from each ``accumulate``. In the gradient form, Sherman-Morrison splits the step into a term
-in the gradient, which is added to w at once, and one in the moment, whose factor is known at the end:
+parameters are collected from each ``accumulate``. If F⁻¹ is applied to something that the gradient g is a part of,
+v = a m + b g, Sherman-Morrison splits the step into a term in the gradient, which is added to w at once, and one in the
+moment, whose factor is known at the end (a = 0 and b = 1 for ``numerator="gradient"``):
 
-    w - η F⁻¹g = [w - (η/ρ) g] + (η/ρ) m̂ P/(1 + S)
+    w - η F⁻¹v = [w - (η/ρ) b g] + (η/ρ) (m̂ P/(1 + S) - a m)
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sofim_fused import backends, checks
-from sofim_fused.backends import GradientStep, NativeInBackward, Sums
+from sofim_fused.backends import GradientStep, NativeInBackward, Settings, Sums
 from sofim_fused.dtensor import bump_versions, is_sharded, local, placed_as
 from sofim_fused.sharding import is_flattened
 from sofim_fused.step import gather, schedule
@@ -43,7 +44,7 @@ _NOTHING, _PART, _WHOLE = range(3)  # how much of a parameter's gradient was tak
 class InBackward:
     """Takes an optimizer's gradients one by one, in the backward pass, and then the rest of the step.
 
-    To take a gradient is to add it to its moment; in the gradient form w is also updated by the gradient's term.
+    To take a gradient is to add it to its moment; if the step has a term in the gradient, w is also updated by it.
 
     Args:
         optimizer: whose parameters get hooks; not kept alive.
@@ -83,7 +84,8 @@ class InBackward:
         self._state: MutableMapping[Tensor, Any] = {}
         self._waiting: dict[torch.device, _Batch] = {}
         self._sums: dict[int, tuple[Sums, int]] = {}  # by ordinal: the sums of its batch, and its index in the batch
-        self._steps: dict[torch.device, GradientStep] = {}
+        self._settings_on: dict[torch.device, Settings] = {}  # those of _frozen, for all parameters
+        self._steps: dict[torch.device, GradientStep] = {}  # the gradient form's, likewise
         self._streams: dict[torch.device, list[Any]] = {}  # the streams on which passes ran
         check_not_replicated(param for group in optimizer.param_groups for param in group["params"])
         self.watch()
@@ -168,6 +170,7 @@ class InBackward:
                 self._position.append((param.device, sum(sizes)))
                 sizes[index] += 1
         self._everything.clear()
+        self._settings_on.clear()
         self._steps.clear()
 
     def _hooks_are_gone(self) -> bool:
@@ -196,9 +199,10 @@ class InBackward:
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
         """See :meth:`sofim_fused.SOFIM.accumulate_grads`."""
-        if self.release and self._optimizer.param_groups[0]["numerator"] == "gradient":
+        numerator = self._optimizer.param_groups[0]["numerator"]
+        if self.release and checks.reads_gradient(numerator):
             raise ValueError(
-                "accumulate_grads() with release_grads=True and numerator='gradient' is impossible: the step takes "
+                f"accumulate_grads() with release_grads=True and numerator={numerator!r} is impossible: the step takes "
                 "the moment's product with the whole gradient, parts of which were released. Leave out one of them"
             )
         self._depth += 1
@@ -371,7 +375,7 @@ class InBackward:
         entries = [entry for entry, _ in taken]
         assert self._frozen is not None
         settings = [entering(group) for group in self._frozen]
-        cross = self._frozen[0]["numerator"] == "gradient"
+        cross = checks.reads_gradient(self._frozen[0]["numerator"])
         decay = decay_of([settings[entry.group] for entry in entries], cross)
         weight = decay.weight
         if weight is None and any(l2 for _, _, l2 in settings):
@@ -395,26 +399,32 @@ class InBackward:
         with contextlib.nullcontext() if batch.stream is None else torch.cuda.stream(batch.stream):
             tensors = gather.lay_out(device, entries, optimizer.param_groups, optimizer.state)
             tensors, passes, _ = backends.apart(tensors, self._plan.passes_for(device))
-            known = self._gradient_step(device, [entry.ordinal for entry in entries]) if cross else None
+            known = self._gradient_step(device, [entry.ordinal for entry in entries], tensors.steps) if cross else None
             del self._waiting[device]  # after a failure up to here, another try is possible
             sums = passes.accumulate(tensors, decay._replace(weight=weight), known)
         for place, entry in enumerate(entries):
             self._sums[entry.ordinal] = (sums, place)
 
-    def _gradient_step(self, device: torch.device, ordinals: Sequence[int]) -> GradientStep:
-        """The gradient's part of the gradient form's step, for these parameters."""
+    def _gradient_step(self, device: torch.device, ordinals: Sequence[int], steps: Sequence[Tensor]) -> GradientStep:
+        """The gradient's part of the step, for these parameters and their step counts."""
         if any(self._position[ordinal][0] != device for ordinal in ordinals):  # the model was moved
             self._find_devices()
+        settings = self._settings_on.get(device)
+        if settings is None:
+            assert self._frozen is not None
+            sizes, numerator, fisher = self._sizes[device], self._frozen[0]["numerator"], self._frozen[0]["fisher"]
+            hyper = self._everything.get(device)
+            if hyper is None or not hyper.serves(sizes, numerator, fisher):
+                hyper = self._everything[device] = Hyperparameters(device, sizes, numerator, fisher)
+            hyper.refresh(self._frozen)
+            settings = self._settings_on[device] = hyper.settings
+        places = [self._position[ordinal][1] for ordinal in ordinals]
+        if checks.NUMERATORS[settings.numerator] == "nesterov":  # its factors depend on the step counts
+            mine = settings._replace(group_of=self._chosen(settings.group_of, places))
+            return backends.gradient_step(mine, steps)
         known = self._steps.get(device)
         if known is None:
-            hyper = self._everything.get(device)
-            if hyper is None:
-                fisher = self._optimizer.param_groups[0]["fisher"]
-                hyper = self._everything[device] = Hyperparameters(device, self._sizes[device], "gradient", fisher)
-            assert self._frozen is not None
-            hyper.refresh(self._frozen)
-            known = self._steps[device] = backends.gradient_step(hyper.settings)
-        places = [self._position[ordinal][1] for ordinal in ordinals]
+            known = self._steps[device] = backends.gradient_step(settings, [])
         weight = None if known.weight is None else self._chosen(known.weight, places)
         return GradientStep(weight, self._chosen(known.gradient, places))
 
@@ -536,7 +546,7 @@ class InBackward:
         """The groups for the rest of the step; the moment form reads lr, rho and decoupled decay only now."""
         assert self._frozen is not None
         groups = self._optimizer.param_groups
-        if self._frozen[0]["numerator"] == "gradient":
+        if checks.reads_gradient(self._frozen[0]["numerator"]):
             return self._frozen
         for now, then in zip(groups, self._frozen, strict=True):
             if now["momentum"] != then["momentum"] or now["numerator"] != "moment":
@@ -569,7 +579,7 @@ class InBackward:
         self._plan.compare_ranks(optimizer, guarded=False)
         shares = self._plan.shares_of(optimizer, present)
         decays = self._frozen is not None and any(group["weight_decay"] for group in self._frozen)
-        reads_w = decays and groups[0]["numerator"] == "gradient"
+        reads_w = decays and checks.reads_gradient(groups[0]["numerator"])
         for share in shares:
             pair = share.pairs.get("state") or (share.pairs.get("w") if reads_w else None)
             if pair is not None:
@@ -610,6 +620,7 @@ class InBackward:
         self._take = None
         self._waiting.clear()
         self._sums.clear()
+        self._settings_on.clear()
         self._steps.clear()
         self._streams.clear()
         self._marks.clear()

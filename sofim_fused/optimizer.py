@@ -138,7 +138,7 @@ class SOFIM(Optimizer):
         momentum: float = 0.9,
         rho: float | Tensor = 1.0,
         *,
-        numerator: Literal["moment", "gradient"] = "moment",
+        numerator: Literal["moment", "gradient", "nesterov"] = "moment",
         fisher: Literal["model", "group", "parameter"] = "model",
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
@@ -214,7 +214,8 @@ class SOFIM(Optimizer):
         the details.
 
         Args:
-            optimizer: the SGD optimizer, without ``nesterov``.
+            optimizer: the SGD optimizer. With ``nesterov=True`` the new one has ``numerator="nesterov"``, unless
+                ``options`` has another.
             rho: as in the constructor; a group of the SGD optimizer that has its own ``rho`` keeps it.
             steps: how many updates SGD took, from which bias correction continues; ``None``: so many that the
                 correction is 1.
@@ -229,7 +230,7 @@ class SOFIM(Optimizer):
                 do.
         """
         taken = from_sgd.taken(optimizer, steps, options)
-        ours = cls(taken.groups, rho=rho, **taken.defaults, **options)
+        ours = cls(taken.groups, rho=rho, **taken.defaults, **taken.options)
         from_sgd.convert(taken, ours.param_groups, ours.defaults, ours.state)
         return ours
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sofim_fused import checks
 from sofim_fused.backends import Passes, StepTensors, Sums, on_device_of
 from sofim_fused.dtensor import Groups
 from sofim_fused.step.hyperparameters import Hyperparameters
@@ -192,7 +193,7 @@ class RankSums:
             return
         blocks_of = {"model": 1, "group": groups, "parameter": self.count}
         blocks = blocks_of[fisher]
-        kind = [int(numerator == "gradient"), list(blocks_of).index(fisher), int(guarded)]
+        kind = [checks.NUMERATORS.index(numerator), list(blocks_of).index(fisher), int(guarded)]
         for group, members in self._routes:
             spread = sum(number in members for number in self._class_of)
             self._compare(group, [len(members), spread, blocks, *kind])
