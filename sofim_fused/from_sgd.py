@@ -109,14 +109,14 @@ def taken(optimizer: torch.optim.SGD, steps: int | None, options: Mapping[str, A
 
 
 def _numerator(groups: Sequence[Mapping[str, Any]]) -> str:
-    """SOFIM's ``numerator`` for SGD's ``nesterov``. Without momentum there is no look-ahead, and both are the same."""
+    """SOFIM's ``numerator`` for SGD's ``nesterov``, to which groups without momentum are indifferent."""
     found = [bool(group.get("nesterov")) for group in groups if group.get("momentum")]
     if any(found) and not all(found):
         index = next(i for i, group in enumerate(groups) if group.get("momentum") and not group.get("nesterov"))
         raise ValueError(
             f"parameter group {index} of the SGD optimizer: nesterov={groups[index].get('nesterov')!r}, but another has "
-            "True, and SOFIM's numerator holds for the whole optimizer: set group['nesterov'] alike in all groups with "
-            "momentum, or pass numerator='nesterov' or numerator='moment'"
+            "True, and numerator, which SOFIM has for it, holds for the whole optimizer: set group['nesterov'] alike in "
+            "all groups with momentum, or pass numerator='nesterov' or numerator='moment'"
         )
     return "nesterov" if any(found) else "moment"
 

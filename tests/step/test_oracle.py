@@ -110,6 +110,18 @@ MUTATIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
+LookAhead = tuple[Tensor, Tensor]
+LOOK_AHEADS: dict[str, Callable[[LookAhead, solve.Hyper, Tensor], LookAhead]] = {
+    "the moment's share missing": lambda right, hyper, correction: (0 * right[0], right[1]),
+    "the gradient's share missing": lambda right, hyper, correction: (right[0], 0 * right[1]),
+    "bias correction missing": lambda right, hyper, correction: (hyper.momentum, 1 - hyper.momentum),
+    "bias correction of this step, not of the next": lambda right, hyper, correction: (
+        hyper.momentum * correction,
+        (1 - hyper.momentum) * correction,
+    ),
+}
+
+
 def deviation(numerator: str, options: dict[str, Any]) -> float:
     """How far the optimizer strays from the oracle, in multiples of the matrix's tolerance."""
     problem = mixed_problem(torch.float64, "l2")
@@ -131,3 +143,14 @@ def test_it_notices_a_wrong_update(
     assert deviation(numerator, options) <= 1
     MUTATIONS[mutation](monkeypatch)
     assert deviation(numerator, options) > 1e3
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.2}], ids=["plain", "guarded"])
+@pytest.mark.parametrize("mutation", LOOK_AHEADS)
+def test_it_notices_a_wrong_look_ahead(mutation: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    right, wrong = solve.look_ahead, LOOK_AHEADS[mutation]
+    monkeypatch.setattr(
+        solve, "look_ahead", lambda hyper, correction: wrong(right(hyper, correction), hyper, correction)
+    )
+    assert deviation("nesterov", options) > 1e3
+    assert deviation("gradient", options) <= 1
