@@ -114,9 +114,9 @@ def _numerator(groups: Sequence[Mapping[str, Any]]) -> str:
     if any(found) and not all(found):
         index = next(i for i, group in enumerate(groups) if group.get("momentum") and not group.get("nesterov"))
         raise ValueError(
-            f"parameter group {index} of the SGD optimizer: nesterov={groups[index].get('nesterov')!r}, but another has "
-            "True, and numerator, which SOFIM has for it, holds for the whole optimizer: set group['nesterov'] alike in "
-            "all groups with momentum, or pass numerator='nesterov' or numerator='moment'"
+            f"parameter group {index} of the SGD optimizer: nesterov={groups[index].get('nesterov')!r}, but another "
+            "has True, and SOFIM's numerator holds for the whole optimizer: set group['nesterov'] alike in all groups "
+            "with momentum, or pass numerator='nesterov' or numerator='moment'"
         )
     return "nesterov" if any(found) else "moment"
 

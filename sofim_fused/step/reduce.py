@@ -193,7 +193,7 @@ class RankSums:
             return
         blocks_of = {"model": 1, "group": groups, "parameter": self.count}
         blocks = blocks_of[fisher]
-        kind = [checks.NUMERATORS.index(numerator), list(blocks_of).index(fisher), int(guarded)]
+        kind = [checks.NUMERATORS.index(numerator), checks.FISHERS.index(fisher), int(guarded)]
         for group, members in self._routes:
             spread = sum(number in members for number in self._class_of)
             self._compare(group, [len(members), spread, blocks, *kind])
@@ -209,9 +209,10 @@ class RankSums:
         distributed.all_gather(all_of_them, mine, group=group)
         found = torch.stack(all_of_them).tolist()
         if any(theirs != found[0] for theirs in found):
+            words = {"numerator": checks.NUMERATORS, "fisher": checks.FISHERS}
             names = ("ways to be sharded", "sharded parameters", "Fisher blocks", "numerator", "fisher", "guarded")
             differ = [
-                f"{name}: {', '.join(map(str, values))}"
+                f"{name}: {', '.join(str(words[name][value]) if name in words else str(value) for value in values)}"
                 for name, values in zip(names, zip(*found, strict=True), strict=True)
                 if len(set(values)) > 1
             ]

@@ -389,7 +389,7 @@ REFUSED: list[tuple[str, Spoil, dict[str, Any], type[Exception], str]] = [
         _in_group(nesterov=True, dampening=0.0),
         {},
         ValueError,
-        r"parameter group 0 of the SGD optimizer: nesterov=False, but another has True, .*group\['nesterov'\] alike",
+        r"parameter group 0 of the SGD optimizer: nesterov=False, but another has True, .*set group",
     ),
     (
         "nesterov with dampening",
