@@ -162,6 +162,10 @@ def cases(kernels: ModuleType) -> Iterator[tuple[str, Case]]:
         (FLOAT32,), k.DOTS, k.COMMIT, k.GUARDED, numerator=k.GRADIENT, clip=True, skip=True, per_tensor=True
     )
     yield "fp32", Case("dots (gradient, a block per tensor)", blocks, "first")
+    ahead = KernelConfig(
+        (FLOAT32,), k.DOTS, k.COMMIT, k.GUARDED, l2=True, numerator=k.NESTEROV, clip=True, skip=True, per_tensor=True
+    )
+    yield "fp32", Case("one launch, guarded (nesterov, L2)", ahead, "single")
     early = KernelConfig((FLOAT32,), k.ACCUMULATE, 0, k.SUMS_ONLY, numerator=k.GRADIENT)
     yield "fp32", Case("accumulate with the gradient's part of the step", early, "first", with_step=True)
 
@@ -174,6 +178,9 @@ def solve_cases(kernels: ModuleType) -> Iterator[SolveCase]:
             label = f"{'guarded, gradient' if guarded else 'plain, moment'}, a block per {name}"
             yield SolveCase(f"fold ({label})", config, "fold", l2=guarded, classes=2 if guarded else 1)
             yield SolveCase(f"solve ({label})", config, "solve")
+    ahead = SolveConfig(kernels.PARAMETER, kernels.NESTEROV, True)
+    yield SolveCase("fold (guarded, nesterov, a block per parameter)", ahead, "fold", l2=True, classes=2)
+    yield SolveCase("solve (guarded, nesterov, a block per parameter)", ahead, "solve")
 
 
 def cuda_cases(kernels: ModuleType) -> Iterator[tuple[str, Case, Instance]]:

@@ -25,7 +25,7 @@ class Guard(NamedTuple):
 
 
 def plain(shares: Sequence[DeviceShare], groups: Sequence[Group]) -> None:
-    """``accumulate``, then ``apply``: 24 bytes per float32 parameter (28 if gradients are read again; L2 decay 4 more)."""
+    """``accumulate``, then ``apply``: 24 bytes per float32 parameter (gradients read again: 28; L2 decay 4 more)."""
     decays = [share.hyper.refresh(groups) for share in shares]  # all of them before anything is written
     sums = [_swept(share, share.passes.accumulate, decay) for share, decay in zip(shares, decays, strict=True)]
     _apply(shares, sums, gradients_consumed=False)
