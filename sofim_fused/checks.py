@@ -20,6 +20,7 @@ from sofim_fused.dtensor import is_sharded, local, on_one_mesh
 
 NUMERATORS = ("moment", "gradient", "nesterov")
 FISHERS = ("model", "group", "parameter")
+DIAGONALS = ("identity", "tensor", "row", "factored", "element")
 DTYPES = (
     torch.float32,
     torch.float64,
@@ -31,6 +32,7 @@ DTYPES = (
 
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
 SMALLEST_RHO = 1e-30  # keeps ‖m̂‖²/ρ far below float64's overflow
+SMALLEST_EPS = 1e-30  # keeps 1/s in float32's range
 
 # Options that each parameter group may set, and options that have one value for the whole optimizer.
 PER_GROUP = (
@@ -42,11 +44,15 @@ PER_GROUP = (
     "maximize",
     "state_dtype",
     "kahan",
+    "diagonal",
+    "beta2",
+    "eps",
 )
 WHOLE = ("numerator", "fisher", "max_grad_norm", "skip_nonfinite")
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by their names in state dicts
 
-STATE = ("exp_avg", "step", "kahan")  # what SOFIM keeps for a parameter; other entries are a user's own
+VARIANCES = ("row_var", "col_var", "variance")  # running means of g², of a diagonal that adapts
+STATE = ("exp_avg", "step", "kahan", *VARIANCES)  # what SOFIM keeps for a parameter; other entries are a user's own
 CONSTRUCTOR_ONLY = (
     "backend",
     "capturable",
@@ -114,7 +120,10 @@ def group(values: Mapping[str, Any], index: int | None = None, saved: bool = Fal
     else:
         _number(where, "lr", values["lr"], low=0.0, tensor=True)
         _number(where, "momentum", values["momentum"], low=0.0, below=1.0)
-    _number(where, "rho", values["rho"], low=SMALLEST_RHO, tensor=True)
+    _one_of(where, "diagonal", values["diagonal"], DIAGONALS)
+    _rho(where, values["rho"], values["diagonal"])
+    _number(where, "beta2", values["beta2"], low=0.0, below=1.0)
+    _number(where, "eps", values["eps"], low=SMALLEST_EPS)
     _number(where, "weight_decay", values["weight_decay"], low=0.0)
     for name in ("decoupled_weight_decay", "maximize", "skip_nonfinite"):
         if not isinstance(values[name], bool):
@@ -129,6 +138,25 @@ def group(values: Mapping[str, Any], index: int | None = None, saved: bool = Fal
     limit = values["max_grad_norm"]
     if limit is not None:
         _number(where, "max_grad_norm", limit, low=0.0, open_low=True, infinite=True)
+    if values["diagonal"] != "identity" and not values["decoupled_weight_decay"] and values["weight_decay"]:
+        raise ValueError(
+            f"{where}decoupled_weight_decay=False with diagonal={values['diagonal']!r}: the diagonal would divide the "
+            "decay by the size of the gradients, so that it no longer shrinks weights: take decoupled_weight_decay=True"
+        )
+
+
+def _rho(where: str, rho: Any, diagonal: str) -> None:
+    if diagonal == "identity":
+        if rho is None:
+            raise ValueError(
+                f"{where}rho=None leaves out the term of rank one, and with diagonal='identity' nothing would be left: "
+                "pass a number, or a diagonal that adapts"
+            )
+    elif rho is None:
+        return
+    elif isinstance(rho, Real) and rho == math.inf:
+        raise ValueError(f"{where}rho={rho!r}: pass None, which leaves out the term of rank one and its sums")
+    _number(where, "rho", rho, low=SMALLEST_RHO, tensor=True)
 
 
 def lacking(values: Mapping[str, Any]) -> list[str]:
@@ -168,6 +196,21 @@ def in_backward(groups: Sequence[Mapping[str, Any]]) -> None:
                 f"in_backward=True with {name}={value!r} is impossible: the norm of all gradients is known only after "
                 "the first of them have entered their moments. Leave out one of them"
             )
+    for index, values in enumerate(groups):
+        if values.get("diagonal", "identity") != "identity" and values["rho"] is not None:
+            raise ValueError(
+                f"parameter group {index}: in_backward=True with diagonal={values['diagonal']!r} and "
+                f"rho={values['rho']!r} is impossible: the term of rank one needs all gradients before any weight "
+                "changes. Pass rho=None, or leave out in_backward"
+            )
+
+
+def adaptive_in_backward_over_ranks(diagonal: str) -> ValueError:
+    """The error for a diagonal that adapts, of sharded parameters whose gradients are taken in the backward pass."""
+    return ValueError(
+        f"in_backward=True with diagonal={diagonal!r} and sharded parameters is impossible: the sums over rows and "
+        "columns need other ranks. Leave out in_backward, or take diagonal='identity'"
+    )
 
 
 def reads_gradient(numerator: str) -> bool:
@@ -175,8 +218,11 @@ def reads_gradient(numerator: str) -> bool:
     return numerator != "moment"
 
 
-def in_backward_parameter(param: Tensor, where: str, numerator: str) -> None:
-    """Check a parameter whose gradients are taken in the backward pass."""
+def in_backward_parameter(param: Tensor, where: str, values: Mapping[str, Any]) -> None:
+    """Check a parameter whose gradients are taken in the backward pass, beside its group's values."""
+    numerator = values["numerator"]
+    if values.get("diagonal", "identity") != "identity":  # the hook takes the whole step, and rounds it once
+        return
     if reads_gradient(numerator) and param.dtype in NARROW_DTYPES:
         raise ValueError(
             f"{where} ({described(param)}): in_backward=True with numerator={numerator!r} would round it twice in a "
@@ -212,6 +258,15 @@ def unscaled(optimizer: Any) -> None:
         raise ValueError(
             "in_backward=True under a GradScaler is impossible: gradients entered their moments with the loss's scale, "
             "before infinities could be looked for. Leave out one of them (bfloat16 needs no scaling)"
+        )
+
+
+def not_flattened(diagonal: str, ordinal: int) -> None:
+    """Refuse a diagonal by rows, columns or tensors of a parameter of which a rank has a flat part."""
+    if diagonal != "element":
+        raise ValueError(
+            f"parameter {ordinal} is a part of a flat parameter of FullyShardedDataParallel, which has no rows: with "
+            f"diagonal={diagonal!r} shard the model with fully_shard(), or take diagonal='element'"
         )
 
 
@@ -258,6 +313,16 @@ def agreement(groups: Sequence[Mapping[str, Any]], start: int = 1) -> None:
                     f"parameter group {index}: {name}={values[name]!r}, but group 0 has {groups[0][name]!r}: "
                     f"{name} holds for the whole optimizer; set it in the constructor"
                 )
+        if (values["diagonal"] == "identity") != (groups[0]["diagonal"] == "identity"):
+            raise ValueError(
+                f"parameter group {index}: diagonal={values['diagonal']!r}, but group 0 has {groups[0]['diagonal']!r}: "
+                "the diagonals of one optimizer all adapt, or none does; make two optimizers"
+            )
+        if groups[0]["fisher"] == "model" and (values["rho"] is None) != (groups[0]["rho"] is None):
+            raise ValueError(
+                f"parameter group {index}: rho={values['rho']!r}, but group 0 has {groups[0]['rho']!r}: the term of "
+                "rank one spans the whole model; take fisher='group', or None in all groups"
+            )
 
 
 def parameters(params: Any, index: int, taken: Mapping[Tensor, int], state_dtype: Any) -> list[Any]:
@@ -470,6 +535,55 @@ def state_of_parameter(param: Tensor, known: Mapping[str, Tensor], dtype: torch.
         raise ValueError(
             f"{_state(param, ordinal)}: step is {described(count)}, expected a 0-dimensional int64 tensor on "
             f"{param.device}: {_REPLACE}"
+        )
+
+
+def variances(
+    param: Tensor,
+    known: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    ordinal: int,
+    diagonal: str,
+) -> None:
+    """Check that a parameter has the running means of g² that its group's diagonal needs, and no others.
+
+    Args:
+        param: the owner of the state.
+        known: its state.
+        shapes: the means that are needed, by name.
+        dtype: theirs.
+        ordinal: the parameter's place among all.
+        diagonal: the group's.
+    """
+    has = {name for name in VARIANCES if name in known}
+    if has != {*shapes}:
+        found = f"has {' and '.join(sorted(has))}" if has else "has no running means of g²"
+        raise ValueError(
+            f"{_state(param, ordinal)} {found}, but diagonal={diagonal!r} needs "
+            f"{' and '.join(shapes) or 'none'}: set the diagonal that it was made with, or delete the parameter's "
+            "state to start it anew (del optimizer.state[param])"
+        )
+    for name, shape in shapes.items():
+        value = known[name]
+        _state_tensor(param, ordinal, name, value)
+        if value.dtype != dtype or tuple(value.shape) != shape or value.device != param.device:
+            raise ValueError(
+                f"{_state(param, ordinal)}: {name} is {described(value)}, expected shape {shape}, {short(dtype)}, "
+                f"{param.device}: {_REPLACE}"
+            )
+        if _may_overlap(value):
+            raise _sharing(value, f"{_state(param, ordinal)}: {name}", _REPLACE)
+
+
+def variance_placed(param: Any, value: Any, placements: tuple[Any, ...], ordinal: int, name: str) -> None:
+    """Check that a running mean of g² of a ``DTensor`` is on its mesh, with these placements."""
+    if not on_one_mesh(param, value):
+        raise other_mesh(param, value, f"{_state(param, ordinal)}: {name}", _SPREAD)
+    if tuple(value.placements) != placements:
+        raise ValueError(
+            f"{_state(param, ordinal)}: {name} has the placements {value.placements}, expected {placements}: "
+            "redistribute() it"
         )
 
 

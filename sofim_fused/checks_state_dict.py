@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -15,6 +15,7 @@ from sofim_fused.checks import (
     DTYPES,
     PER_GROUP,
     STATE,
+    VARIANCES,
     WHOLE,
     agreement,
     described,
@@ -41,13 +42,19 @@ OTHER_STATES = {
 }
 
 
-def check(saved: Any, groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> dict[str, Any]:
+Shapes = Callable[[Tensor, str], dict[str, tuple[int, ...]]]
+
+
+def check(
+    saved: Any, groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any], variance_shapes: Shapes
+) -> dict[str, Any]:
     """Check a state dict against the optimizer's own groups.
 
     Args:
         saved: the state dict, which is left as it is.
         groups: the optimizer's.
         defaults: the constructor's, for options that were added after the version that saved it.
+        variance_shapes: the running means of g² that a parameter needs with a diagonal, by name.
 
     Returns:
         A copy with complete groups, and with dtypes instead of their names.
@@ -74,6 +81,7 @@ def check(saved: Any, groups: Sequence[Mapping[str, Any]], defaults: Mapping[str
     pairs = list(zip(saved["param_groups"], groups, strict=True))
     complete["param_groups"] = [_completed(theirs, ours, saved["param_groups"], defaults) for theirs, ours in pairs]
     ordinals: dict[Any, Tensor] = {}
+    diagonals: dict[Any, str] = {}
     for index, (theirs, ours) in enumerate(zip(complete["param_groups"], groups, strict=True)):
         _saved_group(theirs, ours, index)
         for key, param in zip(theirs["params"], ours["params"], strict=True):
@@ -82,10 +90,11 @@ def check(saved: Any, groups: Sequence[Mapping[str, Any]], defaults: Mapping[str
             if key in ordinals:
                 raise ValueError(f"state_dict: parameter {key!r} stands twice in its groups: the state dict is damaged")
             ordinals[key] = param
+            diagonals[key] = theirs["diagonal"]
     agreement(complete["param_groups"])
     for key, known in saved["state"].items():
         if key in ordinals:
-            _saved_state(known, ordinals[key], key)
+            _saved_state(known, ordinals[key], key, diagonals[key], variance_shapes)
         elif isinstance(key, Tensor):
             raise ValueError("state_dict has a tensor for a key of its state: pass what state_dict() returned")
         elif isinstance(key, Real):  # other keys are a user's own
@@ -181,7 +190,7 @@ def _others_state(known: Mapping[str, Any], entries: Mapping[str, Any]) -> str:
     return ""
 
 
-def _saved_state(known: Any, param: Tensor, key: Any) -> None:
+def _saved_state(known: Any, param: Tensor, key: Any, diagonal: str, variance_shapes: Shapes) -> None:
     where = f"state_dict: state of parameter {key!r} ({described(param)})"
     if not isinstance(known, dict):  # torch takes any other mapping for a list of its keys
         raise TypeError(f"{where} is of type {type(known).__name__}, not a dict: the state dict is damaged")
@@ -201,20 +210,30 @@ def _saved_state(known: Any, param: Tensor, key: Any) -> None:
                 "it comes from another optimizer, or is damaged"
             )
     optimizable(param, where, None)
+    shapes = variance_shapes(param, diagonal)
+    lost = [name for name in shapes if name not in entries]
+    if lost:
+        raise ValueError(
+            f"{where} lacks {' and '.join(lost)}, which diagonal={diagonal!r} needs (without them, its first steps "
+            "would be ten times too long): set the group's diagonal to the one that it was saved with"
+        )
     for name, value in entries.items():
+        if name in VARIANCES and name not in shapes:
+            continue  # of another diagonal: it is not restored
         if name == "step" and isinstance(value, Real) and not isinstance(value, bool):
             continue  # other optimizers and converted checkpoints have such counts
         if not isinstance(value, Tensor):
             raise TypeError(f"{where}: {name} is of type {type(value).__name__}, not a tensor: it is damaged")
         _readable(value, param, f"{where}: {name}")
-        shape = () if name == "step" else tuple(param.shape)
+        shape = () if name == "step" else shapes.get(name, tuple(param.shape))
         if tuple(value.shape) != shape:
             raise ValueError(
                 f"{where}: {name} has the shape {tuple(value.shape)}, expected {shape}: it was saved for another model"
             )
         if value.layout != torch.strided or (value.dtype not in DTYPES and name != "step"):
             raise ValueError(f"{where}: {name} is {short(value.dtype)}, {value.layout}: the state dict is damaged")
-        if name != "step" and value.is_complex() != param.is_complex():
+        complex_here = param.is_complex() and name not in VARIANCES
+        if name != "step" and value.is_complex() != complex_here:
             raise ValueError(f"{where}: {name} is {short(value.dtype)}: it was saved for another model")
         if name != "step" and not on_one_mesh(param, value):
             way = "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict(), which spreads it"

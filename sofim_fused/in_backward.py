@@ -6,6 +6,9 @@ v = a m + b g, Sherman-Morrison splits the step into a term in the gradient, whi
 moment, whose factor is known at the end (a = 0 and b = 1 for ``numerator="gradient"``):
 
     w - η F⁻¹v = [w - (η/ρ) b g] + (η/ρ) (m̂ P/(1 + S) - a m)
+
+With a diagonal that adapts and without the term of rank one, the step of a tensor depends on no other tensor: its hook
+takes all of it, and nothing remains for the end.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from sofim_fused.dtensor import bump_versions, is_sharded, local, placed_as
 from sofim_fused.sharding import is_flattened
 from sofim_fused.step import gather, schedule
 from sofim_fused.step.hyperparameters import Hyperparameters, decay_of, entering
-from sofim_fused.step.plan import Plan
+from sofim_fused.step.plan import Plan, is_adaptive
 
 BATCH = 1 << 20
 """Elements that are collected for one pass, where each pass costs a launch."""
@@ -117,7 +120,7 @@ class InBackward:
                     param.requires_grad and id(param) not in self._hooks
                 ):  # step() takes the gradients of frozen ones, if there are any
                     where = f"parameter {place} of group {index}"
-                    checks.in_backward_parameter(param, where, group["numerator"])
+                    checks.in_backward_parameter(param, where, group)
                     check_unwatched(param, where, self)
                     unwatched.append(param)
         for param in unwatched:
@@ -199,6 +202,11 @@ class InBackward:
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
         """See :meth:`sofim_fused.SOFIM.accumulate_grads`."""
+        if self.release and is_adaptive(self._optimizer.param_groups):
+            raise ValueError(
+                "accumulate_grads() with release_grads=True and a diagonal that adapts is impossible: it needs the "
+                "square of the whole gradient, parts of which were released. Leave out one of them"
+            )
         numerator = self._optimizer.param_groups[0]["numerator"]
         if self.release and checks.reads_gradient(numerator):
             raise ValueError(
@@ -265,14 +273,13 @@ class InBackward:
         """Copy the settings for all gradients of this step, as they are at its first gradient."""
         optimizer = self._optimizer
         groups = optimizer.param_groups
+        may = self._native is not None and not is_adaptive(groups)
         native = (
-            self._native is not None
-            and not self._hooks_are_gone()
-            and self._native.freeze_settings(groups, self.release)
+            may and not self._hooks_are_gone() and self._native.freeze_settings(groups, self.release)  # type: ignore[union-attr]
         )
         if not native and self._are_others():
             self._find_parameters()
-            native = self._native is not None and self._native.freeze_settings(groups, self.release)
+            native = may and self._native is not None and self._native.freeze_settings(groups, self.release)
         if not self._met and not self._removed:  # the module may have been wrapped after the optimizer was made
             check_not_replicated(param for group in groups for param in group["params"])
             self._met = True
@@ -285,6 +292,8 @@ class InBackward:
                 checks.group(group, index)
             checks.agreement(groups)
             checks.in_backward(groups)
+            if is_adaptive(groups) and self._plan.rank_sums(optimizer) is not None:
+                raise checks.adaptive_in_backward_over_ranks(groups[0]["diagonal"])
         self._frozen = [
             {**group, "params": list(group["params"]), "lr": _value(group["lr"]), "rho": _value(group["rho"])}
             for group in groups
@@ -313,7 +322,7 @@ class InBackward:
         settings = optimizer.param_groups[group]
         assert param.grad is not None
         checks.gradient(param, param.grad, group, ordinal - self._group_of.index(group))
-        checks.in_backward_parameter(param, f"parameter {ordinal}", settings["numerator"])
+        checks.in_backward_parameter(param, f"parameter {ordinal}", settings)
         if not self._searched and _is_part(local(param.grad)):  # such as DistributedDataParallel's buckets
             check_not_replicated(param for group in optimizer.param_groups for param in group["params"])
             self._searched = True
@@ -399,7 +408,16 @@ class InBackward:
         with contextlib.nullcontext() if batch.stream is None else torch.cuda.stream(batch.stream):
             tensors = gather.lay_out(device, entries, optimizer.param_groups, optimizer.state)
             tensors, passes, _ = backends.apart(tensors, self._plan.passes_for(device))
-            known = self._gradient_step(device, [entry.ordinal for entry in entries], tensors.steps) if cross else None
+            ordinals = [entry.ordinal for entry in entries]
+            if is_adaptive(self._frozen):
+                settings_of_all = self._hyperparameters(device, ordinals).settings
+                places = [self._position[ordinal][1] for ordinal in ordinals]
+                chosen = settings_of_all._replace(group_of=self._chosen(settings_of_all.group_of, places))
+                del self._waiting[device]  # after a failure up to here, another try is possible
+                schedule.adaptive_alone(tensors, passes, chosen, decay)
+                bump_versions(entry.param for entry in entries)
+                return
+            known = self._gradient_step(device, ordinals, tensors.steps) if cross else None
             del self._waiting[device]  # after a failure up to here, another try is possible
             sums = passes.accumulate(tensors, decay._replace(weight=weight), known)
         for place, entry in enumerate(entries):
@@ -407,15 +425,10 @@ class InBackward:
 
     def _gradient_step(self, device: torch.device, ordinals: Sequence[int], steps: Sequence[Tensor]) -> GradientStep:
         """The gradient's part of the step, for these parameters and their step counts."""
-        if any(self._position[ordinal][0] != device for ordinal in ordinals):  # the model was moved
-            self._find_devices()
+        hyper = self._hyperparameters(device, ordinals)
         settings = self._settings_on.get(device)
         if settings is None:
             assert self._frozen is not None
-            sizes, numerator, fisher = self._sizes[device], self._frozen[0]["numerator"], self._frozen[0]["fisher"]
-            hyper = self._everything.get(device)
-            if hyper is None or not hyper.serves(sizes, numerator, fisher):
-                hyper = self._everything[device] = Hyperparameters(device, sizes, numerator, fisher)
             hyper.refresh(self._frozen)
             settings = self._settings_on[device] = hyper.settings
         places = [self._position[ordinal][1] for ordinal in ordinals]
@@ -427,6 +440,21 @@ class InBackward:
             known = self._steps[device] = backends.gradient_step(settings, [])
         weight = None if known.weight is None else self._chosen(known.weight, places)
         return GradientStep(weight, self._chosen(known.gradient, places))
+
+    def _hyperparameters(self, device: torch.device, ordinals: Sequence[int]) -> Hyperparameters:
+        """Those of all parameters on a device, among them these."""
+        if any(self._position[ordinal][0] != device for ordinal in ordinals):  # the model was moved
+            self._find_devices()
+        assert self._frozen is not None
+        options = self._frozen[0]["numerator"], self._frozen[0]["fisher"], is_adaptive(self._frozen)
+        hyper = self._everything.get(device)
+        if hyper is None or not hyper.serves(self._sizes[device], *options):
+            hyper = self._everything[device] = Hyperparameters(device, self._sizes[device], *options)
+            self._settings_on.pop(device, None)
+            self._steps.pop(device, None)
+        if hyper.adaptive:
+            hyper.refresh(self._frozen)
+        return hyper
 
     def _chosen(self, x: Tensor, places: Sequence[int]) -> Tensor:
         """Chosen elements of ``x``, without a transfer if they are consecutive or were chosen before."""
@@ -546,7 +574,7 @@ class InBackward:
         """The groups for the rest of the step; the moment form reads lr, rho and decoupled decay only now."""
         assert self._frozen is not None
         groups = self._optimizer.param_groups
-        if checks.reads_gradient(self._frozen[0]["numerator"]):
+        if checks.reads_gradient(self._frozen[0]["numerator"]) or is_adaptive(self._frozen):
             return self._frozen
         for now, then in zip(groups, self._frozen, strict=True):
             if now["momentum"] != then["momentum"] or now["numerator"] != "moment":
@@ -576,6 +604,8 @@ class InBackward:
         for device, streams in self._streams.items():
             for stream in streams:  # a pass may have been launched there after the backward pass joined its streams
                 torch.cuda.current_stream(device).wait_stream(stream)
+        if self._frozen is not None and is_adaptive(self._frozen):
+            return  # the hooks have taken all of the step
         self._plan.compare_ranks(optimizer, guarded=False)
         shares = self._plan.shares_of(optimizer, present)
         decays = self._frozen is not None and any(group["weight_decay"] for group in self._frozen)

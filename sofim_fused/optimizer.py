@@ -7,7 +7,7 @@ import copy
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
@@ -35,7 +35,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _SOFIM = TypeVar("_SOFIM", bound="SOFIM")
 # Attributes that copies and pickles preserve, besides groups and state.
-_KEPT = ("_capturable", "_amp_fused", "_in_backward", "_release_grads")
+_KEPT = ("_capturable", "_amp_fused", "_in_backward", "_release_grads", "_by_diagonal")
 
 
 def _no_native_step(*_: Any) -> None:
@@ -136,10 +136,13 @@ class SOFIM(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 0.5,
+        lr: float | Tensor | None = None,
         momentum: float = 0.9,
-        rho: float | Tensor = 1.0,
+        rho: float | Tensor | Literal["auto"] | None = "auto",
         *,
+        diagonal: Literal["identity", "tensor", "row", "factored", "element"] = "identity",
+        beta2: float = 0.99,
+        eps: float = 1e-8,
         numerator: Literal["moment", "gradient", "nesterov"] = "moment",
         fisher: Literal["model", "group", "parameter"] = "model",
         weight_decay: float = 0.0,
@@ -159,10 +162,16 @@ class SOFIM(Optimizer):
         backend: str = "auto",
         shard_group: ProcessGroup | None = None,
     ) -> None:
+        # Of groups that do not set them, where the user did not choose: these follow each group's diagonal.
+        self._by_diagonal = (*(["lr"] if lr is None else []), *(["rho"] if _is_auto(rho) else []))
         defaults = {
-            "lr": lr,
+            **_by_diagonal(diagonal, self._by_diagonal),
+            **({} if lr is None else {"lr": lr}),
             "momentum": momentum,
-            "rho": rho,
+            **({} if _is_auto(rho) else {"rho": rho}),
+            "diagonal": diagonal,
+            "beta2": beta2,
+            "eps": eps,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
@@ -338,6 +347,16 @@ class SOFIM(Optimizer):
         shares = self._plan.shares(self, guarded)
         if not shares:
             return
+        if shares[0].hyper.adaptive:
+            guard = backends.GuardSettings(limit, grad_scale, found_inf, skip) if guarded else None
+            if skip or found_inf is not None:
+                _ = self.skipped_steps
+            seen, signal = schedule.adaptive(shares, self.param_groups, guard)
+            if signal is not None:
+                self._recorded["signal"] = signal
+            if seen is not None:
+                self._record_guard(*seen)
+            return
         if not guarded:
             schedule.plain(shares, self.param_groups)
             return
@@ -411,6 +430,17 @@ class SOFIM(Optimizer):
         return self._recorded.get("grad_norm")
 
     @property
+    def signal(self) -> Tensor | None:
+        r"""The signal of the last step, :math:`q = \hat m^\top D^{-1} \hat m / T`, of each Fisher block, on the device.
+
+        A float64 vector. It is at least 0: near (1-β)/(1+β) if successive gradients have nothing in common, near 1 if
+        they all point in one direction, and above 1 for a burst after small gradients. ``None`` before the first step,
+        without a diagonal that adapts, and with ``rho=None`` (the sums are then not taken). Reading its values waits
+        for the device. Not part of :meth:`state_dict`.
+        """
+        return self._recorded.get("signal")
+
+    @property
     def skipped_steps(self) -> Tensor:
         """How many steps were skipped since construction, a 0-dimensional int64 tensor on the device.
 
@@ -462,7 +492,10 @@ class SOFIM(Optimizer):
             RuntimeError: the requested backend cannot run on a parameter's device.
         """
         index = len(self.param_groups)
-        group = {**self.defaults, **checks.group_dict(param_group, index)}
+        given = checks.group_dict(param_group, index)
+        if self._by_diagonal and given.get("diagonal", self.defaults["diagonal"]) != self.defaults["diagonal"]:
+            param_group = {**_by_diagonal(given["diagonal"], self._by_diagonal), **param_group}
+        group = {**self.defaults, **param_group}
         group["state_dtype"] = checks.dtype_named(group["state_dtype"])
         checks.group(group, index)
         checks.agreement([*self.param_groups[:1], group], index)
@@ -475,7 +508,7 @@ class SOFIM(Optimizer):
             self._plan.passes_for(param.device)
             if self._in_backward and param.requires_grad:
                 where = f"parameter {place} of group {index}"
-                checks.in_backward_parameter(param, where, group["numerator"])
+                checks.in_backward_parameter(param, where, group)
                 check_unwatched(param, where, self._backward)
         if self._backward is not None:
             self._backward.check_not_under_way("add_param_group()")
@@ -521,14 +554,14 @@ class SOFIM(Optimizer):
         """
 
         def examine(_: Optimizer, given: StateDict) -> StateDict:
-            saved = checks_state_dict.check(given, self.param_groups, _DEFAULTS)
+            saved = checks_state_dict.check(given, self.param_groups, _DEFAULTS, gather.variance_shapes)
             if self._in_backward:
                 checks.in_backward(saved["param_groups"])
                 for index, group in enumerate(self.param_groups):
                     for place, param in enumerate(group["params"]):
                         where = f"state_dict: parameter {place} of group {index}"
                         if param.requires_grad:
-                            checks.in_backward_parameter(param, where, saved["param_groups"][index]["numerator"])
+                            checks.in_backward_parameter(param, where, saved["param_groups"][index])
             self._restored = gather.restored_states(saved, self.param_groups)
             # torch copies the rest: groups, and entries that belong to no parameter.
             keys = {key for group in saved["param_groups"] for key in group["params"]}
@@ -536,7 +569,7 @@ class SOFIM(Optimizer):
             return {**saved, "state": rest}
 
         if not isinstance(state_dict, Mapping):  # the hook would come too late: torch copies the dict before
-            checks_state_dict.check(state_dict, self.param_groups, _DEFAULTS)
+            checks_state_dict.check(state_dict, self.param_groups, _DEFAULTS, gather.variance_shapes)
         # Registered last, so that it sees the dict as the user's own hooks return it.
         handle = self.register_load_state_dict_pre_hook(examine)
         try:
@@ -552,6 +585,7 @@ class SOFIM(Optimizer):
         self.__dict__.setdefault("_amp_fused", True)
         self.__dict__.setdefault("_in_backward", False)
         self.__dict__.setdefault("_release_grads", False)
+        self.__dict__.setdefault("_by_diagonal", ())
         self.__dict__.setdefault("_recorded", {})
         self.__dict__.setdefault("_shard_group", None)
         for group in (*self.param_groups, self.defaults):  # from an older version, or set without load_state_dict()
@@ -599,10 +633,21 @@ class SOFIM(Optimizer):
         return twin
 
 
+def _is_auto(rho: Any) -> bool:
+    return isinstance(rho, str) and rho == "auto"
+
+
+def _by_diagonal(diagonal: Any, names: Sequence[str]) -> dict[str, Any]:
+    """The defaults of ``lr`` and ``rho``, those of ``names``."""
+    adapts = diagonal != "identity"
+    values = {"lr": 4e-3 if adapts else 0.5, "rho": None if adapts else 1.0}
+    return {name: values[name] for name in names}
+
+
 # The defaults for options that a group, saved by an older version, lacks.
 _DEFAULTS = {
     name: inspect.signature(SOFIM.__init__).parameters[name].default for name in checks.PER_GROUP + checks.WHOLE
-}
+} | _by_diagonal("identity", ("lr", "rho"))
 
 
 def _plain(group: Any) -> Any:

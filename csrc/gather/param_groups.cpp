@@ -12,7 +12,7 @@ namespace {
 // Keys of group and state dicts.
 struct Names {
   PyObject *params, *lr, *momentum, *rho, *weight_decay, *decoupled_weight_decay, *maximize, *state_dtype, *kahan,
-      *numerator, *fisher, *max_grad_norm, *skip_nonfinite, *exp_avg, *step;
+      *diagonal, *numerator, *fisher, *max_grad_norm, *skip_nonfinite, *exp_avg, *step;
 };
 
 const Names& names() {
@@ -20,8 +20,9 @@ const Names& names() {
     const auto name = [](const char* text) { return PyUnicode_InternFromString(text); };
     return Names{name("params"),       name("lr"),       name("momentum"),    name("rho"),
                  name("weight_decay"), name("decoupled_weight_decay"),        name("maximize"),
-                 name("state_dtype"),  name("kahan"),    name("numerator"),   name("fisher"),
-                 name("max_grad_norm"), name("skip_nonfinite"), name("exp_avg"), name("step")};
+                 name("state_dtype"),  name("kahan"),    name("diagonal"),    name("numerator"),
+                 name("fisher"),       name("max_grad_norm"),         name("skip_nonfinite"),
+                 name("exp_avg"),      name("step")};
   }();
   return names;
 }
@@ -284,6 +285,7 @@ bool ParamGroups::read_group(PyObject* dict, Group& group) {
   Hyper& h = group.hyper;
   double weight_decay;
   bool decoupled, maximize;
+  if (!is(item(dict, n.diagonal), "identity")) return false;  // others are taken pass by pass
   if (!read_scalar(item(dict, n.lr), DeviceScalar::kLr, h.lr)) return false;
   if (!read_number(item(dict, n.momentum), h.momentum) || !in_range(h.momentum, 0.0, 1.0)) return false;
   if (!read_scalar(item(dict, n.rho), DeviceScalar::kRho, h.rho)) return false;

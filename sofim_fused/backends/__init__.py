@@ -10,8 +10,11 @@ import torch
 
 from sofim_fused import native
 from sofim_fused.backends import cpu, cuda, triton
+from sofim_fused.backends.adaptive import TorchAdaptive
 from sofim_fused.backends.interface import (
     FISHER,
+    NUMERATORS,
+    AdaptivePasses,
     Coefficients,
     Decay,
     GradientStep,
@@ -19,9 +22,12 @@ from sofim_fused.backends.interface import (
     NativeInBackward,
     NativeStep,
     Passes,
+    ScaledSums,
     Settings,
+    Squares,
     StepTensors,
     Sums,
+    Variance,
     sum_dtype,
 )
 from sofim_fused.backends.reference import ReferencePasses
@@ -31,6 +37,8 @@ from sofim_fused.backends.triton.launch import capturing
 
 __all__ = [
     "FISHER",
+    "NUMERATORS",
+    "AdaptivePasses",
     "Coefficients",
     "Decay",
     "GradientStep",
@@ -38,9 +46,13 @@ __all__ = [
     "NativeInBackward",
     "NativeStep",
     "Passes",
+    "ScaledSums",
     "Settings",
+    "Squares",
     "StepTensors",
     "Sums",
+    "TorchAdaptive",
+    "Variance",
     "apart",
     "capturing",
     "choose",

@@ -3,23 +3,58 @@
 A step is two passes. Between them, ``fold`` and ``solve`` turn the sums of the first into the coefficients of the
 second. A pass knows only tensors and coefficients. How these follow from the learning rate, damping, clipping and the
 sign of ``maximize`` is described in :mod:`sofim_fused.backends.solve`.
+
+A step with a diagonal that adapts has passes of its own, :class:`AdaptivePasses`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from sofim_fused.checks import NUMERATORS, reads_gradient
+from sofim_fused.checks import NUMERATORS as NUMERATORS
+from sofim_fused.checks import reads_gradient
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
     """The dtype of sums and of the scalar algebra: float64; float32 on Apple's GPUs, which have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+class Variance(NamedTuple):
+    """Running means of g² over blocks of one tensor's elements, from which its diagonal D = diag(s) is computed.
+
+    They are float64 for a float64 tensor, else float32. Which of them a tensor has says how its elements are grouped:
+
+    ========  ==================  =========================================
+    diagonal  has                 block
+    ========  ==================  =========================================
+    tensor    ``variance``, 0-d   all elements
+    row       ``row_var``         the elements with one index of dimension 0
+    factored  both                a row, and a column: all other indices
+    element   ``variance``        each element
+    ========  ==================  =========================================
+
+    Attributes:
+        row_var: ``[rows]``.
+        col_var: of w's shape without dimension 0.
+        variance: 0-dimensional, or of w's shape.
+        shape: rows and columns of the whole parameter; (1, elements) where there is no ``row_var``.
+    """
+
+    row_var: Tensor | None
+    col_var: Tensor | None
+    variance: Tensor | None
+    shape: tuple[int, int]
+
+    @property
+    def by_element(self) -> bool:
+        """Whether each element has its own running mean; one 0-dimensional number counts as a block."""
+        return self.variance is not None and self.variance.dim() > 0
 
 
 @dataclass(eq=False)
@@ -35,6 +70,7 @@ class StepTensors:
             value above half an ulp of w cannot be such a part (w was replaced from outside) and counts as zero.
         steps: 0-dimensional int64, the updates that each tensor has received.
         ordinals: each tensor's place among all parameters of the optimizer; keys the rounding of bfloat16 moments.
+        variances: in a step with a diagonal that adapts, of each tensor; otherwise empty.
     """
 
     device: torch.device
@@ -44,6 +80,7 @@ class StepTensors:
     kahans: list[Tensor | None]
     steps: list[Tensor]
     ordinals: list[int]
+    variances: list[Variance] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.params)
@@ -108,12 +145,14 @@ class Settings(NamedTuple):
 
     Attributes:
         hyper: float64 ``[groups, 6]`` on the pass's device: lr, momentum, rho, weight_decay (decoupled), l2, and the
-            sign of the gradient (-1 for ``maximize``). A row of a group without tensors is undefined.
+            sign of the gradient (-1 for ``maximize``). With a diagonal that adapts ``[groups, 8]``: then beta2 and eps
+            follow, and a rho of ``None`` is infinite. A row of a group without tensors is undefined.
         sizes: how many tensors each group has, n in all.
         fisher: what one Fisher block is, as an index of :data:`FISHER`. There are B blocks: 1, one per group, or n.
         numerator: what F⁻¹ is applied to, as an index of :data:`sofim_fused.checks.NUMERATORS`.
         group_of: int64 ``[n]`` on the pass's device, each tensor's group.
         scales_weight: whether some tensor has weight decay, so that its update scales w.
+        rank_one: with a diagonal that adapts, whether any rho is finite, so that F has its term of rank one.
     """
 
     hyper: Tensor
@@ -122,6 +161,7 @@ class Settings(NamedTuple):
     numerator: int
     group_of: Tensor
     scales_weight: bool
+    rank_one: bool = True
 
     @property
     def reads_gradient(self) -> bool:
@@ -162,6 +202,58 @@ class GuardSettings(NamedTuple):
     def may_skip(self) -> bool:
         """Whether the step may be skipped."""
         return self.skip_nonfinite or self.found_inf is not None
+
+
+class Squares(NamedTuple):
+    """Sums of g² over blocks of elements, float64 on the pass's device, of gradients as they are.
+
+    Attributes:
+        total: ``[n]``, over each tensor.
+        rows: over each row of the tensors that have ``row_var``, one tensor after the other; a vector.
+        cols: over each column of the tensors that have ``col_var``, in the order of its elements; a vector.
+        col_var: ``[n]``, if other ranks hold other columns: the sum of ``col_var`` over all of them, before this step.
+    """
+
+    total: Tensor
+    rows: Tensor
+    cols: Tensor
+    col_var: Tensor | None = None
+
+
+class Scales(NamedTuple):
+    """The diagonal of a step: of each tensor D⁻¹ as a factor per row times a factor per column.
+
+    An element of a tensor without ``col_var`` has the column factor 1; all elements of a tensor with a 0-dimensional
+    ``variance`` share one row factor. Where each element has its own variance v, the sweep that updates v computes
+    1/s with s = √v·root + eps.
+
+    Attributes:
+        rows: the row factors of the tensors that have any, one tensor after the other; a float64 vector.
+        cols: the column factors of the tensors that have ``col_var``; a float64 vector.
+        trace: ``[n]`` float64, Σs over the elements of each tensor; 0 where each element has its own variance.
+        beta2: ``[n]`` float64.
+        eps: ``[n]`` float64.
+        root: ``[n]`` float64, 1/√(1 - β₂^t): the root of the bias correction.
+        gain: what gradients are multiplied by, 0-dimensional float64; ``None``: 1.
+        skip: whether the step is skipped, 0-dimensional bool; ``None``: it is not.
+    """
+
+    rows: Tensor
+    cols: Tensor
+    trace: Tensor
+    beta2: Tensor
+    eps: Tensor
+    root: Tensor
+    gain: Tensor | None = None
+    skip: Tensor | None = None
+
+
+class ScaledSums(NamedTuple):
+    """Sums per tensor after a sweep with D known, float64 vectors of n: Σm²/s, Σmv/s with v = gain·g, and Σs."""
+
+    mm: Tensor
+    mg: Tensor
+    trace: Tensor
 
 
 NativeStep = Callable[
@@ -228,7 +320,85 @@ class NativeInBackward(Protocol):
 
 
 @runtime_checkable
-class Passes(Protocol):
+class AdaptivePasses(Protocol):
+    """The passes of a step with a diagonal that adapts; a part of :class:`Passes`.
+
+    ``tensors.variances`` says which diagonal each tensor has. A step is: ``squares``, ``adapt``; then, if F has no
+    term of rank one, ``solve_scaled``, ``commit_scaled``; otherwise ``accumulate_scaled``, ``fold_scaled``,
+    ``solve_scaled``, ``apply_scaled``. Sums and version counters are as for :class:`Passes`. Formulas are in
+    :mod:`sofim_fused.backends.adaptive`.
+    """
+
+    def squares(self, tensors: StepTensors) -> Squares:
+        """Read g and write nothing."""
+
+    def adapt(
+        self,
+        tensors: StepTensors,
+        settings: Settings,
+        squares: Squares,
+        guard: GuardSettings | None,
+        square: Tensor | None,
+    ) -> tuple[Scales, Tensor | None]:
+        """Update ``row_var``, ``col_var`` and 0-dimensional ``variance``, unless the step is skipped; compute D⁻¹.
+
+        Args:
+            tensors: of the step; ``steps`` are not advanced yet.
+            settings: of the same tensors.
+            squares: from :meth:`squares`, summed over the ranks that hold other parts of a row, column or tensor. Only
+                ``TorchAdaptive`` has to take :attr:`Squares.col_var`. Without ``guard`` nothing else is needed of it
+                than the sums of tensors that do not have a variance for each element.
+            guard: ``None``: gradients are neither clipped nor scaled, and the step is not skipped.
+            square: with ``guard``, the sum of all ``squares.total``, over devices and ranks.
+
+        Returns:
+            The scales; with ``guard`` also the true gradients' norm before clipping, 0-dimensional float64.
+        """
+
+    def accumulate_scaled(self, tensors: StepTensors, decay: Decay, scales: Scales) -> ScaledSums:
+        """Update m, and the variances of elements, unless ``scales.skip``; return the sums, of m as stored.
+
+        Runs before ``steps`` advance: a rounding to bfloat16 is keyed by ``steps + 1``.
+        """
+
+    def fold_scaled(
+        self,
+        steps: Sequence[Tensor],
+        settings: Settings,
+        sums: ScaledSums,
+        class_of: Tensor | None = None,
+        classes: int = 1,
+    ) -> Tensor:
+        """Add up each tensor's part per Fisher block: float64 ``[classes, 4, B]`` of T, Q, P and m̂ᵀD⁻¹m̂."""
+
+    def solve_scaled(
+        self, steps: Sequence[Tensor], settings: Settings, blocks: Tensor | None, skip: Tensor | None
+    ) -> tuple[Coefficients, Tensor | None]:
+        """The coefficients of the last sweep; ``steps`` advance by one, unless ``skip``.
+
+        Args:
+            steps: of the tensors.
+            settings: of the same tensors.
+            blocks: ``[4, B]`` from :meth:`fold_scaled`, summed over classes, devices and ranks; ``None``: F has no term
+                of rank one.
+            skip: as :attr:`Scales.skip`.
+
+        Returns:
+            The coefficients, without ``gain`` and ``skip``; and, with ``blocks``, the signal q of each Fisher block.
+        """
+
+    def apply_scaled(self, tensors: StepTensors, coefficients: Coefficients, scales: Scales) -> None:
+        """Update w in place: ``w' = weight·w + (gradient·v + moment·m)/s`` with ``v = gain·g``, unless skipped."""
+
+    def commit_scaled(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients, scales: Scales) -> None:
+        """Update m, the variances of elements, and w as in :meth:`apply_scaled` from the new m before its rounding.
+
+        Runs after ``steps`` advance: a rounding to bfloat16 is keyed by ``steps``.
+        """
+
+
+@runtime_checkable
+class Passes(AdaptivePasses, Protocol):
     """The whole interface of a backend. Every pass is one sweep over all tensors of ``tensors``.
 
     Arithmetic is float32, or float64 for float64 parameters. Sums consist of float64 products, added in float64 in an

@@ -24,12 +24,13 @@ from sofim_fused.backends.interface import (
     StepTensors,
     Sums,
 )
+from sofim_fused.backends.reference import TorchAdaptivePasses
 from sofim_fused.backends.solve import TorchSolve, on_device_of
 
 NAMESPACE = "sofim_fused"
 
 
-class OperatorPasses(TorchSolve):
+class OperatorPasses(TorchSolve, TorchAdaptivePasses):
     """See :class:`sofim_fused.backends.interface.Passes`.
 
     Args:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sofim_fused.backends.adaptive import TorchAdaptive, split, split_rows
 from sofim_fused.backends.interface import (
     Coefficients,
     Decay,
     GradientStep,
     NativeInBackward,
     NativeStep,
+    ScaledSums,
+    Scales,
+    Squares,
     StepTensors,
     Sums,
     sum_dtype,
@@ -33,7 +38,56 @@ _WIDE = {  # the dtype of the arithmetic, by the parameter's
 _Factors = Sequence[Tensor] | None  # one 0-dimensional factor per tensor; None: the term is absent
 
 
-class ReferencePasses(TorchSolve):
+class TorchAdaptivePasses(TorchAdaptive):
+    """See :class:`sofim_fused.backends.interface.AdaptivePasses`: all of it in pure PyTorch, tensor by tensor."""
+
+    def squares(self, tensors: StepTensors) -> Squares:
+        none = torch.zeros(0, dtype=sum_dtype(tensors.device), device=tensors.device)
+        totals, rows, cols = [none], [none], [none]
+        for g, variance in zip(tensors.grads, tensors.variances, strict=True):
+            if variance.row_var is None:
+                totals.append(dot(g, g).view(1))
+                continue
+            by_row, by_col = _sums_of_squares(g, variance.col_var is not None)
+            totals.append(by_row.sum().view(1))
+            rows.append(by_row)
+            cols.append(by_col)
+        return Squares(torch.cat(totals), torch.cat(rows), torch.cat(cols))
+
+    def accumulate_scaled(self, tensors: StepTensors, decay: Decay, scales: Scales) -> ScaledSums:
+        diagonal = _Diagonal(tensors, scales)
+        sums: list[list[Tensor]] = []
+        for batch in _one_by_one(tensors):
+            (i,) = batch.indices
+            (g,), (m,) = _gained(batch.wide(tensors.grads), scales), batch.wide(tensors.exp_avgs, copy=True)
+            _blend([m], [g], None, decay, batch)
+            (m,) = _store_moments(tensors, batch, [m], early=True, skip=scales.skip)
+            inverse, trace = diagonal.enter(i, g)
+            sums.append([dot(m, m * inverse), dot(g, m * inverse), trace])
+        none = torch.zeros(3, 0, dtype=sum_dtype(tensors.device), device=tensors.device)
+        return ScaledSums(*(torch.stack([torch.stack(each) for each in sums], 1) if sums else none))
+
+    def apply_scaled(self, tensors: StepTensors, coefficients: Coefficients, scales: Scales) -> None:
+        diagonal = _Diagonal(tensors, scales)
+        update = _Update(coefficients.weight, coefficients.gradient, coefficients.moment, scales.skip)
+        for batch in _one_by_one(tensors):
+            (i,) = batch.indices
+            grads = None if coefficients.gradient is None else _gained(batch.wide(tensors.grads), scales)
+            update.run(tensors, batch, grads, batch.wide(tensors.exp_avgs), diagonal.inverse(i))
+
+    def commit_scaled(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients, scales: Scales) -> None:
+        diagonal = _Diagonal(tensors, scales)
+        update = _Update(coefficients.weight, coefficients.gradient, coefficients.moment, scales.skip)
+        for batch in _one_by_one(tensors):
+            (i,) = batch.indices
+            grads, moments = _gained(batch.wide(tensors.grads), scales), batch.wide(tensors.exp_avgs, copy=True)
+            _blend(moments, grads, None, decay, batch)
+            inverse, _ = diagonal.enter(i, grads[0])
+            update.run(tensors, batch, grads, moments, inverse)
+            _store_moments(tensors, batch, moments, early=False, skip=scales.skip)
+
+
+class ReferencePasses(TorchSolve, TorchAdaptivePasses):
     """See :class:`sofim_fused.backends.interface.Passes`.
 
     ``torch._foreach`` works on many tensors together: on all that are updated in place; and of those that need
@@ -131,6 +185,55 @@ def _batches(tensors: StepTensors, temporaries: bool = False) -> Iterator[_Batch
         yield _Batch(indices, dtype)
 
 
+def _one_by_one(tensors: StepTensors) -> Iterator[_Batch]:
+    """Each tensor alone, to be widened to the dtype of its arithmetic."""
+    for i, w in enumerate(tensors.params):
+        yield _Batch([i], _WIDE[w.dtype])
+
+
+def _gained(grads: list[Tensor], scales: Scales) -> list[Tensor]:
+    return grads if scales.gain is None else list(torch._foreach_mul(grads, [scales.gain] * len(grads)))
+
+
+class _Diagonal:
+    """1/s of each tensor in a step, in the dtype of the arithmetic, in a shape that broadcasts to that of w."""
+
+    def __init__(self, tensors: StepTensors, scales: Scales) -> None:
+        self._tensors = tensors
+        self._scales = scales
+        self._rows = split_rows(scales, tensors.variances)
+        self._cols = split(scales.cols, [variance.col_var for variance in tensors.variances])
+
+    def enter(self, i: int, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Update the running mean of g² of each element of tensor i, if it has one; return 1/s and Σs."""
+        variance = self._tensors.variances[i]
+        if variance.by_element:
+            assert variance.variance is not None
+            beta2 = self._scales.beta2[i].to(g.dtype)
+            v = variance.variance
+            # Saturated: from infinity it could never decay.
+            new = (v * beta2).addcmul_(g, g * (1 - beta2)).clamp_(max=torch.finfo(v.dtype).max)
+            _write([v], [new], self._scales.skip)
+            s = self._root(i)
+            return s.reciprocal(), s.to(sum_dtype(g.device)).sum()
+        return self.inverse(i), self._scales.trace[i]
+
+    def _root(self, i: int) -> Tensor:
+        v = self._tensors.variances[i].variance
+        assert v is not None
+        return v.sqrt().mul_(self._scales.root[i].to(v.dtype)).add_(self._scales.eps[i].to(v.dtype))
+
+    def inverse(self, i: int) -> Tensor:
+        variance, dtype = self._tensors.variances[i], _WIDE[self._tensors.params[i].dtype]
+        if variance.by_element:
+            return self._root(i).reciprocal_()
+        rows = self._rows[i].to(dtype)
+        if variance.row_var is None:
+            return rows[0]
+        rows = rows.view(-1, *[1] * (self._tensors.params[i].dim() - 1))
+        return rows if variance.col_var is None else rows * self._cols[i].to(dtype).view(variance.col_var.shape)
+
+
 class _SumCollector:
     """Collects sums tensor by tensor, in any order, and stacks them into vectors."""
 
@@ -169,6 +272,20 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
         return _products(a, b).sum()
     chunks = zip(a.reshape(-1).split(CHUNK), b.reshape(-1).split(CHUNK), strict=True)
     return _ordered_sum(torch.stack([_ordered_sum(_products(x, y, a is b)) for x, y in chunks]))
+
+
+def _sums_of_squares(g: Tensor, columns: bool) -> tuple[Tensor, Tensor]:
+    """Sums of g² over each row, and over each column if ``columns``: float64 vectors, the same for any thread count."""
+    dtype, count, size = sum_dtype(g.device), g.shape[0], math.prod(g.shape[1:])
+    cols = torch.zeros(size if columns else 0, dtype=dtype, device=g.device)
+    rows = []
+    for part in g.split(max(1, CHUNK // max(size, 1))):
+        square = part.reshape(len(part), size).to(dtype).square()
+        # Sums with several results are never divided among threads; one alone would be.
+        rows.append(square.sum(1) if len(part) != 1 else _ordered_sum(square.view(-1)).view(1))
+        if columns:
+            cols += square.sum(0) if size != 1 else _ordered_sum(square.view(-1))
+    return torch.cat(rows) if rows else cols.new_zeros(count), cols
 
 
 def _products(a: Tensor, b: Tensor, square: bool = False) -> Tensor:
@@ -248,9 +365,14 @@ class _Update:
         self.in_place = skip is None and (weight is None or gradient is None)
 
     def run(
-        self, tensors: StepTensors, batch: _Batch, grads: list[Tensor] | None, moments: list[Tensor] | None
+        self,
+        tensors: StepTensors,
+        batch: _Batch,
+        grads: list[Tensor] | None,
+        moments: list[Tensor] | None,
+        inverse: Tensor | None = None,
     ) -> None:
-        """Update the weights of a batch."""
+        """Update the weights of a batch; ``inverse``: of a single tensor, which its two terms are multiplied by."""
         values = batch.wide(tensors.params, copy=not self.in_place)
         for i, value in zip(batch.indices, values, strict=True):
             kahan = tensors.kahans[i]
@@ -261,6 +383,8 @@ class _Update:
             torch._foreach_mul_(values, [self._weight[i] for i in batch.indices])
         for factors, addends in ((self._gradient, grads), (self._moment, moments)):
             if factors is not None and addends is not None:
+                if inverse is not None:
+                    addends = [addends[0] * inverse]
                 torch._foreach_addcmul_(values, addends, [factors[i] for i in batch.indices])
         targets, written = [], []
         for i, value in zip(batch.indices, values, strict=True):

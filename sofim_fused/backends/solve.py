@@ -229,15 +229,15 @@ def at_gain(blocks: Tensor, gain: Tensor) -> Tensor:
 def coefficients(settings: Settings, hyper: Hyper, blocks: Tensor, correction: Tensor) -> Coefficients:
     """The second pass's coefficients from S (and P) per block, ``[1 or 2, blocks]``."""
     norm, *cross = blocks.unbind()
-    shrink = correction / (hyper.rho * (1 + _per_tensor(norm, settings)))
+    shrink = correction / (hyper.rho * (1 + per_tensor(norm, settings)))
     if not settings.reads_gradient:
         weight = 1 - hyper.lr * hyper.weight_decay if settings.scales_weight else None
-        return Coefficients(moment=_finite(-hyper.lr * shrink), weight=weight)
-    moment = hyper.lr * shrink * _per_tensor(cross[0], settings)
+        return Coefficients(moment=finite(-hyper.lr * shrink), weight=weight)
+    moment = hyper.lr * shrink * per_tensor(cross[0], settings)
     if NUMERATORS[settings.numerator] == "nesterov":
         by_moment, _ = look_ahead(hyper, correction)
-        moment = hyper.lr * (shrink * _per_tensor(cross[0], settings) - by_moment / hyper.rho)
-    return Coefficients(_finite(moment), *_gradient_step(settings, hyper, correction))
+        moment = hyper.lr * (shrink * per_tensor(cross[0], settings) - by_moment / hyper.rho)
+    return Coefficients(finite(moment), *_gradient_step(settings, hyper, correction))
 
 
 def gradient_step(settings: Settings, steps: Sequence[Tensor]) -> GradientStep:
@@ -251,10 +251,10 @@ def _gradient_step(settings: Settings, hyper: Hyper, correction: Tensor) -> Grad
     if NUMERATORS[settings.numerator] == "nesterov":
         rate = rate * look_ahead(hyper, correction)[1]
     weight = 1 - hyper.lr * hyper.weight_decay - _decayed(hyper.l2, rate) if settings.scales_weight else None
-    return GradientStep(weight=weight, gradient=_finite(-rate * hyper.sign))
+    return GradientStep(weight=weight, gradient=finite(-rate * hyper.sign))
 
 
-def _per_tensor(blocks: Tensor, settings: Settings) -> Tensor:
+def per_tensor(blocks: Tensor, settings: Settings) -> Tensor:
     """The value of each tensor's block."""
     return blocks.index_select(0, settings.group_of) if FISHER[settings.fisher] == "group" else blocks
 
@@ -264,7 +264,8 @@ def _decayed(l2: Tensor, x: Tensor) -> Tensor:
     return torch.where(l2 == 0, 0.0, l2 * x)
 
 
-def _finite(coefficients: Tensor) -> Tensor:
+def finite(coefficients: Tensor) -> Tensor:
+    """Coefficients limited to the range of float32, in place."""
     # Beyond the range of float32, a coefficient would become infinite, and its product with a zero moment NaN.
     return coefficients.clamp_(-FLOAT32_MAX, FLOAT32_MAX)
 

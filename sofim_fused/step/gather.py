@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sofim_fused import checks, checks_state_dict
-from sofim_fused.backends import StepTensors
-from sofim_fused.dtensor import local, placed_as
+from sofim_fused.backends import StepTensors, Variance
+from sofim_fused.dtensor import is_sharded, local, placed_as, placements_like, spread_like
 
 
 class Entry(NamedTuple):
@@ -55,6 +56,12 @@ def check_state(entry: Entry, group: Mapping[str, Any], state: Mapping[Tensor, A
     checks.state_entries(entry.param, known, entry.ordinal)
     if "exp_avg" in known:
         checks.state_of_parameter(entry.param, known, moment_dtype(entry.param, group["state_dtype"]), entry.ordinal)
+        shapes = variance_shapes(entry.param, group["diagonal"])
+        checks.variances(entry.param, known, shapes, variance_dtype(entry.param), entry.ordinal, group["diagonal"])
+        for name, shape in shapes.items():
+            if is_sharded(entry.param):
+                placements = placements_like(entry.param, _dims(name, entry.param, shape))
+                checks.variance_placed(entry.param, known[name], placements, entry.ordinal, name)
     else:
         checks.first_gradient(entry.param, entry.ordinal, group["state_dtype"])
 
@@ -77,10 +84,70 @@ def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[T
             dtype = moment_dtype(param, group["state_dtype"])
             made["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
             made["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            made.update(_zero_variances(param, group["diagonal"]))
         if not kept:
             made["kahan"] = torch.zeros_like(param, memory_format=torch.preserve_format)
     state[param] = {**known, **made}
     return known
+
+
+def variance_shapes(param: Tensor, diagonal: str) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a parameter's running means of g² (:class:`sofim_fused.backends.Variance`).
+
+    Rows are those of the parameter as the user made it. Of a complex one, the real and the imaginary part are elements.
+    """
+    if diagonal == "identity":
+        return {}
+    shape = (*param.shape, 2) if param.is_complex() else tuple(param.shape)
+    if diagonal == "element" or (diagonal == "factored" and param.dim() < 2):
+        return {"variance": shape}
+    if diagonal == "tensor" or param.dim() < 2:
+        return {"variance": ()}
+    return {"row_var": shape[:1], "col_var": shape[1:]} if diagonal == "factored" else {"row_var": shape[:1]}
+
+
+def variance_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of running means of g²."""
+    return torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def _zero_variances(param: Tensor, diagonal: str) -> dict[str, Tensor]:
+    """Running means of g² before the first gradient, in the parameter's order in memory where they have its shape.
+
+    Of a ``DTensor`` they are sharded as it is, where they have the dimension along which it is.
+    """
+    part = _real(local(param.detach()))
+    dtype, preserve = variance_dtype(param), torch.preserve_format
+    made = {}
+    for name, shape in variance_shapes(param, diagonal).items():
+        if name == "variance" and shape:
+            mine = torch.zeros_like(part, dtype=dtype, memory_format=preserve)
+        elif name == "variance":
+            mine = torch.zeros((), dtype=dtype, device=param.device)
+        elif name == "row_var":
+            mine = torch.zeros(part.shape[:1], dtype=dtype, device=param.device)
+        elif part.shape[0]:
+            mine = torch.zeros_like(part[0], dtype=dtype, memory_format=preserve)
+        else:
+            mine = torch.zeros(part.shape[1:], dtype=dtype, device=param.device)
+        made[name] = spread_like(param, mine, shape, _dims(name, param, shape))
+    return made
+
+
+def _dims(name: str, param: Tensor, shape: tuple[int, ...]) -> dict[int, int]:
+    """The dimension of a running mean for each dimension of its parameter that it has."""
+    if name == "row_var":
+        return {0: 0}
+    if name == "col_var":
+        return {dim: dim - 1 for dim in range(1, param.dim())}
+    return {dim: dim for dim in range(param.dim())} if shape else {}
+
+
+def rows_and_columns(param: Tensor, diagonal: str) -> tuple[int, int]:
+    """How many rows and columns this rank has of a parameter; 0 where it has no ``row_var`` or ``col_var``."""
+    shapes, part = variance_shapes(param, diagonal), _real(local(param.detach()))
+    rows = part.shape[0] if "row_var" in shapes else 0
+    return rows, math.prod(part.shape[1:]) if "col_var" in shapes else 0
 
 
 def restored_states(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, dict[str, Any]]:
@@ -108,6 +175,8 @@ def _restored(param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any])
     state["exp_avg"] = _like(param, entries["exp_avg"], moment_dtype(param, group["state_dtype"]))
     if "kahan" in entries and keeps_lost_bits(param, group["kahan"]):
         state["kahan"] = _like(param, entries["kahan"], param.dtype)
+    for name, made in _zero_variances(param, group["diagonal"]).items():
+        state[name] = _filled(made, entries[name])
     return state
 
 
@@ -177,7 +246,21 @@ def lay_out(
         ],
         steps=[known["step"] for known in states],
         ordinals=[entry.ordinal for entry in entries],
+        variances=[
+            _variance(entry.param, known)
+            for entry, known in zip(entries, states, strict=True)
+            if groups[entry.group]["diagonal"] != "identity"
+        ],
     )
+
+
+def _variance(param: Tensor, known: Mapping[str, Tensor]) -> Variance:
+    row_var, col_var, variance = (
+        local(known[name]) if name in known else None for name in ("row_var", "col_var", "variance")
+    )
+    numel = param.numel() * (2 if param.is_complex() else 1)
+    shape = (1, numel) if row_var is None else (param.shape[0], numel // max(param.shape[0], 1))
+    return Variance(row_var, col_var, variance, shape)
 
 
 def _real(x: Tensor) -> Tensor:

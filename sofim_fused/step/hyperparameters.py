@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,14 +23,19 @@ class Hyperparameters:
         sizes: how many of the tensors belong to each parameter group; tensors are in the order of groups.
         numerator: one of ``checks.NUMERATORS``.
         fisher: ``"model"``, ``"group"`` or ``"parameter"``.
+        adaptive: whether the groups' diagonals adapt.
     """
 
-    def __init__(self, device: torch.device, sizes: Sequence[int], numerator: str, fisher: str) -> None:
+    def __init__(
+        self, device: torch.device, sizes: Sequence[int], numerator: str, fisher: str, adaptive: bool = False
+    ) -> None:
         self.sizes = list(sizes)
         self.numerator = numerator
         self.fisher = fisher
+        self.adaptive = adaptive
+        self._columns = _ADAPTIVE_COLUMNS if adaptive else _COLUMNS
         with torch.inference_mode(False):  # otherwise no later step could write to them
-            self._hyper = torch.zeros(len(self.sizes), len(_COLUMNS), dtype=sum_dtype(device), device=device)
+            self._hyper = torch.zeros(len(self.sizes), len(self._columns), dtype=sum_dtype(device), device=device)
             self._group_of = torch.zeros(sum(self.sizes), dtype=torch.int64, device=device)
         for index, part in enumerate(self._group_of.split(self.sizes)):
             part.fill_(index)  # passes a kernel argument; a list would have to be copied to the device, and waited for
@@ -38,9 +44,10 @@ class Hyperparameters:
         self._decay_key: tuple[tuple[float, float, float], ...] = ()
         self.settings = self._settings(False)
 
-    def serves(self, sizes: Sequence[int], numerator: str, fisher: str) -> bool:
+    def serves(self, sizes: Sequence[int], numerator: str, fisher: str, adaptive: bool = False) -> bool:
         """Whether it was made for these sizes and options."""
-        return (self.sizes, self.numerator, self.fisher) == (list(sizes), numerator, fisher)
+        mine = self.sizes, self.numerator, self.fisher, self.adaptive
+        return mine == (list(sizes), numerator, fisher, adaptive)
 
     def refresh(self, groups: Sequence[Group]) -> Decay:
         """Copy the groups' hyperparameters as they are now; return how gradients enter the moments.
@@ -51,17 +58,18 @@ class Hyperparameters:
         present = [(group, size) for group, size in zip(groups, self.sizes, strict=True) if size]
         for row, (group, size) in enumerate(zip(groups, self.sizes, strict=True)):
             if size:
-                for column, read in enumerate(_COLUMNS.values()):
+                for column, read in enumerate(self._columns.values()):
                     self._write(row, column, read(group))
         key = tuple(entering(group) for group, _ in present)
         if self._decay is None or key != self._decay_key:
             rows = [row for row, (_, size) in zip(key, present, strict=True) for _ in range(size)]
             self._decay_key, self._decay = key, decay_of(rows, checks.reads_gradient(self.numerator))
         l2 = checks.reads_gradient(self.numerator) and self._decay.weight is not None
-        self.settings = self._settings(l2 or any(_decoupled(group) for group, _ in present))
+        rank_one = any(group["rho"] is not None for group, _ in present)
+        self.settings = self._settings(l2 or any(_decoupled(group) for group, _ in present), rank_one)
         return self._decay
 
-    def _settings(self, scales_weight: bool) -> Settings:
+    def _settings(self, scales_weight: bool, rank_one: bool = True) -> Settings:
         return Settings(
             hyper=self._hyper,
             sizes=self.sizes,
@@ -69,6 +77,7 @@ class Hyperparameters:
             numerator=checks.NUMERATORS.index(self.numerator),
             group_of=self._group_of,
             scales_weight=scales_weight,
+            rank_one=rank_one,
         )
 
     def _write(self, row: int, column: int, value: float | Tensor) -> None:
@@ -117,8 +126,13 @@ def _number(value: Any) -> float | Tensor:
 _COLUMNS: dict[str, Callable[[Group], float | Tensor]] = {
     "lr": lambda group: _number(group["lr"]),
     "momentum": lambda group: _number(group["momentum"]),
-    "rho": lambda group: _number(group["rho"]),
+    "rho": lambda group: _number(math.inf if group["rho"] is None else group["rho"]),
     "weight_decay": _decoupled,
     "l2": _l2,
     "sign": _sign,
+}
+_ADAPTIVE_COLUMNS = {
+    **_COLUMNS,
+    "beta2": lambda group: _number(group["beta2"]),
+    "eps": lambda group: _number(group["eps"]),
 }

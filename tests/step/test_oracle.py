@@ -84,7 +84,7 @@ def _set(name: str, value: Any) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 def _no_rank_one_term(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(solve, "_per_tensor", lambda blocks, settings: torch.zeros_like(blocks))
+    patch.setattr(solve, "per_tensor", lambda blocks, settings: torch.zeros_like(blocks))
 
 
 def _blocks_not_added(patch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,6 @@ ARGUMENTS = [
     Argument({"lr": "0.1"}, TypeError, f"lr='0.1': {A_NUMBER}"),
     Argument({"lr": True}, TypeError, f"lr=True: {A_NUMBER}"),
     Argument({"lr": 10**400}, ValueError, f"lr=inf: {NOT_NEGATIVE}", "`lr=10**400`, which no float holds"),
-    Argument({"lr": None}, TypeError, f"lr=None: {A_NUMBER}"),
     Argument({"lr": torch.ones(2)}, ValueError, f"lr is a tensor (shape (2,), float32, cpu): {ONE_ELEMENT}"),
     Argument({"lr": torch.tensor(-1.0)}, ValueError, f"lr=-1.0: {NOT_NEGATIVE}"),
     Argument({"lr": torch.tensor(1j)}, ValueError, f"lr is a tensor (shape (), complex64, cpu): {ONE_ELEMENT}"),

@@ -23,6 +23,7 @@ from sofim_fused.backends.interface import (
     StepTensors,
     Sums,
 )
+from sofim_fused.backends.reference import TorchAdaptivePasses
 from sofim_fused.backends.solve import on_device_of
 from sofim_fused.backends.triton import pack
 from sofim_fused.backends.triton.launch import (
@@ -40,7 +41,7 @@ from sofim_fused.backends.triton.step import TritonStep
 from sofim_fused.backends.triton.workspace import Located, Workspace
 
 
-class TritonPasses:
+class TritonPasses(TorchAdaptivePasses):
     """See :class:`sofim_fused.backends.interface.Passes`. Each optimizer has its own instance, with a workspace.
 
     Args:
