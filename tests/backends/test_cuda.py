@@ -282,7 +282,7 @@ def test_operators_pass_pytorchs_own_checks() -> None:
     torch.library.opcheck(ops.dots.default, ([w], [g], [m], True))
     torch.library.opcheck(ops.accumulate.default, ([w], [g], [m], [count], [0], [0.9], [0.1], [0.01], True))
     case = Case.of([2, 1])
-    method = case.method("group", True, True)
+    method = case.method("group", "nesterov", True)
     sums = case.sums(True, True)
     torch.library.opcheck(ops.fold.default, (*sums, *method, None, 1))
     (blocks,), square = ops.fold(*sums, *method, None, 1)
