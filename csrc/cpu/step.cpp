@@ -93,13 +93,13 @@ void Step::plain_step() {
   find_corrections();
   Mode mode;
   mode.weights = param_groups_.l2();
-  mode.cross = options().gradient_form;
+  mode.cross = options().reads_gradient();
   tensors_.key_random_bits(1);
   tensors_.bump_moments();
   const auto products = run_pass(Pass::accumulate, tensors_.records(), tensors_.tiling(), mode, scratch_);
   solve(fold<PlainBlock>(products));
   tensors_.bump_weights();
-  mode.gradient = options().gradient_form;
+  mode.gradient = options().reads_gradient();
   run_pass(Pass::apply, tensors_.records(), tensors_.tiling(), mode, scratch_);
   tensors_.write_back(true, true);
   tensors_.advance();
@@ -121,7 +121,7 @@ void Step::guarded_step() {
   tensors_.key_random_bits(1);
   tensors_.bump_moments();
   tensors_.bump_weights();
-  mode.gradient = options().gradient_form;
+  mode.gradient = options().reads_gradient();
   mode.scaled = guard_.gain != 1.0;
   mode.gain = guard_.gain;
   run_pass(Pass::commit, tensors_.records(), tensors_.tiling(), mode, scratch_);
@@ -151,13 +151,10 @@ void Step::adaptive_step(bool is_guarded) {
   tensors_.bump_variances();
   tensors_.bump_weights();
   Mode mode;
-  mode.cross = mode.gradient = options().gradient_form || options().look_ahead;
-  const auto terms = [&](size_t i) {
-    return numerator_terms(param_groups_.hyper(i), corrections_[i], options().gradient_form, options().look_ahead);
-  };
+  mode.cross = mode.gradient = options().reads_gradient();
   const auto solve = [&](const std::vector<AdaptiveBlock>* blocks) {
     for (size_t i = 0; i < n; ++i) {
-      tensors_.record(i).update = scaled_update(param_groups_.hyper(i), corrections_[i], terms(i), !mode.gradient,
+      tensors_.record(i).update = scaled_update(param_groups_.hyper(i), corrections_[i], options().numerator,
                                                 blocks == nullptr ? nullptr : &(*blocks)[block_of(i)]);
     }
   };
@@ -169,7 +166,7 @@ void Step::adaptive_step(bool is_guarded) {
     const std::vector<ScaledProducts> products = sweeps_.enter(mode);
     std::vector<AdaptiveBlock> blocks(fisher_blocks(options().fisher, param_groups_.groups().size(), n));
     for (size_t i = 0; i < n; ++i) {
-      blocks[block_of(i)].add(param_groups_.hyper(i), corrections_[i], terms(i), products[i]);
+      blocks[block_of(i)].add(param_groups_.hyper(i), corrections_[i], products[i], options().numerator);
     }
     solve(&blocks);
     for (const AdaptiveBlock& block : blocks) signal_.push_back(block.signal());
@@ -196,7 +193,7 @@ template <class Block>
 std::vector<Block> Step::fold(const std::vector<Products>& products) const {
   std::vector<Block> blocks(fisher_blocks(options().fisher, param_groups_.groups().size(), tensors_.size()));
   for (size_t i = 0; i < tensors_.size(); ++i) {
-    blocks[block_of(i)].add(param_groups_.hyper(i), corrections_[i], products[i]);
+    blocks[block_of(i)].add(param_groups_.hyper(i), corrections_[i], products[i], options().numerator);
   }
   return blocks;
 }
@@ -205,7 +202,7 @@ std::vector<Block> Step::fold(const std::vector<Products>& products) const {
 void Step::solve(const std::vector<PlainBlock>& blocks) {
   for (size_t i = 0; i < tensors_.size(); ++i) {
     tensors_.record(i).update =
-        sherman_morrison(param_groups_.hyper(i), corrections_[i], blocks[block_of(i)], options().gradient_form);
+        sherman_morrison(param_groups_.hyper(i), corrections_[i], blocks[block_of(i)], options().numerator);
   }
 }
 
@@ -240,7 +237,8 @@ bool Step::take(PyObject* param, PyObject* state, size_t group, int64_t ordinal,
   if (busy_ || modes_are_set()) return false;
   const Busy busy(*this);
   if (!hook_groups_.read_one(param, state, group, ordinal)) return false;
-  if (hook_groups_.options().gradient_form && is_narrow(hook_groups_.tensors().records()[0].w_type)) return false;
+  const Numerator numerator = hook_groups_.options().numerator;
+  if (reads_gradient(numerator) && is_narrow(hook_groups_.tensors().records()[0].w_type)) return false;
   const at::Tensor& grad = gradient_of(param);
   if (!parts_ && grad.storage().nbytes() > grad.nbytes()) return false;
   const size_t place = static_cast<size_t>(ordinal);
@@ -254,8 +252,12 @@ bool Step::take(PyObject* param, PyObject* state, size_t group, int64_t ordinal,
   if (again) row.decay = {1.0, row.decay.g, 0.0};
   Mode mode;
   mode.weights = row.decay.w != 0.0;
-  mode.cross = mode.gradient = hook_groups_.options().gradient_form;
-  if (mode.gradient) row.update = gradient_part(hook_groups_.hyper(0));
+  mode.cross = mode.gradient = reads_gradient(numerator);
+  if (mode.gradient) {
+    const Hyper& hyper = hook_groups_.hyper(0);
+    const bool ahead = numerator == Numerator::nesterov;
+    row.update = gradient_part(hyper, ahead ? bias_correction(hyper.momentum, tensors.updates(0) + 1) : 1.0, numerator);
+  }
   unlocked(hook_groups_, [&] {
     tensors.key_random_bits(1);
     tensors.bump_moments();
@@ -282,7 +284,7 @@ bool Step::finish(PyObject* groups, PyObject* state, PyObject* current) {
     std::vector<Products> products;
     for (size_t i = 0; i < tensors_.size(); ++i) products.push_back(products_[tensors_.ordinal(i)]);
     solve(fold<PlainBlock>(products));
-    for (size_t i = 0; i < tensors_.size() && options().gradient_form; ++i) {  // take() applied the other terms
+    for (size_t i = 0; i < tensors_.size() && options().reads_gradient(); ++i) {  // take() applied the other terms
       tensors_.record(i).update = {1.0, 0.0, tensors_.record(i).update.moment};
     }
     tensors_.bump_weights();

@@ -124,14 +124,19 @@ bool read_whole(PyObject* groups, Options& whole) {
     }
   }
   PyObject* numerator = item(first, n.numerator);
-  whole.gradient_form = is(numerator, "gradient");
-  whole.look_ahead = is(numerator, "nesterov");
-  if (!whole.gradient_form && !whole.look_ahead && !is(numerator, "moment")) return false;
+  if (is(numerator, "moment")) {
+    whole.numerator = Numerator::moment;
+  } else if (is(numerator, "gradient")) {
+    whole.numerator = Numerator::gradient;
+  } else if (is(numerator, "nesterov")) {
+    whole.numerator = Numerator::nesterov;
+  } else {
+    return false;
+  }
   Diagonal diagonal;
   if (!read_diagonal(item(first, n.diagonal), diagonal)) return false;
   whole.adaptive = diagonal != Diagonal::identity;
   if (whole.adaptive) whole.rank_one = false;  // until a group with a finite rho is read
-  if (whole.look_ahead && !whole.adaptive) return false;
   PyObject* fisher = item(first, n.fisher);
   if (is(fisher, "model")) {
     whole.fisher = Fisher::model;

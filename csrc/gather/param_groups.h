@@ -24,14 +24,14 @@ PyObject* object_of(const at::Tensor& tensor);
 
 // Settings that all groups share.
 struct Options {
-  bool gradient_form = false;
-  bool look_ahead = false;  // numerator="nesterov"; with a diagonal that adapts only
-  bool adaptive = false;    // the groups' diagonals adapt
-  bool rank_one = true;     // with a diagonal that adapts: some rho is a number, so that F has its term of rank one
+  Numerator numerator = Numerator::moment;
+  bool adaptive = false;  // the groups' diagonals adapt
+  bool rank_one = true;   // with a diagonal that adapts: some rho is a number, so that F has its term of rank one
   Fisher fisher = Fisher::model;
   std::optional<double> max_grad_norm;
   bool skip_nonfinite = false;
 
+  bool reads_gradient() const { return sofim::reads_gradient(numerator); }
   bool guarded() const { return max_grad_norm || skip_nonfinite; }
 };
 
