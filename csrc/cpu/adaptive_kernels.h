@@ -266,7 +266,10 @@ SOFIM_NOINLINE void squares_of_rows(const SquaresTile& t, int64_t first, const W
     store(t.by_col + column, col);
   };
   const int64_t whole = t.columns / kLanes * kLanes, rest = t.columns - whole;
+  // Behind the end of a row, the same row of the next few.
+  const ptrdiff_t next = t.rows == 1 ? kAhead : kAhead - t.columns + rows * t.stride;
   for (int64_t column = 0; column < whole; column += kLanes) {
+    if (t.prefetch) (ask_for(g + r * t.stride + column, column + kAhead < t.columns ? kAhead : next), ...);
     add(column, [](const G* from) SOFIM_INLINE { return load(from); });
   }
   if (rest > 0 && (first + rows - 1) * t.stride + whole + kLanes <= t.readable) {

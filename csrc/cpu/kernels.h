@@ -57,6 +57,7 @@ struct SquaresTile {
   int64_t readable;  // elements from g to the end of the tensor
   double* by_row;    // receives a sum for each row
   double* by_col;    // receives a sum for each column, and something in the next kScalePadding; nullptr: no sums
+  bool prefetch;     // as Mode::prefetch
 };
 
 // Running means over rows or columns of one tensor.
