@@ -164,6 +164,38 @@ def lacking(values: Mapping[str, Any]) -> list[str]:
     return [name for name in PER_GROUP + WHOLE if name not in values]
 
 
+def betas(where: str, value: Any) -> tuple[float, float]:
+    """Check ``betas``, as Adam and its variants call ``momentum`` and ``beta2``, and return the two.
+
+    Raises:
+        TypeError: these are not two numbers.
+        ValueError: one is out of its range.
+    """
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) != 2:
+        raise TypeError(f"{where}betas={value!r}: pass two numbers, as (0.9, 0.99)")
+    for place, beta in enumerate(value):
+        _number(where, f"betas[{place}]", beta, low=0.0, below=1.0)
+    return value[0], value[1]
+
+
+def adapts(diagonal: Any) -> None:
+    """Check the ``diagonal`` of a class that has only diagonals that adapt."""
+    if isinstance(diagonal, str) and diagonal == "identity":
+        raise ValueError(
+            "diagonal='identity' does not adapt, and AdaSOFIM's other defaults are not made for it: take SOFIM"
+        )
+
+
+def without_variances(where: str, diagonal: Any) -> None:
+    """Check the ``diagonal`` that is to go on from an optimizer without running means of g²."""
+    if not (isinstance(diagonal, str) and diagonal == "identity"):
+        raise ValueError(
+            f"{where}diagonal={diagonal!r} needs running means of g², which SGD does not have (with its moments but "
+            "without them, the first steps would be ten times too long): leave it out, or make a new "
+            "AdaSOFIM(model.parameters())"
+        )
+
+
 def dtype_named(value: Any) -> Any:
     """A ``state_dtype`` given by its name as a ``torch.dtype``; anything else as it is."""
     return STATE_DTYPES.get(value, value) if isinstance(value, str) else value

@@ -162,7 +162,10 @@ def _whose(group: Mapping[str, Any]) -> str:
             "optimizer, and convert that with SOFIM.from_sgd()"
         )
     if "betas" in group:
-        return "it comes from another optimizer (it has betas, as Adam and its variants): start SOFIM without it"
+        return (
+            "it comes from another optimizer (it has betas, as Adam and its variants): load it into a "
+            "torch.optim.AdamW, and convert that with SOFIM.from_adamw(), or start SOFIM without it"
+        )
     return "it comes from another optimizer, or is damaged"
 
 
@@ -241,12 +244,12 @@ def _saved_state(known: Any, param: Tensor, key: Any, diagonal: str, variance_sh
     step = entries["step"]
     if not (isinstance(step, Tensor) and step.is_meta):
         count = step.item() if isinstance(step, Tensor) else step
-        if not isinstance(count, Real) or not _is_count(count):
+        if not isinstance(count, Real) or not is_count(count):
             raise ValueError(f"{where}: step is {count!r}, expected a count of updates: the state dict is damaged")
 
 
-def _is_count(value: Any) -> bool:
-    """Whether a real number is a possible step count: whole, not negative, and not too large."""
+def is_count(value: Any) -> bool:
+    """Whether a real number is a possible step count: whole, not negative, and not too large (NaN is none)."""
     return bool(0 <= value < MOST_STEPS and value == int(value))
 
 

@@ -21,7 +21,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from sofim_fused import backends, checks, checks_state_dict, from_sgd
+from sofim_fused import backends, checks, checks_state_dict, from_adamw, from_sgd, from_torch
 from sofim_fused.backends import NativeStep
 from sofim_fused.in_backward import InBackward, check_unwatched
 from sofim_fused.sharding import checkpoint_calls, is_flattened
@@ -235,11 +235,49 @@ class SOFIM(Optimizer):
         Raises:
             TypeError, ValueError: the SGD optimizer or an argument is refused, or an argument comes from the SGD
                 optimizer (``lr``, ``momentum``, ``weight_decay``, ``maximize``); the message says which and what to
-                do.
+                do. A diagonal that adapts is refused, because SGD has no running means of g².
         """
         taken = from_sgd.taken(optimizer, steps, options)
         ours = cls(taken.groups, rho=rho, **taken.defaults, **options)
         from_sgd.convert(taken, ours.param_groups, ours.defaults, ours.state)
+        return ours
+
+    @classmethod
+    def from_adamw(
+        cls: type[_SOFIM],
+        optimizer: torch.optim.Adam,
+        *,
+        diagonal: Literal["tensor", "row", "factored", "element"] = "factored",
+        numerator: Literal["moment", "gradient", "nesterov"] = "nesterov",
+        rho: float | Tensor | None = None,
+        **options: Any,
+    ) -> _SOFIM:
+        """Continue a running ``torch.optim.AdamW`` with a diagonal that adapts.
+
+        Groups, learning rates, betas, eps, decoupled weight decay, moments and step counts are copied as they are;
+        second moments become the running means of g² that the diagonal needs. With ``diagonal="element"`` and
+        ``numerator="moment"`` the following steps are AdamW's, up to rounding. The AdamW optimizer does not change. The
+        two share only the parameters, and values that the user added to groups. ``docs/from_adamw.md`` has the details.
+
+        Args:
+            optimizer: the AdamW optimizer, or a ``torch.optim.Adam`` without L2 decay; without ``amsgrad``.
+            diagonal: as in the constructor; a group of the AdamW optimizer that has its own ``diagonal`` keeps it.
+            numerator: as in the constructor.
+            rho: as in the constructor; a group of the AdamW optimizer that has its own ``rho`` keeps it.
+            options: the constructor's other arguments. AdamW's ``foreach`` and ``fused`` are ignored.
+
+        Returns:
+            A new optimizer. Parameters of which AdamW has state have state; others get it with their first gradient.
+
+        Raises:
+            TypeError, ValueError: the AdamW optimizer or an argument is refused, or an argument comes from the AdamW
+                optimizer (``lr``, ``momentum``, ``beta2``, ``eps``, ``weight_decay``, ``maximize``); the message says
+                which and what to do.
+        """
+        taken = from_adamw.taken(optimizer, diagonal, options)
+        more = {"capturable": taken.capturable, **options}
+        ours = cls(taken.groups, diagonal=diagonal, numerator=numerator, rho=rho, **taken.defaults, **more)
+        from_adamw.convert(taken, ours.param_groups, ours.defaults, ours.state)
         return ours
 
     # One step
@@ -651,7 +689,7 @@ def _plain(group: Any) -> Any:
     """A group of a state dict whose options, and the entries of schedulers, are values of Python's own types."""
     if not isinstance(group, dict):
         return group
-    known = (*checks.PER_GROUP, *checks.WHOLE, *from_sgd.RATES, "base_momentum", "max_momentum")
+    known = (*checks.PER_GROUP, *checks.WHOLE, *from_torch.RATES, "base_momentum", "max_momentum")
     return {name: _plain_value(value) if name in known else value for name, value in group.items()}
 
 
