@@ -275,12 +275,13 @@ def unscaled(optimizer: Any) -> None:
         )
 
 
-def not_adaptive_over_ranks(diagonal: str) -> None:
-    """Refuse a diagonal that adapts, of parameters that are sharded over ranks."""
-    raise ValueError(
-        f"diagonal={diagonal!r} with parameters that are sharded over ranks: sums of rows and columns are not added up "
-        "over ranks yet. Take diagonal='identity', or replicate the parameters (DistributedDataParallel)"
-    )
+def not_flattened(diagonal: str, ordinal: int) -> None:
+    """Refuse a diagonal by rows, columns or tensors of a parameter of which a rank has a flat part."""
+    if diagonal != "element":
+        raise ValueError(
+            f"parameter {ordinal} is a part of a flat parameter of FullyShardedDataParallel, which has no rows: with "
+            f"diagonal={diagonal!r} shard the model with fully_shard(), or take diagonal='element'"
+        )
 
 
 def one_device(params: Sequence[Tensor]) -> None:
@@ -587,6 +588,17 @@ def variances(
             )
         if _may_overlap(value):
             raise _sharing(value, f"{_state(param, ordinal)}: {name}", _REPLACE)
+
+
+def variance_placed(param: Any, value: Any, placements: tuple[Any, ...], ordinal: int, name: str) -> None:
+    """Check that a running mean of g² of a ``DTensor`` is on its mesh, with these placements."""
+    if not on_one_mesh(param, value):
+        raise other_mesh(param, value, f"{_state(param, ordinal)}: {name}", _SPREAD)
+    if tuple(value.placements) != placements:
+        raise ValueError(
+            f"{_state(param, ordinal)}: {name} has the placements {value.placements}, expected {placements}: "
+            "redistribute() it"
+        )
 
 
 def _convertible(value: Tensor, param: Tensor) -> bool:
