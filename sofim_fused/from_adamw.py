@@ -8,6 +8,7 @@ the means of v over these elements are exactly what SOFIM would have after the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -134,22 +135,24 @@ def convert(
             known["exp_avg"].copy_(entry.grad.detach())
             known["step"].fill_(step)
             squares = torch.view_as_real(exp_avg_sq) if exp_avg_sq.is_complex() else exp_avg_sq
-            for name, shape in gather.variance_shapes(entry.param, group["diagonal"]).items():
-                means, dtype = _means(squares.detach(), name, shape), known[name].dtype
+            for name in gather.variance_shapes(entry.param, group["diagonal"]):
+                means, dtype = _means(squares.detach(), name, known[name]), known[name].dtype
                 known[name].copy_(means.to(torch.promote_types(means.dtype, dtype)).clamp(max=torch.finfo(dtype).max))
 
 
-def _means(squares: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
-    """The running means called ``name`` from those of the elements: over rows, columns, the tensor, or as they are."""
-    if tuple(squares.shape) == shape:
+def _means(squares: Tensor, name: str, made: Tensor) -> Tensor:
+    """The running means called ``name`` from those of the elements: over rows, columns, the tensor, or as they are.
+
+    ``made``: a tensor for them. If it is a ``DTensor``, so are they, spread over ranks like it.
+    """
+    if squares.shape == made.shape:
         return squares
-    if not squares.numel():
-        return squares.new_zeros(shape)
-    dtype = sum_dtype(squares.device)
-    if name == "variance":
-        return squares.mean(dtype=dtype)
-    rows = squares.reshape(squares.shape[0], -1)
-    return rows.mean(1 if name == "row_var" else 0, dtype=dtype).reshape(shape)
+    dims = list(range(squares.dim()))
+    over = dims if name == "variance" else dims[1:] if name == "row_var" else [0]
+    # Not mean(), which of a DTensor would be the mean of what the ranks have, however unequal that is.
+    sums = squares.sum(over, dtype=sum_dtype(squares.device))
+    means = sums / max(1, math.prod(squares.shape[dim] for dim in over))
+    return means.redistribute(placements=made.placements) if is_sharded(made) else means  # type: ignore[attr-defined]
 
 
 # Refusals
@@ -189,16 +192,12 @@ def _state(which: str, entry: gather.Entry, known: Any) -> Known:
             f"another optimizer: {_REMEDY}"
         )
     param = entry.param
-    if is_sharded(param):
-        raise ValueError(
-            f"{which} is a DTensor: running means of its rows and columns cannot be converted over ranks yet: "
-            "make a new AdaSOFIM(model.parameters())"
-        )
     for name in ("exp_avg", "exp_avg_sq"):
         from_torch.buffer(f"{name} of {which}", param, known[name], _REMEDY, f": {_REMEDY}")
     square = known["exp_avg_sq"]
-    values = torch.view_as_real(square) if square.is_complex() else square
-    if not values.is_meta and bool((values.detach() < 0).any()):
+    values = local(square.detach())
+    values = torch.view_as_real(values) if values.is_complex() else values
+    if not values.is_meta and bool((values < 0).any()):
         raise ValueError(f"exp_avg_sq of {which} has negative elements: it is damaged: {_REMEDY}")
     return Known(entry._replace(grad=known["exp_avg"]), square, _count(which, known["step"]))
 

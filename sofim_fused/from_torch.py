@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sofim_fused import checks
-from sofim_fused.dtensor import local
+from sofim_fused.dtensor import local, on_one_mesh
 
 # Learning rates in groups: the optimizer's, and those that schedulers store there.
 RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
@@ -81,5 +81,7 @@ def buffer(where: str, param: Tensor, value: Any, remedy: str, nonfinite: str) -
         raise ValueError(f"{where} is on {value.device}: move it to the parameter's device, or {remedy}")
     if value.dtype not in checks.DTYPES or value.is_complex() != param.is_complex():
         raise ValueError(f"{where} is {checks.short(value.dtype)}: it is damaged: {remedy}")
+    if not on_one_mesh(param, value):
+        raise checks.other_mesh(param, value, where, remedy)
     if not value.is_meta and not bool(local(value.detach()).isfinite().all()):
         raise ValueError(f"{where} holds NaN or infinity{nonfinite}")

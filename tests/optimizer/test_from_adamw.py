@@ -62,9 +62,7 @@ def two_groups() -> list[Group]:
 RUNNING: dict[str, Callable[[], Running]] = {
     "AdamW": lambda: running(one_group()),
     "Adam": lambda: running(one_group(), cls=Adam),
-    "Adam with decoupled decay": lambda: running(
-        one_group(), cls=Adam, weight_decay=0.1, **{"decoupled_weight_decay": True}
-    ),
+    "Adam with decoupled decay": lambda: running(one_group(), cls=Adam, weight_decay=0.1, decoupled_weight_decay=True),
     "two groups": lambda: running(two_groups()),
     "maximize": lambda: running(one_group(), maximize=True),
     "lr as a tensor": lambda: running(two_groups(), lr=torch.tensor([0.01], dtype=torch.float64)),
