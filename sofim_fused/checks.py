@@ -150,7 +150,7 @@ def _rho(where: str, rho: Any, diagonal: str) -> None:
         if rho is None:
             raise ValueError(
                 f"{where}rho=None leaves out the term of rank one, and with diagonal='identity' nothing would be left: "
-                "pass a number, or a diagonal that adapts"
+                "pass a number, or a diagonal that adapts, as diagonal='factored'"
             )
     elif rho is None:
         return
@@ -580,12 +580,14 @@ def variances(
         ordinal: the parameter's place among all.
         diagonal: the group's.
     """
+    if diagonal == "identity":  # those of an earlier diagonal are not used
+        return
     has = {name for name in VARIANCES if name in known}
     if has != {*shapes}:
         found = f"has {' and '.join(sorted(has))}" if has else "has no running means of g²"
         raise ValueError(
             f"{_state(param, ordinal)} {found}, but diagonal={diagonal!r} needs "
-            f"{' and '.join(shapes) or 'none'}: set the diagonal that it was made with, or delete the parameter's "
+            f"{' and '.join(shapes)}: set the diagonal that it was made with, or delete the parameter's "
             "state to start it anew (del optimizer.state[param])"
         )
     for name, shape in shapes.items():
@@ -594,7 +596,7 @@ def variances(
         if value.dtype != dtype or tuple(value.shape) != shape or value.device != param.device:
             raise ValueError(
                 f"{_state(param, ordinal)}: {name} is {described(value)}, expected shape {shape}, {short(dtype)}, "
-                f"{param.device}: {_REPLACE}"
+                f"{param.device} for diagonal={diagonal!r}: {_REPLACE}"
             )
         if _may_overlap(value):
             raise _sharing(value, f"{_state(param, ordinal)}: {name}", _REPLACE)

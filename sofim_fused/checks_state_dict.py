@@ -232,6 +232,7 @@ def _saved_state(known: Any, param: Tensor, key: Any, diagonal: str, variance_sh
         if tuple(value.shape) != shape:
             raise ValueError(
                 f"{where}: {name} has the shape {tuple(value.shape)}, expected {shape}: it was saved for another model"
+                + (f", or with another diagonal than {diagonal!r}" if name in VARIANCES else "")
             )
         if value.layout != torch.strided or (value.dtype not in DTYPES and name != "step"):
             raise ValueError(f"{where}: {name} is {short(value.dtype)}, {value.layout}: the state dict is damaged")

@@ -528,7 +528,11 @@ class SOFIM(Optimizer):
         """
         index = len(self.param_groups)
         given = checks.group_dict(param_group, index)
-        if self._by_diagonal and given.get("diagonal", self.defaults["diagonal"]) != self.defaults["diagonal"]:
+        if (
+            self._by_diagonal
+            and "diagonal" in given
+            and _adapts(given["diagonal"]) != _adapts(self.defaults["diagonal"])
+        ):
             param_group = {**_by_diagonal(given["diagonal"], self._by_diagonal), **param_group}
         group = {**self.defaults, **param_group}
         group["state_dtype"] = checks.dtype_named(group["state_dtype"])
@@ -672,10 +676,14 @@ def _is_auto(rho: Any) -> bool:
     return isinstance(rho, str) and rho == "auto"
 
 
+def _adapts(diagonal: Any) -> bool:
+    """Whether it is a diagonal that adapts; anything may be passed, as it is checked only later."""
+    return isinstance(diagonal, str) and diagonal in checks.DIAGONALS and diagonal != "identity"
+
+
 def _by_diagonal(diagonal: Any, names: Sequence[str]) -> dict[str, Any]:
     """The defaults of ``lr`` and ``rho``, those of ``names``."""
-    adapts = diagonal != "identity"
-    values = {"lr": 4e-3 if adapts else 0.5, "rho": None if adapts else 1.0}
+    values = {"lr": 4e-3, "rho": None} if _adapts(diagonal) else {"lr": 0.5, "rho": 1.0}
     return {name: values[name] for name in names}
 
 

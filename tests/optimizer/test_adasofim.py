@@ -199,6 +199,65 @@ def test_a_running_sgd_is_not_taken_over() -> None:
         AdaSOFIM.from_sgd(sgd)
 
 
+# The defaults of lr and rho follow the diagonal, where the user chose neither
+
+
+def rates(optimizer: SOFIM) -> list[tuple[Any, Any]]:
+    return [(group["lr"], group["rho"]) for group in optimizer.param_groups]
+
+
+def test_defaults_follow_the_diagonal() -> None:
+    assert rates(SOFIM(two())) == [(0.5, 1.0)]
+    assert rates(SOFIM(two(), diagonal="row")) == [(4e-3, None)]
+    assert rates(SOFIM(two(), lr=0.1, diagonal="row")) == [(0.1, None)]
+    assert rates(SOFIM(two(), rho=0.3, diagonal="row")) == [(4e-3, 0.3)]
+    assert rates(SOFIM(two(), lr=None, rho="auto")) == [(0.5, 1.0)]
+    assert rates(AdaSOFIM(two(), lr=None)) == [(4e-3, None)]
+    assert rates(AdaSOFIM(two(), rho=0.3, fisher="group")) == [(4e-3, 0.3)]
+
+
+def test_defaults_follow_a_group_s_own_diagonal() -> None:
+    """Wherever the group comes in; what the group or the constructor sets stays."""
+    p, q = two()
+    groups = [{"params": [p], "diagonal": "row"}, {"params": [q], "diagonal": "element", "lr": 0.1}]
+    optimizer = SOFIM(groups)
+    assert rates(optimizer) == [(4e-3, None), (0.1, None)]
+    optimizer.add_param_group({"params": two(), "diagonal": "tensor"})
+    assert rates(optimizer)[2] == (4e-3, None)
+    assert rates(SOFIM([{"params": two(), "diagonal": "row"}], lr=0.2, rho=2.0)) == [(0.2, 2.0)]
+    assert rates(SOFIM([{"params": two(), "diagonal": "row", "rho": 2.0}])) == [(4e-3, 2.0)]
+    assert rates(SOFIM([{"params": two(), "diagonal": "identity"}], diagonal="row")) == [(0.5, 1.0)]
+    assert rates(SOFIM([{"params": two(), "diagonal": "identity"}], lr=0.2, diagonal="row")) == [(0.2, 1.0)]
+    step(optimizer)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_defaults_follow_the_diagonal_of_a_copy_too(how: Callable[[Any], Any]) -> None:
+    optimizer = how(SOFIM([{"params": two(), "diagonal": "row"}]))
+    optimizer.add_param_group({"params": two(), "diagonal": "factored"})
+    assert rates(optimizer)[1] == (4e-3, None)
+
+
+def test_defaults_follow_the_diagonal_of_a_loaded_state() -> None:
+    optimizer = SOFIM(two())
+    optimizer.load_state_dict(SOFIM(two(), diagonal="row").state_dict())
+    assert rates(optimizer) == [(4e-3, None)]
+    optimizer.add_param_group({"params": two(), "diagonal": "row"})
+    assert rates(optimizer)[1] == (4e-3, None)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_means_of_an_earlier_diagonal_are_not_used(backend: str) -> None:
+    optimizer = AdaSOFIM(two(), numerator="moment", backend=backend)
+    step(optimizer, 2)
+    optimizer.param_groups[0].update(diagonal="identity", rho=1.0)
+    twin = SOFIM([p.detach().clone().requires_grad_() for p in optimizer.param_groups[0]["params"]], backend=backend)
+    twin.load_state_dict(optimizer.state_dict())
+    for made in (optimizer, twin):
+        step(made, 2)
+    assert same_bits([*optimizer.param_groups[0]["params"]], [*twin.param_groups[0]["params"]])
+
+
 # State: the two classes have one format
 
 

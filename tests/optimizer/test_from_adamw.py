@@ -245,6 +245,22 @@ def test_the_class_is_that_of_the_call() -> None:
     advance(ours, grads, 1)
 
 
+def test_gradients_in_the_backward_pass() -> None:
+    """The constructor has hung hooks on the parameters before there is state."""
+    results = []
+    for more in ({}, {"in_backward": True, "release_grads": True}):
+        theirs, _, grads = running(two_groups())
+        ours = SOFIM.from_adamw(theirs, **more)
+        for _ in range(5):
+            given = next(grads)
+            torch.stack([(p * g).sum() for p, g in zip(of(ours), given, strict=True)]).sum().backward()
+            ours.step()
+            ours.zero_grad()
+        results.append(snapshot(ours))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
 def test_hooks_and_entries_of_the_state_are_left() -> None:
     theirs, _, grads = running(one_group())
     seen: list[Any] = []
