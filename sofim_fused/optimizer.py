@@ -58,15 +58,29 @@ class SOFIM(Optimizer):
     bounded, :math:`\|\eta F^{-1} \hat m\| \le \eta / (2 \sqrt\rho)`, whatever the gradient. Source: arXiv 2403.02833,
     Algorithm 1.
 
+    With another ``diagonal`` the identity becomes a diagonal matrix D that adapts to the size of the gradients, as in
+    Adam: :math:`F = \hat m \hat m^\top / \mathrm{tr}\, D + \rho D`, and the step is
+    :math:`\eta \rho F^{-1} v`, or :math:`\eta D^{-1} v` with ``rho=None``. :class:`AdaSOFIM` has defaults for it, and
+    ``docs/adaptive.md`` the formulas.
+
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups. Real or complex, of 16, 32
-            or 64 bits, dense. A group may have its own ``lr``, ``momentum``, ``rho``, ``weight_decay``,
-            ``decoupled_weight_decay``, ``maximize``, ``state_dtype`` and ``kahan``.
-        lr: η, the learning rate: a float or a one-element tensor.
+            or 64 bits, dense. A group may have its own ``lr``, ``momentum``, ``rho``, ``diagonal``, ``beta2``, ``eps``,
+            ``weight_decay``, ``decoupled_weight_decay``, ``maximize``, ``state_dtype`` and ``kahan``.
+        lr: η, the learning rate: a float or a one-element tensor. ``None``: 0.5, and 4e-3 for groups whose diagonal
+            adapts.
         momentum: β in [0, 1), the decay of the first moment: SGD's ``momentum`` with ``dampening=momentum``.
         rho: ρ ≥ 1e-30, the regularization (damping) of the Fisher matrix: a float or a one-element tensor, in units of
             a squared gradient norm. If the groups of one Fisher block have different values, the block's
-            :math:`\rho I` is a diagonal matrix of these.
+            :math:`\rho I` is a diagonal matrix of these. With a diagonal that adapts, ρ has no dimension, and ``None``
+            leaves the term of rank one out; all groups of a Fisher block have a number, or none has. ``"auto"``: 1, and
+            ``None`` for groups whose diagonal adapts.
+        diagonal: D: the ``"identity"`` (the paper), or roots of running means of g² over each ``"tensor"``, each
+            ``"row"`` (dimension 0), rows and columns (``"factored"``: the product of a number per row and one per
+            column; a tensor of one dimension per element), or each ``"element"``. The diagonals of all groups adapt, or
+            none does. L2 decay is then refused.
+        beta2: β₂ in [0, 1), the decay of these means.
+        eps: added to their roots, at least 1e-30.
         numerator: v: ``"moment"`` is the paper's bias-corrected first moment; ``"gradient"`` is the gradient itself
             (the natural-gradient form, whose conditioning is :math:`1 + \|\hat m\|^2/\rho`).
         fisher: the parameters that share a Fisher matrix: the whole ``"model"`` (the paper), each ``"group"``, or each
@@ -115,7 +129,8 @@ class SOFIM(Optimizer):
 
     Raises:
         TypeError, ValueError: an argument, a parameter, a gradient or a state dict is refused; the message says which
-            and what to do, and nothing was changed.
+            and what to do, and nothing was changed. So is ``rho=None`` with ``diagonal="identity"``, which leaves
+            nothing.
         RuntimeError: the requested backend cannot run on a parameter's device, or a step is captured in a graph
             without ``capturable``, or before any step like it was taken.
 
@@ -126,9 +141,11 @@ class SOFIM(Optimizer):
         >>> optimizer.step()
 
     The state of a parameter, created at its first gradient: ``exp_avg`` (of its shape), ``step`` (0-dimensional int64),
-    and ``kahan`` (of its shape and dtype) if lost bits are kept. A parameter without a gradient is not part of that
-    step's Fisher matrix, and neither its moment nor its step count changes. Nothing in a step waits for the device,
-    unless the parameters are on devices of different kinds.
+    ``kahan`` (of its shape and dtype) if lost bits are kept, and for a diagonal that adapts running means of g²
+    (float32, or float64 for 64-bit parameters): ``row_var`` (one per row), with ``"factored"`` also ``col_var`` (of the
+    shape of a row), or ``variance`` (0-dimensional for a tensor, of the parameter's shape for elements). A parameter
+    without a gradient is not part of that step's Fisher matrix, and its state does not change. Nothing in a step waits
+    for the device, unless the parameters are on devices of different kinds.
     """
 
     def __init__(
