@@ -163,8 +163,8 @@ def _whose(group: Mapping[str, Any]) -> str:
         )
     if "betas" in group:
         return (
-            "it comes from another optimizer (it has betas, as Adam and its variants): load it into a "
-            "torch.optim.AdamW, and convert that with SOFIM.from_adamw(), or start SOFIM without it"
+            "it comes from another optimizer (it has betas, as Adam and its variants): if it is of a torch.optim.AdamW "
+            "or Adam, load it into one, and convert that with SOFIM.from_adamw(); else start SOFIM without it"
         )
     return "it comes from another optimizer, or is damaged"
 

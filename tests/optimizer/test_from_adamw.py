@@ -385,7 +385,9 @@ def test_saving_and_copying_go_on_to_the_same_bits() -> None:
 def test_a_state_dict_of_adamw_is_for_adamw() -> None:
     """It is loaded there, and taken over afterwards, as the message says."""
     theirs, _, _ = running(one_group())
-    with pytest.raises(ValueError, match=r"lacks momentum, rho.*load it into a torch\.optim\.AdamW.*from_adamw"):
+    with pytest.raises(
+        ValueError, match=r"lacks momentum, rho.*torch\.optim\.AdamW or Adam, load it into one.*from_adamw"
+    ):
         SOFIM(one_group()).load_state_dict(theirs.state_dict())
     fresh = AdamW(one_group())
     fresh.load_state_dict(theirs.state_dict())
@@ -621,3 +623,13 @@ def test_the_document_s_examples_run() -> None:
     assert isinstance(names["optimizer"], SOFIM)
     assert names["scheduler"].last_epoch == old.last_epoch
     names["optimizer"].step()
+
+
+def test_the_document_names_every_argument() -> None:
+    """Of AdamW's constructor, and of the groups that are taken over."""
+    if not DOCUMENT.is_file():
+        pytest.skip("these are not the sources")
+    rows = [line.split("|")[1] for line in DOCUMENT.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)", row)}
+    assert {"params", *AdamW(tensors((1,))).defaults} - {"decoupled_weight_decay"} <= named
+    assert {"exp_avg", "exp_avg_sq", "step"} <= named

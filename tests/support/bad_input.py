@@ -1090,8 +1090,8 @@ STATE_DICTS = [
         _another(torch.optim.Adam),
         ValueError,
         "state_dict: parameter group 0 lacks momentum, rho: it comes from another optimizer (it has betas, as Adam and "
-        "its variants): load it into a torch.optim.AdamW, and convert that with SOFIM.from_adamw(), or start SOFIM "
-        "without it",
+        "its variants): if it is of a torch.optim.AdamW or Adam, load it into one, and convert that with "
+        "SOFIM.from_adamw(); else start SOFIM without it",
     ),
     _loaded("of a list", lambda _: [1], TypeError, f"state_dict is of type list: {OURS}"),
     _loaded("of a number", lambda _: 5, TypeError, f"state_dict is of type int: {OURS}"),
