@@ -199,6 +199,20 @@ def test_a_running_sgd_is_not_taken_over() -> None:
         AdaSOFIM.from_sgd(sgd)
 
 
+@pytest.mark.parametrize("where", ["argument", "group"])
+@pytest.mark.parametrize("diagonal", ["factored", "rows"])
+def test_a_running_sgd_has_no_means_for_a_diagonal(diagonal: Any, where: str) -> None:
+    sgd = torch.optim.SGD(two(), lr=0.1, momentum=0.9)
+    text = rf"diagonal='{diagonal}' needs running means of g², which SGD does not have.*make a new AdaSOFIM"
+    if where == "group":
+        sgd.param_groups[0]["diagonal"] = diagonal
+        text = "^parameter group 0 of the SGD optimizer: " + text
+    with pytest.raises(ValueError, match=text):
+        SOFIM.from_sgd(sgd, **({"diagonal": diagonal} if where == "argument" else {}))
+    sgd.param_groups[0]["diagonal"] = "identity"
+    assert SOFIM.from_sgd(sgd, diagonal="identity").param_groups[0]["diagonal"] == "identity"
+
+
 # The defaults of lr and rho follow the diagonal, where the user chose neither
 
 
