@@ -28,7 +28,7 @@ from sofim_fused.checks import (
     parameter,
     short,
 )
-from sofim_fused.dtensor import on_one_mesh
+from sofim_fused.dtensor import local, on_one_mesh
 
 MOST_STEPS = 2**63 - 2**32  # leaves room in an int64 for the steps that follow
 IDENTITY = ("lr", "momentum", "rho")  # in the groups of every version; a group that lacks one is another optimizer's
@@ -242,6 +242,8 @@ def _saved_state(known: Any, param: Tensor, key: Any, diagonal: str, variance_sh
         if name != "step" and not on_one_mesh(param, value):
             way = "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict(), which spreads it"
             raise other_mesh(param, value, f"{where}: {name}", way)
+        if name in VARIANCES and not value.is_meta and bool((local(value.detach()) < 0).any()):
+            raise ValueError(f"{where}: {name} has negative elements, which no mean of squares has: it is damaged")
     step = entries["step"]
     if not (isinstance(step, Tensor) and step.is_meta):
         count = step.item() if isinstance(step, Tensor) else step

@@ -1229,6 +1229,13 @@ STATE_DICTS = [
         diagonal="factored",
     ),
     _loaded(
+        "with means of squares that are negative",
+        _with("state", 1, "row_var", torch.tensor([1.0, -1.0])),
+        ValueError,
+        f"{STATE_1}: row_var has negative elements, which no mean of squares has: it is damaged",
+        diagonal="factored",
+    ),
+    _loaded(
         "with means of columns that are complex",
         _with("state", 1, "col_var", torch.ones(3) * 1j),
         ValueError,
