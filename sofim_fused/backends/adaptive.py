@@ -36,7 +36,15 @@ from sofim_fused.backends.interface import (
     StepTensors,
     Variance,
 )
-from sofim_fused.backends.solve import added_up, advance, correction, finite, guard_of, per_tensor
+from sofim_fused.backends.solve import (
+    added_up,
+    advance,
+    correction,
+    finite,
+    guard_of,
+    ordered_sum,
+    per_tensor,
+)
 
 COLUMN_FLOOR = 0.1
 """τ, the least value of a column's share c/mean(c): with it, a tensor's step is bounded (docs/adaptive.md)."""
@@ -116,7 +124,7 @@ class TorchAdaptive:
             moment = NUMERATORS[settings.numerator] == "moment"
             # v = m̂: a quotient, because the difference would cancel.
             m = corrections * trace / (trace + square) if moment else m - corrections * cross / (trace + square)
-            signal = blocks[3] / blocks[0]
+            signal = torch.where(blocks[0] == 0, 0.0, blocks[3] / blocks[0])  # a block without elements has none
         advance(steps, skip)
         return Coefficients(
             moment=finite(-hyper.lr * m),
@@ -167,7 +175,8 @@ class _Mix(NamedTuple):
         """Update a running mean by a sum of g² over ``count`` elements, in place; return it as stored, in float64."""
         mean = total.reshape(running.shape) / max(count, 1)
         if self.gain is not None:
-            mean = mean * self.gain.square()
+            # With an infinite norm the gain is zero, and so are the gradients that enter m.
+            mean = torch.where(self.gain == 0, 0.0, mean * self.gain * self.gain)
         old = running.to(mean.dtype)
         # Saturated, not infinite: from infinity it could never decay, and no later step would move.
         new = (self.beta2 * old + (1 - self.beta2) * mean).clamp(max=torch.finfo(running.dtype).max)
@@ -175,7 +184,7 @@ class _Mix(NamedTuple):
         return running.to(mean.dtype)
 
     def root(self, running: Tensor) -> Tensor:
-        return (running * self.correction).sqrt() + self.eps
+        return running.sqrt() * self.correction.sqrt() + self.eps  # not √(c₂v): the largest v has to stay finite
 
 
 class _Factors(NamedTuple):
@@ -195,11 +204,11 @@ def _factors(variance: Variance, given: _ByTensor, i: int, mix: _Mix) -> _Factor
         return _Factors(s.reciprocal().view(1), None, s * columns)
     s = mix.root(mix.enter(variance.row_var, given.rows[i], columns))
     if variance.col_var is None:
-        return _Factors(s.reciprocal(), None, s.sum() * columns)
+        return _Factors(s.reciprocal(), None, ordered_sum(s) * columns)
     running = mix.enter(variance.col_var, given.cols[i], count).reshape(-1)
-    mean = running.mean() if running.numel() else running.sum()
+    mean = ordered_sum(running) / max(running.numel(), 1)
     share = torch.where(mean == 0, 1.0, running / mean).clamp(min=COLUMN_FLOOR).sqrt()
-    return _Factors(s.reciprocal(), share.reciprocal(), s.sum() * share.sum())
+    return _Factors(s.reciprocal(), share.reciprocal(), ordered_sum(s) * ordered_sum(share))
 
 
 class _ByTensor:
