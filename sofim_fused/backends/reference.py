@@ -279,12 +279,12 @@ def _sums_of_squares(g: Tensor, columns: bool) -> tuple[Tensor, Tensor]:
     dtype, count, size = sum_dtype(g.device), g.shape[0], math.prod(g.shape[1:])
     cols = torch.zeros(size if columns else 0, dtype=dtype, device=g.device)
     rows = []
-    for part in g.split(max(1, CHUNK // max(size, 1))) if count else ():
+    for part in g.split(max(1, CHUNK // max(size, 1))):
         square = part.reshape(len(part), size).to(dtype).square()
         # Sums with several results are never divided among threads; one alone would be.
-        rows.append(square.sum(1) if len(part) > 1 else ordered_sum(square.view(-1)).view(1))
+        rows.append(square.sum(1) if len(part) != 1 else ordered_sum(square.view(-1)).view(1))
         if columns:
-            cols += square.sum(0) if size > 1 else ordered_sum(square.view(-1))
+            cols += square.sum(0) if size != 1 else ordered_sum(square.view(-1))
     return torch.cat(rows) if rows else cols.new_zeros(count), cols
 
 
