@@ -74,8 +74,9 @@ class TorchAdaptive:
         corrections = correction(tensors.steps, hyper.beta2)
         rows, cols, traces = [], [], []
         given = _ByTensor(tensors.variances, squares)
-        for i, variance in enumerate(tensors.variances):
-            mix = _Mix(hyper.beta2[i], corrections[i], hyper.eps[i], gain, skip)
+        each = zip(tensors.variances, hyper.beta2.unbind(), corrections.unbind(), hyper.eps.unbind(), strict=True)
+        for i, (variance, beta2, correct, eps) in enumerate(each):
+            mix = _Mix(beta2, correct, eps, gain, skip)
             factors = _factors(variance, tensors.params[i].numel(), given, i, mix)
             rows.append(factors.rows)
             cols.append(factors.cols)
@@ -120,11 +121,12 @@ class TorchAdaptive:
         m, g = numerator_terms(settings, hyper.momentum, corrections, hyper.sign)
         signal = None
         if blocks is not None:
-            trace, square, cross, _ = (per_tensor(row, settings) for row in blocks.unbind())
+            traces, *sums, squares = blocks.unbind()
+            trace, square, cross = (per_tensor(row, settings) for row in (traces, *sums))
             moment = NUMERATORS[settings.numerator] == "moment"
             # v = m̂: a quotient, because the difference would cancel.
             m = corrections * trace / (trace + square) if moment else m - corrections * cross / (trace + square)
-            signal = torch.where(blocks[0] == 0, 0.0, blocks[3] / blocks[0])  # a block without elements has none
+            signal = torch.where(traces == 0, 0.0, squares / traces)  # a block without elements has none
         advance(steps, skip)
         return Coefficients(
             moment=finite(-hyper.lr * m),
@@ -176,7 +178,7 @@ class _Mix(NamedTuple):
         old = running.to(total.dtype)
         # Saturated, not infinite: from infinity it could never decay, and no later step would move.
         new = self.entered(old, total.reshape(running.shape), count).clamp(max=torch.finfo(running.dtype).max)
-        running.copy_(new if self.skip is None else torch.where(self.skip, old, new))
+        torch._foreach_copy_([running], [new if self.skip is None else torch.where(self.skip, old, new)])
         return running.to(total.dtype)
 
     def entered(self, running: Tensor, total: Tensor, count: int) -> Tensor:
@@ -225,7 +227,7 @@ class _ByTensor:
     """The sums of :class:`Squares` by tensor; ``None`` where a tensor has none."""
 
     def __init__(self, variances: Sequence[Variance], squares: Squares) -> None:
-        self.total = squares.total
+        self.total = squares.total.unbind()
         self.col_var = squares.col_var
         self.rows = split(squares.rows, [variance.row_var for variance in variances])
         self.cols = split(squares.cols, [variance.col_var for variance in variances])

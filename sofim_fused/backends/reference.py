@@ -202,13 +202,16 @@ class _Diagonal:
         self._scales = scales
         self._rows = split_rows(scales, tensors.variances)
         self._cols = split(scales.cols, [variance.col_var for variance in tensors.variances])
+        self._trace, self._beta2, self._eps, self._scale = (
+            x.unbind() for x in (scales.trace, scales.beta2, scales.eps, scales.root)
+        )
 
     def enter(self, i: int, g: Tensor) -> tuple[Tensor, Tensor]:
         """Update the running mean of g² of each element of tensor i, if it has one; return 1/s and Σs."""
         variance = self._tensors.variances[i]
         if variance.by_element:
             assert variance.variance is not None
-            beta2 = self._scales.beta2[i]
+            beta2 = self._beta2[i]
             old, entering = beta2.to(g.dtype), (1 - beta2).to(g.dtype)  # of β₂ as float32, 1 - β₂ may be zero
             v = variance.variance
             # Saturated: from infinity it could never decay.
@@ -216,12 +219,12 @@ class _Diagonal:
             _write([v], [new], self._scales.skip)
             s = self._root(i)
             return s.reciprocal(), ordered_sum(s.to(sum_dtype(g.device)).reshape(-1))
-        return self.inverse(i), self._scales.trace[i]
+        return self.inverse(i), self._trace[i]
 
     def _root(self, i: int) -> Tensor:
         v = self._tensors.variances[i].variance
         assert v is not None
-        return v.sqrt().mul_(self._scales.root[i].to(v.dtype)).add_(self._scales.eps[i].to(v.dtype))
+        return v.sqrt().mul_(self._scale[i].to(v.dtype)).add_(self._eps[i].to(v.dtype))
 
     def inverse(self, i: int) -> Tensor:
         variance, dtype = self._tensors.variances[i], _WIDE[self._tensors.params[i].dtype]
@@ -229,7 +232,7 @@ class _Diagonal:
             return self._root(i).reciprocal_()
         rows = self._rows[i].to(dtype)
         if variance.row_var is None:
-            return rows[0]
+            return rows.view(())
         rows = rows.view(-1, *[1] * (self._tensors.params[i].dim() - 1))
         return rows if variance.col_var is None else rows * self._cols[i].to(dtype).view(variance.col_var.shape)
 
