@@ -205,3 +205,29 @@ def test_a_checkpoint_of_four_ranks_goes_on_on_two(four: Ranks, two: Ranks, tmp_
     path = str(tmp_path / "saved")
     before, after = four.run(begin, path), two.run(resume, path)
     assert mean_losses(after) == pytest.approx(mean_losses(before), rel=1e-5)
+
+
+def groups_apart(rank: int) -> list[float]:
+    """Each rank has parameters of one group alone, and only one of the groups has a finite ρ."""
+    tensors = [nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)), nn.Parameter(torch.linspace(0, 2, 12).view(4, 3))]
+    groups = [
+        {"params": [p] if owner == rank else [], "rho": rho}
+        for owner, (p, rho) in enumerate(zip(tensors, (None, 0.3), strict=True))
+    ]
+    settings: dict[str, Any] = {**COMMON, "diagonal": "row", "fisher": "group"}
+    optimizer = SOFIM(groups, shard_group=distributed.group.WORLD, **settings)
+    alone = nn.Parameter(tensors[rank].detach().clone())
+    twin = SOFIM([alone], **settings, rho=groups[rank]["rho"])
+    for _ in range(3):
+        tensors[rank].grad = tensors[rank].detach().sin()
+        alone.grad = alone.detach().sin()
+        optimizer.step()
+        twin.step()
+    return [(tensors[rank] - alone).abs().max().item(), len([] if optimizer.signal is None else optimizer.signal)]
+
+
+def test_ranks_with_groups_of_their_own(two: Ranks) -> None:
+    """All of them send what the term of rank one needs, or none of them does."""
+    for distance, blocks in two.run(groups_apart):
+        assert distance <= CLOSE
+        assert blocks == 2
