@@ -58,7 +58,7 @@ def optimizer_for(problem: Problem, numerator: str, fisher: str, run: Run, **opt
 @pytest.mark.parametrize("decay", ["none", "decoupled", "l2"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("fisher", ["model", "group", "parameter"])
-@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("numerator", NUMERATORS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_follows_the_oracle(
     schedule: str, numerator: str, fisher: str, dtype: torch.dtype, decay: str, run: Run
@@ -162,7 +162,7 @@ def test_adaptive_diagonals_follow_the_oracle(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("numerator", NUMERATORS)
 def test_follows_the_oracle_for_100_steps_above_the_dense_size(numerator: str, dtype: torch.dtype, run: Run) -> None:
     """Larger than a tile, so that sums are put together from parts; the oracle is the closed form there."""
     generator = torch.Generator().manual_seed(3)
@@ -249,7 +249,7 @@ ANY = (*NARROW, torch.float64, torch.complex64)
     ],
     ids=str,
 )
-@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("numerator", NUMERATORS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_each_step_of_16_bit_and_mixed_tensors(
     schedule: str,

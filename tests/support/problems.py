@@ -217,7 +217,7 @@ NUMERATORS = ("moment", "gradient", "nesterov")
 
 # Kinds of steps.
 GUARDED: dict[str, Any] = {"max_grad_norm": 0.5, "skip_nonfinite": True}
-OPTIONS: list[dict[str, Any]] = [{}, {"numerator": "gradient"}, GUARDED, {"numerator": "gradient", **GUARDED}]
+OPTIONS: list[dict[str, Any]] = [{}, {"numerator": "gradient"}, GUARDED, {"numerator": "nesterov", **GUARDED}]
 
 
 def ready_problem(
