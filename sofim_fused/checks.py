@@ -32,7 +32,7 @@ DTYPES = (
 
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
 SMALLEST_RHO = 1e-30  # keeps ‖m̂‖²/ρ far below float64's overflow
-SMALLEST_EPS = 1e-30  # keeps 1/s in float32's range
+SMALLEST_EPS = 1e-18  # above the root of what is lost below float32's range, so that s bounds the step there too
 
 # Options that each parameter group may set, and options that have one value for the whole optimizer.
 PER_GROUP = (
@@ -603,8 +603,8 @@ def variances(
         _state_tensor(param, ordinal, name, value)
         if value.dtype != dtype or tuple(value.shape) != shape or value.device != param.device:
             raise ValueError(
-                f"{_state(param, ordinal)}: {name} is {described(value)}, expected shape {shape}, {short(dtype)}, "
-                f"{param.device} for diagonal={diagonal!r}: {_REPLACE}"
+                f"{_state(param, ordinal)}: {name} is {described(value)}, but diagonal={diagonal!r} needs "
+                f"shape {shape}, {short(dtype)}, {param.device}: {_REPLACE}"
             )
         if _may_overlap(value):
             raise _sharing(value, f"{_state(param, ordinal)}: {name}", _REPLACE)

@@ -127,7 +127,7 @@ def _zero_variances(param: Tensor, diagonal: str) -> dict[str, Tensor]:
         elif name == "row_var":
             mine = torch.zeros(part.shape[:1], dtype=dtype, device=param.device)
         elif part.shape[0]:
-            mine = torch.zeros_like(part[0], dtype=dtype, memory_format=preserve)
+            mine = torch.zeros_like(part.select(0, 0), dtype=dtype, memory_format=preserve)
         else:
             mine = torch.zeros(part.shape[1:], dtype=dtype, device=param.device)
         made[name] = spread_like(param, mine, shape, _dims(name, param, shape))

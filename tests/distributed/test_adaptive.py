@@ -240,3 +240,29 @@ def test_adamw_s_second_moments_are_reduced_over_ranks(spread_by: Any, diagonal:
 
 def test_adamw_s_second_moments_on_two_axes(four: Ranks) -> None:
     assert max(after for _, after in four.run(taken_over, on_two_axes, "factored")) <= 10 * CLOSE
+
+
+def groups_apart(rank: int) -> list[float]:
+    """Each rank has parameters of one group alone, and only one of the groups has a finite ρ."""
+    tensors = [nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)), nn.Parameter(torch.linspace(0, 2, 12).view(4, 3))]
+    groups = [
+        {"params": [p] if owner == rank else [], "rho": rho}
+        for owner, (p, rho) in enumerate(zip(tensors, (None, 0.3), strict=True))
+    ]
+    settings: dict[str, Any] = {**COMMON, "diagonal": "row", "fisher": "group"}
+    optimizer = SOFIM(groups, shard_group=distributed.group.WORLD, **settings)
+    alone = nn.Parameter(tensors[rank].detach().clone())
+    twin = SOFIM([alone], **settings, rho=groups[rank]["rho"])
+    for _ in range(3):
+        tensors[rank].grad = tensors[rank].detach().sin()
+        alone.grad = alone.detach().sin()
+        optimizer.step()
+        twin.step()
+    return [(tensors[rank] - alone).abs().max().item(), len([] if optimizer.signal is None else optimizer.signal)]
+
+
+def test_ranks_with_groups_of_their_own(two: Ranks) -> None:
+    """All of them send what the term of rank one needs, or none of them does."""
+    for distance, blocks in two.run(groups_apart):
+        assert distance <= CLOSE
+        assert blocks == 2
