@@ -36,7 +36,7 @@ class AdaSOFIM(SOFIM):
             with ``beta2=0.99`` did best.
         betas: (β₁, β₂), the decays of the first moment and of the means of g²: ``momentum`` and ``beta2``. In groups,
             and in state dicts, they have these two names, as in all of SOFIM.
-        eps: added to the root of the means of g², at least 1e-30.
+        eps: added to the root of the means of g², at least 1e-18.
         weight_decay: λ ≥ 0, decoupled: a step multiplies w by 1 - ηλ. The default is that of AdamW and not SOFIM's 0,
             so that a program in which only the class is replaced keeps its regularization.
         momentum: β₁, instead of ``betas``.
