@@ -128,6 +128,7 @@ ARGUMENTS = [
         f"rho is a tensor (shape (3,), float32, meta): {ONE_ELEMENT}",
         "`rho` is three numbers on a device whose memory is not looked at",
     ),
+    Argument({"eps": 1e-20}, ValueError, "eps=1e-20: it must be at least 1e-18 and finite"),
     Argument({"weight_decay": -1e-4}, ValueError, f"weight_decay=-0.0001: {NOT_NEGATIVE}"),
     Argument({"weight_decay": NAN}, ValueError, f"weight_decay=nan: {NOT_NEGATIVE}"),
     Argument({"weight_decay": "no"}, TypeError, "weight_decay='no': pass a float"),
