@@ -43,7 +43,7 @@ SPREAD = $(if $(filter 1,$(JOBS)),,-n $(JOBS) --dist worksteal)
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo      train LeNet-5 on real images with SOFIM and with SGD-momentum"
+	@echo "make demo      train LeNet-5 on real images with SOFIM, SGD-momentum and AdaSOFIM"
 	@echo "make test      run the tests; ARGS='-k guarded -x' passes arguments to pytest"
 	@echo "make lint      check style (make format: repair it)"
 	@echo "make types     check types"

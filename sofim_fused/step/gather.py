@@ -176,7 +176,8 @@ def _restored(param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any])
     if "kahan" in entries and keeps_lost_bits(param, group["kahan"]):
         state["kahan"] = _like(param, entries["kahan"], param.dtype)
     for name, made in _zero_variances(param, group["diagonal"]).items():
-        state[name] = _filled(made, entries[name])
+        # Saturated, as in a step: other dtypes hold larger numbers.
+        state[name] = _filled(made, entries[name]).clamp_(max=torch.finfo(made.dtype).max)
     return state
 
 

@@ -415,6 +415,8 @@ VALUES: dict[str, dict[str, Any]] = {
     },
     "fractions": {"lr": Fraction(1, 4), "momentum": Fraction(1, 2), "rho": 2, "weight_decay": Fraction(1, 8)},
     "strings": {"numerator": Word("gradient"), "fisher": np.str_("group")},
+    "a diagonal that adapts": {"diagonal": "factored", "beta2": 0.5, "eps": 1e-6},
+    "of other types": {"diagonal": Word("row"), "beta2": np.float32(0.5), "eps": np.float64(1e-6), "rho": Fraction(1)},
 }
 PLAIN = (bool, int, float, str, type(None))
 
