@@ -76,7 +76,7 @@ constexpr bool kEmulated = false;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kSmallestRho = 1e-30;  // checks.SMALLEST_RHO
-constexpr double kSmallestEps = 1e-30;  // checks.SMALLEST_EPS
+constexpr double kSmallestEps = 1e-18, kLargestEps = 1e18;  // checks.SMALLEST_EPS, checks.LARGEST_EPS
 
 // Reads a number, or a real tensor of one element. A tensor on another device is not read: it becomes `device_scalar`,
 // and the value is NaN.
@@ -335,7 +335,7 @@ bool ParamGroups::read_group(PyObject* dict, Group& group) {
     AdaptiveHyper& a = group.adaptive;
     if (!decoupled && weight_decay != 0.0) return false;
     if (!read_number(item(dict, n.beta2), a.beta2) || !in_range(a.beta2, 0.0, 1.0)) return false;
-    if (!read_number(item(dict, n.eps), a.eps) || !in_range(a.eps, kSmallestEps, kInfinity)) return false;
+    if (!read_number(item(dict, n.eps), a.eps) || !in_range(a.eps, kSmallestEps, kLargestEps)) return false;
   }
   h.weight_decay = decoupled ? weight_decay : 0.0;
   h.l2 = decoupled ? 0.0 : weight_decay;
