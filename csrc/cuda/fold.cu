@@ -1,5 +1,6 @@
 // The operators fold and solve: from sums to coefficients, in two launches, between which sums of other ranks, for
 // example, can be added. In a whole step the last block of a pass does the same (solve.cuh), with the same results.
+// fold_scaled and solve_scaled do this with a diagonal that adapts.
 #include "cuda/kernels.cuh"
 
 namespace sofim::cuda {
@@ -16,6 +17,11 @@ struct Tensors {
     if (steps != nullptr) return;
     steps = reinterpret_cast<int64_t* const*>(a.more);
     starts = reinterpret_cast<const uint32_t*>(steps + task.tensors);
+  }
+
+  __device__ const Hyper& hyper(uint32_t group) const {
+    if (task.scaled) return reinterpret_cast<const AdaptiveHyper*>(task.hyper)[group];
+    return reinterpret_cast<const Hyper*>(task.hyper)[group];
   }
 
   __device__ uint32_t group_of(uint32_t tensor) const {
@@ -39,17 +45,36 @@ struct Tensors {
   __device__ double sum(Sum which, uint32_t tensor) const {
     return task.sums[which] == nullptr ? 0.0 : task.sums[which][tensor];
   }
-  __device__ Products products(uint32_t tensor) const {
-    return {sum(kMM, tensor), sum(kMG, tensor), sum(kMW, tensor), sum(kGG, tensor), sum(kGW, tensor), sum(kWW, tensor)};
+  // Adds a tensor's part to a Fisher block.
+  template <class Block>
+  __device__ void add(Block& block, uint32_t tensor) const {
+    const Hyper& its = hyper(group_of(tensor));
+    const double corrects = correction(tensor, its);
+    if constexpr (std::is_same_v<Block, ScaledBlock>) {
+      block.add(its, corrects, task.numerator, sum(kMM, tensor), sum(kMG, tensor), sum(kTrace, tensor));
+    } else {
+      block.add(its, corrects,
+                {sum(kMM, tensor), sum(kMG, tensor), sum(kMW, tensor), sum(kGG, tensor), sum(kGW, tensor),
+                 sum(kWW, tensor)});
+    }
   }
 
   __device__ uint32_t fisher_blocks() const {
     return task.fisher == Fisher::model ? 1 : task.fisher == Fisher::group ? task.group_count : task.tensors;
   }
+  // Stores a tensor's coefficients, and counts the update, unless it is skipped.
+  __device__ void set(uint32_t tensor, const Update& update, bool skip) const {
+    task.coefficients[tensor] = update.weight;
+    task.coefficients[static_cast<size_t>(task.tensors) + tensor] = update.gradient;
+    task.coefficients[2 * static_cast<size_t>(task.tensors) + tensor] = update.moment;
+    if (!skip) *steps[tensor] += 1;
+  }
+
   // How many numbers a Fisher block has: those of P are last, and only the gradient form has them.
   template <class Block>
   __device__ uint32_t numbers() const {
     constexpr uint32_t all = sizeof(Block) / sizeof(double);
+    if (std::is_same_v<Block, ScaledBlock>) return all;
     return task.gradient_form ? all : std::is_same_v<Block, PlainBlock> ? 1 : 6;
   }
   // Calls f with each of a Fisher block's numbers, and with its place in task.blocks.
@@ -73,18 +98,18 @@ __device__ void fold_class(const Tensors& tensors, uint32_t which, Shared& share
   const AlgebraTask& task = tensors.task;
   const auto belongs = [&](uint32_t i) { return task.class_of == nullptr || task.class_of[i] == which; };
   const auto part = [&](uint32_t i, Block& block) {
-    if (!belongs(i)) return;
-    const Hyper& hyper = task.hyper[tensors.group_of(i)];
-    block.add(hyper, tensors.correction(i, hyper), tensors.products(i));
+    if (belongs(i)) tensors.add(block, i);
   };
   const auto set = [&](Block& block, uint32_t at) {
     tensors.each_place(block, which, at, [](double x, double& place) { place = x; });
   };
-  const bool guarded = task.is_guarded;
-  const double square = sum_of_squares(
-      guarded ? task.tensors : 0, [&](uint32_t i) { return belongs(i) ? tensors.sum(kGG, i) : 0.0; }, shared);
-  if (threadIdx.x == 0) task.squares[which] = square;
-  __syncthreads();
+  if constexpr (!std::is_same_v<Block, ScaledBlock>) {
+    const bool guarded = task.is_guarded;
+    const double square = sum_of_squares(
+        guarded ? task.tensors : 0, [&](uint32_t i) { return belongs(i) ? tensors.sum(kGG, i) : 0.0; }, shared);
+    if (threadIdx.x == 0) task.squares[which] = square;
+    __syncthreads();
+  }
   if (task.fisher == Fisher::parameter) {
     for (uint32_t i = threadIdx.x; i < task.tensors; i += kThreads) {
       Block block;
@@ -116,11 +141,16 @@ __global__ void __launch_bounds__(kThreads) fold(const __grid_constant__ Argumen
   }
 }
 
+__global__ void __launch_bounds__(kThreads) fold_scaled(const __grid_constant__ Arguments<AlgebraTask, kMost> a) {
+  __shared__ Shared shared;
+  fold_class<ScaledBlock>(Tensors(a), blockIdx.x, shared);
+}
+
 template <class Block>
-__device__ PlainBlock block_at(const Tensors& tensors, uint32_t at, double gain) {
+__device__ Block block_at(const Tensors& tensors, uint32_t at) {
   Block block;
   tensors.each_place(block, 0, at, [](double& x, double place) { x = place; });
-  return at_gain(block, gain);
+  return block;
 }
 
 // A thread per tensor.
@@ -137,14 +167,31 @@ __global__ void __launch_bounds__(kThreads) solve(const __grid_constant__ Argume
   if (i >= task.tensors) return;
   const uint32_t group = tensors.group_of(i);
   const uint32_t at = task.fisher == Fisher::model ? 0 : task.fisher == Fisher::group ? group : i;
-  const PlainBlock block = task.is_guarded ? block_at<GuardedBlock>(tensors, at, guard.gain)
-                                           : block_at<PlainBlock>(tensors, at, guard.gain);
-  const Hyper& hyper = task.hyper[group];
-  const Update update = sherman_morrison(hyper, tensors.correction(i, hyper), block, task.gradient_form);
-  task.coefficients[i] = update.weight;
-  task.coefficients[static_cast<size_t>(task.tensors) + i] = update.gradient;
-  task.coefficients[2 * static_cast<size_t>(task.tensors) + i] = update.moment;
-  if (!guard.skip) *tensors.steps[i] += 1;
+  const PlainBlock block = task.is_guarded ? block_at<GuardedBlock>(tensors, at).at_gain(guard.gain)
+                                           : block_at<PlainBlock>(tensors, at);
+  const Hyper& hyper = tensors.hyper(group);
+  tensors.set(i, sherman_morrison(hyper, tensors.correction(i, hyper), block, task.gradient_form), guard.skip);
+}
+
+// A thread per tensor, and per Fisher block.
+__global__ void __launch_bounds__(kThreads) solve_scaled(const __grid_constant__ Arguments<AlgebraTask, kMost> a) {
+  const Tensors tensors(a);
+  const AlgebraTask& task = a.task;
+  const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
+  const bool rank_one = task.blocks != nullptr;
+  if (rank_one && i < tensors.fisher_blocks()) {
+    const ScaledBlock block = block_at<ScaledBlock>(tensors, i);
+    task.signal[i] = block.signal / block.trace;
+  }
+  if (i >= task.tensors) return;
+  const uint32_t group = tensors.group_of(i);
+  const uint32_t at = task.fisher == Fisher::model ? 0 : task.fisher == Fisher::group ? group : i;
+  ScaledBlock block;
+  if (rank_one) block = block_at<ScaledBlock>(tensors, at);
+  const Hyper& hyper = tensors.hyper(group);
+  const Update update =
+      scaled_update(hyper, tensors.correction(i, hyper), task.numerator, rank_one ? &block : nullptr);
+  tensors.set(i, update, task.skip != nullptr && *task.skip);
 }
 
 int launch_algebra(void (*kernel)(Arguments<AlgebraTask, kMost>), uint32_t blocks, const AlgebraTask& task, Bytes steps,
@@ -162,6 +209,15 @@ int launch_fold(const AlgebraTask& task, Bytes steps, Bytes starts, void* stream
 int launch_solve(const AlgebraTask& task, Bytes steps, Bytes starts, void* stream) {
   const uint32_t blocks = task.tensors == 0 ? 1 : (task.tensors + kThreads - 1) / kThreads;
   return launch_algebra(&solve, blocks, task, steps, starts, stream);
+}
+
+int launch_fold_scaled(const AlgebraTask& task, Bytes steps, Bytes starts, void* stream) {
+  return launch_algebra(&fold_scaled, task.classes, task, steps, starts, stream);
+}
+
+int launch_solve_scaled(const AlgebraTask& task, Bytes steps, Bytes starts, void* stream) {
+  const uint32_t most = task.tensors > task.group_count ? task.tensors : task.group_count;
+  return launch_algebra(&solve_scaled, most == 0 ? 1 : (most + kThreads - 1) / kThreads, task, steps, starts, stream);
 }
 
 }  // namespace sofim::cuda

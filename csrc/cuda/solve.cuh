@@ -6,6 +6,7 @@
 
 #include "cuda/kernels.h"
 #include "cuda/reduce.cuh"
+#include "step/adaptive.h"
 #include "step/solve.h"
 
 namespace sofim::cuda {
@@ -48,6 +49,14 @@ __device__ __forceinline__ void each_number(GuardedBlock& block, F f) {
   for (double& x : block.norm) f(x);
   for (double& x : block.scale) f(x);
   for (double& x : block.cross) f(x);
+}
+
+template <class F>
+__device__ __forceinline__ void each_number(ScaledBlock& block, F f) {
+  f(block.trace);
+  f(block.square);
+  f(block.cross);
+  f(block.signal);
 }
 
 __device__ inline PlainBlock at_gain(const PlainBlock& block, double) { return block; }

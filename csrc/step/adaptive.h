@@ -13,6 +13,9 @@ namespace sofim {
 
 constexpr double kColumnFloor = 0.1;  // COLUMN_FLOOR of sofim_fused/backends/adaptive.py
 
+// How the elements of a tensor are grouped: which running means of g² it has.
+enum class Diagonal : uint8_t { tensor, row, factored, element };
+
 // A parameter group's hyperparameters. Without the term of rank one, rho is infinite.
 struct AdaptiveHyper : Hyper {
   double beta2 = 0.99;
@@ -62,9 +65,10 @@ struct ElementVariance {
 
   SOFIM_HD V entered(V v, V g) const {
     const V x = Ops<V>::multiply_add(g, g * rest, v * beta2);
-    return x > largest ? largest : x;
+    return x > largest ? largest : x;  // a NaN stays one
   }
-  SOFIM_HD V inverse(V v) const { return V(1) / (V(sqrt(v)) * root + eps); }
+  SOFIM_HD V scale(V v) const { return Ops<V>::multiply_add(Ops<V>::root(v), root, eps); }
+  SOFIM_HD V inverse(V v) const { return V(1) / scale(v); }
 };
 
 // The sums over one Fisher block: T, Q, P, and m̂ᵀD⁻¹m̂.

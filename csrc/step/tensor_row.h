@@ -10,12 +10,15 @@ namespace sofim {
 
 // How elements are stored. A complex tensor is treated as a real one with twice as many elements.
 enum class Type : uint8_t { float32, float64, bfloat16, float16 };
+SOFIM_HD constexpr int type_size(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
 constexpr bool is_narrow(Type type) { return type == Type::bfloat16 || type == Type::float16; }
 
 // Sums of products per tensor, in this order wherever several are stored. accumulate returns mm, then mg, then mw; dots
 // returns all of them, or all but those with w. See Sums in sofim_fused/backends/interface.py.
 enum Sum { kMM, kMG, kMW, kGG, kGW, kWW };
 constexpr int kSums = kWW + 1;
+// accumulate_scaled returns Σm²/s, Σmv/s and Σs: ScaledSums there.
+constexpr Sum kTrace = kMW;
 
 // One tensor of a step: where its elements are, and how they are stored. The elements of w, g, m and kahan have the
 // same order in memory, without gaps.

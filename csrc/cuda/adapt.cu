@@ -1,0 +1,133 @@
+// From sums of g² to running means and to D⁻¹: factors per row and per column, in one launch for all tensors. Each block
+// has kAdaptRows rows of one tensor, or its columns; the last one of a tensor computes its Σs.
+#include "cuda/kernels.cuh"
+
+namespace sofim::cuda {
+namespace {
+
+// The block's tensor, and which of its blocks it is.
+__device__ __forceinline__ uint32_t tensor_of(const AdaptTask& task, const AdaptRow* rows) {
+  uint32_t low = 0, high = task.tensors;
+  while (high - low > 1) {
+    const uint32_t middle = low + (high - low) / 2;
+    if (rows[middle].first <= blockIdx.x) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Running means, float32 or float64.
+struct Means {
+  void* at;
+  bool float64;
+
+  __device__ __forceinline__ double largest() const { return float64 ? DBL_MAX : static_cast<double>(FLT_MAX); }
+  __device__ __forceinline__ double get(int64_t i) const {
+    return float64 ? static_cast<const double*>(at)[i] : static_cast<double>(static_cast<const float*>(at)[i]);
+  }
+  // Stores a mean; returns it as stored.
+  __device__ __forceinline__ double set(int64_t i, double x) const {
+    if (float64) return static_cast<double*>(at)[i] = x;
+    return static_cast<double>(static_cast<float*>(at)[i] = static_cast<float>(x));
+  }
+};
+
+__device__ __forceinline__ void set_factor(void* to, int64_t i, double x, bool float64) {
+  if (float64) {
+    static_cast<double*>(to)[i] = x;
+  } else {
+    static_cast<float*>(to)[i] = static_cast<float>(x);
+  }
+}
+
+struct Adapting {
+  const AdaptRow& row;
+  Mixing mixing;
+  bool skip, wide;
+
+  __device__ __forceinline__ double entered(const Means& means, int64_t i, double sum, double count) const {
+    const double old = means.get(i);
+    return skip ? old : means.set(i, mixing.mixed(old, sum, count, means.largest()));
+  }
+
+  // Σs over the thread's part of the rows of block `part`, without columns.
+  __device__ __forceinline__ double rows(uint32_t part) const {
+    const Means means{row.row_var, row.float64};
+    const int64_t begin = part * kAdaptRows, end = begin + kAdaptRows < row.rows ? begin + kAdaptRows : row.rows;
+    double sum = 0.0;
+    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+      const double s = mixing.root(entered(means, i, load_cg(row.row_sums + i), row.row_count));
+      set_factor(row.by_row, i, 1.0 / s, wide);
+      sum += s;
+    }
+    return sum;
+  }
+
+  // The same of all columns.
+  __device__ __forceinline__ double columns(Shared& shared) const {
+    const Means means{row.col_var, row.float64};
+    double each[1] = {};
+    for (int64_t i = threadIdx.x; i < row.cols; i += kThreads) {
+      each[0] += entered(means, i, load_cg(row.col_sums + i), row.col_count);
+    }
+    const double total = block_total(each, [](int) { return true; }, shared);
+    if (threadIdx.x == 0) shared.gain = total / static_cast<double>(row.cols);
+    __syncthreads();
+    const double mean = shared.gain;
+    double sum = 0.0;
+    for (int64_t i = threadIdx.x; i < row.cols; i += kThreads) {
+      const double share = column_share(means.get(i), mean);
+      set_factor(row.by_col, i, 1.0 / share, wide);
+      sum += share;
+    }
+    return sum;
+  }
+};
+
+__global__ void __launch_bounds__(kThreads, 4) adapt(const __grid_constant__ Arguments<AdaptTask, kMost> a) {
+  __shared__ Shared shared;
+  const AdaptTask& task = a.task;
+  const AdaptRow* const table = task.rows != nullptr ? task.rows : reinterpret_cast<const AdaptRow*>(a.more);
+  const uint32_t tensor = tensor_of(task, table), part = blockIdx.x - table[tensor].first;
+  const AdaptRow row = table[tensor];
+  const AdaptiveHyper& hyper = task.hyper[row.group];
+  const Guard guard(task.is_guarded ? *task.square : 0.0, task.guard);
+  const double correction = bias_correction(hyper.beta2, *row.step + 1);
+  if (blockIdx.x == 0 && threadIdx.x == 0 && task.is_guarded) {
+    task.guarded[0] = guard.norm;
+    task.guarded[1] = guard.gain;
+    task.guarded[2] = guard.skip ? 1.0 : 0.0;
+  }
+  if (part == 0 && threadIdx.x == 0) {
+    task.beta2[tensor] = hyper.beta2;
+    task.eps[tensor] = hyper.eps;
+    task.root[tensor] = sqrt(correction);
+  }
+  const Adapting adapting{row, {hyper.beta2, hyper.eps, correction, guard.gain}, guard.skip, task.wide || row.float64};
+  const uint32_t of_rows = row_blocks(row.rows), blocks = of_rows + (row.cols > 0 ? 1 : 0);
+  const double each[1] = {part < of_rows ? adapting.rows(part) : adapting.columns(shared)};
+  __syncthreads();
+  const double total = block_total(each, [](int) { return true; }, shared);
+  if (blocks == 1) {
+    if (threadIdx.x == 0) task.trace[tensor] = total * row.row_count;
+    return;
+  }
+  if (threadIdx.x == 0) task.slots[blockIdx.x] = total;
+  if (!is_last_block(task.counters + tensor, blocks, shared) || threadIdx.x != 0) return;
+  double sum = 0.0;
+  for (uint32_t i = 0; i < of_rows; ++i) sum += load_cg(task.slots + row.first + i);
+  task.trace[tensor] = sum * (row.cols > 0 ? load_cg(task.slots + row.first + of_rows) : row.row_count);
+}
+
+}  // namespace
+
+int launch_adapt(const AdaptTask& task, const AdaptRow* rows, void* stream) {
+  return launch_kernel<AdaptTask, kMost>(&adapt, false, task.blocks, task,
+                                         {rows, task.rows != nullptr ? 0 : task.tensors * sizeof(AdaptRow)},
+                                         {nullptr, 0}, stream);
+}
+
+}  // namespace sofim::cuda
