@@ -196,11 +196,21 @@ def in_backward(groups: Sequence[Mapping[str, Any]]) -> None:
                 f"in_backward=True with {name}={value!r} is impossible: the norm of all gradients is known only after "
                 "the first of them have entered their moments. Leave out one of them"
             )
-    if groups and groups[0].get("diagonal", "identity") != "identity":
-        raise ValueError(
-            f"in_backward=True with diagonal={groups[0]['diagonal']!r}: the sums of squares of a gradient are not "
-            "taken in the backward pass yet. Leave out in_backward"
-        )
+    for index, values in enumerate(groups):
+        if values.get("diagonal", "identity") != "identity" and values["rho"] is not None:
+            raise ValueError(
+                f"parameter group {index}: in_backward=True with diagonal={values['diagonal']!r} and "
+                f"rho={values['rho']!r} is impossible: the term of rank one needs all gradients before any weight "
+                "changes. Pass rho=None, or leave out in_backward"
+            )
+
+
+def adaptive_in_backward_over_ranks(diagonal: str) -> ValueError:
+    """The error for a diagonal that adapts, of sharded parameters whose gradients are taken in the backward pass."""
+    return ValueError(
+        f"in_backward=True with diagonal={diagonal!r} and sharded parameters is impossible: the sums over rows and "
+        "columns need other ranks. Leave out in_backward, or take diagonal='identity'"
+    )
 
 
 def in_backward_parameter(param: Tensor, where: str, numerator: str) -> None:
@@ -243,12 +253,13 @@ def unscaled(optimizer: Any) -> None:
         )
 
 
-def not_adaptive_over_ranks(diagonal: str) -> None:
-    """Refuse a diagonal that adapts, of parameters that are sharded over ranks."""
-    raise ValueError(
-        f"diagonal={diagonal!r} with parameters that are sharded over ranks: sums of rows and columns are not added up "
-        "over ranks yet. Take diagonal='identity', or replicate the parameters (DistributedDataParallel)"
-    )
+def not_flattened(diagonal: str, ordinal: int) -> None:
+    """Refuse a diagonal by rows, columns or tensors of a parameter of which a rank has a flat part."""
+    if diagonal != "element":
+        raise ValueError(
+            f"parameter {ordinal} is a part of a flat parameter of FullyShardedDataParallel, which has no rows: with "
+            f"diagonal={diagonal!r} shard the model with fully_shard(), or take diagonal='element'"
+        )
 
 
 def one_device(params: Sequence[Tensor]) -> None:
@@ -555,6 +566,17 @@ def variances(
             )
         if _may_overlap(value):
             raise _sharing(value, f"{_state(param, ordinal)}: {name}", _REPLACE)
+
+
+def variance_placed(param: Any, value: Any, placements: tuple[Any, ...], ordinal: int, name: str) -> None:
+    """Check that a running mean of g² of a ``DTensor`` is on its mesh, with these placements."""
+    if not on_one_mesh(param, value):
+        raise other_mesh(param, value, f"{_state(param, ordinal)}: {name}", _SPREAD)
+    if tuple(value.placements) != placements:
+        raise ValueError(
+            f"{_state(param, ordinal)}: {name} has the placements {value.placements}, expected {placements}: "
+            "redistribute() it"
+        )
 
 
 def _convertible(value: Tensor, param: Tensor) -> bool:

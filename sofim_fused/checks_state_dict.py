@@ -235,7 +235,7 @@ def _saved_state(known: Any, param: Tensor, key: Any, diagonal: str, variance_sh
         complex_here = param.is_complex() and name not in VARIANCES
         if name != "step" and value.is_complex() != complex_here:
             raise ValueError(f"{where}: {name} is {short(value.dtype)}: it was saved for another model")
-        if name != "step" and name not in VARIANCES and not on_one_mesh(param, value):
+        if name != "step" and not on_one_mesh(param, value):
             way = "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict(), which spreads it"
             raise other_mesh(param, value, f"{where}: {name}", way)
     step = entries["step"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,55 @@ def local(x: Tensor) -> Tensor:
 def groups_of(param: Tensor) -> Groups:
     """The process groups whose ranks hold elements of a parameter that this rank does not hold; without replicas."""
     return _groups(param, replicated=False)
+
+
+def groups_with(param: Tensor, first: bool) -> Groups:
+    """Those of :func:`groups_of` that divide dimension 0 of a ``DTensor`` (``first``), or any other dimension."""
+    if not is_sharded(param):
+        return ()
+    mesh: Any = param.device_mesh  # type: ignore[attr-defined]
+    placements: Any = param.placements  # type: ignore[attr-defined]
+    return tuple(
+        mesh.get_group(axis)
+        for axis, place in enumerate(placements)
+        if not place.is_replicate() and mesh.size(axis) > 1 and (place.dim == 0) is first
+    )
+
+
+def spread_like(param: Tensor, part: Tensor, shape: Sequence[int], dims: Mapping[int, int]) -> Tensor:
+    """This rank's part of a tensor as a ``DTensor`` on a parameter's mesh; of a plain parameter, ``part`` itself.
+
+    Args:
+        param: whose sharding it follows.
+        part: what this rank holds.
+        shape: of the whole tensor.
+        dims: its dimension for each of the parameter's dimensions that it has; along others it is replicated.
+    """
+    if not is_sharded(param):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    placements = placements_like(param, dims)
+    strides = torch.empty(tuple(shape), device="meta").stride()
+    mesh: Any = param.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides)
+
+
+def placements_like(param: Tensor, dims: Mapping[int, int]) -> tuple[Any, ...]:
+    """The placements of a tensor that follows a parameter's sharding; arguments as for :func:`spread_like`."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    found: list[Any] = []
+    for place in param.placements:  # type: ignore[attr-defined]
+        if place.is_replicate() or place.dim not in dims:
+            found.append(Replicate())
+        elif dims[place.dim] == place.dim:
+            found.append(place)
+        elif type(place) is Shard:
+            found.append(Shard(dims[place.dim]))
+        else:  # the order in which meshes of FSDP and tensor parallelism divide a dimension
+            found.append(type(place)(dims[place.dim], split_factor=place.split_factor))
+    return tuple(found)
 
 
 def replicas_of(param: Tensor) -> Groups:

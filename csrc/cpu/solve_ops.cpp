@@ -1,17 +1,14 @@
-// From sums to coefficients: the operators `fold` and `solve` of sofim_fused/backends/interface.py, for tensors on the
-// CPU. The algebra is that of step/solve.h; tensors are added to their Fisher block in the order of cpu/step.cpp.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
+// The algebra is that of step/solve.h; tensors are added to their Fisher block in the order of cpu/step.cpp.
+#include "cpu/solve_ops.h"
 
+#include <c10/util/Exception.h>
+
+#include <algorithm>
 #include <cmath>
 #include <limits>
-#include <optional>
-#include <tuple>
 #include <vector>
 
-#include "gather/op_arguments.h"
+#include "gather/cpu_tensor.h"
 #include "step/solve.h"
 
 namespace sofim {
@@ -115,7 +112,7 @@ Tensor folded(const Settings& settings, const std::vector<Products>& products, c
   });
   Block none;
   const int64_t numbers = static_cast<int64_t>(numbers_of(none, settings.gradient_form()).size());
-  Tensor result = at::empty({classes, numbers, settings.blocks()}, at::kDouble);
+  Tensor result = cpu_tensor({classes, numbers, settings.blocks()}, at::kDouble);
   double* to = result.mutable_data_ptr<double>();
   for (std::vector<Block>& blocks : of_class) {
     for (size_t b = 0; b < blocks.size(); ++b) {
@@ -128,6 +125,28 @@ Tensor folded(const Settings& settings, const std::vector<Products>& products, c
   }
   return result;
 }
+
+template <class Block>
+std::vector<Block> read_blocks(const Settings& settings, const Tensor& numbers) {
+  Block none;
+  const int64_t rows = static_cast<int64_t>(numbers_of(none, settings.gradient_form()).size());
+  const Tensor values = checked("blocks", numbers, at::kDouble, {rows, settings.blocks()});
+  const double* from = values.const_data_ptr<double>();
+  std::vector<Block> blocks(settings.blocks());
+  for (int64_t b = 0; b < settings.blocks(); ++b) {
+    int64_t row = 0;
+    for (double* number : numbers_of(blocks[b], settings.gradient_form())) {
+      *number = from[row++ * settings.blocks() + b];
+    }
+  }
+  return blocks;
+}
+
+double number(const char* name, const Vector& x, double otherwise) {
+  return x ? *checked(name, *x, at::kDouble, {}).const_data_ptr<double>() : otherwise;
+}
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> fold(const Tensor& mm, const Vector& mg, const Vector& mw, const Vector& gg,
                                 const Vector& gw, const Vector& ww, TensorList steps, const Tensor& hyper,
@@ -151,8 +170,9 @@ std::tuple<Tensor, Tensor> fold(const Tensor& mm, const Vector& mg, const Vector
   const Column columns[] = {{"mm", mm, n}, {"mg", mg, n}, {"mw", mw, n}, {"gg", gg, n}, {"gw", gw, n}, {"ww", ww, n}};
   std::vector<Products> products;
   products.reserve(n);
-  Tensor squares = at::zeros({classes}, at::kDouble);
+  Tensor squares = cpu_tensor({classes}, at::kDouble);
   double* square = squares.mutable_data_ptr<double>();
+  std::fill_n(square, classes, 0.0);
   for (int64_t i = 0; i < n; ++i) {
     products.push_back({columns[0][i], columns[1][i], columns[2][i], columns[3][i], columns[4][i], columns[5][i]});
     if (guarded) square[class_numbers == nullptr ? 0 : class_numbers[i]] += products.back().gg;
@@ -160,26 +180,6 @@ std::tuple<Tensor, Tensor> fold(const Tensor& mm, const Vector& mg, const Vector
   Tensor blocks = guarded ? folded<GuardedBlock>(settings, products, class_numbers, classes)
                           : folded<PlainBlock>(settings, products, class_numbers, classes);
   return {blocks, squares};
-}
-
-template <class Block>
-std::vector<Block> read_blocks(const Settings& settings, const Tensor& numbers) {
-  Block none;
-  const int64_t rows = static_cast<int64_t>(numbers_of(none, settings.gradient_form()).size());
-  const Tensor values = checked("blocks", numbers, at::kDouble, {rows, settings.blocks()});
-  const double* from = values.const_data_ptr<double>();
-  std::vector<Block> blocks(settings.blocks());
-  for (int64_t b = 0; b < settings.blocks(); ++b) {
-    int64_t row = 0;
-    for (double* number : numbers_of(blocks[b], settings.gradient_form())) {
-      *number = from[row++ * settings.blocks() + b];
-    }
-  }
-  return blocks;
-}
-
-double number(const char* name, const Vector& x, double otherwise) {
-  return x ? *checked(name, *x, at::kDouble, {}).const_data_ptr<double>() : otherwise;
 }
 
 std::tuple<Tensor, Tensor> solve(const Tensor& blocks, const Vector& square, TensorList steps, const Tensor& hyper,
@@ -202,7 +202,7 @@ std::tuple<Tensor, Tensor> solve(const Tensor& blocks, const Vector& square, Ten
   } else {
     totals = read_blocks<PlainBlock>(settings, blocks);
   }
-  Tensor coefficients = at::empty({3, n}, at::kDouble);
+  Tensor coefficients = cpu_tensor({3, n}, at::kDouble);
   double* to = coefficients.mutable_data_ptr<double>();
   settings.each([&](int64_t i, const Hyper& h, double correction, int64_t block) {
     const Update update = sherman_morrison(h, correction, totals[block], gradient_form);
@@ -214,19 +214,12 @@ std::tuple<Tensor, Tensor> solve(const Tensor& blocks, const Vector& square, Ten
     if (!skip) ++*step.mutable_data_ptr<int64_t>();
     step.unsafeGetTensorImpl()->bump_version();
   }
-  Tensor guard = at::empty({3}, at::kDouble);
+  Tensor guard = cpu_tensor({3}, at::kDouble);
   double* seen = guard.mutable_data_ptr<double>();
   seen[0] = norm;
   seen[1] = gain;
   seen[2] = skip ? 1.0 : 0.0;
   return {coefficients, guard};
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(sofim_fused, CPU, m) {
-  m.impl("fold", fold);
-  m.impl("solve", solve);
 }
 
 }  // namespace sofim

@@ -19,22 +19,6 @@ __device__ __forceinline__ uint32_t tensor_of(const AdaptTask& task, const Adapt
   return low;
 }
 
-// Running means, float32 or float64.
-struct Means {
-  void* at;
-  bool float64;
-
-  __device__ __forceinline__ double largest() const { return float64 ? DBL_MAX : static_cast<double>(FLT_MAX); }
-  __device__ __forceinline__ double get(int64_t i) const {
-    return float64 ? static_cast<const double*>(at)[i] : static_cast<double>(static_cast<const float*>(at)[i]);
-  }
-  // Stores a mean; returns it as stored.
-  __device__ __forceinline__ double set(int64_t i, double x) const {
-    if (float64) return static_cast<double*>(at)[i] = x;
-    return static_cast<double>(static_cast<float*>(at)[i] = static_cast<float>(x));
-  }
-};
-
 __device__ __forceinline__ void set_factor(void* to, int64_t i, double x, bool float64) {
   if (float64) {
     static_cast<double*>(to)[i] = x;
@@ -45,21 +29,27 @@ __device__ __forceinline__ void set_factor(void* to, int64_t i, double x, bool f
 
 struct Adapting {
   const AdaptRow& row;
-  Mixing mixing;
+  Mix mix;
   bool skip, wide;
 
-  __device__ __forceinline__ double entered(const Means& means, int64_t i, double sum, double count) const {
-    const double old = means.get(i);
-    return skip ? old : means.set(i, mixing.mixed(old, sum, count, means.largest()));
+  // A running mean, as it is stored.
+  __device__ __forceinline__ double mean(const void* means, int64_t i) const {
+    return row.float64 ? static_cast<const double*>(means)[i] : static_cast<double>(static_cast<const float*>(means)[i]);
+  }
+  // The same after a sum of g² has entered it, unless the step is skipped.
+  __device__ __forceinline__ double entered(void* means, int64_t i, double sum, double count) const {
+    if (skip) return mean(means, i);
+    if (count == 0.0) count = 1.0;  // of sums that are 0
+    return row.float64 ? mix.enter(static_cast<double*>(means)[i], sum, count)
+                       : mix.enter(static_cast<float*>(means)[i], sum, count);
   }
 
   // Σs over the thread's part of the rows of block `part`, without columns.
   __device__ __forceinline__ double rows(uint32_t part) const {
-    const Means means{row.row_var, row.float64};
     const int64_t begin = part * kAdaptRows, end = begin + kAdaptRows < row.rows ? begin + kAdaptRows : row.rows;
     double sum = 0.0;
     for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-      const double s = mixing.root(entered(means, i, load_cg(row.row_sums + i), row.row_count));
+      const double s = mix.root(entered(row.row_var, i, load_cg(row.row_sums + i), row.row_count));
       set_factor(row.by_row, i, 1.0 / s, wide);
       sum += s;
     }
@@ -68,18 +58,17 @@ struct Adapting {
 
   // The same of all columns.
   __device__ __forceinline__ double columns(Shared& shared) const {
-    const Means means{row.col_var, row.float64};
     double each[1] = {};
     for (int64_t i = threadIdx.x; i < row.cols; i += kThreads) {
-      each[0] += entered(means, i, load_cg(row.col_sums + i), row.col_count);
+      each[0] += entered(row.col_var, i, load_cg(row.col_sums + i), row.col_count);
     }
     const double total = block_total(each, [](int) { return true; }, shared);
     if (threadIdx.x == 0) shared.gain = total / static_cast<double>(row.cols);
     __syncthreads();
-    const double mean = shared.gain;
+    const double of_all = shared.gain;
     double sum = 0.0;
     for (int64_t i = threadIdx.x; i < row.cols; i += kThreads) {
-      const double share = column_share(means.get(i), mean);
+      const double share = column_share(mean(row.col_var, i), of_all);
       set_factor(row.by_col, i, 1.0 / share, wide);
       sum += share;
     }
@@ -93,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, 4) adapt(const __grid_constant__ Arg
   const AdaptRow* const table = task.rows != nullptr ? task.rows : reinterpret_cast<const AdaptRow*>(a.more);
   const uint32_t tensor = tensor_of(task, table), part = blockIdx.x - table[tensor].first;
   const AdaptRow row = table[tensor];
-  const AdaptiveHyper& hyper = task.hyper[row.group];
+  const ScaledHyper& hyper = task.hyper[row.group];
   const Guard guard(task.is_guarded ? *task.square : 0.0, task.guard);
   const double correction = bias_correction(hyper.beta2, *row.step + 1);
   if (blockIdx.x == 0 && threadIdx.x == 0 && task.is_guarded) {
@@ -106,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, 4) adapt(const __grid_constant__ Arg
     task.eps[tensor] = hyper.eps;
     task.root[tensor] = sqrt(correction);
   }
-  const Adapting adapting{row, {hyper.beta2, hyper.eps, correction, guard.gain}, guard.skip, task.wide || row.float64};
+  const Adapting adapting{row, {hyper.beta2, hyper.eps, correction, guard.gain * guard.gain}, guard.skip, task.wide || row.float64};
   const uint32_t of_rows = row_blocks(row.rows), blocks = of_rows + (row.cols > 0 ? 1 : 0);
   const double each[1] = {part < of_rows ? adapting.rows(part) : adapting.columns(shared)};
   __syncthreads();

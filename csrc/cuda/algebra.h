@@ -40,7 +40,7 @@ class Algebra {
     task_.tensors = static_cast<uint32_t>(n);
     task_.group_count = static_cast<uint32_t>(sizes.size());
     task_.scaled = scaled;
-    const int64_t columns = (scaled ? sizeof(AdaptiveHyper) : sizeof(Hyper)) / sizeof(double);
+    const int64_t columns = (scaled ? sizeof(ScaledHyper) : sizeof(Hyper)) / sizeof(double);
     task_.hyper = doubles("hyper", hyper, {static_cast<int64_t>(sizes.size()), columns});
     task_.fisher = static_cast<Fisher>(fisher);
     task_.gradient_form = gradient_form;
@@ -54,7 +54,7 @@ class Algebra {
   }
   // How many numbers a Fisher block has.
   int64_t rows() const {
-    if (task_.scaled) return sizeof(ScaledBlock) / sizeof(double);
+    if (task_.scaled) return sizeof(AdaptiveBlock) / sizeof(double);
     return (task_.is_guarded ? 6 : 1) + (task_.gradient_form ? task_.is_guarded ? 3 : 1 : 0);
   }
 

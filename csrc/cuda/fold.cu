@@ -20,7 +20,7 @@ struct Tensors {
   }
 
   __device__ const Hyper& hyper(uint32_t group) const {
-    if (task.scaled) return reinterpret_cast<const AdaptiveHyper*>(task.hyper)[group];
+    if (task.scaled) return reinterpret_cast<const ScaledHyper*>(task.hyper)[group];
     return reinterpret_cast<const Hyper*>(task.hyper)[group];
   }
 
@@ -42,6 +42,11 @@ struct Tensors {
     return bias_correction(hyper.momentum, *steps[tensor] + 1);
   }
 
+  // What F⁻¹ is applied to, with a diagonal that adapts.
+  __device__ NumeratorTerms terms(const Hyper& hyper, double correction) const {
+    return numerator_terms(hyper, correction, task.numerator == 1, task.numerator == 2);
+  }
+
   __device__ double sum(Sum which, uint32_t tensor) const {
     return task.sums[which] == nullptr ? 0.0 : task.sums[which][tensor];
   }
@@ -50,8 +55,8 @@ struct Tensors {
   __device__ void add(Block& block, uint32_t tensor) const {
     const Hyper& its = hyper(group_of(tensor));
     const double corrects = correction(tensor, its);
-    if constexpr (std::is_same_v<Block, ScaledBlock>) {
-      block.add(its, corrects, task.numerator, sum(kMM, tensor), sum(kMG, tensor), sum(kTrace, tensor));
+    if constexpr (std::is_same_v<Block, AdaptiveBlock>) {
+      block.add(its, corrects, terms(its, corrects), {sum(kMM, tensor), sum(kMG, tensor), sum(kTrace, tensor)});
     } else {
       block.add(its, corrects,
                 {sum(kMM, tensor), sum(kMG, tensor), sum(kMW, tensor), sum(kGG, tensor), sum(kGW, tensor),
@@ -74,7 +79,7 @@ struct Tensors {
   template <class Block>
   __device__ uint32_t numbers() const {
     constexpr uint32_t all = sizeof(Block) / sizeof(double);
-    if (std::is_same_v<Block, ScaledBlock>) return all;
+    if (std::is_same_v<Block, AdaptiveBlock>) return all;
     return task.gradient_form ? all : std::is_same_v<Block, PlainBlock> ? 1 : 6;
   }
   // Calls f with each of a Fisher block's numbers, and with its place in task.blocks.
@@ -103,7 +108,7 @@ __device__ void fold_class(const Tensors& tensors, uint32_t which, Shared& share
   const auto set = [&](Block& block, uint32_t at) {
     tensors.each_place(block, which, at, [](double x, double& place) { place = x; });
   };
-  if constexpr (!std::is_same_v<Block, ScaledBlock>) {
+  if constexpr (!std::is_same_v<Block, AdaptiveBlock>) {
     const bool guarded = task.is_guarded;
     const double square = sum_of_squares(
         guarded ? task.tensors : 0, [&](uint32_t i) { return belongs(i) ? tensors.sum(kGG, i) : 0.0; }, shared);
@@ -143,7 +148,7 @@ __global__ void __launch_bounds__(kThreads) fold(const __grid_constant__ Argumen
 
 __global__ void __launch_bounds__(kThreads) fold_scaled(const __grid_constant__ Arguments<AlgebraTask, kMost> a) {
   __shared__ Shared shared;
-  fold_class<ScaledBlock>(Tensors(a), blockIdx.x, shared);
+  fold_class<AdaptiveBlock>(Tensors(a), blockIdx.x, shared);
 }
 
 template <class Block>
@@ -180,17 +185,18 @@ __global__ void __launch_bounds__(kThreads) solve_scaled(const __grid_constant__
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
   const bool rank_one = task.blocks != nullptr;
   if (rank_one && i < tensors.fisher_blocks()) {
-    const ScaledBlock block = block_at<ScaledBlock>(tensors, i);
-    task.signal[i] = block.signal / block.trace;
+    const AdaptiveBlock block = block_at<AdaptiveBlock>(tensors, i);
+    task.signal[i] = block.signal();
   }
   if (i >= task.tensors) return;
   const uint32_t group = tensors.group_of(i);
   const uint32_t at = task.fisher == Fisher::model ? 0 : task.fisher == Fisher::group ? group : i;
-  ScaledBlock block;
-  if (rank_one) block = block_at<ScaledBlock>(tensors, at);
+  AdaptiveBlock block;
+  if (rank_one) block = block_at<AdaptiveBlock>(tensors, at);
   const Hyper& hyper = tensors.hyper(group);
-  const Update update =
-      scaled_update(hyper, tensors.correction(i, hyper), task.numerator, rank_one ? &block : nullptr);
+  const double correction = tensors.correction(i, hyper);
+  const Update update = scaled_update(hyper, correction, tensors.terms(hyper, correction), task.numerator == 0,
+                                      rank_one ? &block : nullptr);
   tensors.set(i, update, task.skip != nullptr && *task.skip);
 }
 

@@ -73,11 +73,15 @@ struct alignas(16) Task {
 
 constexpr int64_t kOneRow = int64_t(1) << 62;
 
+// A row of Settings.hyper of sofim_fused/backends/interface.py, with a diagonal that adapts.
+struct ScaledHyper : Hyper, AdaptiveHyper {};
+static_assert(sizeof(ScaledHyper) == 8 * sizeof(double), "it has eight columns");
+
 // Of a step with a diagonal that adapts, what its sweeps need to know about one tensor.
 struct alignas(16) Scaling {
   void* v;             // the running means of g² of its elements, of w's order, float64 for a float64 w, else float32;
                        // or nullptr, and D⁻¹ is a factor per row times a factor per column
-  const void* by_row;  // [rows]
+  const void* by_row;  // [rows], of the type of computation
   const void* by_col;  // [cols], in the order of memory; or nullptr: 1
   int64_t cols;        // elements of a row; kOneRow: all elements are in it
   double decay_m, decay_g;  // of the first moment
@@ -87,7 +91,6 @@ struct alignas(16) Scaling {
 struct alignas(16) ScaledTask : Task {
   const Scaling* scalings;           // nullptr: they follow the rows in the arguments, in the place of the groups
   const double *beta2, *eps, *root;  // [tensors] each: see Scales in sofim_fused/backends/interface.py
-  bool wide;                         // factors are float64; else of the type of computation
 };
 
 // One tensor whose g² are summed, as a matrix (squares.cu). Of a tensor without row_var, the rows mean nothing.
@@ -120,7 +123,7 @@ SquaresRow squares_row(const void* g, Type type, int64_t numel);
 constexpr uint32_t counters_of(const SquaresRow& row) {
   return 1 + row.row_tiles + row.col_tiles * ((row.row_tiles + kGroup - 1) / kGroup + 1);
 }
-constexpr uint64_t tiles_of(const SquaresRow& row) { return uint64_t(row.row_tiles) * row.col_tiles; }
+constexpr uint64_t all_tiles(const SquaresRow& row) { return uint64_t(row.row_tiles) * row.col_tiles; }
 
 struct alignas(16) SquaresTask {
   const SquaresRow* rows;  // nullptr: they follow in the arguments
@@ -152,7 +155,7 @@ SOFIM_HD constexpr uint32_t row_blocks(int64_t rows) {
 
 struct alignas(16) AdaptTask {
   const AdaptRow* rows;  // nullptr: they follow in the arguments
-  const AdaptiveHyper* hyper;
+  const ScaledHyper* hyper;
   uint32_t* counters;                   // [tensors], zero before and after a launch
   double* slots;                        // [blocks]
   double *trace, *beta2, *eps, *root;   // [tensors] each, results
@@ -169,7 +172,7 @@ struct alignas(16) AdaptTask {
 struct alignas(16) AlgebraTask {
   int64_t* const* steps;      // [tensors]; nullptr: they follow in the arguments, and behind them `starts`
   const uint32_t* starts;     // [groups + 1]: the first tensor of each group, and their number
-  const double* hyper;        // [groups] of Hyper or AdaptiveHyper
+  const double* hyper;        // [groups] of Hyper or ScaledHyper
   const double* sums[kSums];  // [tensors] each, or nullptr: 0
   const bool* skip;           // of a diagonal that adapts: whether the step is skipped; nullptr: it is not
   double* signal;             // [Fisher blocks], likewise

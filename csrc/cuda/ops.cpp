@@ -211,7 +211,9 @@ std::tuple<Tensor, Tensor> solve(const Tensor& blocks, const Vector& square, Ten
 }  // namespace
 
 #if defined(SOFIM_EMULATED)
-TORCH_LIBRARY(sofim_fused_emulated, m) { define_operators(m); }
+TORCH_LIBRARY(sofim_fused_emulated, m) {
+  for (const char* schema : schemas) m.def(schema);
+}
 TORCH_LIBRARY_IMPL(sofim_fused_emulated, CPU, m) {
 #else
 TORCH_LIBRARY_IMPL(sofim_fused, CUDA, m) {

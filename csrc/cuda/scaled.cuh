@@ -14,7 +14,7 @@
 #include "cuda/diagonal.cuh"
 #include "cuda/kernels.cuh"
 #include "cuda/storage.cuh"
-#include "step/adaptive.h"
+#include "step/element.h"
 
 namespace sofim::cuda {
 
@@ -84,6 +84,19 @@ __device__ __forceinline__ void round_to(Elements<T, size>& x, Type type) {
   }
 }
 
+// v ← β₂ v + (1 - β₂) g² of one element, and s.
+template <class T>
+struct ElementVariance {
+  T beta2, rest, root, eps, largest;
+
+  // Saturated: from infinity it could never decay. A NaN stays one.
+  __device__ __forceinline__ T entered(T v, T g) const {
+    const T x = Ops<T>::multiply_add(g, g * rest, v * beta2);
+    return x > largest ? largest : x;
+  }
+  __device__ __forceinline__ T scale(T v) const { return Ops<T>::multiply_add(Ops<T>::root(v), root, eps); }
+};
+
 // A chunk of a tensor: kTile elements, or its last ones. `all32`: all weights and gradients are float32.
 template <ScaledPass pass, bool all32>
 struct ScaledChunk {
@@ -147,7 +160,7 @@ struct ScaledChunk {
       variance = {beta2, T(1) - beta2, given(task.root + tensor, T(0)), given(task.eps + tensor, T(0)),
                   kIs32 ? T(FLT_MAX) : T(DBL_MAX)};
     }
-    const Inverse<T> diagonal(scaling, begin, task.wide);
+    const Inverse<T> diagonal(scaling, begin);
     uint32_t stretch = 0;
     if (writes_m && kIs32 && rounds) stretch = stretch_key(tensor_key(row.ordinal, *row.step + (sums ? 1 : 0)), begin);
     const int64_t rest = row.numel - begin;
@@ -156,7 +169,8 @@ struct ScaledChunk {
 #pragma unroll 1
     for (int at = static_cast<int>(threadIdx.x) * size; at < left; at += kThreads * size) {
       const int64_t place = begin + at;
-      Elements<T, size> m, g{}, w, kahan{}, v{}, inverse{};
+      Elements<T, size> m, g, w, kahan, v, inverse;
+      if constexpr (size == 1) g = kahan = v = inverse = {};  // compilers cannot see that they are set where needed
       fetch(m, row.m, place, row.m_type);
       if (gradient || writes_m) fetch(g, row.g, place, g_type);
       if constexpr (writes_w) fetch(w, row.w, place, w_type);
@@ -252,7 +266,7 @@ __device__ __forceinline__ const Scaling* scalings_of(const Arguments<ScaledTask
 
 // A step that is skipped has sums all the same, of the moments as they are.
 template <bool all32>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, all32 ? 3 : kBlocks)
     accumulate_scaled(const __grid_constant__ Arguments<ScaledTask, kMost> a) {
   __shared__ Shared shared;
   const ScaledTask& task = a.task;
@@ -281,7 +295,8 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 // apply_scaled or commit_scaled.
 template <ScaledPass pass, bool all32>
-__global__ void __launch_bounds__(kThreads, 3) update_scaled(const __grid_constant__ Arguments<ScaledTask, kMost> a) {
+__global__ void __launch_bounds__(kThreads, all32 ? 3 : kBlocks)
+    update_scaled(const __grid_constant__ Arguments<ScaledTask, kMost> a) {
   const ScaledTask& task = a.task;
   if (skipped(task)) return;
   const uint32_t tile = task.tiles - 1 - blockIdx.x, tensor = tensor_of(task, rows_of(a), tile);

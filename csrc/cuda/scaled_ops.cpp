@@ -58,8 +58,8 @@ class Copies {
 };
 
 Diagonal diagonal_of(int64_t kind) {
-  TORCH_CHECK(kind >= 0 && kind <= static_cast<int64_t>(Diagonal::element), "sofim_fused: kinds: 0 to 3 are needed, ",
-              "this is ", kind);
+  TORCH_CHECK(kind > 0 && kind <= static_cast<int64_t>(Diagonal::element), "sofim_fused: kinds: 1 to 4 are needed, this is ",
+              kind);
   return static_cast<Diagonal>(kind);
 }
 bool has_rows(Diagonal diagonal) { return diagonal == Diagonal::row || diagonal == Diagonal::factored; }
@@ -154,12 +154,20 @@ class Sweep {
     task_.beta2 = given("beta2", scales.beta2, n);
     task_.eps = given("eps", scales.eps, n);
     task_.root = given("root", scales.root, n);
-    task_.wide = true;
-    const double* by_row = given("rows", scales.by_row, rows_);
-    const double* by_col = given("cols", scales.by_col, cols_);
+    const double* rows64 = given("rows", scales.by_row, rows_);
+    const double* cols64 = given("cols", scales.by_col, cols_);
+    // For arithmetic in float32.
+    const Tensor by_row = scales.by_row.to(at::kFloat), by_col = scales.by_col.to(at::kFloat);
+    const auto *rows32 = static_cast<const float*>(by_row.const_data_ptr()),
+               *cols32 = static_cast<const float*>(by_col.const_data_ptr());
     for (size_t i = 0; i < scalings_.size(); ++i) {
-      scalings_[i].by_row = has_factors_[i] ? by_row + rows_at_[i] : nullptr;
-      scalings_[i].by_col = cols_at_[i] >= 0 ? by_col + cols_at_[i] : nullptr;
+      const bool wide = packed_.rows[i].w_type == Type::float64;
+      const auto from = [&](const double* x64, const float* x32, int64_t at) -> const void* {
+        if (at < 0) return nullptr;
+        return wide ? static_cast<const void*>(x64 + at) : x32 + at;
+      };
+      scalings_[i].by_row = from(rows64, rows32, rows_at_[i]);
+      scalings_[i].by_col = from(cols64, cols32, cols_at_[i]);
     }
     memory_.serve_table(task_, packed_.rows, scalings_, device, on.stream());
     check(launch(packed_.form.types, task_, packed_.rows.data(), scalings_.data(), on.stream()));
@@ -189,9 +197,8 @@ class Sweep {
     Scaling& scaling = scalings_[i];
     Row& row = packed_.rows[i];
     scaling.cols = has_rows(diagonal) ? columns_of(w) : kOneRow;
-    rows_at_.push_back(rows_);
+    rows_at_.push_back(diagonal == Diagonal::element ? -1 : rows_);
     cols_at_.push_back(diagonal == Diagonal::factored ? cols_ : -1);
-    has_factors_.push_back(diagonal != Diagonal::element);
     if (diagonal == Diagonal::element) {
       const Tensor& v = variances_[i];
       const auto dtype = row.w_type == Type::float64 ? at::kDouble : at::kFloat;
@@ -215,7 +222,6 @@ class Sweep {
   ScaledTask task_{};
   std::vector<Scaling> scalings_;
   std::vector<int64_t> rows_at_, cols_at_;  // where a tensor's factors begin; -1: it has none
-  std::vector<bool> has_factors_;
   int64_t rows_ = 0, cols_ = 0;
   Memory memory_;
   Vector update_[3];
@@ -266,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor> squares(TensorList grads, at::IntArrayRef kin
                                         : squares_row(g.const_data_ptr(), type_of(g), g.numel());
     row.first = static_cast<uint32_t>(tiles);
     row.counters = static_cast<uint32_t>(counters);
-    tiles += tiles_of(row);
+    tiles += all_tiles(row);
     counters += counters_of(row);
     if (has_rows(diagonal)) {
       all_rows += row.n_rows;
@@ -402,7 +408,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapt(
   const DeviceScope on(device);
   const Tensor counters = at::zeros({static_cast<int64_t>(n)}, options.dtype(at::kInt));
   const Tensor slots = at::empty({static_cast<int64_t>(blocks)}, options);
-  task.hyper = reinterpret_cast<const AdaptiveHyper*>(algebra.task().hyper);
+  task.hyper = reinterpret_cast<const ScaledHyper*>(algebra.task().hyper);
   task.counters = static_cast<uint32_t*>(counters.mutable_data_ptr());
   task.slots = slots.mutable_data_ptr<double>();
   task.trace = numbers.mutable_data_ptr<double>();

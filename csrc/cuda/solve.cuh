@@ -52,11 +52,11 @@ __device__ __forceinline__ void each_number(GuardedBlock& block, F f) {
 }
 
 template <class F>
-__device__ __forceinline__ void each_number(ScaledBlock& block, F f) {
+__device__ __forceinline__ void each_number(AdaptiveBlock& block, F f) {
   f(block.trace);
   f(block.square);
   f(block.cross);
-  f(block.signal);
+  f(block.plain_square);
 }
 
 __device__ inline PlainBlock at_gain(const PlainBlock& block, double) { return block; }

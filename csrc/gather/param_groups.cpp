@@ -185,6 +185,10 @@ bool OptionalScalar::read(PyObject* object, bool anywhere) {
   return false;
 }
 
+const at::Tensor* tensor_of(PyObject* object) { return is_tensor(object) ? &THPVariable_Unpack(object) : nullptr; }
+
+PyObject* object_of(const at::Tensor& tensor) { return THPVariable_Wrap(tensor); }
+
 bool ParamGroups::read(PyObject* groups, PyObject* state, const std::vector<char>* consumed) {
   clear();
   if (read_everything(groups, state, consumed)) return true;

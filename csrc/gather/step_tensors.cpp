@@ -1,8 +1,6 @@
 #include "gather/step_tensors.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 
@@ -153,9 +151,9 @@ const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at:
     for (const at::Tensor* x : {&w, &m, &kahan}) {
       if (x->defined() && may_overlap(*x)) return "a parameter or its state whose elements may share memory";
     }
-    const at::Tensor order = m.is_non_overlapping_and_dense() ? m : at::empty(m.sizes(), m.options());
+    const at::Tensor order = m.is_non_overlapping_and_dense() ? m : m.new_empty(m.sizes());
     const auto copy_of = [&](const at::Tensor& x) {
-      at::Tensor copy = at::empty_strided(order.sizes(), order.strides(), x.options());
+      at::Tensor copy = x.new_empty_strided(order.sizes(), order.strides());
       copy.copy_(x.detach());
       return copy;
     };

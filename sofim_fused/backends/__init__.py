@@ -10,6 +10,7 @@ import torch
 
 from sofim_fused import native
 from sofim_fused.backends import cpu, cuda, triton
+from sofim_fused.backends.adaptive import TorchAdaptive
 from sofim_fused.backends.interface import (
     FISHER,
     NUMERATORS,
@@ -50,6 +51,7 @@ __all__ = [
     "Squares",
     "StepTensors",
     "Sums",
+    "TorchAdaptive",
     "Variance",
     "apart",
     "capturing",

@@ -68,7 +68,7 @@ class TorchAdaptive:
         given = _ByTensor(tensors.variances, squares)
         for i, variance in enumerate(tensors.variances):
             mix = _Mix(hyper.beta2[i], corrections[i], hyper.eps[i], gain, skip)
-            factors = _factors(variance, given, i, mix)
+            factors = _factors(variance, tensors.params[i].numel(), given, i, mix)
             rows.append(factors.rows)
             cols.append(factors.cols)
             traces.append(factors.trace)
@@ -165,14 +165,18 @@ class _Mix(NamedTuple):
 
     def enter(self, running: Tensor, total: Tensor, count: int) -> Tensor:
         """Update a running mean by a sum of g² over ``count`` elements, in place; return it as stored, in float64."""
-        mean = total.reshape(running.shape) / max(count, 1)
+        old = running.to(total.dtype)
+        # Saturated, not infinite: from infinity it could never decay, and no later step would move.
+        new = self.entered(old, total.reshape(running.shape), count).clamp(max=torch.finfo(running.dtype).max)
+        running.copy_(new if self.skip is None else torch.where(self.skip, old, new))
+        return running.to(total.dtype)
+
+    def entered(self, running: Tensor, total: Tensor, count: int) -> Tensor:
+        """A running mean after it was updated by a sum of g² over ``count`` elements, in float64."""
+        mean = total / max(count, 1)
         if self.gain is not None:
             mean = mean * self.gain.square()
-        old = running.to(mean.dtype)
-        # Saturated, not infinite: from infinity it could never decay, and no later step would move.
-        new = (self.beta2 * old + (1 - self.beta2) * mean).clamp(max=torch.finfo(running.dtype).max)
-        running.copy_(new if self.skip is None else torch.where(self.skip, old, new))
-        return running.to(mean.dtype)
+        return self.beta2 * running + (1 - self.beta2) * mean
 
     def root(self, running: Tensor) -> Tensor:
         return (running * self.correction).sqrt() + self.eps
@@ -184,20 +188,26 @@ class _Factors(NamedTuple):
     trace: Tensor
 
 
-def _factors(variance: Variance, given: _ByTensor, i: int, mix: _Mix) -> _Factors:
-    """Update one tensor's running means, and return the factors of its D⁻¹, as vectors, and Σs."""
+def _factors(variance: Variance, numel: int, given: _ByTensor, i: int, mix: _Mix) -> _Factors:
+    """Update one tensor's running means, and return the factors of its D⁻¹, as vectors, and Σs over this rank's part.
+
+    ``numel``: how many elements this rank has of it.
+    """
     count, columns = variance.shape
     if variance.by_element:
         return _Factors(None, None, torch.zeros_like(mix.beta2))
     if variance.row_var is None:
         assert variance.variance is not None
         s = mix.root(mix.enter(variance.variance, given.total[i], columns))
-        return _Factors(s.reciprocal().view(1), None, s * columns)
+        return _Factors(s.reciprocal().view(1), None, s * numel)
     s = mix.root(mix.enter(variance.row_var, given.rows[i], columns))
     if variance.col_var is None:
-        return _Factors(s.reciprocal(), None, s.sum() * columns)
+        return _Factors(s.reciprocal(), None, s.sum() * (numel // max(variance.row_var.numel(), 1)))
     running = mix.enter(variance.col_var, given.cols[i], count).reshape(-1)
-    mean = running.mean() if running.numel() else running.sum()
+    if given.col_var is not None:
+        mean = mix.entered(given.col_var[i] / max(columns, 1), given.total[i], count * columns)
+    else:
+        mean = running.mean() if running.numel() else running.sum()
     share = torch.where(mean == 0, 1.0, running / mean).clamp(min=COLUMN_FLOOR).sqrt()
     return _Factors(s.reciprocal(), share.reciprocal(), s.sum() * share.sum())
 
@@ -207,6 +217,7 @@ class _ByTensor:
 
     def __init__(self, variances: Sequence[Variance], squares: Squares) -> None:
         self.total = squares.total
+        self.col_var = squares.col_var
         self.rows = split(squares.rows, [variance.row_var for variance in variances])
         self.cols = split(squares.cols, [variance.col_var for variance in variances])
 

@@ -208,11 +208,13 @@ class Squares(NamedTuple):
         total: ``[n]``, over each tensor.
         rows: over each row of the tensors that have ``row_var``, one tensor after the other; a vector.
         cols: over each column of the tensors that have ``col_var``, in the order of its elements; a vector.
+        col_var: ``[n]``, if other ranks hold other columns: the sum of ``col_var`` over all of them, before this step.
     """
 
     total: Tensor
     rows: Tensor
     cols: Tensor
+    col_var: Tensor | None = None
 
 
 class Scales(NamedTuple):
@@ -340,8 +342,9 @@ class AdaptivePasses(Protocol):
         Args:
             tensors: of the step; ``steps`` are not advanced yet.
             settings: of the same tensors.
-            squares: from :meth:`squares`, summed over ranks. Without ``guard`` nothing else is needed of it than the
-                sums of tensors that do not have a variance for each element.
+            squares: from :meth:`squares`, summed over the ranks that hold other parts of a row, column or tensor. Only
+                ``TorchAdaptive`` has to take :attr:`Squares.col_var`. Without ``guard`` nothing else is needed of it
+                than the sums of tensors that do not have a variance for each element.
             guard: ``None``: gradients are neither clipped nor scaled, and the step is not skipped.
             square: with ``guard``, the sum of all ``squares.total``, over devices and ranks.
 

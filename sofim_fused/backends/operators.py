@@ -186,7 +186,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
             row_vars,
             col_vars,
             variances,
-            *squares,
+            *squares[:3],
             *_guard_fields(guard, square),
         )
         norm, gain, skipped = seen.unbind()
@@ -300,9 +300,9 @@ def _guard_fields(guard: GuardSettings | None, square: Tensor | None) -> tuple[A
 
 
 def _kinds(tensors: StepTensors) -> list[int]:
-    """Which diagonal each tensor has: 0 to 3 for tensor, row, factored and element (``enum class Diagonal``)."""
+    """Which diagonal each tensor has: 1 to 4 for tensor, row, factored and element (``enum class Diagonal``)."""
     return [
-        3 if variance.by_element else 0 if variance.row_var is None else 1 if variance.col_var is None else 2
+        4 if variance.by_element else 1 if variance.row_var is None else 2 if variance.col_var is None else 3
         for variance in tensors.variances
     ]
 
@@ -367,8 +367,8 @@ def register_fakes(namespace: str) -> None:
 
     @torch.library.register_fake(f"{namespace}::squares")
     def _(grads, kinds):  # type: ignore[no-untyped-def]
-        rows = sum(len(g) for g, kind in zip(grads, kinds, strict=True) if kind in (1, 2))
-        cols = sum(g.shape[1:].numel() for g, kind in zip(grads, kinds, strict=True) if kind == 2)
+        rows = sum(len(g) for g, kind in zip(grads, kinds, strict=True) if kind in (2, 3))
+        cols = sum(g.shape[1:].numel() for g, kind in zip(grads, kinds, strict=True) if kind == 3)
         return double(grads, len(grads)), double(grads, rows), double(grads, cols)
 
     @torch.library.register_fake(f"{namespace}::adapt")
@@ -376,7 +376,7 @@ def register_fakes(namespace: str) -> None:
         steps, hyper, sizes, kinds, heights, widths, row_vars, col_vars, variances, total, rows, cols, *guard
     ):
         count = len(steps)
-        return rows.new_empty(rows.numel() + kinds.count(0)), torch.empty_like(cols), total.new_empty(4, count), (
+        return rows.new_empty(rows.numel() + kinds.count(1)), torch.empty_like(cols), total.new_empty(4, count), (
             total.new_empty(3)
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -275,15 +276,15 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 def _sums_of_squares(g: Tensor, columns: bool) -> tuple[Tensor, Tensor]:
     """Sums of g² over each row, and over each column if ``columns``: float64 vectors, the same for any thread count."""
-    dtype, count, size = sum_dtype(g.device), g.shape[0], g[0].numel() if g.shape[0] else 0
+    dtype, count, size = sum_dtype(g.device), g.shape[0], math.prod(g.shape[1:])
     cols = torch.zeros(size if columns else 0, dtype=dtype, device=g.device)
     rows = []
     for part in g.split(max(1, CHUNK // max(size, 1))):
-        square = part.reshape(len(part), -1).to(dtype).square()
+        square = part.reshape(len(part), size).to(dtype).square()
         # Sums with several results are never divided among threads; one alone would be.
-        rows.append(square.sum(1) if len(part) > 1 else _ordered_sum(square.view(-1)).view(1))
+        rows.append(square.sum(1) if len(part) != 1 else _ordered_sum(square.view(-1)).view(1))
         if columns:
-            cols += square.sum(0) if size > 1 else _ordered_sum(square.view(-1))
+            cols += square.sum(0) if size != 1 else _ordered_sum(square.view(-1))
     return torch.cat(rows) if rows else cols.new_zeros(count), cols
 
 

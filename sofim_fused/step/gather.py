@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from sofim_fused import checks, checks_state_dict
 from sofim_fused.backends import StepTensors, Variance
-from sofim_fused.dtensor import local, placed_as
+from sofim_fused.dtensor import is_sharded, local, placed_as, placements_like, spread_like
 
 
 class Entry(NamedTuple):
@@ -57,6 +58,10 @@ def check_state(entry: Entry, group: Mapping[str, Any], state: Mapping[Tensor, A
         checks.state_of_parameter(entry.param, known, moment_dtype(entry.param, group["state_dtype"]), entry.ordinal)
         shapes = variance_shapes(entry.param, group["diagonal"])
         checks.variances(entry.param, known, shapes, variance_dtype(entry.param), entry.ordinal, group["diagonal"])
+        for name, shape in shapes.items():
+            if is_sharded(entry.param):
+                placements = placements_like(entry.param, _dims(name, entry.param, shape))
+                checks.variance_placed(entry.param, known[name], placements, entry.ordinal, name)
     else:
         checks.first_gradient(entry.param, entry.ordinal, group["state_dtype"])
 
@@ -107,18 +112,42 @@ def variance_dtype(param: Tensor) -> torch.dtype:
 
 
 def _zero_variances(param: Tensor, diagonal: str) -> dict[str, Tensor]:
-    """Running means of g² before the first gradient, in the parameter's order in memory where they have its shape."""
-    whole = _real(param.detach())
+    """Running means of g² before the first gradient, in the parameter's order in memory where they have its shape.
+
+    Of a ``DTensor`` they are sharded as it is, where they have the dimension along which it is.
+    """
+    part = _real(local(param.detach()))
     dtype, preserve = variance_dtype(param), torch.preserve_format
     made = {}
     for name, shape in variance_shapes(param, diagonal).items():
-        if name == "variance" and shape == tuple(whole.shape):
-            made[name] = torch.zeros_like(whole, dtype=dtype, memory_format=preserve)
-        elif name == "col_var" and param.shape[0]:
-            made[name] = torch.zeros_like(whole[0], dtype=dtype, memory_format=preserve)
+        if name == "variance" and shape:
+            mine = torch.zeros_like(part, dtype=dtype, memory_format=preserve)
+        elif name == "variance":
+            mine = torch.zeros((), dtype=dtype, device=param.device)
+        elif name == "row_var":
+            mine = torch.zeros(part.shape[:1], dtype=dtype, device=param.device)
+        elif part.shape[0]:
+            mine = torch.zeros_like(part[0], dtype=dtype, memory_format=preserve)
         else:
-            made[name] = torch.zeros(shape, dtype=dtype, device=param.device)
+            mine = torch.zeros(part.shape[1:], dtype=dtype, device=param.device)
+        made[name] = spread_like(param, mine, shape, _dims(name, param, shape))
     return made
+
+
+def _dims(name: str, param: Tensor, shape: tuple[int, ...]) -> dict[int, int]:
+    """The dimension of a running mean for each dimension of its parameter that it has."""
+    if name == "row_var":
+        return {0: 0}
+    if name == "col_var":
+        return {dim: dim - 1 for dim in range(1, param.dim())}
+    return {dim: dim for dim in range(param.dim())} if shape else {}
+
+
+def rows_and_columns(param: Tensor, diagonal: str) -> tuple[int, int]:
+    """How many rows and columns this rank has of a parameter; 0 where it has no ``row_var`` or ``col_var``."""
+    shapes, part = variance_shapes(param, diagonal), _real(local(param.detach()))
+    rows = part.shape[0] if "row_var" in shapes else 0
+    return rows, math.prod(part.shape[1:]) if "col_var" in shapes else 0
 
 
 def restored_states(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, dict[str, Any]]:
@@ -226,7 +255,9 @@ def lay_out(
 
 
 def _variance(param: Tensor, known: Mapping[str, Tensor]) -> Variance:
-    row_var, col_var, variance = (known.get(name) for name in ("row_var", "col_var", "variance"))
+    row_var, col_var, variance = (
+        local(known[name]) if name in known else None for name in ("row_var", "col_var", "variance")
+    )
     numel = param.numel() * (2 if param.is_complex() else 1)
     shape = (1, numel) if row_var is None else (param.shape[0], numel // max(param.shape[0], 1))
     return Variance(row_var, col_var, variance, shape)

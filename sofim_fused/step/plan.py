@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from sofim_fused import backends, checks
 from sofim_fused.backends import Passes
 from sofim_fused.dtensor import bump_versions
-from sofim_fused.sharding import Sharding, device_of, find_sharding, placement
+from sofim_fused.sharding import Sharding, device_of, find_sharding, is_flattened, placement
 from sofim_fused.step import gather
 from sofim_fused.step.hyperparameters import Hyperparameters
-from sofim_fused.step.reduce import DeviceShare, RankSums
+from sofim_fused.step.reduce import DeviceShare, RankSums, SquareSums
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,6 +42,7 @@ class Plan:
         self._rank_sums: RankSums | Literal[False] | None = None  # None: not found out yet
         self._rank_sums_before: tuple[Sharding, RankSums] | None = None
         self._placed: list[tuple[object, ...]] | None = None
+        self._square_sums: tuple[RankSums, list[str], SquareSums | None] | None = None
 
     def forget(self) -> None:
         """Forget everything, except what ranks have compared: it will be found out again."""
@@ -146,8 +147,6 @@ class Plan:
         for index, group in enumerate(groups):
             checks.group(group, index)
         checks.agreement(groups)
-        if is_adaptive(groups) and self.rank_sums(optimizer) is not None:
-            checks.not_adaptive_over_ranks(groups[0]["diagonal"])
         entries = gather.with_gradients(groups)
         for entry in entries:
             gather.check_state(entry, groups[entry.group], state)
@@ -188,7 +187,24 @@ class Plan:
             hyper = self._hyper[device] = Hyperparameters(device, sizes, *options)
         tensors = gather.lay_out(device, entries, groups, optimizer.state)
         tensors, passes, pairs = backends.apart(tensors, self.passes_for(device))
-        return DeviceShare(tensors, passes, hyper, rank_sums, pairs)
+        squares = self._squares_over(groups, rank_sums) if rank_sums is not None and hyper.adaptive else None
+        return DeviceShare(tensors, passes, hyper, rank_sums, pairs, squares)
+
+    def _squares_over(self, groups: Groups, rank_sums: RankSums) -> SquareSums | None:
+        """What adds up squares over ranks, if a row, a column or a tensor of a parameter is on several."""
+        of, diagonals, found = self._square_sums or (None, [], None)
+        now = [group["diagonal"] for group in groups for _ in group["params"]]
+        if of is not rank_sums or diagonals != now:
+            params = params_of(groups)
+            for ordinal, (param, diagonal) in enumerate(zip(params, now, strict=True)):
+                if is_flattened(param):
+                    checks.not_flattened(diagonal, ordinal)
+            found = None
+            if any(along and diagonal != "element" for along, diagonal in zip(rank_sums.spread, now, strict=True)):
+                sizes = [gather.rows_and_columns(param, diagonal) for param, diagonal in zip(params, now, strict=True)]
+                found = SquareSums(params, rank_sums.spread, sizes, rank_sums.device)
+            self._square_sums = rank_sums, now, found
+        return found
 
 
 def is_adaptive(groups: Groups) -> bool:

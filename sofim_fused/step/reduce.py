@@ -8,6 +8,7 @@ computes the same coefficients and updates what it holds. Nothing else is sent, 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sofim_fused.backends import Passes, ScaledSums, Squares, StepTensors, Sums, on_device_of
-from sofim_fused.dtensor import Groups
+from sofim_fused.dtensor import Groups, groups_with
 from sofim_fused.step.hyperparameters import Hyperparameters
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class DeviceShare:
         hyper: the hyperparameters.
         rank_sums: adds up sums over ranks, if parameters are sharded; then there is only one share.
         pairs: tensors that share elements, as :func:`sofim_fused.backends.apart` found them.
+        square_sums: adds up squares over ranks, if parameters are sharded and the diagonals adapt.
     """
 
     tensors: StepTensors
@@ -40,6 +42,7 @@ class DeviceShare:
     hyper: Hyperparameters
     rank_sums: RankSums | None = None
     pairs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    square_sums: SquareSums | None = None
 
 
 def totals(
@@ -75,7 +78,29 @@ def totals(
 def square_of(
     shares: Sequence[DeviceShare], squares: Sequence[Squares], found_inf: Tensor | float | None
 ) -> tuple[Tensor, Tensor | float | None]:
-    """The sum of the squares of all gradients, 0-dimensional on the first device; and ``found_inf``."""
+    """The sum of the squares of all gradients, 0-dimensional on the first device, over all devices and ranks.
+
+    Args:
+        shares: of the step.
+        squares: each share's, from its own tensors.
+        found_inf: as :func:`sofim_fused.step.schedule.guarded` takes it.
+
+    Returns:
+        The sum; and ``found_inf``, not 0 if that of any rank is not.
+    """
+    rank_sums = shares[0].rank_sums
+    if rank_sums is not None:
+        total = squares[0].total
+        whole = total.new_zeros(rank_sums.classes, 2)
+        classes = rank_sums.class_of(tuple(shares[0].tensors.ordinals))
+        if classes is None:
+            whole[0, 0] = total.sum()
+        else:
+            whole[:, 0].index_add_(0, classes, total)
+        if found_inf is not None:
+            whole[:, 1] = on_device_of(total, found_inf) != 0
+        _, extra = rank_sums.total(whole.new_zeros(rank_sums.classes, 0), whole, shares[0].hyper.fisher)
+        return extra[0], None if found_inf is None else extra[1]
     total = squares[0].total.sum()
     for theirs in squares[1:]:
         total = total + theirs.total.sum().to(total.device)
@@ -83,12 +108,18 @@ def square_of(
 
 
 def scaled_totals(shares: Sequence[DeviceShare], sums: Sequence[ScaledSums]) -> list[Tensor]:
-    """For each share the totals per Fisher block, ``[4, B]``, over all devices, of a step with an adaptive diagonal."""
+    """For each share the totals per Fisher block, ``[4, B]``, over all devices and ranks, with an adaptive diagonal."""
+    share, rank_sums = shares[0], shares[0].rank_sums
+    if rank_sums is not None:
+        classes = rank_sums.class_of(tuple(share.tensors.ordinals)), rank_sums.classes
+        parts = share.passes.fold_scaled(share.tensors.steps, share.hyper.settings, sums[0], *classes)
+        total, _ = _blocks_over_ranks(share, rank_sums, parts, parts.new_zeros(len(parts), 0))
+        return [total]
     blocks = [
         share.passes.fold_scaled(share.tensors.steps, share.hyper.settings, theirs).select(0, 0)
         for share, theirs in zip(shares, sums, strict=True)
     ]
-    return _on_each(shares, blocks) if len(shares) > 1 and shares[0].hyper.fisher != "parameter" else blocks
+    return _on_each(shares, blocks) if len(shares) > 1 and share.hyper.fisher != "parameter" else blocks
 
 
 def _over_ranks(
@@ -98,19 +129,23 @@ def _over_ranks(
     parts, squares = share.passes.fold(
         share.tensors.steps, share.hyper.settings, sums, guarded, rank_sums.class_of(present), rank_sums.classes
     )
-    places = rank_sums.places(present) if share.hyper.fisher == "parameter" else None
-    if places is not None:  # other ranks may have gradients of other parameters
-        parts = parts.new_zeros(*parts.shape[:-1], rank_sums.count).index_copy_(-1, places, parts)
     whole = parts.new_zeros(len(parts), 2 if guarded else 0)
     if guarded:
         whole[:, 0] = squares
         if found_inf is not None:
             whole[:, 1] = on_device_of(squares, found_inf) != 0
+    total, extra = _blocks_over_ranks(share, rank_sums, parts, whole)
+    return total, extra[0] if guarded else squares, None if found_inf is None else extra[1]
+
+
+def _blocks_over_ranks(share: DeviceShare, rank_sums: RankSums, parts: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """:meth:`RankSums.total` of a share's blocks, ``[classes, k, B]``, and of sums over everything."""
+    places = rank_sums.places(tuple(share.tensors.ordinals)) if share.hyper.fisher == "parameter" else None
+    if places is not None:  # other ranks may have gradients of other parameters
+        parts = parts.new_zeros(*parts.shape[:-1], rank_sums.count).index_copy_(-1, places, parts)
     total, extra = rank_sums.total(parts.flatten(1), whole, share.hyper.fisher)
     total = total.view(parts.shape[1:])
-    if places is not None:
-        total = total.index_select(-1, places)
-    return total, extra[0] if guarded else squares, None if found_inf is None else extra[1]
+    return total if places is None else total.index_select(-1, places), extra
 
 
 def _on_each(shares: Sequence[DeviceShare], parts: Sequence[Tensor]) -> list[Tensor]:
@@ -142,6 +177,7 @@ class RankSums:
         self.device = device
         self.flattened = flattened
         self.count = len(spread)
+        self.spread = list(spread)
         self.classes = len(classes)
         self._class_of = [classes.index(groups) for groups in spread]
         self._routes = [
@@ -237,6 +273,85 @@ class RankSums:
                 f"the ranks of a process group have different sums to add up ({'; '.join(differ)}): give the optimizers"
                 " of all ranks the same options and parameter groups, and the same sharded parameters in the same order"
             )
+
+
+class SquareSums:
+    """Sums of squares over rows, columns and tensors of which other ranks hold a part.
+
+    There is a message per process group, of the same length in every step: a parameter without a gradient on this rank
+    has zeros in it, because other ranks may have one.
+
+    Args:
+        params: all parameters, by ordinal; ``DTensor``s or plain tensors.
+        spread: :func:`sofim_fused.dtensor.groups_of` each of them.
+        sizes: how many rows and columns this rank has of each; 0 where there is no ``row_var`` or ``col_var``.
+        device: of the sums.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        spread: Sequence[Groups],
+        sizes: Sequence[tuple[int, int]],
+        device: torch.device,
+    ) -> None:
+        n = len(params)
+        self._count = n
+        self._rows, rows_end = _offsets(2 * n, [rows for rows, _ in sizes])
+        self._cols, self._length = _offsets(rows_end, [cols for _, cols in sizes])
+        self._sizes = list(sizes)
+        parts: dict[ProcessGroup, list[tuple[int, int]]] = {}  # of the message: begin and size
+        for i, (param, groups) in enumerate(zip(params, spread, strict=True)):
+            across = groups_with(param, first=False)
+            for group in groups:
+                mine = parts.setdefault(group, [])
+                mine.append((i, 1))
+                if group in across:
+                    mine += [(n + i, 1), (self._rows[i], sizes[i][0])]
+                else:
+                    mine.append((self._cols[i], sizes[i][1]))
+        self._routes = [
+            (group, torch.cat([torch.arange(begin, begin + size, device=device) for begin, size in mine]))
+            for group, mine in parts.items()
+        ]
+
+    def total(self, tensors: StepTensors, squares: Squares) -> Squares:
+        """This rank's rows and columns of the sums over all ranks."""
+        message = squares.total.new_zeros(self._length)
+        present = tensors.ordinals
+        given = (
+            squares.rows.split([self._sizes[i][0] for i in present]),
+            squares.cols.split([self._sizes[i][1] for i in present]),
+        )
+        for at, i in enumerate(present):
+            message[i] = squares.total[at]
+            col_var = tensors.variances[at].col_var
+            if col_var is not None:
+                message[self._count + i] = col_var.sum(dtype=message.dtype)
+            for offset, parts in zip((self._rows[i], self._cols[i]), given, strict=True):
+                message.narrow(0, offset, len(parts[at])).copy_(parts[at])
+        self._all_reduce(message)
+        nothing = message.new_empty(0)
+        return Squares(
+            total=torch.cat([nothing, *(message.narrow(0, i, 1) for i in present)]),
+            rows=torch.cat([nothing, *(message.narrow(0, self._rows[i], self._sizes[i][0]) for i in present)]),
+            cols=torch.cat([nothing, *(message.narrow(0, self._cols[i], self._sizes[i][1]) for i in present)]),
+            col_var=torch.cat([nothing, *(message.narrow(0, self._count + i, 1) for i in present)]),
+        )
+
+    def _all_reduce(self, message: Tensor) -> None:
+        from torch import distributed
+
+        for group, index in self._routes:
+            part = message.index_select(0, index)
+            distributed.all_reduce(part, group=group)
+            message.index_copy_(0, index, part)
+
+
+def _offsets(start: int, sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where consecutive parts of these sizes begin, and where the last one ends."""
+    *begins, end = itertools.accumulate(sizes, initial=start)
+    return begins, end
 
 
 def _first_among(holders: ProcessGroup, group: ProcessGroup) -> bool:

@@ -11,7 +11,19 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sofim_fused.backends import Coefficients, Decay, GuardSettings, Squares, StepTensors, Sums, no_sums
+from sofim_fused.backends import (
+    Coefficients,
+    Decay,
+    GuardSettings,
+    Passes,
+    ScaledSums,
+    Settings,
+    Squares,
+    StepTensors,
+    Sums,
+    TorchAdaptive,
+    no_sums,
+)
 from sofim_fused.step import reduce
 from sofim_fused.step.hyperparameters import Group
 from sofim_fused.step.reduce import DeviceShare
@@ -104,31 +116,49 @@ def adaptive(
     scales, seen = [], []
     for share, sums in zip(shares, squares, strict=True):
         mine = None if square is None else square.to(share.tensors.device)
-        made, norm = share.passes.adapt(share.tensors, share.hyper.settings, sums, guard, mine)
+        adapt = share.passes.adapt
+        if share.square_sums is not None:
+            sums, adapt = share.square_sums.total(share.tensors, sums), TorchAdaptive().adapt
+        made, norm = adapt(share.tensors, share.hyper.settings, sums, guard, mine)
         scales.append(made)
         seen.append(None if norm is None else Guard(norm, made.skip))
     if not any(share.hyper.settings.rank_one for share in shares):
         for share, decay, scale in zip(shares, decays, scales, strict=True):
             update, _ = share.passes.solve_scaled(share.tensors.steps, share.hyper.settings, None, scale.skip)
-            share.passes.commit_scaled(share.tensors, decay, update, scale)
+            if len(share.tensors):
+                share.passes.commit_scaled(share.tensors, decay, update, scale)
         return seen[0], None
     swept = [
         share.passes.accumulate_scaled(share.tensors, decay, scale)
+        if len(share.tensors)
+        else ScaledSums(*[scale.trace] * 3)
         for share, decay, scale in zip(shares, decays, scales, strict=True)
     ]
     signal = None
     for share, blocks, scale in zip(shares, reduce.scaled_totals(shares, swept), scales, strict=True):
         settings = share.hyper.settings
         update, signal = share.passes.solve_scaled(share.tensors.steps, settings, blocks, scale.skip)
-        share.passes.apply_scaled(share.tensors, update, scale)
+        if len(share.tensors):
+            share.passes.apply_scaled(share.tensors, update, scale)
     return seen[0], signal
+
+
+def adaptive_alone(tensors: StepTensors, passes: Passes, settings: Settings, decay: Decay) -> None:
+    """The step of some tensors of one device, by which no other tensor's is affected: F has no term of rank one."""
+    squares = _squares_of(tensors, passes, False)
+    scales, _ = passes.adapt(tensors, settings, squares, None, None)
+    update, _ = passes.solve_scaled(tensors.steps, settings, None, None)
+    passes.commit_scaled(tensors, decay, update, scales)
 
 
 def _squares(share: DeviceShare, all_of_them: bool) -> Squares:
     """The sums of g², or nothing, if each element has its own variance and they are not needed for a norm."""
-    tensors = share.tensors
-    if all_of_them or not all(variance.by_element for variance in tensors.variances):
-        return share.passes.squares(tensors)
+    return _squares_of(share.tensors, share.passes, all_of_them)
+
+
+def _squares_of(tensors: StepTensors, passes: Passes, all_of_them: bool) -> Squares:
+    if len(tensors) and (all_of_them or not all(variance.by_element for variance in tensors.variances)):
+        return passes.squares(tensors)
     sums = no_sums(tensors.device).mm
     return Squares(sums.new_zeros(len(tensors)), sums, sums)
 
