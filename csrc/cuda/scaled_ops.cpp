@@ -15,6 +15,7 @@
 
 #include "cuda/algebra.h"
 #include "cuda/launch.h"
+#include "cuda/squares_plan.h"
 #include "gather/op_arguments.h"
 
 namespace sofim::cuda {
@@ -259,66 +260,29 @@ std::tuple<Tensor, Tensor, Tensor> squares(TensorList grads, at::IntArrayRef kin
   const at::Device device = n == 0 ? at::Device(kDevice) : grads[0].device();
   const auto options = doubles_on(device);
   Copies copies;
-  std::vector<SquaresRow> rows;
-  uint64_t tiles = 0, counters = 0, slots = 0;
-  int64_t all_rows = 0, all_cols = 0;
+  SquaresPlan plan;
   for (size_t i = 0; i < n; ++i) {
     TORCH_CHECK(grads[i].device() == device && device.type() == kDevice, "sofim_fused: gradient ", i, ": it is on ",
                 grads[i].device(), ", ", device, " is needed");
     const Diagonal diagonal = diagonal_of(kinds[i]);
     const bool in_place = grads[i].is_non_overlapping_and_dense() && !grads[i].is_neg() && is_matrix(grads[i], diagonal);
     const Tensor g = in_place ? grads[i] : copies.contiguous(grads[i], false);
-    SquaresRow row = has_rows(diagonal) ? squares_row(g.const_data_ptr(), type_of(g), g.size(0), columns_of(g))
-                                        : squares_row(g.const_data_ptr(), type_of(g), g.numel());
-    row.first = static_cast<uint32_t>(tiles);
-    row.counters = static_cast<uint32_t>(counters);
-    tiles += all_tiles(row);
-    counters += counters_of(row);
-    if (has_rows(diagonal)) {
-      all_rows += row.n_rows;
-      if (row.col_tiles > 1) slots += row.col_tiles * row.n_rows;
-    }
-    if (diagonal == Diagonal::factored) {
-      all_cols += row.n_cols;
-      if (row.row_tiles > 1) slots += row.row_tiles * row.n_cols;
-    }
-    rows.push_back(row);
+    const int64_t columns = columns_of(g);
+    plan.add(g.const_data_ptr(), type_of(g), diagonal, g.dim() > 0 ? g.size(0) : 1, columns);
   }
-  TORCH_CHECK(tiles <= std::numeric_limits<int32_t>::max(), "sofim_fused: more elements than a launch can have");
-  Tensor total = at::empty({static_cast<int64_t>(n)}, options), by_row = at::empty({all_rows}, options),
-         by_col = at::empty({all_cols}, options);
+  TORCH_CHECK(plan.fits(), "sofim_fused: more elements than a launch can have");
+  Tensor total = at::empty({static_cast<int64_t>(n)}, options), by_row = at::empty({plan.all_rows()}, options),
+         by_col = at::empty({plan.all_cols()}, options);
   if (n == 0) return {total, by_row, by_col};
   const DeviceScope on(device);
-  const Tensor counted = at::zeros({static_cast<int64_t>(counters)}, options.dtype(at::kInt));
-  const Tensor numbers = at::empty({static_cast<int64_t>(tiles + slots)}, options);
-  double *at_row = by_row.mutable_data_ptr<double>(), *at_col = by_col.mutable_data_ptr<double>();
-  double* at_slot = numbers.mutable_data_ptr<double>() + tiles;
-  for (size_t i = 0; i < n; ++i) {
-    SquaresRow& row = rows[i];
-    if (!has_rows(diagonal_of(kinds[i]))) continue;
-    row.rows = at_row;
-    at_row += row.n_rows;
-    if (row.col_tiles > 1) {
-      row.row_slots = at_slot;
-      at_slot += row.col_tiles * row.n_rows;
-    }
-    if (diagonal_of(kinds[i]) != Diagonal::factored) continue;
-    row.cols = at_col;
-    at_col += row.n_cols;
-    if (row.row_tiles > 1) {
-      row.col_slots = at_slot;
-      at_slot += row.row_tiles * row.n_cols;
-    }
-  }
-  SquaresTask task{};
-  task.counters = static_cast<uint32_t*>(counted.mutable_data_ptr());
-  task.slots = numbers.mutable_data_ptr<double>();
-  task.total = total.mutable_data_ptr<double>();
-  task.tensors = static_cast<uint32_t>(n);
-  task.tiles = static_cast<uint32_t>(tiles);
-  const Tensor table = table_of<SquaresTask>(bytes_of(rows), device, on.stream());
+  const Tensor counters = at::zeros({plan.counters()}, options.dtype(at::kInt));
+  const Tensor numbers = at::empty({plan.numbers()}, options);
+  SquaresTask task =
+      plan.place(static_cast<uint32_t*>(counters.mutable_data_ptr()), numbers.mutable_data_ptr<double>(),
+                 total.mutable_data_ptr<double>(), by_row.mutable_data_ptr<double>(), by_col.mutable_data_ptr<double>());
+  const Tensor table = table_of<SquaresTask>(bytes_of(plan.rows()), device, on.stream());
   task.rows = table.defined() ? static_cast<const SquaresRow*>(table.const_data_ptr()) : nullptr;
-  check(launch_squares(task, rows.data(), on.stream()));
+  check(launch_squares(task, plan.rows().data(), on.stream()));
   return {total, by_row, by_col};
 }
 

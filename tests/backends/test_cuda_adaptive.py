@@ -1,0 +1,147 @@
+"""The CUDA kernels of a diagonal that adapts, beside the reference: shapes, layouts and storage that other tests lack.
+
+With ``SOFIM_EMULATED=1`` they run on the CPU (``make emulated``); on a GPU they run as they are. Steps beside the
+oracle are in tests/step/test_matrix.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sofim_fused import SOFIM, backends
+from sofim_fused.backends import StepTensors, Variance
+from tests.support.problems import same_bits, snapshot
+from tests.support.runs import EMULATED, INTERPRETED
+
+pytestmark = [] if EMULATED else [pytest.mark.gpu]
+DEVICE = torch.device("cpu" if EMULATED or INTERPRETED or not torch.cuda.is_available() else "cuda")
+
+# Rows and columns: one of them, or none; several tiles side by side (512 columns) and above each other (64 rows, or
+# more if they are short); 33 tiles above each other, which are added up in two parts; odd lengths and even ones.
+MATRICES = [(1, 1), (3, 0), (0, 4), (1, 1300), (700, 1), (65, 25), (70, 520), (5, 1025), (300, 16), (2113, 132)]
+SHAPES = [(), (17,), (5000,), (7, 5), (70, 520), (3, 4, 3, 3), (1, 9), (700, 1), (0, 5), (3, 0), (33, 264), (9, 1100)]
+TOLERANCES = {torch.float32: 3e-6, torch.float64: 1e-13, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+
+
+def normal(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def offset(x: Tensor) -> Tensor:
+    """The same tensor one element after the begin of its storage: its address is no multiple of 16."""
+    return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_sums_of_squares(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    grads = [normal(shape, dtype, generator) for shape in MATRICES]
+    grads += [offset(grads[6]), normal((520, 70), dtype, generator).t(), normal((40_001,), dtype, generator)]
+    grads.append(normal((9, 6, 3, 5), dtype, generator).to(memory_format=torch.channels_last))
+    by_row = [g.shape[:1] for g in grads]
+    for columns in (False, True):
+        variances = [
+            Variance(torch.empty(rows), torch.empty(g.shape[1:]) if columns else None, None, (1, 1))
+            if g.dim() > 1
+            else Variance(None, None, torch.empty(()), (1, 1))
+            for g, rows in zip(grads, by_row, strict=True)
+        ]
+        tensors = StepTensors(DEVICE, [], grads, [], [], [], [], variances)
+        mine = backends.choose("cuda", DEVICE).squares(tensors)
+        theirs = backends.choose("reference", DEVICE).squares(tensors)
+        for name in ("total", "rows", "cols"):
+            torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), rtol=1e-13, atol=0)
+        again = backends.choose("cuda", DEVICE).squares(tensors)
+        assert same_bits(mine[:3], again[:3])  # whatever the order of blocks
+
+
+def optimizers(dtype: torch.dtype, shapes: Sequence[Any] = SHAPES, **options: Any) -> list[SOFIM]:
+    """The same parameters twice, with this backend and with the reference; every second one is not aligned."""
+    made = []
+    for backend in ("cuda", "reference"):
+        generator = torch.Generator().manual_seed(2)
+        values = [normal(shape, dtype, generator) for shape in shapes]
+        values = [offset(x) if i % 2 else x for i, x in enumerate(values)]
+        if len(shapes) > 9:
+            values.append(normal((5, 4, 3, 2), dtype, generator).to(memory_format=torch.channels_last))
+            values.append(normal((12, 9), dtype, generator).t())
+        params = [torch.nn.Parameter(x) for x in values]
+        groups = [{"params": params[::2]}, {"params": params[1::2], "lr": 3e-3, "maximize": True, "beta2": 0.9}]
+        made.append(SOFIM(groups, lr=1e-2, weight_decay=0.01, backend=backend, **options))
+    return made
+
+
+def step(optimizer: SOFIM, seed: int, spoil: bool = False) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = (normal(p.shape, p.dtype, generator) * 10.0 ** (seed % 3 - 1)).contiguous()
+    if spoil:
+        optimizer.param_groups[0]["params"][0].grad.fill_(float("nan"))
+    optimizer.step()
+
+
+def assert_alike(mine: SOFIM, theirs: SOFIM, dtype: torch.dtype) -> None:
+    for a, b in zip(snapshot(mine), snapshot(theirs), strict=True):
+        if a.dtype == torch.bfloat16 and dtype == torch.float32:  # a moment: rounded at random from nearly the same
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-6)
+        else:
+            scale = 10 if a.dtype == dtype else 1  # of weights: differences of a step count beside its own size
+            bound = max(TOLERANCES[a.dtype], 3e-6) if a.is_floating_point() and a.dtype != torch.float64 else 1e-12
+            torch.testing.assert_close(a, b, rtol=scale * bound, atol=scale * bound, equal_nan=True)
+    if theirs.signal is None:
+        assert mine.signal is None
+    else:
+        assert mine.signal is not None
+        torch.testing.assert_close(mine.signal, theirs.signal, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.covering(2)
+@pytest.mark.parametrize("rounded", [False, True], ids=["", "bf16-moment"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("guard", [{}, {"max_grad_norm": 0.5}, {"skip_nonfinite": True}], ids=str)
+@pytest.mark.parametrize("rho", [None, 0.3])
+@pytest.mark.parametrize("numerator", ["moment", "gradient", "nesterov"])
+@pytest.mark.parametrize("diagonal", ["tensor", "row", "factored", "element"])
+def test_steps_are_those_of_the_reference(
+    diagonal: str, numerator: str, rho: float | None, guard: dict[str, Any], dtype: torch.dtype, rounded: bool
+) -> None:
+    options: dict[str, Any] = {"diagonal": diagonal, "numerator": numerator, "rho": rho, **guard}
+    if rounded and dtype != torch.float64:
+        options["state_dtype"] = torch.bfloat16
+    mine, theirs = optimizers(dtype, **options)
+    for seed in range(4):
+        for optimizer in (mine, theirs):
+            step(optimizer, seed, spoil=seed == 2 and "skip_nonfinite" in guard)
+    assert_alike(mine, theirs, dtype)
+    assert int(mine.skipped_steps) == int(theirs.skipped_steps) == ("skip_nonfinite" in guard)
+
+
+def test_more_tensors_than_arguments_take() -> None:
+    """Then the tables of all launches are in the device's memory."""
+    mine, theirs = optimizers(torch.float32, [(3, 5)] * 500, diagonal="factored", numerator="nesterov", rho=0.3)
+    for seed in range(3):
+        for optimizer in (mine, theirs):
+            step(optimizer, seed)
+    assert_alike(mine, theirs, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_variances_saturate(dtype: torch.dtype) -> None:
+    """From infinity they could never decay."""
+    for diagonal in ("tensor", "row", "factored", "element"):
+        for optimizer in optimizers(dtype, [(4, 3)] * 2, diagonal=diagonal, rho=None):
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = torch.full_like(p, torch.finfo(dtype).max / 16)
+            optimizer.step()
+            largest = torch.finfo(dtype).max
+            for state in optimizer.state.values():
+                for name in state.keys() & {"row_var", "col_var", "variance"}:
+                    assert (state[name] == largest).all()
+            assert all(x.isfinite().all() for x in snapshot(optimizer) if x.is_floating_point())
