@@ -4,7 +4,6 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -51,8 +50,7 @@ class Settings {
   bool gradient_form() const { return gradient_form_; }
   // The number of Fisher blocks.
   int64_t blocks() const {
-    if (fisher_ == Fisher::parameter) return tensors();
-    return fisher_ == Fisher::group ? static_cast<int64_t>(sizes_.size()) : 1;
+    return fisher_blocks(fisher_, static_cast<int64_t>(sizes_.size()), tensors());
   }
 
   // Calls f(tensor, its hyperparameters, its bias correction, its Fisher block) for each tensor, in order.
@@ -63,9 +61,7 @@ class Settings {
     for (size_t group = 0; group < sizes_.size(); ++group) {
       const Hyper& h = hyper_[group];
       for (int64_t end = i + sizes_[group]; i < end; ++i) {
-        const int64_t block = fisher_ == Fisher::parameter ? i
-                              : fisher_ == Fisher::group   ? static_cast<int64_t>(group)
-                                                           : 0;
+        const int64_t block = fisher_block_of(fisher_, static_cast<int64_t>(group), i);
         f(i, h, corrections.of(h.momentum, *steps_[i].const_data_ptr<int64_t>() + 1), block);
       }
     }
@@ -172,7 +168,7 @@ std::tuple<Tensor, Tensor> fold(const Tensor& mm, const Vector& mg, const Vector
   products.reserve(n);
   Tensor squares = cpu_tensor({classes}, at::kDouble);
   double* square = squares.mutable_data_ptr<double>();
-  std::fill_n(square, classes, 0.0);
+  std::fill_n(square, classes, 0.0);  // a plain step leaves them: what an operator returns has to be defined
   for (int64_t i = 0; i < n; ++i) {
     products.push_back({columns[0][i], columns[1][i], columns[2][i], columns[3][i], columns[4][i], columns[5][i]});
     if (guarded) square[class_numbers == nullptr ? 0 : class_numbers[i]] += products.back().gg;
@@ -189,16 +185,16 @@ std::tuple<Tensor, Tensor> solve(const Tensor& blocks, const Vector& square, Ten
   const Settings settings(steps, hyper, sizes, fisher, gradient_form);
   const int64_t n = settings.tensors();
   TORCH_CHECK(square || !guarded, "sofim_fused: square is needed");
-  double norm = 0.0, gain = 1.0;
-  bool skip = false;
+  Guard guard;
   std::vector<PlainBlock> totals;
   if (guarded) {
     const double unscale = grad_scale ? 1.0 / number("grad_scale", grad_scale, 1.0) : 1.0;
     const double limit = max_norm.value_or(std::numeric_limits<double>::infinity());
-    norm = std::sqrt(number("square", square, 0.0)) * unscale;
-    gain = (norm > limit ? limit / norm : 1.0) * unscale;
-    skip = number("found_inf", found_inf, 0.0) != 0.0 || (skip_nonfinite && !std::isfinite(norm));
-    for (const GuardedBlock& block : read_blocks<GuardedBlock>(settings, blocks)) totals.push_back(block.at_gain(gain));
+    const bool found = number("found_inf", found_inf, 0.0) != 0.0;
+    guard = guard_of(number("square", square, 0.0), unscale, limit, found, skip_nonfinite);
+    for (const GuardedBlock& block : read_blocks<GuardedBlock>(settings, blocks)) {
+      totals.push_back(block.at_gain(guard.gain));
+    }
   } else {
     totals = read_blocks<PlainBlock>(settings, blocks);
   }
@@ -211,15 +207,15 @@ std::tuple<Tensor, Tensor> solve(const Tensor& blocks, const Vector& square, Ten
     to[2 * n + i] = update.moment;
   });
   for (const Tensor& step : steps) {
-    if (!skip) ++*step.mutable_data_ptr<int64_t>();
+    if (!guard.skip) ++*step.mutable_data_ptr<int64_t>();
     step.unsafeGetTensorImpl()->bump_version();
   }
-  Tensor guard = cpu_tensor({3}, at::kDouble);
-  double* seen = guard.mutable_data_ptr<double>();
-  seen[0] = norm;
-  seen[1] = gain;
-  seen[2] = skip ? 1.0 : 0.0;
-  return {coefficients, guard};
+  Tensor seen = cpu_tensor({3}, at::kDouble);
+  double* numbers = seen.mutable_data_ptr<double>();
+  numbers[0] = guard.norm;
+  numbers[1] = guard.gain;
+  numbers[2] = guard.skip ? 1.0 : 0.0;
+  return {coefficients, seen};
 }
 
 }  // namespace sofim

@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
-#include <cmath>
 #include <limits>
 
 #include "gather/cpu_tensor.h"
@@ -65,8 +64,8 @@ PyObject* Step::run(PyObject* groups, PyObject* state, PyObject* grad_scale, PyO
   unlocked(param_groups_, [&] { is_guarded ? guarded_step() : plain_step(); });
   if (!is_guarded) Py_RETURN_TRUE;
   at::Tensor norm = cpu_tensor({}, at::kDouble);
-  *norm.mutable_data_ptr<double>() = norm_;
-  return Py_BuildValue("(NN)", object_of(norm), PyBool_FromLong(skipped_));
+  *norm.mutable_data_ptr<double>() = guard_.norm;
+  return Py_BuildValue("(NN)", object_of(norm), PyBool_FromLong(guard_.skip));
 }
 
 // The stages of a step
@@ -96,20 +95,17 @@ void Step::guarded_step() {
   const auto products = run_pass(Pass::dots, tensors_.records(), tensors_.tiling(), mode, scratch_);
   double square = 0.0;
   for (const Products& p : products) square += p.gg;
-  norm_ = std::sqrt(square) * unscale_;
-  skipped_ = found_ || (options().skip_nonfinite && !std::isfinite(norm_));
-  if (skipped_) return;
-  const double limit = options().max_grad_norm.value_or(kInfinity);
-  const double gain = (norm_ > limit ? limit / norm_ : 1.0) * unscale_;
+  guard_ = guard_of(square, unscale_, options().max_grad_norm.value_or(kInfinity), found_, options().skip_nonfinite);
+  if (guard_.skip) return;
   std::vector<PlainBlock> blocks;
-  for (const GuardedBlock& block : fold<GuardedBlock>(products)) blocks.push_back(block.at_gain(gain));
+  for (const GuardedBlock& block : fold<GuardedBlock>(products)) blocks.push_back(block.at_gain(guard_.gain));
   solve(blocks);
   tensors_.key_random_bits(1);
   tensors_.bump_moments();
   tensors_.bump_weights();
   mode.gradient = options().gradient_form;
-  mode.scaled = gain != 1.0;
-  mode.gain = gain;
+  mode.scaled = guard_.gain != 1.0;
+  mode.gain = guard_.gain;
   run_pass(Pass::commit, tensors_.records(), tensors_.tiling(), mode, scratch_);
   tensors_.write_back(true, true);
   tensors_.advance();
@@ -124,19 +120,13 @@ void Step::find_corrections() {
 }
 
 size_t Step::block_of(size_t i) const {
-  switch (options().fisher) {
-    case Fisher::model: return 0;
-    case Fisher::group: return param_groups_.group_of(i);
-    default: return i;
-  }
+  return fisher_block_of(options().fisher, param_groups_.group_of(i), i);
 }
 
 // Adds each tensor's part to its Fisher block, in the order of tensors.
 template <class Block>
 std::vector<Block> Step::fold(const std::vector<Products>& products) const {
-  std::vector<Block> blocks(options().fisher == Fisher::model   ? 1
-                            : options().fisher == Fisher::group ? param_groups_.groups().size()
-                                                                : tensors_.size());
+  std::vector<Block> blocks(fisher_blocks(options().fisher, param_groups_.groups().size(), tensors_.size()));
   for (size_t i = 0; i < tensors_.size(); ++i) {
     blocks[block_of(i)].add(param_groups_.hyper(i), corrections_[i], products[i]);
   }

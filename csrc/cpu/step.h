@@ -81,8 +81,8 @@ class Step {
   std::vector<double> corrections_;  // by tensor of the step
   std::vector<double> scratch_;
   double unscale_ = 1.0;  // times the gradients: the true gradients
-  double norm_ = 0.0;
-  bool found_ = false, skipped_ = false;
+  bool found_ = false;
+  Guard guard_;  // of the last guarded step
   bool busy_ = false;
   bool release_ = false;
   bool parts_ = false;

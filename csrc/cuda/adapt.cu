@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 4) adapt(const __grid_constant__ Arg
   const uint32_t tensor = tensor_of(task, table), part = blockIdx.x - table[tensor].first;
   const AdaptRow row = table[tensor];
   const ScaledHyper& hyper = task.hyper[row.group];
-  const Guard guard(task.is_guarded ? *task.square : 0.0, task.guard);
+  const Guard guard = guard_of(task.is_guarded ? *task.square : 0.0, task.guard);
   const double correction = bias_correction(hyper.beta2, *row.step + 1);
   if (blockIdx.x == 0 && threadIdx.x == 0 && task.is_guarded) {
     task.guarded[0] = guard.norm;

@@ -50,7 +50,7 @@ class Algebra {
   AlgebraTask& task() { return task_; }
   int64_t size() const { return task_.tensors; }
   int64_t fisher_blocks() const {
-    return task_.fisher == Fisher::model ? 1 : task_.fisher == Fisher::group ? task_.group_count : task_.tensors;
+    return sofim::fisher_blocks(task_.fisher, task_.group_count, task_.tensors);
   }
   // How many numbers a Fisher block has.
   int64_t rows() const {

@@ -65,8 +65,9 @@ struct Tensors {
   }
 
   __device__ uint32_t fisher_blocks() const {
-    return task.fisher == Fisher::model ? 1 : task.fisher == Fisher::group ? task.group_count : task.tensors;
+    return sofim::fisher_blocks(task.fisher, task.group_count, task.tensors);
   }
+
   // Stores a tensor's coefficients, and counts the update, unless it is skipped.
   __device__ void set(uint32_t tensor, const Update& update, bool skip) const {
     task.coefficients[tensor] = update.weight;
@@ -163,7 +164,7 @@ __global__ void __launch_bounds__(kThreads) solve(const __grid_constant__ Argume
   const Tensors tensors(a);
   const AlgebraTask& task = a.task;
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
-  const Guard guard(task.is_guarded ? *task.squares : 0.0, task.guard);
+  const Guard guard = guard_of(task.is_guarded ? *task.squares : 0.0, task.guard);
   if (i == 0) {
     task.guarded[0] = guard.norm;
     task.guarded[1] = guard.gain;
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(kThreads) solve(const __grid_constant__ Argume
   }
   if (i >= task.tensors) return;
   const uint32_t group = tensors.group_of(i);
-  const uint32_t at = task.fisher == Fisher::model ? 0 : task.fisher == Fisher::group ? group : i;
+  const uint32_t at = fisher_block_of(task.fisher, group, i);
   const PlainBlock block = task.is_guarded ? block_at<GuardedBlock>(tensors, at).at_gain(guard.gain)
                                            : block_at<PlainBlock>(tensors, at);
   const Hyper& hyper = tensors.hyper(group);
@@ -190,7 +191,7 @@ __global__ void __launch_bounds__(kThreads) solve_scaled(const __grid_constant__
   }
   if (i >= task.tensors) return;
   const uint32_t group = tensors.group_of(i);
-  const uint32_t at = task.fisher == Fisher::model ? 0 : task.fisher == Fisher::group ? group : i;
+  const uint32_t at = fisher_block_of(task.fisher, group, i);
   AdaptiveBlock block;
   if (rank_one) block = block_at<AdaptiveBlock>(tensors, at);
   const Hyper& hyper = tensors.hyper(group);
