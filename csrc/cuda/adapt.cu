@@ -76,47 +76,79 @@ struct Adapting {
   }
 };
 
-__global__ void __launch_bounds__(kThreads, 4) adapt(const __grid_constant__ Arguments<AdaptTask, kMost> a) {
+__global__ void __launch_bounds__(kThreads, 3) adapt(const __grid_constant__ Arguments<AdaptTask, kMost> a) {
   __shared__ Shared shared;
   const AdaptTask& task = a.task;
   const AdaptRow* const table = task.rows != nullptr ? task.rows : reinterpret_cast<const AdaptRow*>(a.more);
   const uint32_t tensor = tensor_of(task, table), part = blockIdx.x - table[tensor].first;
   const AdaptRow row = table[tensor];
-  const ScaledHyper& hyper = task.hyper[row.group];
-  const Guard guard = guard_of(task.is_guarded ? *task.square : 0.0, task.guard);
-  const double correction = bias_correction(hyper.beta2, *row.step + 1);
+  double square = 0.0;
+  if (task.is_guarded) {
+    if (task.square != nullptr) {
+      square = *task.square;
+    } else {  // each block adds up all of them, in the same order
+      const double sum = sum_of_squares(task.tensors, [&](uint32_t i) { return load_cg(task.total + i); }, shared);
+      if (threadIdx.x == 0) shared.gain = sum;
+      __syncthreads();
+      square = shared.gain;
+    }
+  }
+  const Guard guard = guard_of(square, task.guard);
+  const int64_t update = *row.step + 1;
+  const double beta2 = task.hyper != nullptr ? task.hyper[row.group].beta2 : row.beta2;
+  const double eps = task.hyper != nullptr ? task.hyper[row.group].eps : row.eps;
+  const double correction = bias_correction(beta2, update);
   if (blockIdx.x == 0 && threadIdx.x == 0 && task.is_guarded) {
-    task.guarded[0] = guard.norm;
-    task.guarded[1] = guard.gain;
-    task.guarded[2] = guard.skip ? 1.0 : 0.0;
+    *task.norm = guard.norm;
+    *task.gain = guard.gain;
+    if (task.skips != nullptr) *task.skips = guard.skip ? 1.0 : 0.0;
+    if (task.skip != nullptr) *task.skip = guard.skip;
+    if (task.skipped != nullptr && guard.skip) *task.skipped += 1;
   }
   if (part == 0 && threadIdx.x == 0) {
-    task.beta2[tensor] = hyper.beta2;
-    task.eps[tensor] = hyper.eps;
+    task.beta2[tensor] = beta2;
+    task.eps[tensor] = eps;
     task.root[tensor] = sqrt(correction);
   }
-  const Adapting adapting{row, {hyper.beta2, hyper.eps, correction, guard.gain * guard.gain}, guard.skip, task.wide || row.float64};
+  const Adapting adapting{row, {beta2, eps, correction, guard.gain * guard.gain}, guard.skip, task.wide || row.float64};
   const uint32_t of_rows = row_blocks(row.rows), blocks = of_rows + (row.cols > 0 ? 1 : 0);
+  __syncthreads();
   const double each[1] = {part < of_rows ? adapting.rows(part) : adapting.columns(shared)};
   __syncthreads();
   const double total = block_total(each, [](int) { return true; }, shared);
-  if (blocks == 1) {
-    if (threadIdx.x == 0) task.trace[tensor] = total * row.row_count;
-    return;
+  double trace = total * row.row_count;
+  if (blocks > 1) {
+    if (threadIdx.x == 0) task.slots[blockIdx.x] = total;
+    if (!is_last_block(task.counters + tensor, blocks, shared)) return;
   }
-  if (threadIdx.x == 0) task.slots[blockIdx.x] = total;
-  if (!is_last_block(task.counters + tensor, blocks, shared) || threadIdx.x != 0) return;
-  double sum = 0.0;
-  for (uint32_t i = 0; i < of_rows; ++i) sum += load_cg(task.slots + row.first + i);
-  task.trace[tensor] = sum * (row.cols > 0 ? load_cg(task.slots + row.first + of_rows) : row.row_count);
+  if (threadIdx.x != 0) return;
+  if (blocks > 1) {
+    double sum = 0.0;
+    for (uint32_t i = 0; i < of_rows; ++i) sum += load_cg(task.slots + row.first + i);
+    trace = sum * (row.cols > 0 ? load_cg(task.slots + row.first + of_rows) : row.row_count);
+  }
+  task.trace[tensor] = trace;
+  if (task.by_moment == nullptr) return;
+  const Group* const groups = task.rows != nullptr
+                                  ? task.groups
+                                  : reinterpret_cast<const Group*>(a.more + task.tensors * sizeof(AdaptRow));
+  const Hyper hyper = hyper_of(groups[row.group]);
+  const double of_moment = bias_correction(hyper.momentum, update);
+  const NumeratorTerms terms = numerator_terms(hyper, of_moment, task.numerator == 1, task.numerator == 2);
+  const Update step = scaled_update(hyper, of_moment, terms, task.numerator == 0, nullptr);
+  task.by_weight[tensor] = step.weight;
+  task.by_gradient[tensor] = step.gradient;
+  task.by_moment[tensor] = step.moment;
+  if (!guard.skip) *row.step = update;
 }
 
 }  // namespace
 
-int launch_adapt(const AdaptTask& task, const AdaptRow* rows, void* stream) {
+int launch_adapt(const AdaptTask& task, const AdaptRow* rows, const Group* groups, void* stream) {
+  const bool table = task.rows != nullptr;
   return launch_kernel<AdaptTask, kMost>(&adapt, false, task.blocks, task,
-                                         {rows, task.rows != nullptr ? 0 : task.tensors * sizeof(AdaptRow)},
-                                         {nullptr, 0}, stream);
+                                         {rows, table ? 0 : task.tensors * sizeof(AdaptRow)},
+                                         {groups, table ? 0 : task.group_count * sizeof(Group)}, stream);
 }
 
 }  // namespace sofim::cuda

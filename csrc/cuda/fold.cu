@@ -201,6 +201,63 @@ __global__ void __launch_bounds__(kThreads) solve_scaled(const __grid_constant__
   tensors.set(i, update, task.skip != nullptr && *task.skip);
 }
 
+// fold_scaled and solve_scaled of a whole step.
+__global__ void __launch_bounds__(kThreads) finish_scaled(const __grid_constant__ Arguments<FinishTask, kMost> a) {
+  __shared__ Shared shared;
+  const FinishTask& task = a.task;
+  const bool table = task.rows != nullptr;
+  const FinishRow* const rows = table ? task.rows : reinterpret_cast<const FinishRow*>(a.more);
+  const Group* const groups =
+      table ? task.groups : reinterpret_cast<const Group*>(a.more + task.tensors * sizeof(FinishRow));
+  const bool skip = task.skip != nullptr && *task.skip;
+  struct Tensor {
+    Hyper hyper;
+    double correction;
+    NumeratorTerms terms;
+  };
+  const auto tensor_of = [&](uint32_t i) {
+    Tensor tensor{hyper_of(groups[rows[i].group]), 0.0, {}};
+    tensor.correction = bias_correction(tensor.hyper.momentum, *rows[i].step + 1);
+    tensor.terms = numerator_terms(tensor.hyper, tensor.correction, task.numerator == 1, task.numerator == 2);
+    return tensor;
+  };
+  const auto part = [&](uint32_t i, AdaptiveBlock& block) {
+    const Tensor tensor = tensor_of(i);
+    block.add(tensor.hyper, tensor.correction, tensor.terms, {task.mm[i], task.mg[i], task.elements[i] + task.trace[i]});
+  };
+  const auto set = [&](uint32_t i, const AdaptiveBlock& block) {
+    const Tensor tensor = tensor_of(i);
+    const Update update =
+        scaled_update(tensor.hyper, tensor.correction, tensor.terms, task.numerator == 0, &block);
+    task.by_weight[i] = update.weight;
+    task.by_gradient[i] = update.gradient;
+    task.by_moment[i] = update.moment;
+    if (!skip) *rows[i].step += 1;
+  };
+  if (task.fisher == Fisher::parameter) {
+    for (uint32_t i = threadIdx.x; i < task.tensors; i += kThreads) {
+      AdaptiveBlock block;
+      part(i, block);
+      task.signal[i] = block.signal();
+      set(i, block);
+    }
+    return;
+  }
+  const uint32_t blocks = task.fisher == Fisher::group ? task.group_count : 1;
+  const Teams teams(task.tensors, blocks);
+  for (uint32_t first = 0; first < blocks; first += teams.count()) {
+    const uint32_t at = first + teams.team();
+    uint32_t begin = 0, end = 0;
+    if (at < blocks) {
+      begin = blocks == 1 ? 0 : first_of_group(rows, task.tensors, at);
+      end = blocks == 1 ? task.tensors : first_of_group(rows, task.tensors, at + 1);
+    }
+    const AdaptiveBlock block = block_of<AdaptiveBlock>(begin, end, teams, part, shared);
+    if (at < blocks && teams.thread() == 0) task.signal[at] = block.signal();
+    for (uint32_t i = begin + teams.thread(); i < end; i += teams.threads()) set(i, block);
+  }
+}
+
 int launch_algebra(void (*kernel)(Arguments<AlgebraTask, kMost>), uint32_t blocks, const AlgebraTask& task, Bytes steps,
                    Bytes starts, void* stream) {
   if (task.steps != nullptr) steps.size = starts.size = 0;
@@ -225,6 +282,13 @@ int launch_fold_scaled(const AlgebraTask& task, Bytes steps, Bytes starts, void*
 int launch_solve_scaled(const AlgebraTask& task, Bytes steps, Bytes starts, void* stream) {
   const uint32_t most = task.tensors > task.group_count ? task.tensors : task.group_count;
   return launch_algebra(&solve_scaled, most == 0 ? 1 : (most + kThreads - 1) / kThreads, task, steps, starts, stream);
+}
+
+int launch_finish_scaled(const FinishTask& task, const FinishRow* rows, const Group* groups, void* stream) {
+  const bool table = task.rows != nullptr;
+  return launch_kernel<FinishTask, kMost>(&finish_scaled, false, 1, task,
+                                          {rows, table ? 0 : task.tensors * sizeof(FinishRow)},
+                                          {groups, table ? 0 : task.group_count * sizeof(Group)}, stream);
 }
 
 }  // namespace sofim::cuda

@@ -137,11 +137,12 @@ struct alignas(16) SquaresTask {
 struct alignas(16) AdaptRow {
   void* row_var;  // [rows], or the variance of a tensor that is one block
   void* col_var;  // [cols], in the order of memory
-  const int64_t* step;
+  int64_t* step;
   const double *row_sums, *col_sums;  // of g² as they are
   void *by_row, *by_col;              // the factors
   int64_t rows, cols;                 // 0: it has none
   double row_count, col_count;        // elements of a row, and of a column, of the whole parameter
+  double beta2, eps;                  // unless the task has `hyper`
   uint32_t first;                     // of its blocks
   uint32_t group;
   bool float64;                       // the running means are, else float32
@@ -154,17 +155,44 @@ SOFIM_HD constexpr uint32_t row_blocks(int64_t rows) {
 }
 
 struct alignas(16) AdaptTask {
-  const AdaptRow* rows;  // nullptr: they follow in the arguments
-  const ScaledHyper* hyper;
-  uint32_t* counters;                   // [tensors], zero before and after a launch
-  double* slots;                        // [blocks]
-  double *trace, *beta2, *eps, *root;   // [tensors] each, results
-  const double* square;                 // the sum of all g², if the step is guarded
-  double* guarded;                      // [3]: norm, gain, and 1 if the step is skipped, else 0
+  const AdaptRow* rows;  // nullptr: they follow in the arguments, and behind them the groups
+  const Group* groups;
+  const ScaledHyper* hyper;            // [groups], or nullptr
+  uint32_t* counters;                  // [tensors], zero before and after a launch
+  double* slots;                       // [blocks]
+  double *trace, *beta2, *eps, *root;  // [tensors] each, results
+  const double* square;                // of a guarded step: the sum of all g²; or nullptr: it is that of total
+  const double* total;                 // [tensors]
+  double *norm, *gain;                 // results of a guarded step
+  double* skips;                       // 1 if it is skipped, else 0; or nullptr
+  bool* skip;                          // the same; or nullptr
+  int64_t* skipped;                    // the count of skipped steps; or nullptr
+  // Results, or nullptr: coefficients, [tensors] each, without the term of rank one. Updates are counted then.
+  double *by_weight, *by_gradient, *by_moment;
   GuardInputs guard;
-  uint32_t tensors, blocks;
+  uint32_t tensors, group_count, blocks;
+  uint8_t numerator;
   bool is_guarded;
   bool wide;  // all factors are float64; else each has the dtype of the running means
+};
+
+// A tensor of FinishTask.
+struct alignas(16) FinishRow {
+  int64_t* step;
+  uint32_t group;
+};
+
+// With the term of rank one, from the sums of all tensors to the coefficients of a step, in one block (fold.cu).
+struct alignas(16) FinishTask {
+  const FinishRow* rows;  // nullptr: they follow in the arguments, and behind them the groups
+  const Group* groups;
+  const double *mm, *mg, *elements, *trace;  // [tensors] each: Σm²/s, Σmv/s, and Σs in two parts
+  double *by_weight, *by_gradient, *by_moment;
+  double* signal;  // [Fisher blocks]
+  const bool* skip;
+  uint32_t tensors, group_count;
+  Fisher fisher;
+  uint8_t numerator;
 };
 
 // What the operators fold and solve do (fold.cu), and those of a diagonal that adapts. Addresses are in the device's
@@ -255,7 +283,8 @@ int launch_accumulate_scaled(Types types, const ScaledTask& task, const Row* row
 int launch_apply_scaled(Types types, const ScaledTask& task, const Row* rows, const Scaling* scalings, void* stream);
 int launch_commit_scaled(Types types, const ScaledTask& task, const Row* rows, const Scaling* scalings, void* stream);
 int launch_squares(const SquaresTask& task, const SquaresRow* rows, void* stream);
-int launch_adapt(const AdaptTask& task, const AdaptRow* rows, void* stream);
+int launch_adapt(const AdaptTask& task, const AdaptRow* rows, const Group* groups, void* stream);
+int launch_finish_scaled(const FinishTask& task, const FinishRow* rows, const Group* groups, void* stream);
 int launch_fold_scaled(const AlgebraTask& task, Bytes steps, Bytes starts, void* stream);
 int launch_solve_scaled(const AlgebraTask& task, Bytes steps, Bytes starts, void* stream);
 // A whole step in one launch: accumulate and apply, or dots and commit. `blocks`: as step_blocks() says.

@@ -379,14 +379,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapt(
   task.beta2 = task.trace + n;
   task.eps = task.beta2 + n;
   task.root = task.eps + n;
-  task.guarded = guard.mutable_data_ptr<double>();
+  task.norm = guard.mutable_data_ptr<double>();
+  task.gain = task.norm + 1;
+  task.skips = task.norm + 2;
   task.tensors = static_cast<uint32_t>(n);
   task.blocks = static_cast<uint32_t>(blocks);
   task.is_guarded = guarded;
   task.wide = true;
   const Tensor kept = table_of<AdaptTask>(bytes_of(table), device, on.stream());
   task.rows = kept.defined() ? static_cast<const AdaptRow*>(kept.const_data_ptr()) : nullptr;
-  check(launch_adapt(task, table.data(), on.stream()));
+  check(launch_adapt(task, table.data(), nullptr, on.stream()));
   copies.write_back();
   return {by_row, by_col, numbers, guard};
 }

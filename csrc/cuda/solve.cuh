@@ -86,7 +86,8 @@ __device__ inline Products products_of(const Task& task, uint32_t tensor) {
 }
 
 // The first tensor whose group is `group` or a later one. Tensors are in the order of their groups.
-__device__ inline uint32_t first_of_group(const Row* rows, uint32_t tensors, uint32_t group) {
+template <class RowOf>
+__device__ inline uint32_t first_of_group(const RowOf* rows, uint32_t tensors, uint32_t group) {
   uint32_t low = 0, high = tensors;
   while (low < high) {
     const uint32_t middle = low + (high - low) / 2;
