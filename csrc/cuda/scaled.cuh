@@ -266,7 +266,7 @@ __device__ __forceinline__ const Scaling* scalings_of(const Arguments<ScaledTask
 
 // A step that is skipped has sums all the same, of the moments as they are.
 template <bool all32>
-__global__ void __launch_bounds__(kThreads, all32 ? 3 : kBlocks)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     accumulate_scaled(const __grid_constant__ Arguments<ScaledTask, kMost> a) {
   __shared__ Shared shared;
   const ScaledTask& task = a.task;
