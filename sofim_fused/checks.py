@@ -213,11 +213,19 @@ def adaptive_in_backward_over_ranks(diagonal: str) -> ValueError:
     )
 
 
-def in_backward_parameter(param: Tensor, where: str, numerator: str) -> None:
-    """Check a parameter whose gradients are taken in the backward pass."""
-    if numerator == "gradient" and param.dtype in NARROW_DTYPES:
+def reads_gradient(numerator: str) -> bool:
+    """Whether the update has a term in the gradient, which then is a part of what F⁻¹ is applied to."""
+    return numerator != "moment"
+
+
+def in_backward_parameter(param: Tensor, where: str, values: Mapping[str, Any]) -> None:
+    """Check a parameter whose gradients are taken in the backward pass, beside its group's values."""
+    numerator = values["numerator"]
+    if values.get("diagonal", "identity") != "identity":  # the hook takes the whole step, and rounds it once
+        return
+    if reads_gradient(numerator) and param.dtype in NARROW_DTYPES:
         raise ValueError(
-            f"{where} ({described(param)}): in_backward=True with numerator='gradient' would round it twice in a "
+            f"{where} ({described(param)}): in_backward=True with numerator={numerator!r} would round it twice in a "
             "step, between two large terms: take numerator='moment', leave out in_backward, or keep the weights in "
             "float32"
         )

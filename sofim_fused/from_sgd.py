@@ -8,6 +8,9 @@ m ← β m + (1-β) g and steps by η m̂/(ρ + ‖m̂‖²). So β = μ, and
 give η m/ρ = γ b, now and after every further gradient. If ‖m̂‖² is far below ρ and m̂ is m, this is SGD's step. Without
 momentum SGD has neither buffer nor dampening, and η = ρ γ. With τ = 0 the buffer is the sum Σ μᵗ⁻ⁱ gᵢ, and m is exactly
 the moment that SOFIM would have after t updates. With τ ≠ 0 the first term, g₁, differs, because SGD never dampens it.
+
+With ``nesterov=True``, for which τ = 0, SGD steps by γ (g + μ b). That is η/ρ times β m + (1-β) g: SOFIM's step with
+``numerator="nesterov"``, likewise.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ class Taken(NamedTuple):
         groups: new group dicts, with SGD's own values under SOFIM's names.
         defaults: the constructor's arguments, for groups that are added later, in the same form.
         dampenings: τ of each group, and at the end that of ``defaults``.
+        options: arguments of the constructor for the whole optimizer, those of the caller included.
         buffers: the parameters that have a momentum buffer, with the buffer in place of the gradient.
         steps: how many updates SGD took, or ``None``.
     """
@@ -46,6 +50,7 @@ class Taken(NamedTuple):
     groups: list[dict[str, Any]]
     defaults: dict[str, Any]
     dampenings: list[float]
+    options: dict[str, Any]
     buffers: list[gather.Entry]
     steps: int | None
 
@@ -71,11 +76,17 @@ def taken(optimizer: torch.optim.SGD, steps: int | None, options: Mapping[str, A
             raise TypeError(f"{name} comes from the SGD optimizer: leave it out, or set it in the groups afterwards")
     _check_steps(steps)
     groups, dampenings, buffers = [], [], []
+    numerator = options["numerator"] if "numerator" in options else _numerator(optimizer.param_groups)
     ordinal = 0
     for index, group in enumerate(optimizer.param_groups):
         where = f"parameter group {index} of the SGD optimizer"
         _check_switches(where, group)
         dampenings.append(_dampening(where, group))
+        if numerator == "nesterov" and group.get("nesterov") and dampenings[-1]:
+            raise ValueError(
+                f"{where}: dampening={group['dampening']!r} with nesterov=True, which SGD's constructor refuses: set "
+                "group['dampening'] = 0 first, or pass numerator='moment' to go on without the look-ahead"
+            )
         groups.append(_renamed(group))
         for place, param in enumerate(group["params"]):
             # Without momentum SGD does not use a buffer, but an older one may still be there.
@@ -87,7 +98,27 @@ def taken(optimizer: torch.optim.SGD, steps: int | None, options: Mapping[str, A
             ordinal += 1
     dampenings.append(_dampening("defaults of the SGD optimizer", optimizer.defaults))
     defaults = {name: _unwrapped(name, optimizer.defaults[name]) for name in COMMON if name in optimizer.defaults}
-    return Taken(groups, {**defaults, "decoupled_weight_decay": False}, dampenings, buffers, steps)
+    return Taken(
+        groups,
+        {**defaults, "decoupled_weight_decay": False},
+        dampenings,
+        {**options, "numerator": numerator},
+        buffers,
+        steps,
+    )
+
+
+def _numerator(groups: Sequence[Mapping[str, Any]]) -> str:
+    """SOFIM's ``numerator`` for SGD's ``nesterov``, to which groups without momentum are indifferent."""
+    found = [bool(group.get("nesterov")) for group in groups if group.get("momentum")]
+    if any(found) and not all(found):
+        index = next(i for i, group in enumerate(groups) if group.get("momentum") and not group.get("nesterov"))
+        raise ValueError(
+            f"parameter group {index} of the SGD optimizer: nesterov={groups[index].get('nesterov')!r}, but another "
+            "has True, and SOFIM's numerator holds for the whole optimizer: set group['nesterov'] alike in all groups "
+            "with momentum, or pass numerator='nesterov' or numerator='moment'"
+        )
+    return "nesterov" if any(found) else "moment"
 
 
 def _renamed(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,11 +188,6 @@ def _check_steps(steps: Any) -> None:
 
 
 def _check_switches(where: str, group: Mapping[str, Any]) -> None:
-    if group.get("nesterov"):
-        raise ValueError(
-            f"{where}: nesterov={group['nesterov']!r}: its look-ahead has no counterpart in SOFIM: "
-            "set group['nesterov'] = False first to go on without it"
-        )
     if group.get("differentiable"):
         raise ValueError(
             f"{where}: differentiable={group['differentiable']!r}: SOFIM updates in place: set "

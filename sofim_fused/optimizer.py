@@ -50,7 +50,7 @@ class SOFIM(Optimizer):
             m_t = \beta\, m_{t-1} + (1 - \beta)\, g_t  & \text{first moment}                                \\
             \hat m_t = m_t / (1 - \beta^t)             & \text{bias correction}                             \\
             F_t = \hat m_t \hat m_t^\top + \rho I      & \text{regularized Fisher information matrix}       \\
-            w_t = w_{t-1} - \eta\, F_t^{-1} v_t        & v_t = \hat m_t \text{ or } g_t
+            w_t = w_{t-1} - \eta\, F_t^{-1} v_t        & v_t = \hat m_t \text{, } g_t \text{ or the look-ahead}
        \end{array}
 
     The Sherman-Morrison formula gives the inverse: :math:`F^{-1} \hat m = \hat m / (\rho + \|\hat m\|^2)`. So a step
@@ -68,7 +68,9 @@ class SOFIM(Optimizer):
             a squared gradient norm. If the groups of one Fisher block have different values, the block's
             :math:`\rho I` is a diagonal matrix of these.
         numerator: v: ``"moment"`` is the paper's bias-corrected first moment; ``"gradient"`` is the gradient itself
-            (the natural-gradient form, whose conditioning is :math:`1 + \|\hat m\|^2/\rho`).
+            (the natural-gradient form, whose conditioning is :math:`1 + \|\hat m\|^2/\rho`); ``"nesterov"`` is the
+            look-ahead :math:`(\beta\, m_t + (1 - \beta)\, g_t) / (1 - \beta^{t+1})`, as in SGD's ``nesterov=True``.
+            The bound on a step holds for ``"moment"`` alone.
         fisher: the parameters that share a Fisher matrix: the whole ``"model"`` (the paper), each ``"group"``, or each
             ``"parameter"``.
         weight_decay: λ ≥ 0.
@@ -97,12 +99,12 @@ class SOFIM(Optimizer):
         in_backward: hooks on the parameters add gradients to their moments in the backward pass, while the gradients
             are in the cache; :meth:`step` has little left to do. The result is that of a plain step. Settings are read
             at the first gradient of a step; in the moment form ``lr``, ``rho`` and decoupled decay only in
-            :meth:`step`. Moments, and in the gradient form parameters, change before :meth:`step` is called, and a
+            :meth:`step`. Moments, and in the other forms parameters, change before :meth:`step` is called, and a
             backward pass cannot be undone: :meth:`step` raises an error if gradients or groups were changed in between
             (on a GPU, only if version counters show it) or state was deleted. For several backward passes per step use
             :meth:`accumulate_grads`. Does not work with ``max_grad_norm``, ``skip_nonfinite``, GradScaler,
             DistributedDataParallel, FullyShardedDataParallel (``fully_shard`` works) or ZeroRedundancyOptimizer, nor
-            with 16-bit parameters in the gradient form.
+            with 16-bit parameters, except in the moment form.
         release_grads: free each gradient once it has entered its moment (``in_backward=True``), so that memory for all
             of them at once is never needed. Clipping then finds no gradients and has no effect, without an error.
         differentiable: ``True`` is refused, because the update is made in place.
@@ -223,7 +225,8 @@ class SOFIM(Optimizer):
         the details.
 
         Args:
-            optimizer: the SGD optimizer, without ``nesterov``.
+            optimizer: the SGD optimizer. With ``nesterov=True`` the new one has ``numerator="nesterov"``, unless
+                ``options`` has another.
             rho: as in the constructor; a group of the SGD optimizer that has its own ``rho`` keeps it.
             steps: how many updates SGD took, from which bias correction continues; ``None``: so many that the
                 correction is 1.
@@ -238,7 +241,7 @@ class SOFIM(Optimizer):
                 do.
         """
         taken = from_sgd.taken(optimizer, steps, options)
-        ours = cls(taken.groups, rho=rho, **taken.defaults, **options)
+        ours = cls(taken.groups, rho=rho, **taken.defaults, **taken.options)
         from_sgd.convert(taken, ours.param_groups, ours.defaults, ours.state)
         return ours
 
@@ -460,7 +463,7 @@ class SOFIM(Optimizer):
         It has an effect only with ``in_backward=True``; otherwise gradients add up in any case.
 
         Raises:
-            ValueError: with ``release_grads=True`` in the gradient form, which needs all gradients together.
+            ValueError: with ``release_grads=True``, except in the moment form: the others need all gradients together.
 
         Example:
             >>> with optimizer.accumulate_grads():
@@ -505,7 +508,7 @@ class SOFIM(Optimizer):
             self._plan.passes_for(param.device)
             if self._in_backward and param.requires_grad:
                 where = f"parameter {place} of group {index}"
-                checks.in_backward_parameter(param, where, group["numerator"])
+                checks.in_backward_parameter(param, where, group)
                 check_unwatched(param, where, self._backward)
         if self._backward is not None:
             self._backward.check_not_under_way("add_param_group()")
@@ -558,7 +561,7 @@ class SOFIM(Optimizer):
                     for place, param in enumerate(group["params"]):
                         where = f"state_dict: parameter {place} of group {index}"
                         if param.requires_grad:
-                            checks.in_backward_parameter(param, where, saved["param_groups"][index]["numerator"])
+                            checks.in_backward_parameter(param, where, saved["param_groups"][index])
             self._restored = gather.restored_states(saved, self.param_groups)
             # torch copies the rest: groups, and entries that belong to no parameter.
             keys = {key for group in saved["param_groups"] for key in group["params"]}

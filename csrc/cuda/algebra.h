@@ -19,7 +19,7 @@ class Algebra {
  public:
   // `like`: a tensor on the device where all have to be. `scaled`: with a diagonal that adapts.
   Algebra(const at::Tensor& like, at::TensorList steps, const at::Tensor& hyper, at::IntArrayRef sizes, int64_t fisher,
-          bool gradient_form, bool guarded, bool scaled = false)
+          int64_t numerator, bool guarded, bool scaled = false)
       : device_(like.device()) {
     TORCH_CHECK(device_.type() == kDevice, "sofim_fused: sums on ", kDevice, " are needed, these are on ", device_);
     const auto n = static_cast<int64_t>(steps.size());
@@ -43,7 +43,7 @@ class Algebra {
     const int64_t columns = (scaled ? sizeof(ScaledHyper) : sizeof(Hyper)) / sizeof(double);
     task_.hyper = doubles("hyper", hyper, {static_cast<int64_t>(sizes.size()), columns});
     task_.fisher = static_cast<Fisher>(fisher);
-    task_.gradient_form = gradient_form;
+    task_.numerator = numerator_of(numerator);
     task_.is_guarded = guarded;
   }
 
@@ -55,7 +55,8 @@ class Algebra {
   // How many numbers a Fisher block has.
   int64_t rows() const {
     if (task_.scaled) return sizeof(AdaptiveBlock) / sizeof(double);
-    return (task_.is_guarded ? 6 : 1) + (task_.gradient_form ? task_.is_guarded ? 3 : 1 : 0);
+    const int64_t crosses = task_.is_guarded ? 3 : 1;
+    return (task_.is_guarded ? 6 : 1) + (reads_gradient(task_.numerator) ? crosses : 0);
   }
 
   // The address of a float64 tensor's numbers, made contiguous. It has to be of this shape and on the device.

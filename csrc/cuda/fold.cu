@@ -44,7 +44,7 @@ struct Tensors {
 
   // What F⁻¹ is applied to, with a diagonal that adapts.
   __device__ NumeratorTerms terms(const Hyper& hyper, double correction) const {
-    return numerator_terms(hyper, correction, task.numerator == 1, task.numerator == 2);
+    return terms_of(hyper, correction, task.numerator);
   }
 
   __device__ double sum(Sum which, uint32_t tensor) const {
@@ -60,7 +60,8 @@ struct Tensors {
     } else {
       block.add(its, corrects,
                 {sum(kMM, tensor), sum(kMG, tensor), sum(kMW, tensor), sum(kGG, tensor), sum(kGW, tensor),
-                 sum(kWW, tensor)});
+                 sum(kWW, tensor)},
+                task.numerator);
     }
   }
 
@@ -76,12 +77,12 @@ struct Tensors {
     if (!skip) *steps[tensor] += 1;
   }
 
-  // How many numbers a Fisher block has: those of P are last, and only the gradient form has them.
+  // How many numbers a Fisher block has: those of P are last, and only where the gradient is read.
   template <class Block>
   __device__ uint32_t numbers() const {
     constexpr uint32_t all = sizeof(Block) / sizeof(double);
     if (std::is_same_v<Block, AdaptiveBlock>) return all;
-    return task.gradient_form ? all : std::is_same_v<Block, PlainBlock> ? 1 : 6;
+    return reads_gradient(task.numerator) ? all : std::is_same_v<Block, PlainBlock> ? 1 : 6;
   }
   // Calls f with each of a Fisher block's numbers, and with its place in task.blocks.
   template <class Block, class F>
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(kThreads) solve(const __grid_constant__ Argume
   const PlainBlock block = task.is_guarded ? block_at<GuardedBlock>(tensors, at).at_gain(guard.gain)
                                            : block_at<PlainBlock>(tensors, at);
   const Hyper& hyper = tensors.hyper(group);
-  tensors.set(i, sherman_morrison(hyper, tensors.correction(i, hyper), block, task.gradient_form), guard.skip);
+  tensors.set(i, sherman_morrison(hyper, tensors.correction(i, hyper), block, task.numerator), guard.skip);
 }
 
 // A thread per tensor, and per Fisher block.
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(kThreads) solve_scaled(const __grid_constant__
   if (rank_one) block = block_at<AdaptiveBlock>(tensors, at);
   const Hyper& hyper = tensors.hyper(group);
   const double correction = tensors.correction(i, hyper);
-  const Update update = scaled_update(hyper, correction, tensors.terms(hyper, correction), task.numerator == 0,
+  const Update update = scaled_update(hyper, correction, tensors.terms(hyper, correction), task.numerator == Numerator::moment,
                                       rank_one ? &block : nullptr);
   tensors.set(i, update, task.skip != nullptr && *task.skip);
 }
@@ -218,7 +219,7 @@ __global__ void __launch_bounds__(kThreads) finish_scaled(const __grid_constant_
   const auto tensor_of = [&](uint32_t i) {
     Tensor tensor{hyper_of(groups[rows[i].group]), 0.0, {}};
     tensor.correction = bias_correction(tensor.hyper.momentum, *rows[i].step + 1);
-    tensor.terms = numerator_terms(tensor.hyper, tensor.correction, task.numerator == 1, task.numerator == 2);
+    tensor.terms = terms_of(tensor.hyper, tensor.correction, task.numerator);
     return tensor;
   };
   const auto part = [&](uint32_t i, AdaptiveBlock& block) {
@@ -228,7 +229,7 @@ __global__ void __launch_bounds__(kThreads) finish_scaled(const __grid_constant_
   const auto set = [&](uint32_t i, const AdaptiveBlock& block) {
     const Tensor tensor = tensor_of(i);
     const Update update =
-        scaled_update(tensor.hyper, tensor.correction, tensor.terms, task.numerator == 0, &block);
+        scaled_update(tensor.hyper, tensor.correction, tensor.terms, task.numerator == Numerator::moment, &block);
     task.by_weight[i] = update.weight;
     task.by_gradient[i] = update.gradient;
     task.by_moment[i] = update.moment;

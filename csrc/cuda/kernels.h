@@ -67,8 +67,8 @@ struct alignas(16) Task {
   uint32_t tensors, group_count, tiles;
   Finish finish;
   Fisher fisher;
-  bool l2;             // some decay.w is not zero: accumulate, dots and commit read w for it
-  bool gradient_form;  // F⁻¹ is applied to the gradient: w takes the term by_gradient·v
+  bool l2;  // some decay.w is not zero: accumulate, dots and commit read w for it
+  Numerator numerator;
 };
 
 constexpr int64_t kOneRow = int64_t(1) << 62;
@@ -171,7 +171,7 @@ struct alignas(16) AdaptTask {
   double *by_weight, *by_gradient, *by_moment;
   GuardInputs guard;
   uint32_t tensors, group_count, blocks;
-  uint8_t numerator;
+  Numerator numerator;
   bool is_guarded;
   bool wide;  // all factors are float64; else each has the dtype of the running means
 };
@@ -192,7 +192,7 @@ struct alignas(16) FinishTask {
   const bool* skip;
   uint32_t tensors, group_count;
   Fisher fisher;
-  uint8_t numerator;
+  Numerator numerator;
 };
 
 // What the operators fold and solve do (fold.cu), and those of a diagonal that adapts. Addresses are in the device's
@@ -212,8 +212,8 @@ struct alignas(16) AlgebraTask {
   GuardInputs guard;
   uint32_t tensors, group_count, classes;
   Fisher fisher;
-  uint8_t numerator;  // of a diagonal that adapts
-  bool gradient_form, is_guarded, scaled;
+  Numerator numerator;
+  bool is_guarded, scaled;
 };
 
 // What is known about a pass at compile time: each combination selects a kernel.

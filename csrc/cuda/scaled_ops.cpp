@@ -295,7 +295,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapt(
   TORCH_CHECK(kinds.size() == n && heights.size() == n && widths.size() == n && row_vars.size() == n &&
                   col_vars.size() == n && variances.size() == n,
               "sofim_fused: the lists differ in length; steps has ", n);
-  Algebra algebra(hyper, steps, hyper, sizes, 0, false, guarded, true);
+  Algebra algebra(hyper, steps, hyper, sizes, 0, 0, guarded, true);
   const at::Device device = algebra.device();
   const auto options = doubles_on(device);
   AdaptTask task{};
@@ -431,12 +431,11 @@ void commit_scaled(TensorList params, TensorList grads, TensorList exp_avgs, Ten
 
 Tensor fold_scaled(const Tensor& mm, const Tensor& mg, const Tensor& trace, TensorList steps, const Tensor& hyper,
                    at::IntArrayRef sizes, int64_t fisher, int64_t numerator, const Vector& class_of, int64_t classes) {
-  Algebra algebra(mm, steps, hyper, sizes, fisher, false, false, true);
+  Algebra algebra(mm, steps, hyper, sizes, fisher, numerator, false, true);
   AlgebraTask& task = algebra.task();
   const int64_t n = algebra.size();
   TORCH_CHECK(classes >= 1 && classes <= std::numeric_limits<int32_t>::max(), "sofim_fused: classes: ", classes,
               ", but one at least is needed");
-  task.numerator = static_cast<uint8_t>(numerator);
   task.sums[kMM] = algebra.doubles("mm", mm, {n});
   task.sums[kMG] = algebra.doubles("mg", mg, {n});
   task.sums[kTrace] = algebra.doubles("trace", trace, {n});
@@ -451,9 +450,8 @@ Tensor fold_scaled(const Tensor& mm, const Tensor& mg, const Tensor& trace, Tens
 std::tuple<Tensor, Tensor> solve_scaled(const Vector& blocks, const Vector& skip, TensorList steps,
                                         const Tensor& hyper, at::IntArrayRef sizes, int64_t fisher,
                                         int64_t numerator) {
-  Algebra algebra(hyper, steps, hyper, sizes, fisher, false, false, true);
+  Algebra algebra(hyper, steps, hyper, sizes, fisher, numerator, false, true);
   AlgebraTask& task = algebra.task();
-  task.numerator = static_cast<uint8_t>(numerator);
   const int64_t count = blocks ? algebra.fisher_blocks() : 0;
   // solve_scaled does not write it; fold_scaled, which has the same type of task, does.
   if (blocks) task.blocks = const_cast<double*>(algebra.doubles("blocks", *blocks, {algebra.rows(), count}));

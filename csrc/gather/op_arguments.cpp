@@ -20,10 +20,10 @@ const std::array<const char*, 14> schemas = {
     " int[] ordinals, float[] decay_moment, float[] decay_gradient, float[]? decay_weight, Tensor moment,"
     " Tensor? weight, Tensor? gradient, Tensor? gain, Tensor? skip) -> ()",
     "fold(Tensor mm, Tensor? mg, Tensor? mw, Tensor? gg, Tensor? gw, Tensor? ww, Tensor[] steps, Tensor hyper,"
-    " int[] sizes, int fisher, bool gradient_form, bool guarded, Tensor? class_of, int classes)"
+    " int[] sizes, int fisher, int numerator, bool guarded, Tensor? class_of, int classes)"
     " -> (Tensor blocks, Tensor squares)",
     "solve(Tensor blocks, Tensor? square, Tensor(a!)[] steps, Tensor hyper, int[] sizes, int fisher,"
-    " bool gradient_form, bool guarded, float? max_norm, Tensor? grad_scale, Tensor? found_inf, bool skip_nonfinite)"
+    " int numerator, bool guarded, float? max_norm, Tensor? grad_scale, Tensor? found_inf, bool skip_nonfinite)"
     " -> (Tensor coefficients, Tensor guard)",
     // Of a diagonal that adapts. `kinds`: which diagonal each tensor has, as in enum class Diagonal.
     "squares(Tensor[] grads, int[] kinds) -> (Tensor total, Tensor rows, Tensor cols)",
@@ -46,6 +46,11 @@ const std::array<const char*, 14> schemas = {
     "solve_scaled(Tensor? blocks, Tensor? skip, Tensor(a!)[] steps, Tensor hyper, int[] sizes, int fisher,"
     " int numerator) -> (Tensor coefficients, Tensor signal)",
 };
+
+Numerator numerator_of(int64_t index) {
+  TORCH_CHECK(index >= 0 && index <= 2, "sofim_fused: numerator: 0, 1 or 2 is needed, this is ", index);
+  return static_cast<Numerator>(index);
+}
 
 StepTensors gathered(bool anywhere, TensorList params, TensorList grads, TensorList exp_avgs,
                      std::optional<TensorList> kahans, std::optional<Counts> counts) {

@@ -37,7 +37,7 @@ class Guard(NamedTuple):
 
 
 def plain(shares: Sequence[DeviceShare], groups: Sequence[Group]) -> None:
-    """``accumulate``, then ``apply``: 24 bytes per float32 parameter (gradient form 28; L2 decay 4 more)."""
+    """``accumulate``, then ``apply``: 24 bytes per float32 parameter (gradients read again: 28; L2 decay 4 more)."""
     decays = [share.hyper.refresh(groups) for share in shares]  # all of them before anything is written
     sums = [_swept(share, share.passes.accumulate, decay) for share, decay in zip(shares, decays, strict=True)]
     _apply(shares, sums, gradients_consumed=False)
@@ -46,7 +46,7 @@ def plain(shares: Sequence[DeviceShare], groups: Sequence[Group]) -> None:
 def after_backward(shares: Sequence[DeviceShare], groups: Sequence[Group], sums: Sequence[Sums]) -> None:
     """``apply`` alone, 12 bytes per float32 parameter, from the sums of ``accumulate`` in the backward pass.
 
-    In the gradient form, w was already updated by the gradient's term there; gradients are not read.
+    If the step has a term in the gradient, w was already updated by it there; gradients are not read.
     """
     for share in shares:
         share.hyper.refresh(groups)

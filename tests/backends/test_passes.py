@@ -14,7 +14,7 @@ from sofim_fused.backends import Coefficients, Decay, GradientStep, Passes, Step
 from sofim_fused.backends.reference import TILE, dot
 from sofim_fused.step import gather
 from tests.backends.support import Transfers
-from tests.support.problems import give, mixed_problem, same_bits, snapshot
+from tests.support.problems import NUMERATORS, give, mixed_problem, same_bits, snapshot
 from tests.support.runs import CPU_BACKENDS as BACKENDS
 from tests.support.runs import EMULATED, INTERPRETED, once
 
@@ -194,7 +194,7 @@ def test_dot_of_any_size(size: int) -> None:
 
 @once
 @pytest.mark.parametrize("fisher", ["model", "group", "parameter"])
-@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("numerator", NUMERATORS)
 @pytest.mark.parametrize("options", SCHEDULES, ids=["plain", "guarded"])
 def test_no_step_waits_for_a_gpu(options: dict[str, Any], numerator: str, fisher: str) -> None:
     """On fake tensors of a CUDA device, which have no values: gradients come and go, a learning rate changes, ρ lies on
@@ -236,7 +236,7 @@ def test_no_step_waits_for_a_gpu(options: dict[str, Any], numerator: str, fisher
 
 @pytest.mark.parametrize("options", SCHEDULES, ids=["plain", "guarded"])
 @pytest.mark.parametrize("fisher", ["model", "group", "parameter"])
-@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("numerator", NUMERATORS)
 def test_fisher_blocks_span_devices(
     numerator: str, fisher: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

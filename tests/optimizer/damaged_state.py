@@ -150,7 +150,7 @@ def check_valid(optimizer: SOFIM, params: list[Tensor]) -> None:
         assert math.isfinite(group["momentum"])
         assert 1e-30 <= number(group["rho"]) < math.inf
         assert 0 <= group["weight_decay"] < math.inf
-        assert group["numerator"] in ("moment", "gradient")
+        assert group["numerator"] in ("moment", "gradient", "nesterov")
         assert group["fisher"] in ("model", "group", "parameter")
         assert all(type(group[name]) is bool for name in ("maximize", "decoupled_weight_decay", "skip_nonfinite"))
         assert group["max_grad_norm"] is None or group["max_grad_norm"] > 0

@@ -20,7 +20,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "gradient": {"numerator": "gradient", "weight_decay": 0.01, "decoupled_weight_decay": False},
     "guarded": GUARDED,
-    "bf16-moment": {"state_dtype": torch.bfloat16, "fisher": "parameter", "weight_decay": 0.1},
+    "nesterov": {"numerator": "nesterov", "state_dtype": torch.bfloat16, "fisher": "parameter", "weight_decay": 0.1},
 }
 pytestmark = pytest.mark.skipif(EMULATED or INTERPRETED, reason="slow enough without a compiler")
 
@@ -79,7 +79,7 @@ def test_a_training_step(kind: str) -> None:
     """Its graph breaks where torch's own ``zero_grad`` and ``backward`` do, and at hooks that are not to be traced."""
     options = {
         **KINDS,
-        "in-backward": {"in_backward": True, "numerator": "gradient"},
+        "in-backward": {"in_backward": True, "numerator": "nesterov"},
         "released": {"in_backward": True, "release_grads": True},
     }[kind]
 

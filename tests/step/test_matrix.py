@@ -17,7 +17,7 @@ from torch import Tensor
 from sofim_fused import SOFIM
 from tests.step.support import EPSILON, TOLERANCES, distance, full_weight, moment_of, weight_bound, within
 from tests.support.oracle import Hyper, Oracle, real64
-from tests.support.problems import Problem, give, give_state, mixed_problem
+from tests.support.problems import NUMERATORS, Problem, give, give_state, mixed_problem
 from tests.support.runs import Run
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -39,7 +39,7 @@ def optimizer_for(problem: Problem, numerator: str, fisher: str, run: Run, **opt
 @pytest.mark.parametrize("decay", ["none", "decoupled", "l2"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("fisher", ["model", "group", "parameter"])
-@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("numerator", NUMERATORS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_follows_the_oracle(
     schedule: str, numerator: str, fisher: str, dtype: torch.dtype, decay: str, run: Run
@@ -66,7 +66,7 @@ def test_follows_the_oracle(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("numerator", NUMERATORS)
 def test_follows_the_oracle_for_100_steps_above_the_dense_size(numerator: str, dtype: torch.dtype, run: Run) -> None:
     """Larger than a tile, so that sums are put together from parts; the oracle is the closed form there."""
     generator = torch.Generator().manual_seed(3)
@@ -105,7 +105,7 @@ ANY = (*NARROW, torch.float64, torch.complex64)
     ],
     ids=str,
 )
-@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("numerator", NUMERATORS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_each_step_of_16_bit_and_mixed_tensors(
     schedule: str,

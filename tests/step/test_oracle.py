@@ -14,19 +14,19 @@ from sofim_fused.backends import Coefficients, Decay, solve
 from sofim_fused.step.hyperparameters import Hyperparameters
 from tests.step.support import TOLERANCES, distance
 from tests.support.oracle import DENSE, Hyper, Oracle
-from tests.support.problems import give, mixed_problem
+from tests.support.problems import NUMERATORS, give, mixed_problem
 
 
 def test_it_solves_what_can_be_solved_by_hand() -> None:
-    """m̂ = (3, 4), ρ = 2: the moment form gives m̂/27, the gradient form the same, both being m̂ in the first step."""
+    """m̂ = (3, 4), ρ = 2: the moment form gives m̂/27, and so do the others: in the first step v is m̂."""
     grad = torch.tensor([3.0, 4.0])
-    for numerator in ("moment", "gradient"):
+    for numerator in NUMERATORS:
         oracle = Oracle([torch.zeros(2)], [Hyper(lr=1.0, rho=2.0)], [0], numerator)
         (change,) = oracle.step([grad])
         torch.testing.assert_close(change, -grad.double() / 27, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("numerator", NUMERATORS)
 def test_its_two_ways_agree(numerator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The dense solve and the textbook formula, on either side of the size where it changes over."""
     generator = torch.Generator().manual_seed(4)
@@ -110,6 +110,18 @@ MUTATIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
+LookAhead = tuple[Tensor, Tensor]
+LOOK_AHEADS: dict[str, Callable[[LookAhead, solve.Hyper, Tensor], LookAhead]] = {
+    "the moment's share missing": lambda right, hyper, correction: (0 * right[0], right[1]),
+    "the gradient's share missing": lambda right, hyper, correction: (right[0], 0 * right[1]),
+    "bias correction missing": lambda right, hyper, correction: (hyper.momentum, 1 - hyper.momentum),
+    "bias correction of this step, not of the next": lambda right, hyper, correction: (
+        hyper.momentum * correction,
+        (1 - hyper.momentum) * correction,
+    ),
+}
+
+
 def deviation(numerator: str, options: dict[str, Any]) -> float:
     """How far the optimizer strays from the oracle, in multiples of the matrix's tolerance."""
     problem = mixed_problem(torch.float64, "l2")
@@ -123,7 +135,7 @@ def deviation(numerator: str, options: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.2}], ids=["plain", "guarded"])
-@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("numerator", NUMERATORS)
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_it_notices_a_wrong_update(
     mutation: str, numerator: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -131,3 +143,14 @@ def test_it_notices_a_wrong_update(
     assert deviation(numerator, options) <= 1
     MUTATIONS[mutation](monkeypatch)
     assert deviation(numerator, options) > 1e3
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.2}], ids=["plain", "guarded"])
+@pytest.mark.parametrize("mutation", LOOK_AHEADS)
+def test_it_notices_a_wrong_look_ahead(mutation: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    right, wrong = solve.look_ahead, LOOK_AHEADS[mutation]
+    monkeypatch.setattr(
+        solve, "look_ahead", lambda hyper, correction: wrong(right(hyper, correction), hyper, correction)
+    )
+    assert deviation("nesterov", options) > 1e3
+    assert deviation("gradient", options) <= 1

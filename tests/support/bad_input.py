@@ -134,7 +134,9 @@ ARGUMENTS = [
     Argument({"decoupled_weight_decay": 1}, TypeError, f"decoupled_weight_decay=1: {A_FLAG}"),
     Argument({"maximize": "yes"}, TypeError, f"maximize='yes': {A_FLAG}"),
     Argument({"skip_nonfinite": None}, TypeError, f"skip_nonfinite=None: {A_FLAG}"),
-    Argument({"numerator": "momentum"}, ValueError, "numerator='momentum': take one of 'moment', 'gradient'"),
+    Argument(
+        {"numerator": "momentum"}, ValueError, "numerator='momentum': take one of 'moment', 'gradient', 'nesterov'"
+    ),
     Argument({"fisher": "layer"}, ValueError, f"fisher='layer': {FISHERS}"),
     Argument({"fisher": None}, ValueError, f"fisher=None: {FISHERS}"),
     Argument({"fisher": np.array(["model", "group"])}, ValueError, f"fisher=array … {FISHERS}", "`fisher` is an array"),
@@ -493,6 +495,15 @@ ADDED = [
         in_backward=True,
         numerator="gradient",
     ),
+    _added(
+        "of 16-bit parameters, with `in_backward=True` and the look-ahead",
+        lambda _: {"params": [torch.ones(2, dtype=torch.float16).requires_grad_()]},
+        ValueError,
+        "parameter 0 of group 1 (shape (2,), float16, cpu): in_backward=True with numerator='nesterov' would round it "
+        "twice … take numerator='moment', leave out in_backward, or keep the weights in float32",
+        in_backward=True,
+        numerator="nesterov",
+    ),
 ]
 
 
@@ -840,7 +851,7 @@ MET = [
         "an unknown numerator, written into a group",
         _set(numerator="momentum"),
         ValueError,
-        "parameter group 0: numerator='momentum': take one of 'moment', 'gradient'",
+        "parameter group 0: numerator='momentum': take one of 'moment', 'gradient', 'nesterov'",
     ),
     _met(
         "`skip_nonfinite`, written into one of two groups",

@@ -92,7 +92,9 @@ class Oracle:
     def _solve(self, members: list[int], seen: dict[int, Tensor]) -> None:
         hats = [self.moments[i] / (1 - self.hypers[i].momentum ** self.steps[i]) for i in members]
         hat = torch.cat([x.reshape(-1) for x in hats])
-        right = hat if self.numerator == "moment" else torch.cat([seen[i].reshape(-1) for i in members])
+        mixed = [self._mixture(i) for i in members]
+        parts = [a * self.moments[i] + b * seen[i] for i, (a, b) in zip(members, mixed, strict=True)]
+        right = torch.cat([x.reshape(-1) for x in parts])
         rho = torch.cat(
             [torch.full((self.weights[i].numel(),), self.hypers[i].rho, dtype=torch.float64) for i in members]
         )
@@ -103,10 +105,19 @@ class Oracle:
         for i, part in zip(members, step.split([self.weights[i].numel() for i in members]), strict=True):
             hyper = self.hypers[i]
             update = part.reshape(self.weights[i].shape)
-            if self.kept and not hyper.decoupled and self.numerator == "gradient":
-                update = update + hyper.weight_decay * self.kept[i] / hyper.rho
+            if self.kept and not hyper.decoupled:
+                update = update + self._mixture(i)[1] * hyper.weight_decay * self.kept[i] / hyper.rho
             shrink = 1 - hyper.lr * hyper.weight_decay if hyper.decoupled else 1.0
             self.weights[i] = self.weights[i] * shrink - hyper.lr * update
+
+    def _mixture(self, i: int) -> tuple[float, float]:
+        """What F⁻¹ is applied to: so many times a tensor's new moment, plus so many times its gradient."""
+        beta, t = self.hypers[i].momentum, self.steps[i]
+        return {
+            "moment": (1 / (1 - beta**t), 0.0),
+            "gradient": (0.0, 1.0),
+            "nesterov": (beta / (1 - beta ** (t + 1)), (1 - beta) / (1 - beta ** (t + 1))),
+        }[self.numerator]
 
 
 def real64(x: Tensor) -> Tensor:

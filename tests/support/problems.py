@@ -185,9 +185,11 @@ def _bytes(x: Tensor) -> bytes:
     return bytes(x.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
 
 
+NUMERATORS = ("moment", "gradient", "nesterov")
+
 # Kinds of steps.
 GUARDED: dict[str, Any] = {"max_grad_norm": 0.5, "skip_nonfinite": True}
-OPTIONS: list[dict[str, Any]] = [{}, {"numerator": "gradient"}, GUARDED, {"numerator": "gradient", **GUARDED}]
+OPTIONS: list[dict[str, Any]] = [{}, {"numerator": "gradient"}, GUARDED, {"numerator": "nesterov", **GUARDED}]
 
 
 def ready_problem(
