@@ -40,8 +40,9 @@ struct Adapting {
   __device__ __forceinline__ double entered(void* means, int64_t i, double sum, double count) const {
     if (skip) return mean(means, i);
     if (count == 0.0) count = 1.0;  // of sums that are 0
-    return row.float64 ? mix.enter(static_cast<double*>(means)[i], sum, count)
-                       : mix.enter(static_cast<float*>(means)[i], sum, count);
+    const double entered = mix.enter(mean(means, i), sum, count, row.float64 ? DBL_MAX : static_cast<double>(FLT_MAX));
+    if (row.float64) return static_cast<double*>(means)[i] = entered;
+    return static_cast<double>(static_cast<float*>(means)[i] = static_cast<float>(entered));
   }
 
   // Σs over the thread's part of the rows of block `part`, without columns.
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 3) adapt(const __grid_constant__ Arg
                                   : reinterpret_cast<const Group*>(a.more + task.tensors * sizeof(AdaptRow));
   const Hyper hyper = hyper_of(groups[row.group]);
   const double of_moment = bias_correction(hyper.momentum, update);
-  const NumeratorTerms terms = terms_of(hyper, of_moment, task.numerator);
+  const NumeratorTerms terms = numerator_terms(hyper, of_moment, task.numerator);
   const Update step = scaled_update(hyper, of_moment, terms, task.numerator == Numerator::moment, nullptr);
   task.by_weight[tensor] = step.weight;
   task.by_gradient[tensor] = step.gradient;

@@ -44,7 +44,7 @@ struct Tensors {
 
   // What F⁻¹ is applied to, with a diagonal that adapts.
   __device__ NumeratorTerms terms(const Hyper& hyper, double correction) const {
-    return terms_of(hyper, correction, task.numerator);
+    return numerator_terms(hyper, correction, task.numerator);
   }
 
   __device__ double sum(Sum which, uint32_t tensor) const {
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads) finish_scaled(const __grid_constant_
   const auto tensor_of = [&](uint32_t i) {
     Tensor tensor{hyper_of(groups[rows[i].group]), 0.0, {}};
     tensor.correction = bias_correction(tensor.hyper.momentum, *rows[i].step + 1);
-    tensor.terms = terms_of(tensor.hyper, tensor.correction, task.numerator);
+    tensor.terms = numerator_terms(tensor.hyper, tensor.correction, task.numerator);
     return tensor;
   };
   const auto part = [&](uint32_t i, AdaptiveBlock& block) {

@@ -50,11 +50,6 @@ __device__ __forceinline__ void each_number(AdaptiveBlock& block, F f) {
   f(block.plain_square);
 }
 
-// With a diagonal that adapts.
-__device__ inline NumeratorTerms terms_of(const Hyper& hyper, double correction, Numerator numerator) {
-  return numerator_terms(hyper, correction, numerator == Numerator::gradient, numerator == Numerator::nesterov);
-}
-
 __device__ inline PlainBlock at_gain(const PlainBlock& block, double) { return block; }
 __device__ inline PlainBlock at_gain(const GuardedBlock& block, double gain) { return block.at_gain(gain); }
 

@@ -2,7 +2,6 @@
 // sofim_fused/backends/adaptive.py derives the formulas and evaluates them with PyTorch. Notation as there.
 #pragma once
 
-#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
@@ -28,24 +27,25 @@ struct Mix {
   double correction;          // 1/(1 - β₂^t)
   double gain_squared = 1.0;  // of the gain that gradients are multiplied by
 
-  // Updates a running mean by a sum of g² over `count` elements; returns it as stored. It saturates: from infinity it
-  // could never decay, and no later step would move. A NaN stays one.
-  template <class T>
-  SOFIM_HD double enter(T& running, double total, double count) const {
-    constexpr double largest = sizeof(T) == sizeof(double) ? DBL_MAX : FLT_MAX;
-    const double mean = total / count * gain_squared;
-    const double mixed = beta2 * static_cast<double>(running) + (1.0 - beta2) * mean;
-    running = static_cast<T>(mixed > largest ? largest : mixed);
-    return static_cast<double>(running);
+  // The new running mean, after a sum of g² over `count` elements. It saturates at the largest number of the dtype in
+  // which it is stored: from infinity it could never decay, and no later step would move. A NaN stays one.
+  template <class V>
+  SOFIM_HD V enter(V running, V total, V count, V largest) const {
+    const V mean = Ops<V>::divide(total, count) * V(gain_squared);
+    return Ops<V>::at_most(V(beta2) * running + V(1.0 - beta2) * mean, largest);
   }
 
-  SOFIM_HD double root(double running) const { return sqrt(running * correction) + eps; }
+  template <class V>
+  SOFIM_HD V root(V running) const {
+    return Ops<V>::root(running * V(correction)) + V(eps);
+  }
 };
 
-// √max(c/mean(c), τ) of one column; 0/0 counts as 1.
-SOFIM_HD double column_share(double running, double mean) {
-  const double share = mean == 0.0 ? 1.0 : running / mean;
-  return sqrt(share < kColumnFloor ? kColumnFloor : share);
+// √max(c/mean(c), τ) of a column; 0/0 counts as 1.
+template <class V>
+SOFIM_HD V column_share(V running, double mean) {
+  const V share = mean == 0.0 ? V(1.0) : Ops<V>::divide(running, V(mean));
+  return Ops<V>::root(Ops<V>::at_least(share, V(kColumnFloor)));
 }
 
 // What F⁻¹ is applied to: factors of the new moment and of the gradient as it is in memory.
@@ -53,10 +53,9 @@ struct NumeratorTerms {
   double moment, gradient;
 };
 
-// `gradient_form`: the gradient. `look_ahead`: (β m + (1-β) g)/(1 - β^(t+1)). Otherwise m̂.
-SOFIM_HD NumeratorTerms numerator_terms(const Hyper& h, double correction, bool gradient_form, bool look_ahead) {
-  if (gradient_form) return {0.0, h.sign};
-  if (!look_ahead) return {correction, 0.0};
+SOFIM_HD NumeratorTerms numerator_terms(const Hyper& h, double correction, Numerator numerator) {
+  if (numerator == Numerator::gradient) return {0.0, h.sign};
+  if (numerator == Numerator::moment) return {correction, 0.0};
   const double ahead = 1.0 / (1.0 - h.momentum + h.momentum / correction);  // without cancellation
   return {h.momentum * ahead, (1.0 - h.momentum) * ahead * h.sign};
 }
