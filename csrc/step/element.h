@@ -27,7 +27,6 @@ template <>
 struct Ops<float> {
   static SOFIM_HD float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
   static SOFIM_HD float magnitude(float x) { return fabsf(x); }
-  static SOFIM_HD float root(float x) { return sqrtf(x); }
   // x where a <= b, else 0; also 0 where a or b is NaN.
   static SOFIM_HD float where_at_most(float a, float b, float x) { return a <= b ? x : 0.0f; }
   static SOFIM_HD float divide(float a, float b) { return a / b; }
@@ -41,7 +40,6 @@ template <>
 struct Ops<double> {
   static SOFIM_HD double multiply_add(double a, double b, double c) { return fma(a, b, c); }
   static SOFIM_HD double magnitude(double x) { return fabs(x); }
-  static SOFIM_HD double root(double x) { return sqrt(x); }
   static SOFIM_HD double where_at_most(double a, double b, double x) { return a <= b ? x : 0.0; }
   static SOFIM_HD double divide(double a, double b) { return a / b; }
   static SOFIM_HD double root(double x) { return sqrt(x); }
