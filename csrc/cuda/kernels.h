@@ -77,6 +77,9 @@ constexpr int64_t kOneRow = int64_t(1) << 62;
 struct ScaledHyper : Hyper, AdaptiveHyper {};
 static_assert(sizeof(ScaledHyper) == 8 * sizeof(double), "it has eight columns");
 
+// accumulate_scaled returns Σm²/s, Σmv/s and Σs, in the place of other sums: ScaledSums of interface.py.
+constexpr Sum kTrace = kMW;
+
 // Of a step with a diagonal that adapts, what its sweeps need to know about one tensor.
 struct alignas(16) Scaling {
   void* v;             // the running means of g² of its elements, of w's order, float64 for a float64 w, else float32;

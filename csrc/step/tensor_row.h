@@ -17,8 +17,6 @@ constexpr bool is_narrow(Type type) { return type == Type::bfloat16 || type == T
 // returns all of them, or all but those with w. See Sums in sofim_fused/backends/interface.py.
 enum Sum { kMM, kMG, kMW, kGG, kGW, kWW };
 constexpr int kSums = kWW + 1;
-// accumulate_scaled returns Σm²/s, Σmv/s and Σs: ScaledSums there.
-constexpr Sum kTrace = kMW;
 
 // One tensor of a step: where its elements are, and how they are stored. The elements of w, g, m and kahan have the
 // same order in memory, without gaps.

@@ -190,15 +190,13 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
             *squares[:3],
             *_guard_fields(guard, square),
         )
+        trace, beta2, eps, root = numbers.unbind()
+        scales = Scales(rows, cols, trace, beta2, eps, root)
+        if guard is None:
+            return scales, None
         norm, gain, skipped = seen.unbind()
-        guarded = guard is not None
-        return Scales(
-            rows,
-            cols,
-            *numbers.unbind(),
-            gain=gain if guarded and guard.has_gain else None,
-            skip=skipped != 0 if guarded and guard.may_skip else None,
-        ), norm if guarded else None
+        gain, skip = gain if guard.has_gain else None, skipped != 0 if guard.may_skip else None
+        return scales._replace(gain=gain, skip=skip), norm
 
     def accumulate_scaled(self, tensors: StepTensors, decay: Decay, scales: Scales) -> ScaledSums:
         if not self._adapts:
@@ -261,8 +259,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
     ) -> Tensor:
         if not (self._adapts and steps):
             return super().fold_scaled(steps, settings, sums, class_of, classes)
-        fields = settings.hyper, settings.sizes, settings.fisher, settings.numerator
-        blocks: Tensor = self._ops.fold_scaled(*sums, list(steps), *fields, class_of, classes)
+        blocks: Tensor = self._ops.fold_scaled(*sums, list(steps), *_fields(settings), class_of, classes)
         return blocks
 
     def solve_scaled(
@@ -270,8 +267,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
     ) -> tuple[Coefficients, Tensor | None]:
         if not (self._adapts and steps):
             return super().solve_scaled(steps, settings, blocks, skip)
-        fields = settings.hyper, settings.sizes, settings.fisher, settings.numerator
-        coefficients, signal = self._ops.solve_scaled(blocks, skip, list(steps), *fields)
+        coefficients, signal = self._ops.solve_scaled(blocks, skip, list(steps), *_fields(settings))
         weight, gradient, moment = coefficients.unbind()
         return Coefficients(
             moment=moment,
@@ -377,8 +373,11 @@ def register_fakes(namespace: str) -> None:
         steps, hyper, sizes, kinds, heights, widths, row_vars, col_vars, variances, total, rows, cols, *guard
     ):
         count = len(steps)
-        return rows.new_empty(rows.numel() + kinds.count(1)), torch.empty_like(cols), total.new_empty(4, count), (
-            total.new_empty(3)
+        return (
+            rows.new_empty(rows.numel() + kinds.count(1)),
+            torch.empty_like(cols),
+            total.new_empty(4, count),
+            (total.new_empty(3)),
         )
 
     @torch.library.register_fake(f"{namespace}::accumulate_scaled")

@@ -7,6 +7,7 @@ oracle are in tests/step/test_matrix.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from sofim_fused import SOFIM, backends
-from sofim_fused.backends import StepTensors, Variance
-from tests.support.problems import same_bits, snapshot
+from sofim_fused.backends import StepTensors, Variance, operators
+from tests.backends.support import Watching, launches
+from tests.support.problems import GUARDED, same_bits, snapshot
 from tests.support.runs import EMULATED, INTERPRETED
 
 pytestmark = [] if EMULATED else [pytest.mark.gpu]
@@ -92,7 +94,9 @@ def assert_alike(mine: SOFIM, theirs: SOFIM, dtype: torch.dtype) -> None:
             a, b = mine.state[p], theirs.state[q]
             assert a.keys() == b.keys()
             bound = TOLERANCES[torch.float64 if dtype == torch.float64 else torch.float32]
-            whole = [w.detach().double() + known.get("kahan", w.new_zeros(())).double() for w, known in ((p, a), (q, b))]
+            whole = [
+                w.detach().double() + known.get("kahan", w.new_zeros(())).double() for w, known in ((p, a), (q, b))
+            ]
             torch.testing.assert_close(*whole, rtol=bound, atol=max(bound, TOLERANCES[dtype] ** 2), equal_nan=True)
             for name in a.keys() - {"kahan"}:
                 # A moment that is rounded at random differs by its last bit where it was nearly the same before.
@@ -126,6 +130,34 @@ def test_steps_are_those_of_the_reference(
     assert int(mine.skipped_steps) == int(theirs.skipped_steps) == ("skip_nonfinite" in guard)
 
 
+@pytest.mark.skipif(not EMULATED, reason="the emulator counts launches")
+def test_launches_of_a_step() -> None:
+    """None waits for the host; where each element has its own variance, nothing has to be known before."""
+    for options, expected in (
+        ({"diagonal": "factored", "rho": None}, 3),
+        ({"diagonal": "factored", "rho": None, **GUARDED}, 3),
+        ({"diagonal": "row", "rho": 0.3, "numerator": "nesterov"}, 5),
+        ({"diagonal": "element", "rho": None}, 2),
+        ({"diagonal": "element", "rho": 0.3, **GUARDED}, 5),
+    ):
+        optimizer, _ = optimizers(torch.float32, **options)
+        step(optimizer, 0)
+        assert launches(lambda: step(optimizer, 1)) == expected  # noqa: B023
+
+
+@pytest.mark.parametrize("options", [{}, {"rho": 0.3, "numerator": "nesterov"}], ids=str)
+@pytest.mark.parametrize("diagonal", ["tensor", "row", "factored", "element"])
+def test_a_step_in_one_call_has_the_bits_of_passes(diagonal: str, options: dict[str, Any]) -> None:
+    results = []
+    for watched in (False, True):
+        optimizer, _ = optimizers(torch.float32, diagonal=diagonal, **{"rho": None, **options})
+        with Watching() if watched else nullcontext():  # a dispatch mode: whole steps would escape it
+            for seed in range(3):
+                step(optimizer, seed)
+        results.append([*snapshot(optimizer), *([] if optimizer.signal is None else [optimizer.signal])])
+    assert same_bits(*results)
+
+
 def test_more_tensors_than_arguments_take() -> None:
     """Then the tables of all launches are in the device's memory."""
     mine, theirs = optimizers(torch.float32, [(3, 5)] * 500, diagonal="factored", numerator="nesterov", rho=0.3)
@@ -149,3 +181,86 @@ def test_variances_saturate(dtype: torch.dtype) -> None:
                 for name in state.keys() & {"row_var", "col_var", "variance"}:
                     assert (state[name] == largest).all()
             assert all(x.isfinite().all() for x in snapshot(optimizer) if x.is_floating_point())
+
+
+def operator_samples() -> list[tuple[str, tuple[Any, ...]]]:
+    """Every operator of such a step, with arguments: one tensor of each diagonal, in two groups."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(4, 3), (4, 3), (4, 3), (7,)]
+
+    def some() -> list[Tensor]:
+        return [normal(shape, torch.float32, generator) for shape in shapes]
+
+    def double(*values: float) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=DEVICE)
+
+    w, g, m = some(), some(), some()
+    none = [torch.zeros(0, device=DEVICE)] * 4
+    kinds = [1, 2, 3, 4]
+    element = [*none[:3], torch.ones(7, device=DEVICE)]
+    row_vars = [none[0], torch.ones(4, device=DEVICE), torch.ones(4, device=DEVICE), none[0]]
+    col_vars = [*none[:2], torch.ones(3, device=DEVICE), none[0]]
+    variances = [torch.ones((), device=DEVICE), *none[:2], element[3]]
+    counts = [torch.tensor(2, device=DEVICE) for _ in shapes], [0, 1, 2, 3]
+    hyper = double(0.1, 0.9, 0.5, 0.01, 0.0, 1.0, 0.99, 1e-8).repeat(2, 1)
+    fours = double(1.0, 2.0, 3.0, 4.0)
+    settings = counts[0], hyper, [1, 3]
+    adapted = (*settings, kinds, [1, 4, 4, 1], [12, 3, 3, 7], row_vars, col_vars, variances)
+    sums = fours, double(*range(8)), double(*range(3))
+    factors = [0.9] * 4, [0.1] * 4
+    scales = (double(*range(9)), double(*range(3)), *[fours] * 4)
+    skip = torch.zeros((), dtype=torch.bool, device=DEVICE)
+    return [
+        ("squares", (g, kinds)),
+        ("adapt", (*adapted, *sums, False, None, None, None, None, False)),
+        ("adapt", (*adapted, *sums, True, fours[0], 0.5, fours[1], fours[2].clone(), True)),
+        ("accumulate_scaled", (w, g, m, element, kinds, *counts, *factors, *scales, None, None)),
+        ("apply_scaled", (w, g, m, none, element, kinds, fours, None, None, *scales, None, None)),
+        ("commit_scaled", (w, g, m, none, element, kinds, *counts, *factors, *[fours] * 3, *scales, fours[0], skip)),
+        ("fold_scaled", (fours, fours, fours, *settings, 1, 2, torch.tensor([0, 1, 0, 1], device=DEVICE), 2)),
+        ("solve_scaled", (None, None, *settings, 0, 2)),
+        ("solve_scaled", (double(*range(1, 9)).view(4, 2), skip, *settings, 1, 0)),
+    ]
+
+
+def namespace() -> Any:
+    backends.choose("cuda", DEVICE)  # registers the fake implementations
+    return torch.ops.sofim_fused_emulated if EMULATED else torch.ops.sofim_fused
+
+
+def test_the_operators_are_what_their_schemas_say() -> None:
+    for name, arguments in operator_samples():
+        # adapt and solve_scaled compute on steps and running means, which calls one after the other would change.
+        checks = ("test_schema", "test_faketensor") if name in ("adapt", "solve_scaled") else None
+        operator = getattr(namespace(), name).default
+        torch.library.opcheck(operator, arguments, **({} if checks is None else {"test_utils": checks}))
+    assert {name for name, _ in operator_samples()} == set(operators.ADAPTIVE)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "message"),
+    [
+        ("squares", 1, [1], "the lists differ in length; grads has 4"),
+        ("squares", 1, [0] * 4, "kinds: 1 to 4 are needed, this is 0"),
+        ("squares", 0, [torch.ones(2, 2, dtype=torch.int32)] * 4, "gradients of float32"),
+        ("adapt", 2, [1, 1], "sizes: they add up to 2"),
+        ("adapt", 6, [torch.ones(4).half()] * 4, "tensor 1: row_var: 4 float32 or float64"),
+        ("adapt", 10, torch.ones(8), "rows: 8 contiguous float64"),
+        ("accumulate_scaled", 3, [torch.ones(6)] * 4, "tensor 3: variance:"),
+        ("accumulate_scaled", 9, torch.ones(3).double(), "rows: 9 contiguous float64"),
+        ("apply_scaled", 6, torch.ones(3).double(), "moment: 4 contiguous float64"),
+        ("solve_scaled", 1, torch.zeros(2, dtype=torch.bool), "skip: one bool"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_operators_refuse_what_does_not_fit(name: str, place: int, value: Any, message: str) -> None:
+    arguments = list(next(each for other, each in operator_samples() if other == name))
+    arguments[place] = (
+        [x.to(DEVICE) for x in value] if isinstance(value, list) and isinstance(value[0], Tensor) else value
+    )
+    if isinstance(value, Tensor):
+        arguments[place] = value.to(DEVICE)
+    before = [x.clone() for x in arguments[0]] if isinstance(arguments[0], list) else []
+    with pytest.raises(RuntimeError, match=message):
+        getattr(namespace(), name)(*arguments)
+    assert same_bits(before, arguments[0] if before else [])
