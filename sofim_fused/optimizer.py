@@ -348,6 +348,12 @@ class SOFIM(Optimizer):
         if not shares:
             return
         if shares[0].hyper.adaptive:
+            # Every parameter has state now: a first step can be taken in one call, too.
+            outcome = None if torch.compiler.is_compiling() else self._in_one_call()
+            if outcome is not None:
+                if outcome is not True:
+                    self._record(*outcome)
+                return
             guard = backends.GuardSettings(limit, grad_scale, found_inf, skip) if guarded else None
             if skip or found_inf is not None:
                 _ = self.skipped_steps
@@ -436,8 +442,9 @@ class SOFIM(Optimizer):
 
         A float64 vector. It is at least 0: near (1-β)/(1+β) if successive gradients have nothing in common, near 1 if
         they all point in one direction, and above 1 for a burst after small gradients. ``None`` before the first step,
-        without a diagonal that adapts, and with ``rho=None`` (the sums are then not taken). Reading its values waits
-        for the device. Not part of :meth:`state_dict`.
+        without a diagonal that adapts, and with ``rho=None`` (the sums are then not taken). A skipped step has no
+        signal, and what is then here means nothing. Reading its values waits for the device. Not part of
+        :meth:`state_dict`.
         """
         return self._recorded.get("signal")
 

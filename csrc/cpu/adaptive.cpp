@@ -222,8 +222,10 @@ void AdaptiveSweeps::sum_squares(size_t i, const Grid& grid, const Tile& tile, d
   part.stride = grid.inner;
   part.readable = row.numel - at;
   part.by_row = sums + (tile.outer * grid.strips + tile.strip) * grid.rows + first;
-  double* const by_column = sums + grid.row_places() + (tile.band * grid.outer + tile.outer) * grid.padded() + column;
-  part.by_col = grid.by_column ? by_column : nullptr;
+  part.by_col = nullptr;
+  if (grid.by_column) {
+    part.by_col = sums + grid.row_places() + (tile.band * grid.outer + tile.outer) * grid.padded() + column;
+  }
   kernels_in_use().squares(part);
 }
 

@@ -154,6 +154,7 @@ typename Scaled<Y>::Sums over_scaled_tile(const Scaled<Y>& pass, const Row& r, c
   block.m = static_cast<typename Y::M*>(r.m) + begin;
   block.kahan = r.kahan == nullptr ? nullptr : static_cast<typename Y::W*>(r.kahan) + begin;
   block.index = begin;
+  block.inverse = inverse;
   block.variance = scale.variance == nullptr ? nullptr : static_cast<T*>(scale.variance) + begin;
   const bool split = size >= kSplit;
   run.gap = split ? half : kLanes;
@@ -197,6 +198,7 @@ typename Scaled<Y>::Sums over_scaled_tile(const Scaled<Y>& pass, const Row& r, c
   if (block.kahan != nullptr) tail.first.kahan = kahan;
   if (block.variance != nullptr) tail.first.variance = variance;
   tail.first.inverse = inverse;
+  tail.stride = kPair;
   tail.gap = kLanes;
   tail.pairs = 1;
   tail.far = false;
@@ -224,8 +226,9 @@ void run_scaled(const Row& r, const Mode& mode, int64_t begin, int64_t size, dou
 // Sums of squares over rows and columns
 
 // Sixteen lanes of all bits for the first `count`, else 0.
-template <class V, class T>
-SOFIM_HD V lanes_before(int64_t count, T) {
+template <class V>
+SOFIM_HD V lanes_before(int64_t count) {
+  using T = std::conditional_t<std::is_same_v<V, Doubles>, double, float>;
   alignas(64) T lanes[kLanes];
   memset(lanes, 0, sizeof lanes);
   memset(lanes, 0xFF, static_cast<size_t>(count) * sizeof(T));
@@ -243,11 +246,14 @@ SOFIM_HD double added_up(const Doubles& x) {
   return lanes.total();
 }
 
-// The rows `first`, `first` + 1, ..., which share the reads and writes of the columns' sums.
+template <class G>
+using Wide = std::conditional_t<std::is_same_v<G, double>, Doubles, Floats>;
+
+// The rows `first`, `first` + 1, ..., which share the reads and writes of the columns' sums. `lanes`: of the last
+// columns, which do not fill a vector.
 template <class G, int... r>
-SOFIM_NOINLINE void squares_of_rows(const SquaresTile& t, int64_t first, std::integer_sequence<int, r...>) {
-  using T = std::conditional_t<std::is_same_v<G, double>, double, float>;
-  using V = Pack<T>;
+SOFIM_NOINLINE void squares_of_rows(const SquaresTile& t, int64_t first, const Wide<G>& lanes,
+                                    std::integer_sequence<int, r...>) {
   constexpr int rows = sizeof...(r);
   const G* const g = static_cast<const G*>(t.g) + first * t.stride;
   Doubles sum[rows] = {((void)r, Doubles(0.0))...};
@@ -264,7 +270,6 @@ SOFIM_NOINLINE void squares_of_rows(const SquaresTile& t, int64_t first, std::in
     add(column, [](const G* from) SOFIM_INLINE { return load(from); });
   }
   if (rest > 0 && (first + rows - 1) * t.stride + whole + kLanes <= t.readable) {
-    const V lanes = lanes_before<V>(rest, T());
     add(whole, [&](const G* from) SOFIM_INLINE { return masked(load(from), lanes); });
   } else if (rest > 0) {
     add(whole, [&](const G* from) {
@@ -282,9 +287,12 @@ constexpr int kRows = Doubles::kParts <= 2 ? 4 : 2;
 template <class G>
 void squares_of(const SquaresTile& t) {
   if (t.by_col != nullptr) std::fill_n(t.by_col, (t.columns + kLanes - 1) / kLanes * kLanes, 0.0);
+  const auto lanes = lanes_before<Wide<G>>(t.columns % kLanes);
   int64_t row = 0;
-  for (; row + kRows <= t.rows; row += kRows) squares_of_rows<G>(t, row, std::make_integer_sequence<int, kRows>());
-  for (; row < t.rows; ++row) squares_of_rows<G>(t, row, std::make_integer_sequence<int, 1>());
+  for (; row + kRows <= t.rows; row += kRows) {
+    squares_of_rows<G>(t, row, lanes, std::make_integer_sequence<int, kRows>());
+  }
+  for (; row < t.rows; ++row) squares_of_rows<G>(t, row, lanes, std::make_integer_sequence<int, 1>());
 }
 
 void run_squares(const SquaresTile& tile) {
@@ -318,7 +326,7 @@ SOFIM_HD void over_means(const Means& means, Run run) {
   alignas(64) double totals[kLanes] = {};
   memcpy(few, running + i, rest * sizeof(T));
   memcpy(totals, means.totals + i, rest * sizeof(double));
-  const Doubles lanes = lanes_before<Doubles>(static_cast<int64_t>(rest), double());
+  const Doubles lanes = lanes_before<Doubles>(static_cast<int64_t>(rest));
   run(few, totals, factors + i, [&](const Doubles& x) SOFIM_INLINE { return masked(x, lanes); });
   memcpy(running + i, few, rest * sizeof(T));
 }

@@ -100,9 +100,9 @@ std::vector<Products> run_pass(Pass pass, const Row* rows, const Tiling& tiling,
 }
 
 void sweep(Kernel kernel, const Row* rows, const Tiling& tiling, const Mode& mode, double* sums, int width) {
-  over_tiles(tiling, mode.backwards, [&](size_t tensor, int64_t tile, int64_t begin) {
+  over_tiles(tiling, mode.backwards, [&](size_t tensor, int64_t tile, int64_t start) {
     const Row& row = rows[tensor];
-    kernel(row, mode, begin, std::min(kTile, row.numel - begin), sums + tile * width);
+    kernel(row, mode, start, std::min(kTile, row.numel - start), sums + tile * width);
   });
 }
 

@@ -151,13 +151,10 @@ void Step::adaptive_step(bool is_guarded) {
   tensors_.bump_variances();
   tensors_.bump_weights();
   Mode mode;
-  mode.cross = mode.gradient = reads_gradient(options().numerator);
-  const auto terms = [&](size_t i) {
-    return numerator_terms(param_groups_.hyper(i), corrections_[i], options().numerator);
-  };
+  mode.cross = mode.gradient = options().reads_gradient();
   const auto solve = [&](const std::vector<AdaptiveBlock>* blocks) {
     for (size_t i = 0; i < n; ++i) {
-      tensors_.record(i).update = scaled_update(param_groups_.hyper(i), corrections_[i], terms(i), !mode.gradient,
+      tensors_.record(i).update = scaled_update(param_groups_.hyper(i), corrections_[i], options().numerator,
                                                 blocks == nullptr ? nullptr : &(*blocks)[block_of(i)]);
     }
   };
@@ -169,7 +166,7 @@ void Step::adaptive_step(bool is_guarded) {
     const std::vector<ScaledProducts> products = sweeps_.enter(mode);
     std::vector<AdaptiveBlock> blocks(fisher_blocks(options().fisher, param_groups_.groups().size(), n));
     for (size_t i = 0; i < n; ++i) {
-      blocks[block_of(i)].add(param_groups_.hyper(i), corrections_[i], terms(i), products[i]);
+      blocks[block_of(i)].add(param_groups_.hyper(i), corrections_[i], products[i], options().numerator);
     }
     solve(&blocks);
     for (const AdaptiveBlock& block : blocks) signal_.push_back(block.signal());

@@ -135,8 +135,7 @@ __global__ void __launch_bounds__(kThreads, 3) adapt(const __grid_constant__ Arg
                                   : reinterpret_cast<const Group*>(a.more + task.tensors * sizeof(AdaptRow));
   const Hyper hyper = hyper_of(groups[row.group]);
   const double of_moment = bias_correction(hyper.momentum, update);
-  const NumeratorTerms terms = numerator_terms(hyper, of_moment, task.numerator);
-  const Update step = scaled_update(hyper, of_moment, terms, task.numerator == Numerator::moment, nullptr);
+  const Update step = scaled_update(hyper, of_moment, task.numerator, nullptr);
   task.by_weight[tensor] = step.weight;
   task.by_gradient[tensor] = step.gradient;
   task.by_moment[tensor] = step.moment;

@@ -42,11 +42,6 @@ struct Tensors {
     return bias_correction(hyper.momentum, *steps[tensor] + 1);
   }
 
-  // What F⁻¹ is applied to, with a diagonal that adapts.
-  __device__ NumeratorTerms terms(const Hyper& hyper, double correction) const {
-    return numerator_terms(hyper, correction, task.numerator);
-  }
-
   __device__ double sum(Sum which, uint32_t tensor) const {
     return task.sums[which] == nullptr ? 0.0 : task.sums[which][tensor];
   }
@@ -56,7 +51,7 @@ struct Tensors {
     const Hyper& its = hyper(group_of(tensor));
     const double corrects = correction(tensor, its);
     if constexpr (std::is_same_v<Block, AdaptiveBlock>) {
-      block.add(its, corrects, terms(its, corrects), {sum(kMM, tensor), sum(kMG, tensor), sum(kTrace, tensor)});
+      block.add(its, corrects, {sum(kMM, tensor), sum(kMG, tensor), sum(kTrace, tensor)}, task.numerator);
     } else {
       block.add(its, corrects,
                 {sum(kMM, tensor), sum(kMG, tensor), sum(kMW, tensor), sum(kGG, tensor), sum(kGW, tensor),
@@ -196,9 +191,8 @@ __global__ void __launch_bounds__(kThreads) solve_scaled(const __grid_constant__
   AdaptiveBlock block;
   if (rank_one) block = block_at<AdaptiveBlock>(tensors, at);
   const Hyper& hyper = tensors.hyper(group);
-  const double correction = tensors.correction(i, hyper);
-  const Update update = scaled_update(hyper, correction, tensors.terms(hyper, correction), task.numerator == Numerator::moment,
-                                      rank_one ? &block : nullptr);
+  const Update update =
+      scaled_update(hyper, tensors.correction(i, hyper), task.numerator, rank_one ? &block : nullptr);
   tensors.set(i, update, task.skip != nullptr && *task.skip);
 }
 
@@ -211,25 +205,16 @@ __global__ void __launch_bounds__(kThreads) finish_scaled(const __grid_constant_
   const Group* const groups =
       table ? task.groups : reinterpret_cast<const Group*>(a.more + task.tensors * sizeof(FinishRow));
   const bool skip = task.skip != nullptr && *task.skip;
-  struct Tensor {
-    Hyper hyper;
-    double correction;
-    NumeratorTerms terms;
-  };
-  const auto tensor_of = [&](uint32_t i) {
-    Tensor tensor{hyper_of(groups[rows[i].group]), 0.0, {}};
-    tensor.correction = bias_correction(tensor.hyper.momentum, *rows[i].step + 1);
-    tensor.terms = numerator_terms(tensor.hyper, tensor.correction, task.numerator);
-    return tensor;
+  const auto correction = [&](uint32_t i, const Hyper& hyper) {
+    return bias_correction(hyper.momentum, *rows[i].step + 1);
   };
   const auto part = [&](uint32_t i, AdaptiveBlock& block) {
-    const Tensor tensor = tensor_of(i);
-    block.add(tensor.hyper, tensor.correction, tensor.terms, {task.mm[i], task.mg[i], task.elements[i] + task.trace[i]});
+    const Hyper hyper = hyper_of(groups[rows[i].group]);
+    block.add(hyper, correction(i, hyper), {task.mm[i], task.mg[i], task.elements[i] + task.trace[i]}, task.numerator);
   };
   const auto set = [&](uint32_t i, const AdaptiveBlock& block) {
-    const Tensor tensor = tensor_of(i);
-    const Update update =
-        scaled_update(tensor.hyper, tensor.correction, tensor.terms, task.numerator == Numerator::moment, &block);
+    const Hyper hyper = hyper_of(groups[rows[i].group]);
+    const Update update = scaled_update(hyper, correction(i, hyper), task.numerator, &block);
     task.by_weight[i] = update.weight;
     task.by_gradient[i] = update.gradient;
     task.by_moment[i] = update.moment;

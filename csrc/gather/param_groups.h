@@ -25,8 +25,8 @@ PyObject* object_of(const at::Tensor& tensor);
 // Settings that all groups share.
 struct Options {
   Numerator numerator = Numerator::moment;
-  bool adaptive = false;    // the groups' diagonals adapt
-  bool rank_one = true;     // with a diagonal that adapts: some rho is a number, so that F has its term of rank one
+  bool adaptive = false;  // the groups' diagonals adapt
+  bool rank_one = true;   // with a diagonal that adapts: some rho is a number, so that F has its term of rank one
   Fisher fisher = Fisher::model;
   std::optional<double> max_grad_norm;
   bool skip_nonfinite = false;

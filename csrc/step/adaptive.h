@@ -54,10 +54,10 @@ struct NumeratorTerms {
 };
 
 SOFIM_HD NumeratorTerms numerator_terms(const Hyper& h, double correction, Numerator numerator) {
-  if (numerator == Numerator::gradient) return {0.0, h.sign};
   if (numerator == Numerator::moment) return {correction, 0.0};
-  const double ahead = 1.0 / (1.0 - h.momentum + h.momentum / correction);  // without cancellation
-  return {h.momentum * ahead, (1.0 - h.momentum) * ahead * h.sign};
+  if (numerator == Numerator::gradient) return {0.0, h.sign};
+  const LookAhead ahead(h.momentum, correction);
+  return {ahead.by_moment, ahead.by_gradient * h.sign};
 }
 
 // Sums over one tensor, with v = gain·g: Σm²/s, Σmv/s, Σs.
@@ -69,7 +69,8 @@ struct ScaledProducts {
 struct AdaptiveBlock {
   double trace = 0.0, square = 0.0, cross = 0.0, plain_square = 0.0;
 
-  SOFIM_HD void add(const Hyper& h, double correction, const NumeratorTerms& v, const ScaledProducts& p) {
+  SOFIM_HD void add(const Hyper& h, double correction, const ScaledProducts& p, Numerator numerator) {
+    const NumeratorTerms v = numerator_terms(h, correction, numerator);
     const double mm = correction * correction * p.mm;
     trace += p.trace;
     square += mm / h.rho;
@@ -82,14 +83,15 @@ struct AdaptiveBlock {
   SOFIM_HD double signal() const { return plain_square / trace; }
 };
 
-// The step of one tensor; `block`: nullptr if F has no term of rank one. `moment_form`: v = m̂.
-SOFIM_HD Update scaled_update(const Hyper& h, double correction, const NumeratorTerms& v, bool moment_form,
-                              const AdaptiveBlock* block) {
+// The step of one tensor; `block`: nullptr if F has no term of rank one.
+SOFIM_HD Update scaled_update(const Hyper& h, double correction, Numerator numerator, const AdaptiveBlock* block) {
+  const NumeratorTerms v = numerator_terms(h, correction, numerator);
   double moment = v.moment;
   if (block != nullptr) {
     const double whole = block->trace + block->square;
     // v = m̂: a quotient, because the difference would cancel.
-    moment = moment_form ? correction * block->trace / whole : moment - correction * block->cross / whole;
+    moment = numerator == Numerator::moment ? correction * block->trace / whole
+                                            : moment - correction * block->cross / whole;
   }
   return {1.0 - h.lr * h.weight_decay, finite(-h.lr * v.gradient), finite(-h.lr * moment)};
 }
