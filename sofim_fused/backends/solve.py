@@ -41,6 +41,7 @@ from sofim_fused.backends.interface import (
 from sofim_fused.checks import NUMERATORS
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
+TILE = 16_384  # elements summed at once; below the size at which torch splits one sum among threads
 CANCELLED = 2.0**-46  # (2 ulp of float32 arithmetic)², above the error of float64 sums
 
 
@@ -184,6 +185,15 @@ def added_up(rows: Tensor, settings: Settings) -> Tensor:
     if fisher == "model":
         return rows.sum(-1, keepdim=True)
     return torch.stack([part.sum(-1) for part in rows.split(settings.sizes, dim=-1)], dim=-1)
+
+
+def ordered_sum(x: Tensor) -> Tensor:
+    """The sum of a vector, 0-dimensional, added in the same order for any number of threads."""
+    if x.numel() <= TILE:
+        return x.sum()
+    whole = x.numel() // TILE * TILE
+    rows = x.narrow(0, 0, whole).view(-1, TILE).sum(1)
+    return ordered_sum(torch.cat((rows, x.narrow(0, whole, x.numel() - whole).sum().view(1))))
 
 
 def guard_of(square: Tensor, guard: GuardSettings) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -65,7 +65,7 @@ class Hyperparameters:
             rows = [row for row, (_, size) in zip(key, present, strict=True) for _ in range(size)]
             self._decay_key, self._decay = key, decay_of(rows, checks.reads_gradient(self.numerator))
         l2 = checks.reads_gradient(self.numerator) and self._decay.weight is not None
-        rank_one = any(group["rho"] is not None for group, _ in present)
+        rank_one = any(group["rho"] is not None for group in groups)  # of all, as other ranks may have those tensors
         self.settings = self._settings(l2 or any(_decoupled(group) for group, _ in present), rank_one)
         return self._decay
 
