@@ -35,6 +35,14 @@ const unsigned char* ScaledStep::Table::at(size_t task, Bytes first, Bytes secon
   return static_cast<const unsigned char*>(memory.const_data_ptr());
 }
 
+bool ScaledStep::takes(const StepTensors& tensors) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const VarianceRow& variance = tensors.variances()[i];
+    if (!variance.by_element && variance.inner != variance.columns && tensors.records()[i].numel > 0) return false;
+  }
+  return true;
+}
+
 // What does not depend on memory that is still to be allocated.
 void ScaledStep::plan(const ParamGroups& param_groups, const Packed& packed) {
   const StepTensors& tensors = param_groups.tensors();

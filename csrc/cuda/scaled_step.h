@@ -16,6 +16,8 @@ namespace sofim::cuda {
 
 class ScaledStep {
  public:
+  // Whether the kernels find the rows of all tensors: they follow each other in memory. The operators copy others.
+  static bool takes(const StepTensors& tensors);
   // Takes a step. `packed` has the rows of its tensors, its groups and its guard; `norm` and `skipped` are needed if it
   // is guarded. Returns the signal of each Fisher block, undefined without the term of rank one.
   at::Tensor run(const ParamGroups& param_groups, const Packed& packed, double* norm, int64_t* skipped,

@@ -46,6 +46,7 @@ class Step {
     StepTensors& tensors = param_groups_.tensors();
     if (tensors.size() == 0) return py::bool_(true);
     if (tensors.device().type() != kDevice) return py::none();
+    if (options().adaptive && !ScaledStep::takes(tensors)) return py::none();
     const DeviceScope on(tensors.device());
     pack();
     set_guard(guarded, scale, found);

@@ -199,7 +199,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
         return scales._replace(gain=gain, skip=skip), norm
 
     def accumulate_scaled(self, tensors: StepTensors, decay: Decay, scales: Scales) -> ScaledSums:
-        if not self._adapts:
+        if not self._adapts or _rounds_copies(tensors):
             return super().accumulate_scaled(tensors, decay, scales)
         sums = self._ops.accumulate_scaled(
             tensors.params,
@@ -231,7 +231,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
         return None
 
     def commit_scaled(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients, scales: Scales) -> None:
-        if not self._adapts:
+        if not self._adapts or _rounds_copies(tensors):
             return super().commit_scaled(tensors, decay, coefficients, scales)
         self._ops.commit_scaled(
             tensors.params,
@@ -302,6 +302,14 @@ def _kinds(tensors: StepTensors) -> list[int]:
         4 if variance.by_element else 1 if variance.row_var is None else 2 if variance.col_var is None else 3
         for variance in tensors.variances
     ]
+
+
+def _rounds_copies(tensors: StepTensors) -> bool:
+    """Whether operators would round a moment as a copy in another order: the random bits follow the order of memory."""
+    return any(
+        m.dtype == torch.bfloat16 and variance.row_var is not None and not m.is_contiguous()
+        for m, variance in zip(tensors.exp_avgs, tensors.variances, strict=True)
+    )
 
 
 def _by_element(tensors: StepTensors) -> list[Tensor]:

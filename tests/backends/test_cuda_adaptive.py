@@ -152,7 +152,7 @@ def test_launches_of_a_step() -> None:
         ({"diagonal": "element", "rho": None}, 2),
         ({"diagonal": "element", "rho": 0.3, **GUARDED}, 5),
     ):
-        optimizer, _ = optimizers(torch.float32, **options)
+        optimizer, _ = optimizers(torch.float32, [(7, 5), (33,)], **options)
         step(optimizer, 0)
         assert launches(lambda: step(optimizer, 1)) == expected  # noqa: B023
 
@@ -172,8 +172,8 @@ def test_a_step_in_one_call_has_the_bits_of_passes(diagonal: str, options: dict[
 
 def test_more_tensors_than_arguments_take() -> None:
     """Then the tables of all launches are in the device's memory."""
-    mine, theirs = optimizers(torch.float32, [(3, 5)] * 500, diagonal="factored", numerator="nesterov", rho=0.3)
-    for seed in range(3):
+    mine, theirs = optimizers(torch.float32, [(3, 5)] * 360, diagonal="factored", numerator="nesterov", rho=0.3)
+    for seed in range(2):
         for optimizer in (mine, theirs):
             step(optimizer, seed)
     assert_alike(mine, theirs, torch.float32)
@@ -215,7 +215,7 @@ def operator_samples() -> list[tuple[str, tuple[Any, ...]]]:
     variances = [torch.ones((), device=DEVICE), *none[:2], element[3]]
     counts = [torch.tensor(2, device=DEVICE) for _ in shapes], [0, 1, 2, 3]
     hyper = double(0.1, 0.9, 0.5, 0.01, 0.0, 1.0, 0.99, 1e-8).repeat(2, 1)
-    fours = double(1.0, 2.0, 3.0, 4.0)
+    fours = double(0.1, 0.2, 0.3, 0.4)
     settings = counts[0], hyper, [1, 3]
     adapted = (*settings, kinds, [1, 4, 4, 1], [12, 3, 3, 7], row_vars, col_vars, variances)
     sums = fours, double(*range(8)), double(*range(3))
