@@ -156,9 +156,9 @@ struct ScaledChunk {
             by_gradient = given(mine(task.by_gradient), T(0)), by_moment = given(mine(task.by_moment), T(0));
     ElementVariance<T> variance{};
     if (by_element) {
-      const T beta2 = given(task.beta2 + tensor, T(0));
-      variance = {beta2, T(1) - beta2, given(task.root + tensor, T(0)), given(task.eps + tensor, T(0)),
-                  kIs32 ? T(FLT_MAX) : T(DBL_MAX)};
+      const double beta2 = load_cg(task.beta2 + tensor);  // 1 - β₂ cancels: not in float32
+      variance = {static_cast<T>(beta2), static_cast<T>(1.0 - beta2), given(task.root + tensor, T(0)),
+                  given(task.eps + tensor, T(0)), kIs32 ? T(FLT_MAX) : T(DBL_MAX)};
     }
     const Inverse<T> diagonal(scaling, begin);
     uint32_t stretch = 0;
