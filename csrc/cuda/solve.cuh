@@ -6,6 +6,7 @@
 
 #include "cuda/kernels.h"
 #include "cuda/reduce.cuh"
+#include "step/adaptive.h"
 #include "step/solve.h"
 
 namespace sofim::cuda {
@@ -39,6 +40,14 @@ __device__ __forceinline__ void each_number(GuardedBlock& block, F f) {
   for (double& x : block.norm) f(x);
   for (double& x : block.scale) f(x);
   for (double& x : block.cross) f(x);
+}
+
+template <class F>
+__device__ __forceinline__ void each_number(AdaptiveBlock& block, F f) {
+  f(block.trace);
+  f(block.square);
+  f(block.cross);
+  f(block.plain_square);
 }
 
 __device__ inline PlainBlock at_gain(const PlainBlock& block, double) { return block; }
@@ -78,7 +87,8 @@ __device__ inline Products products_of(const Task& task, uint32_t tensor) {
 }
 
 // The first tensor whose group is `group` or a later one. Tensors are in the order of their groups.
-__device__ inline uint32_t first_of_group(const Row* rows, uint32_t tensors, uint32_t group) {
+template <class RowOf>
+__device__ inline uint32_t first_of_group(const RowOf* rows, uint32_t tensors, uint32_t group) {
   uint32_t low = 0, high = tensors;
   while (low < high) {
     const uint32_t middle = low + (high - low) / 2;

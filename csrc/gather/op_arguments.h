@@ -20,7 +20,7 @@ struct Counts {
 };
 
 // The operators' schemas, which all devices share. Text, because torch/library.h takes long to compile.
-extern const std::array<const char*, 7> schemas;
+extern const std::array<const char*, 14> schemas;
 
 // Collects and validates lists of tensors. Throws c10::Error if their lengths differ or a tensor is not accepted.
 // `anywhere`: see StepTensors.

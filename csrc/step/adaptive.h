@@ -79,8 +79,8 @@ struct AdaptiveBlock {
     plain_square += mm;
   }
 
-  // q, how much of the gradients points in one direction.
-  SOFIM_HD double signal() const { return plain_square / trace; }
+  // q, how much of the gradients points in one direction; 0 of a block without elements.
+  SOFIM_HD double signal() const { return trace == 0.0 ? 0.0 : plain_square / trace; }
 };
 
 // The step of one tensor; `block`: nullptr if F has no term of rank one.

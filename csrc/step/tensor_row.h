@@ -10,6 +10,7 @@ namespace sofim {
 
 // How elements are stored. A complex tensor is treated as a real one with twice as many elements.
 enum class Type : uint8_t { float32, float64, bfloat16, float16 };
+SOFIM_HD constexpr int type_size(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
 constexpr bool is_narrow(Type type) { return type == Type::bfloat16 || type == Type::float16; }
 
 // Sums of products per tensor, in this order wherever several are stored. accumulate returns mm, then mg, then mw; dots

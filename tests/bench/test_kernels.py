@@ -317,7 +317,16 @@ def test_names_of_kernels_are_read() -> None:
         ("4copyILi32764E", (some, "arguments to a table")),
     ):
         assert cuda.described(start + middle + end) == expected
-    for name in ("fold", "solve"):
+    scaled = "NS0_9ArgumentsINS0_10ScaledTaskELi32764EEE"
+    for middle, expected in (
+        ("17accumulate_scaledILb0EEEv", (some, "accumulate_scaled")),
+        ("13update_scaledILNS0_10ScaledPassE1ELb1EEEv", (fp32, "apply_scaled")),
+        ("13update_scaledILNS0_10ScaledPassE2ELb0EEEv", (some, "commit_scaled")),
+        ("7squaresE", (some, "squares")),
+        ("13finish_scaledE", (some, "fold_scaled and solve_scaled")),
+    ):
+        assert cuda.described(start + middle + scaled) == expected
+    for name in ("fold", "solve", "adapt", "fold_scaled", "solve_scaled"):
         entry = f"{start}{len(name)}{name}ENS0_9ArgumentsINS0_11AlgebraTaskELi32764EEE"
         assert cuda.described(entry) == (some, name)
 
