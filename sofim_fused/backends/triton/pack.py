@@ -183,16 +183,16 @@ def _placed(
     if m.is_contiguous():
         flat = w.is_contiguous() and g.is_contiguous() and (kahan is None or kahan.is_contiguous())
     else:
-        flat = _dense(m) and all(_in_order(x, m.stride()) for x in (w, g, kahan) if x is not None)
+        flat = dense(m) and all(in_order(x, m.stride()) for x in (w, g, kahan) if x is not None)
     if flat and not (w.is_neg() or g.is_neg() or m.is_neg()):
         return address(w), address(g), address(m), 0 if kahan is None else address(kahan)
-    order = m.stride() if _dense(m) else _contiguous(m.shape)
+    order = m.stride() if dense(m) else contiguous(m.shape)
 
     def copy_of(x: Tensor) -> Tensor:
         return torch.empty_strided(x.shape, order, dtype=x.dtype, device=x.device).copy_(x.detach())
 
     def ready(x: Tensor) -> bool:
-        return _in_order(x, order) and not x.is_neg() and _dense(x)
+        return in_order(x, order) and not x.is_neg() and dense(x)
 
     def written(x: Tensor, moment: bool) -> int:
         if ready(x):
@@ -208,12 +208,12 @@ def _placed(
     return at_w, address(kept[-1]), at_m, at_kahan
 
 
-def _in_order(x: Tensor, strides: Sequence[int]) -> bool:
+def in_order(x: Tensor, strides: Sequence[int]) -> bool:
     """Whether a tensor has these strides; dimensions of size 1 are ignored."""
     return all(size < 2 or a == b for size, a, b in zip(x.shape, x.stride(), strides, strict=True))
 
 
-def _dense(x: Tensor) -> bool:
+def dense(x: Tensor) -> bool:
     """Whether elements fill a contiguous range of memory, in any order of dimensions."""
     if x.is_contiguous():
         return True
@@ -225,7 +225,7 @@ def _dense(x: Tensor) -> bool:
     return True
 
 
-def _contiguous(shape: Sequence[int]) -> list[int]:
+def contiguous(shape: Sequence[int]) -> list[int]:
     """The strides of a contiguous tensor."""
     strides: list[int] = []
     reach = 1
