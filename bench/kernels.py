@@ -445,7 +445,7 @@ def examined_adaptive(case: AdaptiveCase, label: str, target: str) -> Row:
     accesses, instructions = hot_path(text, _full_lines(source))
     per_element = warps * (32 if nvidia else 64) / kernels_adaptive.elements(case)
     row.read, row.written, row.widths = _moved(accesses, per_element)
-    row.instructions = instructions * per_element if nvidia else None
+    row.instructions = instructions * per_element if nvidia and sweep else None
     unaligned = case.config is not None and case.config.kinds[0] & pack.UNALIGNED
     row.wrong = list(_wrong(row, 1) if unaligned else _wrong(row, 1, kernels_adaptive.table_bytes(case), NARROWEST))
     if slots > kernels_adaptive.MOST_SLOTS:
