@@ -4,7 +4,8 @@
 
 Compiles the CPU part of the earlier revision and of this folder from nothing, two files at a time, and counts the user
 CPU-seconds of each compiler; then times whole steps of both on the shapes of models. Each build has a process of its
-own, and they take turns. Writes bench/results/builds.json and .md.
+own, and they take turns. Writes bench/results/builds.json and .md; ``--compile-only`` leaves out the steps, and keeps
+what these files say about them.
 """
 
 from __future__ import annotations
@@ -182,14 +183,17 @@ def steps(
                 }  # fmt: skip
 
 
+def run(record: Mapping[str, Any]) -> str:
+    """Where and when something was measured."""
+    return f"`{record['command']}`: {record['cpu']}, torch {record['torch']}; {record['date']}"
+
+
 def markdown(record: Mapping[str, Any]) -> str:
     """The results as a document."""
     cost: Mapping[str, Mapping[str, float]] = record["build"]
+    compiled = record.get("compiled", record)  # where the build was measured in another run than the steps
     lines = [
-        f"`{record['command']}`: {record['cpu']}, torch {record['torch']}, {record['threads']} thread(s);"
-        f" {record['date']}.",
-        "",
-        "User CPU-seconds to compile the CPU part from nothing, two files at a time.",
+        f"User CPU-seconds to compile the CPU part from nothing, two files at a time. {run(compiled)}.",
         "",
         "| | " + " | ".join(cost) + " | now / before |",
         "|---" * (2 + len(cost)) + "|",
@@ -201,7 +205,7 @@ def markdown(record: Mapping[str, Any]) -> str:
     lines += [
         "",
         "Whole steps: medians over rounds in which both builds take turns; the ratio is their ratios' median, with",
-        "the 20th and 80th percentile.",
+        f"the 20th and 80th percentile. {run(record)}, {record['threads']} thread(s).",
         "",
         "| parameters | storage | step | before, ms | now, ms | ratio | at most |",
         "|---|---|---|---|---|---|---|",
@@ -214,6 +218,14 @@ def markdown(record: Mapping[str, Any]) -> str:
             f" | {row['limit']}: {'met' if row['ratio'] <= row['limit'] else 'missed'} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def with_steps_of(earlier: dict[str, Any] | None, record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run that only compiled, with the steps that ``earlier`` has."""
+    if earlier is None:
+        return record
+    compiled = {key: record[key] for key in ("command", "date", "cpu", "torch")}
+    return {**earlier, "build": record["build"], "compiled": compiled}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -229,6 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=0.15, help="for the steps of one build in a round")
+    parser.add_argument("--compile-only", action="store_true", help="keep the results of steps that are in --output")
     parser.add_argument("--output", type=Path, default=RESULTS / "builds.json")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -237,9 +250,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "now": sources_of(None, Path(folder, "now")),
         }
         where = machine(options.threads)
+        how = " --compile-only" if options.compile_only else f" --rounds {options.rounds} --seconds {options.seconds:g}"
         record: dict[str, Any] = {
-            "command": f"python -m bench.builds --before {options.before} --rounds {options.rounds}"
-            f" --seconds {options.seconds:g}",
+            "command": f"python -m bench.builds --before {options.before}{how}",
             "date": time.strftime("%Y-%m-%d"),
             "cpu": f"{where['cpu']}, {where['cores']} cores, {where['instruction_set']}",
             "torch": torch.__version__,
@@ -247,14 +260,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "build": {name: built(place) for name, place in places.items()},
             "steps": [],
         }
-        workers = {name: Worker(place, options.threads) for name, place in places.items()}
         show = partial(print, flush=True)
 
         def write() -> None:
             options.output.write_text(json.dumps(record, indent=1) + "\n")
             options.output.with_suffix(".md").write_text(markdown(record))
 
+        if options.compile_only:
+            record = with_steps_of(json.loads(options.output.read_text()) if options.output.exists() else None, record)
         write()
+        if options.compile_only:
+            show(markdown(record))
+            return
+        workers = {name: Worker(place, options.threads) for name, place in places.items()}
         try:
             for row in steps(workers, options.models, options.rounds, options.seconds):
                 record["steps"].append(row)

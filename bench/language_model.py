@@ -32,7 +32,6 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from bench import report
 from bench.convergence import plays
-from bench.convergence.adaptive import AdaptiveSOFIM
 from bench.convergence.contenders import memory
 from bench.convergence.store import Store
 from bench.networks import ByteTransformer
@@ -140,25 +139,25 @@ def _sofim(model: nn.Module, lr: float, shrink: float, rho: float = 0.1) -> Opti
 
 
 def _adaptive(model: nn.Module, lr: float, shrink: float, **settings: Any) -> Optimizer:
-    return AdaptiveSOFIM(_groups(model, shrink / lr), lr=lr, **settings)
+    return SOFIM(_groups(model, shrink / lr), lr=lr, **{"numerator": "nesterov", **settings})
 
 
-def _prototype(label: str, **settings: Any) -> Contender:
-    return Contender(f"{label} (prototype)", partial(_adaptive, **settings))
+def _adapts(label: str, **settings: Any) -> Contender:
+    return Contender(label, partial(_adaptive, **settings))
 
 
 # The most informative first. The first seven are the default; `--contenders` chooses others.
 CONTENDERS = {
-    "factored": _prototype("SOFIM, factored diagonal, look-ahead", diagonal="factored"),
+    "factored": _adapts("SOFIM, factored diagonal, look-ahead", diagonal="factored"),
     "adamw-99": Contender("AdamW, β₂ = 0.99", partial(_adamw, 0.99)),
     "adamw-95": Contender("AdamW, β₂ = 0.95", partial(_adamw, 0.95)),
     "sofim": Contender("SOFIM as published, ρ = 0.1", _sofim, 10.0, "sgd"),
     "sgd": Contender("SGD, momentum 0.9", _sgd, 1.0, "sgd"),
-    "row": _prototype("SOFIM, diagonal by rows, look-ahead", diagonal="row"),
-    "element": _prototype("SOFIM, diagonal by elements, look-ahead", diagonal="element"),
+    "row": _adapts("SOFIM, diagonal by rows, look-ahead", diagonal="row"),
+    "element": _adapts("SOFIM, diagonal by elements, look-ahead", diagonal="element"),
     "sofim-1": Contender("SOFIM as published, ρ = 1", partial(_sofim, rho=1.0), 10.0, "sgd"),
-    "factored-moment": _prototype("SOFIM, factored diagonal", diagonal="factored", numerator="moment"),
-    "factored-rho": _prototype("SOFIM, factored diagonal, look-ahead, ρ = 1/3", diagonal="factored", rho=1 / 3),
+    "factored-moment": _adapts("SOFIM, factored diagonal", diagonal="factored", numerator="moment"),
+    "factored-rho": _adapts("SOFIM, factored diagonal, look-ahead, ρ = 1/3", diagonal="factored", rho=1 / 3),
 }
 DEFAULT = tuple(CONTENDERS)[:7]
 

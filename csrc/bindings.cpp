@@ -1,77 +1,409 @@
 // sofim_fused._C: the Python module of the CPU part. PackedStep also gathers the tensors of steps on other devices.
-#include <torch/csrc/utils/pybind.h>
+//
+// In Python's own C interface, because pybind11 takes 9 s to compile here, and each call of a step 0.3 µs longer. All
+// arguments are positional.
+#include <torch/csrc/Device.h>
+#include <torch/csrc/python_headers.h>
 
+#include <structmember.h>
+
+#include <cstddef>
+#include <exception>
 #include <memory>
+#include <new>
 
 #include "cpu/parallel.h"
 #include "cpu/step.h"
 #include "gather/packed_step.h"
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  using sofim::Step;
-  using sofim::PackedStep;
-  m.doc() = "Native passes over the parameters of an optimizer.";
-  m.def(
-      "use_kernels",
-      [](uintptr_t address) { sofim::use_kernels(reinterpret_cast<const sofim::Kernels*>(address)); },
-      "Choose the passes of an instruction set: the attribute `kernels` of its module.");
-  pybind11::class_<Step>(m, "Step", "A whole step over tensors on the CPU; keeps its buffers from one to the next.")
-      .def(pybind11::init<>())
-      .def("__call__", &Step::run, pybind11::arg("param_groups"), pybind11::arg("state"),
-           pybind11::arg("grad_scale") = pybind11::none(), pybind11::arg("found_inf") = pybind11::none(),
-           pybind11::arg("counter") = pybind11::none(),
-           "Takes a step. Returns True after a plain one, (grad_norm, skipped) after a guarded one, and None, with"
-           " nothing changed, if Python has to take it.")
-      .def("watch", &Step::watch, pybind11::arg("groups"),
-           "Sets the parameters of the steps that follow, one list for each group.")
-      .def("freeze_settings", &Step::freeze_settings, pybind11::arg("param_groups"), pybind11::arg("release"),
-           "Copies the settings for the gradients that are taken next; False if Python has to take them.")
-      .def("take", &Step::take, pybind11::arg("param"), pybind11::arg("state"), pybind11::arg("group"),
-           pybind11::arg("ordinal"), pybind11::arg("again"),
-           "Adds a parameter's gradient to its moment; False, with nothing changed, if Python has to do so.")
-      .def("sums_of", &Step::sums_of, pybind11::arg("ordinal"),
-           "The sums (mm, mg, mw) of a parameter whose gradient was taken in this step, else None.")
-      .def("allow_parts", &Step::allow_parts, "Lets take() accept gradients that are parts of a larger memory block.")
-      .def("mark", &Step::mark, pybind11::arg("param"), pybind11::arg("ordinal"),
-           "Records a parameter's current gradient as the one that was taken, as take() does.")
-      .def("fits", &Step::fits, pybind11::arg("param"), pybind11::arg("ordinal"),
-           "Whether a parameter's gradient is still the recorded one, as far as can be seen.")
-      .def("finish", &Step::finish, pybind11::arg("param_groups"), pybind11::arg("state"), pybind11::arg("current"),
-           "Takes the rest of the step; False, with nothing changed, if Python has to do so.")
-      .def("forget", &Step::forget, "Discards all records: no gradient was taken.");
-  pybind11::class_<PackedStep>(
-      m, "PackedStep",
-      "The tensors of a step packed into one table; sofim_fused.backends.triton.step.PackedStep documents it.")
-      .def(pybind11::init([](int64_t tile) {
-             if (tile < 1) throw pybind11::value_error("tile: at least 1 element is needed");
-             return std::make_unique<PackedStep>(tile);
-           }),
-           pybind11::arg("tile"))
-      .def(
-          "gather",
-          [](PackedStep& packed, const pybind11::handle& groups, const pybind11::handle& state) {
-            return packed.gather(groups.ptr(), state.ptr());
-          },
-          pybind11::arg("param_groups"), pybind11::arg("state"),
-          "Gathers and validates a step's tensors. Returns what differs from the last time, or None, with nothing"
-          " changed, if Python has to take the step.")
-      .def("finish", &PackedStep::finish, pybind11::arg("weights"), pybind11::arg("moments"), pybind11::arg("steps"),
-           "Writes copies back, raises the version counters of what was written, and releases all tensors.")
-      .def_property_readonly("size", &PackedStep::size)
-      .def_property_readonly("tiles", &PackedStep::tiles)
-      .def_property_readonly("kinds", &PackedStep::kinds)
-      .def_property_readonly("rows", &PackedStep::rows)
-      .def_property_readonly("hyper", &PackedStep::hyper)
-      .def_property_readonly("scalars", &PackedStep::scalars)
-      .def_property_readonly("device", &PackedStep::device)
-      .def_property_readonly("gradient_form", [](const PackedStep& packed) { return packed.options().gradient_form; })
-      .def_property_readonly("fisher",
-                             [](const PackedStep& packed) {
-                               const char* const names[] = {"model", "group", "parameter"};
-                               return names[static_cast<int>(packed.options().fisher)];
-                             })
-      .def_property_readonly("max_grad_norm", [](const PackedStep& packed) { return packed.options().max_grad_norm; })
-      .def_property_readonly("skip_nonfinite", [](const PackedStep& packed) { return packed.options().skip_nonfinite; })
-      .def_property_readonly("l2", &PackedStep::l2)
-      .def_property_readonly("decoupled", &PackedStep::decoupled);
+#define SOFIM_TEXT(x) SOFIM_QUOTED(x)
+#define SOFIM_QUOTED(x) #x
+#define SOFIM_JOIN(a, b) SOFIM_JOINED(a, b)
+#define SOFIM_JOINED(a, b) a##b
+
+namespace {
+
+using sofim::PackedStep;
+using sofim::Step;
+
+// A Python object that owns a T. `call` is for types that can be called.
+template <class T>
+struct Object {
+  PyObject_HEAD
+  vectorcallfunc call;
+  T* value;
+};
+
+template <class T>
+T& value_of(PyObject* object) {
+  return *reinterpret_cast<Object<T>*>(object)->value;
+}
+
+struct Release {
+  void operator()(PyObject* object) const { Py_DECREF(object); }
+};
+using Owned = std::unique_ptr<PyObject, Release>;
+
+// Python's error indicator is set.
+struct PythonError : std::exception {};
+
+// The result of `body`; or, if it throws, nullptr and an exception in Python.
+template <class Body>
+PyObject* translated(Body body) noexcept {
+  try {
+    return body();
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
+  } catch (...) {
+    PyErr_SetString(PyExc_RuntimeError, "sofim_fused: an unknown exception");
+  }
+  return nullptr;
+}
+
+void require(bool accepted, const char* what) {
+  if (accepted) return;
+  PyErr_SetString(PyExc_TypeError, what);
+  throw PythonError();
+}
+
+// Arguments
+
+bool flag(PyObject* object) {
+  require(PyBool_Check(object), "True or False is needed");
+  return object == Py_True;
+}
+
+// A place in a list.
+size_t place(PyObject* object) {
+  const size_t value = PyLong_AsSize_t(object);
+  if (value == static_cast<size_t>(-1) && PyErr_Occurred()) throw PythonError();
+  return value;
+}
+
+// Results
+
+PyObject* none() { Py_RETURN_NONE; }
+
+// A method with `count` arguments.
+template <class T, int count, PyObject* (*body)(T&, PyObject* const*)>
+PyObject* method(PyObject* self, PyObject* const* arguments, Py_ssize_t given) {
+  if (given != count) return PyErr_Format(PyExc_TypeError, "%d arguments are needed, not %zd", count, given);
+  return translated([&] { return body(value_of<T>(self), arguments); });
+}
+
+template <class T, int count, PyObject* (*body)(T&, PyObject* const*)>
+PyMethodDef method_def(const char* name, const char* text) {
+  // Python's interface has one type for functions of all kinds; the flag says which kind this is.
+  const auto function = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(method<T, count, body>));
+  return {name, function, METH_FASTCALL, text};
+}
+
+template <PyObject* (*body)(const PackedStep&)>
+PyGetSetDef attribute(const char* name) {
+  const getter get = [](PyObject* self, void*) { return translated([&] { return body(value_of<PackedStep>(self)); }); };
+  return {name, get, nullptr, nullptr, nullptr};
+}
+
+// Step
+
+PyObject* call(PyObject* self, PyObject* const* arguments, size_t flags, PyObject* keywords) {
+  const Py_ssize_t given = PyVectorcall_NARGS(flags);
+  if (given < 2 || given > 5 || (keywords != nullptr && PyTuple_GET_SIZE(keywords) > 0)) {
+    PyErr_SetString(PyExc_TypeError, "param_groups and state are needed, and at most grad_scale, found_inf and counter");
+    return nullptr;
+  }
+  // The counter of skipped steps is for devices on which the step ends after the call.
+  return translated([&] {
+    return value_of<Step>(self).run(arguments[0], arguments[1], given > 2 ? arguments[2] : Py_None,
+                                    given > 3 ? arguments[3] : Py_None);
+  });
+}
+
+PyObject* watch(Step& step, PyObject* const* arguments) {
+  PyObject* groups = arguments[0];
+  require(PyList_Check(groups), "groups: a list of lists is needed");
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
+    require(PyList_Check(PyList_GET_ITEM(groups, i)), "groups: a list of lists is needed");
+  }
+  step.watch(groups);
+  return none();
+}
+
+PyObject* freeze_settings(Step& step, PyObject* const* arguments) {
+  return PyBool_FromLong(step.freeze_settings(arguments[0], flag(arguments[1])));
+}
+
+PyObject* take(Step& step, PyObject* const* arguments) {
+  const size_t group = place(arguments[2]);
+  const int64_t ordinal = static_cast<int64_t>(place(arguments[3]));
+  return PyBool_FromLong(step.take(arguments[0], arguments[1], group, ordinal, flag(arguments[4])));
+}
+
+PyObject* sums_of(Step& step, PyObject* const* arguments) {
+  const sofim::Products* p = step.sums_of(place(arguments[0]));
+  return p == nullptr ? none() : Py_BuildValue("(ddd)", p->mm, p->mg, p->mw);
+}
+
+PyObject* allow_parts(Step& step, PyObject* const*) {
+  step.allow_parts();
+  return none();
+}
+
+PyObject* mark(Step& step, PyObject* const* arguments) {
+  step.mark(arguments[0], place(arguments[1]));
+  return none();
+}
+
+PyObject* fits(Step& step, PyObject* const* arguments) {
+  return PyBool_FromLong(step.fits(arguments[0], place(arguments[1])));
+}
+
+PyObject* finish(Step& step, PyObject* const* arguments) {
+  return PyBool_FromLong(step.finish(arguments[0], arguments[1], arguments[2]));
+}
+
+PyObject* forget(Step& step, PyObject* const*) {
+  step.forget();
+  return none();
+}
+
+PyMethodDef step_methods[] = {
+    method_def<Step, 1, watch>("watch",
+                               "watch($self, groups, /)\n--\n\n"
+                               "Sets the parameters of the steps that follow, one list for each group."),
+    method_def<Step, 2, freeze_settings>(
+        "freeze_settings",
+        "freeze_settings($self, param_groups, release, /)\n--\n\n"
+        "Copies the settings for the gradients that are taken next; False if Python has to take them."),
+    method_def<Step, 5, take>(
+        "take",
+        "take($self, param, state, group, ordinal, again, /)\n--\n\n"
+        "Adds a parameter's gradient to its moment; False, with nothing changed, if Python has to do so."),
+    method_def<Step, 1, sums_of>(
+        "sums_of",
+        "sums_of($self, ordinal, /)\n--\n\n"
+        "The sums (mm, mg, mw) of a parameter whose gradient was taken in this step, else None."),
+    method_def<Step, 0, allow_parts>(
+        "allow_parts",
+        "allow_parts($self, /)\n--\n\nLets take() accept gradients that are parts of a larger memory block."),
+    method_def<Step, 2, mark>(
+        "mark",
+        "mark($self, param, ordinal, /)\n--\n\n"
+        "Records a parameter's current gradient as the one that was taken, as take() does."),
+    method_def<Step, 2, fits>(
+        "fits",
+        "fits($self, param, ordinal, /)\n--\n\n"
+        "Whether a parameter's gradient is still the recorded one, as far as can be seen."),
+    method_def<Step, 3, finish>(
+        "finish",
+        "finish($self, param_groups, state, current, /)\n--\n\n"
+        "Takes the rest of the step; False, with nothing changed, if Python has to do so."),
+    method_def<Step, 0, forget>("forget",
+                                "forget($self, /)\n--\n\nDiscards all records: no gradient was taken."),
+    {},
+};
+
+// PackedStep
+
+PyObject* gather(PackedStep& packed, PyObject* const* arguments) {
+  const std::optional<int> changed = packed.gather(arguments[0], arguments[1]);
+  return changed ? PyLong_FromLong(*changed) : none();
+}
+
+PyObject* finish_packed(PackedStep& packed, PyObject* const* arguments) {
+  const bool weights = flag(arguments[0]), moments = flag(arguments[1]), steps = flag(arguments[2]);
+  packed.finish(weights, moments, steps);
+  return none();
+}
+
+PyMethodDef packed_methods[] = {
+    method_def<PackedStep, 2, gather>(
+        "gather",
+        "gather($self, param_groups, state, /)\n--\n\n"
+        "Gathers and validates a step's tensors. Returns what differs from the last time, or None, with nothing"
+        " changed, if Python has to take the step."),
+    method_def<PackedStep, 3, finish_packed>(
+        "finish",
+        "finish($self, weights, moments, steps, /)\n--\n\n"
+        "Writes copies back, raises the version counters of what was written, and releases all tensors."),
+    {},
+};
+
+// A list of one object for each of `values`.
+template <class Values, class Make>
+PyObject* list_of(const Values& values, Make make) {
+  Owned list(PyList_New(static_cast<Py_ssize_t>(values.size())));
+  for (size_t i = 0; list && i < values.size(); ++i) {
+    PyObject* made = make(values[i]);
+    if (made == nullptr) return nullptr;
+    PyList_SET_ITEM(list.get(), static_cast<Py_ssize_t>(i), made);
+  }
+  return list.release();
+}
+
+PyObject* kinds(const PackedStep& packed) { return list_of(packed.kinds(), PyLong_FromLongLong); }
+
+PyObject* scalars(const PackedStep& packed) {
+  return list_of(packed.scalars(), [](const auto& scalar) {
+    const auto& [group, column, tensor] = scalar;
+    return Py_BuildValue("(LLN)", static_cast<long long>(group), static_cast<long long>(column),
+                         sofim::object_of(tensor));
+  });
+}
+
+PyObject* device(const PackedStep& packed) { return packed.device() ? THPDevice_New(*packed.device()) : none(); }
+
+PyObject* fisher(const PackedStep& packed) {
+  const char* const names[] = {"model", "group", "parameter"};
+  return PyUnicode_FromString(names[static_cast<int>(packed.options().fisher)]);
+}
+
+PyObject* max_grad_norm(const PackedStep& packed) {
+  const std::optional<double>& limit = packed.options().max_grad_norm;
+  return limit ? PyFloat_FromDouble(*limit) : none();
+}
+
+PyObject* size(const PackedStep& packed) { return PyLong_FromLongLong(packed.size()); }
+PyObject* tiles(const PackedStep& packed) { return PyLong_FromLongLong(packed.tiles()); }
+PyObject* rows(const PackedStep& packed) { return sofim::object_of(packed.rows()); }
+PyObject* hyper(const PackedStep& packed) { return sofim::object_of(packed.hyper()); }
+PyObject* gradient_form(const PackedStep& packed) { return PyBool_FromLong(packed.options().gradient_form); }
+PyObject* skip_nonfinite(const PackedStep& packed) { return PyBool_FromLong(packed.options().skip_nonfinite); }
+PyObject* l2(const PackedStep& packed) { return PyBool_FromLong(packed.l2()); }
+PyObject* decoupled(const PackedStep& packed) { return PyBool_FromLong(packed.decoupled()); }
+
+PyGetSetDef packed_attributes[] = {
+    attribute<size>("size"),
+    attribute<tiles>("tiles"),
+    attribute<kinds>("kinds"),
+    attribute<rows>("rows"),
+    attribute<hyper>("hyper"),
+    attribute<scalars>("scalars"),
+    attribute<device>("device"),
+    attribute<gradient_form>("gradient_form"),
+    attribute<fisher>("fisher"),
+    attribute<max_grad_norm>("max_grad_norm"),
+    attribute<skip_nonfinite>("skip_nonfinite"),
+    attribute<l2>("l2"),
+    attribute<decoupled>("decoupled"),
+    {},
+};
+
+// Types
+
+// An object of `type` that owns what `make` returns.
+template <class T, class Make>
+PyObject* new_object(PyTypeObject* type, vectorcallfunc call, Make make) {
+  return translated([&]() -> PyObject* {
+    std::unique_ptr<T> value = make();
+    auto* object = reinterpret_cast<Object<T>*>(type->tp_alloc(type, 0));
+    if (object == nullptr) return nullptr;
+    object->call = call;
+    object->value = value.release();
+    return reinterpret_cast<PyObject*>(object);
+  });
+}
+
+PyObject* new_step(PyTypeObject* type, PyObject* arguments, PyObject* keywords) {
+  static const char* const names[] = {nullptr};
+  if (!PyArg_ParseTupleAndKeywords(arguments, keywords, ":Step", const_cast<char**>(names))) return nullptr;
+  return new_object<Step>(type, call, [] { return std::make_unique<Step>(); });
+}
+
+PyObject* new_packed_step(PyTypeObject* type, PyObject* arguments, PyObject* keywords) {
+  static const char* const names[] = {"tile", nullptr};
+  long long tile;
+  if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "L:PackedStep", const_cast<char**>(names), &tile)) {
+    return nullptr;
+  }
+  if (tile < 1) {
+    PyErr_SetString(PyExc_ValueError, "tile: at least 1 element is needed");
+    return nullptr;
+  }
+  return new_object<PackedStep>(type, nullptr, [&] { return std::make_unique<PackedStep>(tile); });
+}
+
+template <class T>
+void destroy(PyObject* object) {
+  PyTypeObject* type = Py_TYPE(object);
+  delete &value_of<T>(object);
+  type->tp_free(object);
+  Py_DECREF(type);
+}
+
+PyMemberDef step_members[] = {
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(Object<Step>, call), READONLY, nullptr},
+    {},
+};
+
+// A pointer as slots take it.
+template <class Function>
+void* slot(Function* function) {
+  return reinterpret_cast<void*>(function);
+}
+
+void* text(const char* text) { return const_cast<char*>(text); }
+
+PyType_Slot step_slots[] = {
+    {Py_tp_doc, text("Step()\n--\n\nA whole step over tensors on the CPU; keeps its buffers from one to the next.\n\n"
+                     "Called with (param_groups, state, grad_scale=None, found_inf=None, counter=None), by position, it"
+                     " takes a step. Returns True after a plain one, (grad_norm, skipped) after a guarded one, and"
+                     " None, with nothing changed, if Python has to take it.")},
+    {Py_tp_new, slot(new_step)},
+    {Py_tp_dealloc, slot(destroy<Step>)},
+    {Py_tp_call, slot(PyVectorcall_Call)},
+    {Py_tp_members, step_members},
+    {Py_tp_methods, step_methods},
+    {0, nullptr},
+};
+
+PyType_Slot packed_slots[] = {
+    {Py_tp_doc, text("PackedStep(tile)\n--\n\nThe tensors of a step packed into one table;"
+                     " sofim_fused.backends.triton.step.PackedStep documents it.")},
+    {Py_tp_new, slot(new_packed_step)},
+    {Py_tp_dealloc, slot(destroy<PackedStep>)},
+    {Py_tp_methods, packed_methods},
+    {Py_tp_getset, packed_attributes},
+    {0, nullptr},
+};
+
+PyType_Spec step_spec = {"sofim_fused." SOFIM_TEXT(TORCH_EXTENSION_NAME) ".Step", sizeof(Object<Step>), 0,
+                         Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL, step_slots};
+PyType_Spec packed_spec = {"sofim_fused." SOFIM_TEXT(TORCH_EXTENSION_NAME) ".PackedStep", sizeof(Object<PackedStep>), 0,
+                           Py_TPFLAGS_DEFAULT, packed_slots};
+
+PyObject* use_kernels(PyObject*, PyObject* address) {
+  void* kernels = PyLong_AsVoidPtr(address);
+  if (kernels == nullptr && PyErr_Occurred()) return nullptr;
+  sofim::use_kernels(static_cast<const sofim::Kernels*>(kernels));
+  return none();
+}
+
+PyMethodDef functions[] = {
+    {"use_kernels", use_kernels, METH_O,
+     "use_kernels(address, /)\n--\n\nChoose the passes of an instruction set: the attribute `kernels` of its module."},
+    {},
+};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, SOFIM_TEXT(TORCH_EXTENSION_NAME), "Native passes over the parameters of an optimizer.",
+    -1, functions, nullptr, nullptr, nullptr, nullptr};
+
+bool add(PyObject* module, const char* name, PyObject* object) {
+  if (object != nullptr && PyModule_AddObject(module, name, object) == 0) return true;
+  Py_XDECREF(object);
+  return false;
+}
+
+}  // namespace
+
+PyMODINIT_FUNC SOFIM_JOIN(PyInit_, TORCH_EXTENSION_NAME)() {
+  Owned module(PyModule_Create(&definition));
+  if (!module || !add(module.get(), "Step", PyType_FromSpec(&step_spec)) ||
+      !add(module.get(), "PackedStep", PyType_FromSpec(&packed_spec))) {
+    return nullptr;
+  }
+  return module.release();
 }

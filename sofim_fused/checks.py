@@ -196,11 +196,21 @@ def in_backward(groups: Sequence[Mapping[str, Any]]) -> None:
                 f"in_backward=True with {name}={value!r} is impossible: the norm of all gradients is known only after "
                 "the first of them have entered their moments. Leave out one of them"
             )
-    if groups and groups[0].get("diagonal", "identity") != "identity":
-        raise ValueError(
-            f"in_backward=True with diagonal={groups[0]['diagonal']!r}: the sums of squares of a gradient are not "
-            "taken in the backward pass yet. Leave out in_backward"
-        )
+    for index, values in enumerate(groups):
+        if values.get("diagonal", "identity") != "identity" and values["rho"] is not None:
+            raise ValueError(
+                f"parameter group {index}: in_backward=True with diagonal={values['diagonal']!r} and "
+                f"rho={values['rho']!r} is impossible: the term of rank one needs all gradients before any weight "
+                "changes. Pass rho=None, or leave out in_backward"
+            )
+
+
+def adaptive_in_backward_over_ranks(diagonal: str) -> ValueError:
+    """The error for a diagonal that adapts, of sharded parameters whose gradients are taken in the backward pass."""
+    return ValueError(
+        f"in_backward=True with diagonal={diagonal!r} and sharded parameters is impossible: the sums over rows and "
+        "columns need other ranks. Leave out in_backward, or take diagonal='identity'"
+    )
 
 
 def in_backward_parameter(param: Tensor, where: str, numerator: str) -> None:

@@ -5,6 +5,9 @@ parameters are collected from each ``accumulate``. In the gradient form, Sherman
 in the gradient, which is added to w at once, and one in the moment, whose factor is known at the end:
 
     w - η F⁻¹g = [w - (η/ρ) g] + (η/ρ) m̂ P/(1 + S)
+
+With a diagonal that adapts and without the term of rank one, the step of a tensor depends on no other tensor: its hook
+takes all of it, and nothing remains for the end.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from sofim_fused.dtensor import bump_versions, is_sharded, local, placed_as
 from sofim_fused.sharding import is_flattened
 from sofim_fused.step import gather, schedule
 from sofim_fused.step.hyperparameters import Hyperparameters, decay_of, entering
-from sofim_fused.step.plan import Plan
+from sofim_fused.step.plan import Plan, is_adaptive
 
 BATCH = 1 << 20
 """Elements that are collected for one pass, where each pass costs a launch."""
@@ -201,6 +204,11 @@ class InBackward:
                 "accumulate_grads() with release_grads=True and numerator='gradient' is impossible: the step takes "
                 "the moment's product with the whole gradient, parts of which were released. Leave out one of them"
             )
+        if self.release and is_adaptive(self._optimizer.param_groups):
+            raise ValueError(
+                "accumulate_grads() with release_grads=True and a diagonal that adapts is impossible: it needs the "
+                "square of the whole gradient, parts of which were released. Leave out one of them"
+            )
         self._depth += 1
         try:
             yield
@@ -261,14 +269,13 @@ class InBackward:
         """Copy the settings for all gradients of this step, as they are at its first gradient."""
         optimizer = self._optimizer
         groups = optimizer.param_groups
+        may = self._native is not None and not is_adaptive(groups)
         native = (
-            self._native is not None
-            and not self._hooks_are_gone()
-            and self._native.freeze_settings(groups, self.release)
+            may and not self._hooks_are_gone() and self._native.freeze_settings(groups, self.release)  # type: ignore[union-attr]
         )
         if not native and self._are_others():
             self._find_parameters()
-            native = self._native is not None and self._native.freeze_settings(groups, self.release)
+            native = may and self._native is not None and self._native.freeze_settings(groups, self.release)
         if not self._met and not self._removed:  # the module may have been wrapped after the optimizer was made
             check_not_replicated(param for group in groups for param in group["params"])
             self._met = True
@@ -281,6 +288,8 @@ class InBackward:
                 checks.group(group, index)
             checks.agreement(groups)
             checks.in_backward(groups)
+            if is_adaptive(groups) and self._plan.rank_sums(optimizer) is not None:
+                raise checks.adaptive_in_backward_over_ranks(groups[0]["diagonal"])
         self._frozen = [
             {**group, "params": list(group["params"]), "lr": _value(group["lr"]), "rho": _value(group["rho"])}
             for group in groups
@@ -395,7 +404,16 @@ class InBackward:
         with contextlib.nullcontext() if batch.stream is None else torch.cuda.stream(batch.stream):
             tensors = gather.lay_out(device, entries, optimizer.param_groups, optimizer.state)
             tensors, passes, _ = backends.apart(tensors, self._plan.passes_for(device))
-            known = self._gradient_step(device, [entry.ordinal for entry in entries]) if cross else None
+            ordinals = [entry.ordinal for entry in entries]
+            if is_adaptive(self._frozen):
+                settings_of_all = self._hyperparameters(device, ordinals).settings
+                places = [self._position[ordinal][1] for ordinal in ordinals]
+                chosen = settings_of_all._replace(group_of=self._chosen(settings_of_all.group_of, places))
+                del self._waiting[device]  # after a failure up to here, another try is possible
+                schedule.adaptive_alone(tensors, passes, chosen, decay)
+                bump_versions(entry.param for entry in entries)
+                return
+            known = self._gradient_step(device, ordinals) if cross else None
             del self._waiting[device]  # after a failure up to here, another try is possible
             sums = passes.accumulate(tensors, decay._replace(weight=weight), known)
         for place, entry in enumerate(entries):
@@ -403,20 +421,29 @@ class InBackward:
 
     def _gradient_step(self, device: torch.device, ordinals: Sequence[int]) -> GradientStep:
         """The gradient's part of the gradient form's step, for these parameters."""
-        if any(self._position[ordinal][0] != device for ordinal in ordinals):  # the model was moved
-            self._find_devices()
+        hyper = self._hyperparameters(device, ordinals)
         known = self._steps.get(device)
         if known is None:
-            hyper = self._everything.get(device)
-            if hyper is None:
-                fisher = self._optimizer.param_groups[0]["fisher"]
-                hyper = self._everything[device] = Hyperparameters(device, self._sizes[device], "gradient", fisher)
             assert self._frozen is not None
             hyper.refresh(self._frozen)
             known = self._steps[device] = backends.gradient_step(hyper.settings)
         places = [self._position[ordinal][1] for ordinal in ordinals]
         weight = None if known.weight is None else self._chosen(known.weight, places)
         return GradientStep(weight, self._chosen(known.gradient, places))
+
+    def _hyperparameters(self, device: torch.device, ordinals: Sequence[int]) -> Hyperparameters:
+        """Those of all parameters on a device, among them these."""
+        if any(self._position[ordinal][0] != device for ordinal in ordinals):  # the model was moved
+            self._find_devices()
+        assert self._frozen is not None
+        options = self._frozen[0]["numerator"], self._frozen[0]["fisher"], is_adaptive(self._frozen)
+        hyper = self._everything.get(device)
+        if hyper is None or not hyper.serves(self._sizes[device], *options):
+            hyper = self._everything[device] = Hyperparameters(device, self._sizes[device], *options)
+            self._steps.pop(device, None)
+        if hyper.adaptive:
+            hyper.refresh(self._frozen)
+        return hyper
 
     def _chosen(self, x: Tensor, places: Sequence[int]) -> Tensor:
         """Chosen elements of ``x``, without a transfer if they are consecutive or were chosen before."""
@@ -536,7 +563,7 @@ class InBackward:
         """The groups for the rest of the step; the moment form reads lr, rho and decoupled decay only now."""
         assert self._frozen is not None
         groups = self._optimizer.param_groups
-        if self._frozen[0]["numerator"] == "gradient":
+        if self._frozen[0]["numerator"] == "gradient" or is_adaptive(self._frozen):
             return self._frozen
         for now, then in zip(groups, self._frozen, strict=True):
             if now["momentum"] != then["momentum"] or now["numerator"] != "moment":
@@ -566,6 +593,8 @@ class InBackward:
         for device, streams in self._streams.items():
             for stream in streams:  # a pass may have been launched there after the backward pass joined its streams
                 torch.cuda.current_stream(device).wait_stream(stream)
+        if self._frozen is not None and is_adaptive(self._frozen):
+            return  # the hooks have taken all of the step
         self._plan.compare_ranks(optimizer, guarded=False)
         shares = self._plan.shares_of(optimizer, present)
         decays = self._frozen is not None and any(group["weight_decay"] for group in self._frozen)

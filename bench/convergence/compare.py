@@ -33,6 +33,7 @@ STYLES = {
     "sofim-gradient": ("tab:cyan", "-", 1.2),
     "sofim-gradient-group": ("tab:cyan", "--", 1.2),
     "sofim-gradient-parameter": ("tab:cyan", ":", 1.2),
+    "sofim-factored": ("tab:blue", "-.", 2.2),
     "sgd": ("tab:red", "-", 2.2),
     "adamw": ("tab:orange", "-", 1.5),
     "lbfgs": ("tab:green", "-", 1.5),
@@ -125,13 +126,15 @@ def run(plan: Plan, store: Store, workers: int, root: Path | None, console: Cons
 
 
 def comparison(plan: Plan, store: Store) -> Comparison:
-    """From a store that has all of it.
+    """From a store that has all of it. An optimizer that it has no run of was added later, and is left out.
 
     Raises:
-        KeyError: it has not.
+        KeyError: it has some runs of an optimizer, and not all of them.
     """
     entries = []
     for contender in plan.contenders:
+        if not any(job.key in store for settings in contender.grid for job in plan.tuning(contender, settings)):
+            continue
         settings, loss = choice(plan, contender, store)
         outcomes = [Outcome.of(store[plan.job(contender, settings, seed).key]) for seed in range(plan.seeds)]
         entries.append(Entry(contender, settings, loss, outcomes))
@@ -320,19 +323,22 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def summary(results: Sequence[Comparison]) -> str:
-    """All tasks side by side: every optimizer beside SGD."""
-    names = [name for name in CONTENDERS if name != BASELINE]
+    """All tasks side by side: every optimizer beside SGD; nothing where it was not run."""
     tasks = [result.plan.task.title for result in results]
     entries = [{entry.contender.name: entry for entry in result.entries} for result in results]
+    names = [name for name in CONTENDERS if name != BASELINE and any(name in of_task for of_task in entries)]
     losses = [
-        [CONTENDERS[name].label, *(_relative_loss(of_task[name], of_task[BASELINE]) for of_task in entries)]
+        [
+            CONTENDERS[name].label,
+            *(_relative_loss(of_task[name], of_task[BASELINE]) if name in of_task else "" for of_task in entries),
+        ]
         for name in names
     ]
     costs = []
     for name in names:
         cells = [CONTENDERS[name].label]
         for result, of_task in zip(results, entries, strict=True):
-            met = list(milestones(result.plan.task.targets).values())
+            met = list(milestones(result.plan.task.targets).values()) if name in of_task else []
             cells.append(" / ".join(_relative_cost(of_task[name], of_task[BASELINE], target) for target in met))
         costs.append(cells)
     seeds = {result.plan.seeds for result in results}

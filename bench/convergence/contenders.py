@@ -92,6 +92,10 @@ def _sofim(numerator: Numerator, fisher: Fisher, model: nn.Module, settings: Set
     return SOFIM(layers(model), lr=lr, momentum=momentum, rho=rho, numerator=numerator, fisher=fisher)
 
 
+def _factored(model: nn.Module, settings: Settings) -> Optimizer:
+    return SOFIM(model.parameters(), diagonal="factored", numerator="nesterov", rho=None, **settings)
+
+
 def _sgd(model: nn.Module, settings: Settings) -> Optimizer:
     return SGD(model.parameters(), lr=settings["lr"], momentum=settings["momentum"], fused=True)
 
@@ -169,6 +173,12 @@ def _all() -> Iterator[Contender]:
         _nystrom,
         _grid(**{"lr/rho": (0.03, 0.1, 0.3, 1.0), "rho": (0.1, 1.0, 10.0)}),
         gradients="graph",
+    )
+    yield Contender(
+        "sofim-factored",
+        "SOFIM, factored diagonal, look-ahead",
+        _factored,
+        _grid(lr=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), weight_decay=(0.0, 0.01)),
     )
 
 

@@ -211,11 +211,14 @@ def _runs(plan: Plan, contender: Contender, settings: Settings, kind: Kind) -> l
 
 
 def result(plan: Plan, store: Store) -> Result:
-    """From a store that has all of it.
+    """From a store that has all of it. An optimizer that it has no run of was added later, and is left out.
 
     Raises:
-        KeyError: it has not.
+        KeyError: it has some runs of an optimizer, and not all of them.
     """
+    contenders = [
+        contender for contender in CONTENDERS.values() if any(job.key in store for job in _jobs(plan, contender))
+    ]
 
     def entry(contender: Contender, kind: Kind) -> Entry:
         contender = scaled(contender, FACTORS[kind])
@@ -242,7 +245,7 @@ def result(plan: Plan, store: Store) -> Result:
             evaluations,
         )
 
-    return {kind: [entry(contender, kind) for contender in CONTENDERS.values()] for kind in ("full", "batches")}
+    return {kind: [entry(contender, kind) for contender in contenders] for kind in ("full", "batches")}
 
 
 def _level(distances: Sequence[float]) -> float:
@@ -270,7 +273,7 @@ def predicted(contender: Contender, settings: Settings, spectrum: Tensor) -> flo
     """
     if contender.name.startswith("sofim-gradient"):
         return float((1 - settings["lr/rho"] * spectrum).abs().max())
-    if contender.name.startswith("sofim"):
+    if "lr/rho" in settings and contender.name.startswith("sofim"):
         momentum, gain, rate = MOMENTUM, 1 - MOMENTUM, settings["lr/rho"]
     elif contender.name == "sgd":
         momentum, gain, rate = settings["momentum"], 1.0, settings["lr"]

@@ -2,6 +2,8 @@
 // do, step/element.h has the arithmetic.
 #include "cpu/kernels.h"
 
+#include <array>
+
 #include "cpu/lanes.h"
 
 namespace sofim {
@@ -58,56 +60,72 @@ SOFIM_HD void ask_for(const T* from, ptrdiff_t ahead) {
 #endif
 }
 
-// Calls `pass` for `pairs` blocks starting at `first` and for as many starting at `second`, alternately. Each block is
-// `stride` elements after the one before. Returns the pass with its sums. Not inlined, so that it is compiled once.
-//
-// With `far`, memory is prefetched kAhead elements ahead; where that is index `bend` or more, `skip` elements further.
-template <class Pass, class Block>
-SOFIM_NOINLINE Pass over_blocks(Pass pass, Block first, Block second, int64_t pairs, int64_t stride, bool far,
-                                int64_t bend, ptrdiff_t skip) {
+// `pairs` pairs of blocks: those that start at `first`, and those `gap` elements after them. Each pair is `stride`
+// elements after the one before. With `far`, memory is prefetched kAhead elements ahead; where that is index `bend` or
+// more, `skip` elements further.
+template <class Y>
+struct Run {
+  Block<Y> first;
+  int64_t gap, pairs, stride;
+  bool far;
+  int64_t bend;
+  ptrdiff_t skip;
+};
+
+// Calls `pass` for all blocks of a run, and adds to `sums`. Not inlined, so that it is compiled once. What it takes is
+// small or passed by reference: for a tensor of a few hundred elements, a copy would take longer than the loop.
+template <class Pass, class Y>
+SOFIM_NOINLINE void over_blocks(const Pass& given, const Run<Y>& run, typename Pass::Sums& total) {
+  const Pass pass = given;  // local copies, which no store to a tensor can change
+  typename Pass::Sums sums = total;
   const Use use = pass.use();
-  const auto take = [&](Block& block, ptrdiff_t ahead) SOFIM_INLINE {
+  const bool far = run.far;
+  const int64_t stride = run.stride;
+  const auto take = [&](Block<Y>& block, ptrdiff_t ahead) SOFIM_INLINE {
     if (far) {
       if (use.w) ask_for(block.w, ahead);
       if (use.g) ask_for(block.g, ahead);
       ask_for(block.m, ahead);
     }
-    pass(block);
+    pass(block, sums);
     block.advance(stride);
   };
-  for (int64_t i = 0; i < pairs; ++i) {
-    const ptrdiff_t ahead = first.index + kAhead < bend ? kAhead : kAhead + skip;
+  Block<Y> first = run.first, second = run.first;
+  second.advance(run.gap);
+  for (int64_t pairs = run.pairs; pairs > 0; --pairs) {
+    const ptrdiff_t ahead = first.index + kAhead < run.bend ? kAhead : kAhead + run.skip;
     take(first, ahead);
     take(second, ahead);
   }
-  return pass;
+  total = sums;
 }
 
-// Calls `pass` for every sixteen elements of a tile, and returns it with its sums. The tail, less than a pair of
-// blocks, goes through the same instructions on copies padded with zeros, which add nothing to a sum.
+// Calls `pass` for every sixteen elements of a tile, and returns its sums. The tail, less than a pair of blocks, goes
+// through the same instructions on copies padded with zeros, which add nothing to a sum.
 template <class Y, class Pass>
-SOFIM_HD Pass over_tile(Pass pass, const Row& r, const Mode& mode, int64_t begin, int64_t size) {
+SOFIM_HD typename Pass::Sums over_tile(const Pass& pass, const Row& r, const Mode& mode, int64_t begin, int64_t size) {
   constexpr int64_t kPair = 2 * kLanes;
-  Block<Y> block{
-      static_cast<typename Y::W*>(r.w) + begin,
-      static_cast<const typename Y::G*>(r.g) + begin,
-      static_cast<typename Y::M*>(r.m) + begin,
-      r.kahan == nullptr ? nullptr : static_cast<typename Y::W*>(r.kahan) + begin,
-      begin};
+  typename Pass::Sums sums;
   const int64_t pairs = size / kPair, half = pairs * kLanes;
-  Block<Y> second = block;
+  Run<Y> run{
+      {static_cast<typename Y::W*>(r.w) + begin,
+       static_cast<const typename Y::G*>(r.g) + begin,
+       static_cast<typename Y::M*>(r.m) + begin,
+       r.kahan == nullptr ? nullptr : static_cast<typename Y::W*>(r.kahan) + begin,
+       begin},
+      kLanes, pairs, kPair, mode.prefetch, begin + size, 0};
   if (size >= kSplit) {
-    second.advance(half);
+    run.gap = half;
+    run.stride = kLanes;
+    run.bend = begin + half;
     // The distance from the end of either half to the start of that half in the next tile.
-    const ptrdiff_t skip = size < kTile ? 0 : mode.backwards ? -3 * half : half;
-    pass = over_blocks(pass, block, second, pairs, kLanes, mode.prefetch, begin + half, skip);
-  } else if (pairs > 0) {
-    second.advance(kLanes);
-    pass = over_blocks(pass, block, second, pairs, kPair, mode.prefetch, begin + size, 0);
+    run.skip = size < kTile ? 0 : mode.backwards ? -3 * half : half;
   }
-  block.advance(2 * half);
+  if (pairs > 0) over_blocks(pass, run, sums);
   const size_t rest = static_cast<size_t>(size - 2 * half);
-  if (rest == 0) return pass;
+  if (rest == 0) return sums;
+  Block<Y>& block = run.first;
+  block.advance(2 * half);
   const Use use = pass.use();
   alignas(64) typename Y::W w[kPair] = {};
   alignas(64) typename Y::G g[kPair] = {};
@@ -117,16 +135,15 @@ SOFIM_HD Pass over_tile(Pass pass, const Row& r, const Mode& mode, int64_t begin
   if (use.g) memcpy(g, block.g, rest * sizeof *g);
   memcpy(m, block.m, rest * sizeof *m);
   if (block.kahan != nullptr && use.writes_w) memcpy(kahan, block.kahan, rest * sizeof *kahan);
-  const Block<Y> copies{w, g, m, block.kahan == nullptr ? nullptr : kahan, block.index};
-  second = copies;
-  second.advance(kLanes);
-  pass = over_blocks(pass, copies, second, 1, kPair, false, 0, 0);
+  const Run<Y> tail{
+      {w, g, m, block.kahan == nullptr ? nullptr : kahan, block.index}, kLanes, 1, kPair, false, 0, 0};
+  over_blocks(pass, tail, sums);
   if (use.writes_m) memcpy(block.m, m, rest * sizeof *m);
   if (use.writes_w) {
     memcpy(block.w, w, rest * sizeof *w);
     if (block.kahan != nullptr) memcpy(block.kahan, kahan, rest * sizeof *kahan);
   }
-  return pass;
+  return sums;
 }
 
 // A tensor's factors in the type of computation, and the key of its random bits in this tile.
@@ -188,40 +205,44 @@ struct Factors {
   uint32_t stretch;
 };
 
-// The passes, as over_tile() calls them: what they use, what they do to sixteen elements, and their sums.
+// The passes, as over_tile() calls them: what they use, what they do to sixteen elements, and their sums, in the order
+// of Sum.
 
 // `cross`: includes the code for the sums of products with g and w, and for the gradient's part of the step.
 template <class Y, bool cross>
 struct Accumulate {
+  using Sums = std::array<LaneSums, cross ? kMW + 1 : kMM + 1>;
+
   SOFIM_HD Accumulate(const Row& r, const Mode& mode, int64_t begin)
       : factors(r, mode, begin), weights(mode.weights), step(cross && mode.gradient) {}
 
   SOFIM_HD Use use() const { return {weights || step, true, true, step}; }
 
-  SOFIM_HD void operator()(const Block<Y>& b) {
+  SOFIM_HD void operator()(const Block<Y>& b, Sums& sums) const {
     const auto g = load(b.g);
     const auto m = factors.store_moment(b.m, factors.moment(load(b.m), g, b.w), b.index);
     const auto wide = widened(m);
-    mm.add(wide, wide);
+    sums[kMM].add(wide, wide);
     if constexpr (cross) {
-      mg.add(wide, widened(g));
-      if (weights) mw.add(wide, widened(load(b.w)));
+      sums[kMG].add(wide, widened(g));
+      if (weights) sums[kMW].add(wide, widened(load(b.w)));
       if (step) factors.update(b, g, g, true, false);
     }
   }
 
   Factors<Y> factors;
   bool weights, step;
-  LaneSums mm, mg, mw;
 };
 
 template <class Y, bool gradient>
 struct Apply {
+  using Sums = std::array<LaneSums, 0>;
+
   SOFIM_HD Apply(const Row& r, const Mode& mode, int64_t begin) : factors(r, mode, begin) {}
 
   SOFIM_HD Use use() const { return {true, gradient, false, true}; }
 
-  SOFIM_HD void operator()(const Block<Y>& b) {
+  SOFIM_HD void operator()(const Block<Y>& b, Sums&) const {
     const auto m = load(b.m);
     if constexpr (gradient) {
       factors.update(b, load(b.g), m, true, true);
@@ -235,35 +256,38 @@ struct Apply {
 
 template <class Y>
 struct Dots {
+  using Sums = std::array<LaneSums, kSums>;
+
   SOFIM_HD explicit Dots(const Mode& mode) : weights(mode.weights) {}
 
   SOFIM_HD Use use() const { return {weights, true, false, false}; }
 
-  SOFIM_HD void operator()(const Block<Y>& b) {
+  SOFIM_HD void operator()(const Block<Y>& b, Sums& sums) const {
     const Doubles m = widened(load(b.m)), g = widened(load(b.g));
-    mm.add(m, m);
-    mg.add(m, g);
-    gg.add(g, g);
+    sums[kMM].add(m, m);
+    sums[kMG].add(m, g);
+    sums[kGG].add(g, g);
     if (weights) {
       const Doubles w = widened(load(b.w));
-      mw.add(m, w);
-      gw.add(g, w);
-      ww.add(w, w);
+      sums[kMW].add(m, w);
+      sums[kGW].add(g, w);
+      sums[kWW].add(w, w);
     }
   }
 
   bool weights;
-  LaneSums mm, mg, gg, mw, gw, ww;
 };
 
 template <class Y>
 struct Commit {
+  using Sums = std::array<LaneSums, 0>;
+
   SOFIM_HD Commit(const Row& r, const Mode& mode, int64_t begin)
       : factors(r, mode, begin), scaled(mode.scaled), gradient(mode.gradient) {}
 
   SOFIM_HD Use use() const { return {true, true, true, true}; }
 
-  SOFIM_HD void operator()(const Block<Y>& b) {
+  SOFIM_HD void operator()(const Block<Y>& b, Sums&) const {
     auto v = load(b.g);
     if (scaled) v = v * typename Y::V(factors.gain);
     const auto m = factors.moment(load(b.m), v, b.w);
@@ -296,10 +320,12 @@ void with_types(const Row& r, Run run) {
 template <class Y, bool cross>
 void accumulate(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
   const auto done = over_tile<Y>(Accumulate<Y, cross>(r, mode, begin), r, mode, begin, size);
-  sums[kMM] = done.mm.total();
-  if (!mode.cross) return;
-  sums[kMG] = done.mg.total();
-  if (mode.weights) sums[kMW] = done.mw.total();
+  sums[kMM] = done[kMM].total();
+  if constexpr (cross) {
+    if (!mode.cross) return;
+    sums[kMG] = done[kMG].total();
+    if (mode.weights) sums[kMW] = done[kMW].total();
+  }
 }
 
 void run_accumulate(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
@@ -324,13 +350,13 @@ void run_dots(const Row& r, const Mode& mode, int64_t begin, int64_t size, doubl
   with_types(r, [&](auto types) {
     using Y = decltype(types);
     const auto done = over_tile<Y>(Dots<Y>(mode), r, mode, begin, size);
-    sums[kMM] = done.mm.total();
-    sums[kMG] = done.mg.total();
-    sums[kGG] = done.gg.total();
+    sums[kMM] = done[kMM].total();
+    sums[kMG] = done[kMG].total();
+    sums[kGG] = done[kGG].total();
     if (!mode.weights) return;
-    sums[kMW] = done.mw.total();
-    sums[kGW] = done.gw.total();
-    sums[kWW] = done.ww.total();
+    sums[kMW] = done[kMW].total();
+    sums[kGW] = done[kGW].total();
+    sums[kWW] = done[kWW].total();
   });
 }
 

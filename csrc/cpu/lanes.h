@@ -271,14 +271,21 @@ class LaneSums {
   SOFIM_HD void add(const Doubles& a, const Doubles& b) { sums_ = Ops<Doubles>::multiply_add(a, b, sums_); }
   SOFIM_HD double total() const {
     double lane[kLanes];
+    static_assert(kLanes == 16);
     sums_.store(lane);
-    for (int width = kLanes / 2; width > 0; width /= 2) {
-      for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-    }
-    return lane[0];
+    add_halves(lane, std::make_integer_sequence<int, 8>());
+    add_halves(lane, std::make_integer_sequence<int, 4>());
+    add_halves(lane, std::make_integer_sequence<int, 2>());
+    return lane[0] + lane[1];
   }
 
  private:
+  // Unrolled: tensors of a few hundred elements notice.
+  template <int... i>
+  static SOFIM_HD void add_halves(double* lane, std::integer_sequence<int, i...>) {
+    ((lane[i] += lane[i + static_cast<int>(sizeof...(i))]), ...);
+  }
+
   Doubles sums_;
 };
 

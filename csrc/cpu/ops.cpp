@@ -1,12 +1,13 @@
 // The passes as operators over lists of tensors, for torch.compile and for schedules written in Python.
 // sofim_fused/backends/interface.py documents them; fake implementations are in sofim_fused/backends/operators.py.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <optional>
 
 #include "cpu/parallel.h"
+#include "cpu/solve_ops.h"
+#include "gather/cpu_tensor.h"
 #include "gather/op_arguments.h"
 
 namespace sofim {
@@ -37,7 +38,7 @@ void set_update(StepTensors& tensors, Mode& mode, const Vector& moment, const Ve
 // Chosen sums of all tensors: float64 [rows, tensors].
 Tensor table(const std::vector<Products>& products, std::initializer_list<double Products::*> rows) {
   const int64_t n = static_cast<int64_t>(products.size());
-  Tensor result = at::empty({static_cast<int64_t>(rows.size()), n}, at::kDouble);
+  Tensor result = cpu_tensor({static_cast<int64_t>(rows.size()), n}, at::kDouble);
   double* to = result.mutable_data_ptr<double>();
   for (double Products::* row : rows) {
     for (const Products& p : products) *to++ = p.*row;
@@ -123,7 +124,9 @@ void commit(TensorList params, TensorList grads, TensorList exp_avgs, TensorList
 
 }  // namespace
 
-TORCH_LIBRARY(sofim_fused, m) { define_operators(m); }
+TORCH_LIBRARY(sofim_fused, m) {
+  for (const char* schema : schemas) m.def(schema);
+}
 
 TORCH_LIBRARY_IMPL(sofim_fused, CPU, m) {
   m.impl("accumulate", accumulate);
@@ -131,6 +134,8 @@ TORCH_LIBRARY_IMPL(sofim_fused, CPU, m) {
   m.impl("apply", apply);
   m.impl("dots", dots);
   m.impl("commit", commit);
+  m.impl("fold", fold);
+  m.impl("solve", solve);
 }
 
 }  // namespace sofim

@@ -1,17 +1,13 @@
-// From sums to coefficients: the operators `fold` and `solve` of sofim_fused/backends/interface.py, for tensors on the
-// CPU. The algebra is that of step/solve.h; tensors are added to their Fisher block in the order of cpu/step.cpp.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
+// The algebra is that of step/solve.h; tensors are added to their Fisher block in the order of cpu/step.cpp.
+#include "cpu/solve_ops.h"
 
-#include <cmath>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
 #include <limits>
-#include <optional>
-#include <tuple>
 #include <vector>
 
-#include "gather/op_arguments.h"
+#include "gather/cpu_tensor.h"
 #include "step/solve.h"
 
 namespace sofim {
@@ -54,8 +50,7 @@ class Settings {
   bool gradient_form() const { return gradient_form_; }
   // The number of Fisher blocks.
   int64_t blocks() const {
-    if (fisher_ == Fisher::parameter) return tensors();
-    return fisher_ == Fisher::group ? static_cast<int64_t>(sizes_.size()) : 1;
+    return fisher_blocks(fisher_, static_cast<int64_t>(sizes_.size()), tensors());
   }
 
   // Calls f(tensor, its hyperparameters, its bias correction, its Fisher block) for each tensor, in order.
@@ -66,9 +61,7 @@ class Settings {
     for (size_t group = 0; group < sizes_.size(); ++group) {
       const Hyper& h = hyper_[group];
       for (int64_t end = i + sizes_[group]; i < end; ++i) {
-        const int64_t block = fisher_ == Fisher::parameter ? i
-                              : fisher_ == Fisher::group   ? static_cast<int64_t>(group)
-                                                           : 0;
+        const int64_t block = fisher_block_of(fisher_, static_cast<int64_t>(group), i);
         f(i, h, corrections.of(h.momentum, *steps_[i].const_data_ptr<int64_t>() + 1), block);
       }
     }
@@ -115,7 +108,7 @@ Tensor folded(const Settings& settings, const std::vector<Products>& products, c
   });
   Block none;
   const int64_t numbers = static_cast<int64_t>(numbers_of(none, settings.gradient_form()).size());
-  Tensor result = at::empty({classes, numbers, settings.blocks()}, at::kDouble);
+  Tensor result = cpu_tensor({classes, numbers, settings.blocks()}, at::kDouble);
   double* to = result.mutable_data_ptr<double>();
   for (std::vector<Block>& blocks : of_class) {
     for (size_t b = 0; b < blocks.size(); ++b) {
@@ -128,6 +121,28 @@ Tensor folded(const Settings& settings, const std::vector<Products>& products, c
   }
   return result;
 }
+
+template <class Block>
+std::vector<Block> read_blocks(const Settings& settings, const Tensor& numbers) {
+  Block none;
+  const int64_t rows = static_cast<int64_t>(numbers_of(none, settings.gradient_form()).size());
+  const Tensor values = checked("blocks", numbers, at::kDouble, {rows, settings.blocks()});
+  const double* from = values.const_data_ptr<double>();
+  std::vector<Block> blocks(settings.blocks());
+  for (int64_t b = 0; b < settings.blocks(); ++b) {
+    int64_t row = 0;
+    for (double* number : numbers_of(blocks[b], settings.gradient_form())) {
+      *number = from[row++ * settings.blocks() + b];
+    }
+  }
+  return blocks;
+}
+
+double number(const char* name, const Vector& x, double otherwise) {
+  return x ? *checked(name, *x, at::kDouble, {}).const_data_ptr<double>() : otherwise;
+}
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> fold(const Tensor& mm, const Vector& mg, const Vector& mw, const Vector& gg,
                                 const Vector& gw, const Vector& ww, TensorList steps, const Tensor& hyper,
@@ -151,8 +166,9 @@ std::tuple<Tensor, Tensor> fold(const Tensor& mm, const Vector& mg, const Vector
   const Column columns[] = {{"mm", mm, n}, {"mg", mg, n}, {"mw", mw, n}, {"gg", gg, n}, {"gw", gw, n}, {"ww", ww, n}};
   std::vector<Products> products;
   products.reserve(n);
-  Tensor squares = at::zeros({classes}, at::kDouble);
+  Tensor squares = cpu_tensor({classes}, at::kDouble);
   double* square = squares.mutable_data_ptr<double>();
+  std::fill_n(square, classes, 0.0);  // a plain step leaves them: what an operator returns has to be defined
   for (int64_t i = 0; i < n; ++i) {
     products.push_back({columns[0][i], columns[1][i], columns[2][i], columns[3][i], columns[4][i], columns[5][i]});
     if (guarded) square[class_numbers == nullptr ? 0 : class_numbers[i]] += products.back().gg;
@@ -162,26 +178,6 @@ std::tuple<Tensor, Tensor> fold(const Tensor& mm, const Vector& mg, const Vector
   return {blocks, squares};
 }
 
-template <class Block>
-std::vector<Block> read_blocks(const Settings& settings, const Tensor& numbers) {
-  Block none;
-  const int64_t rows = static_cast<int64_t>(numbers_of(none, settings.gradient_form()).size());
-  const Tensor values = checked("blocks", numbers, at::kDouble, {rows, settings.blocks()});
-  const double* from = values.const_data_ptr<double>();
-  std::vector<Block> blocks(settings.blocks());
-  for (int64_t b = 0; b < settings.blocks(); ++b) {
-    int64_t row = 0;
-    for (double* number : numbers_of(blocks[b], settings.gradient_form())) {
-      *number = from[row++ * settings.blocks() + b];
-    }
-  }
-  return blocks;
-}
-
-double number(const char* name, const Vector& x, double otherwise) {
-  return x ? *checked(name, *x, at::kDouble, {}).const_data_ptr<double>() : otherwise;
-}
-
 std::tuple<Tensor, Tensor> solve(const Tensor& blocks, const Vector& square, TensorList steps, const Tensor& hyper,
                                  at::IntArrayRef sizes, int64_t fisher, bool gradient_form, bool guarded,
                                  std::optional<double> max_norm, const Vector& grad_scale, const Vector& found_inf,
@@ -189,20 +185,20 @@ std::tuple<Tensor, Tensor> solve(const Tensor& blocks, const Vector& square, Ten
   const Settings settings(steps, hyper, sizes, fisher, gradient_form);
   const int64_t n = settings.tensors();
   TORCH_CHECK(square || !guarded, "sofim_fused: square is needed");
-  double norm = 0.0, gain = 1.0;
-  bool skip = false;
+  Guard guard;
   std::vector<PlainBlock> totals;
   if (guarded) {
     const double unscale = grad_scale ? 1.0 / number("grad_scale", grad_scale, 1.0) : 1.0;
     const double limit = max_norm.value_or(std::numeric_limits<double>::infinity());
-    norm = std::sqrt(number("square", square, 0.0)) * unscale;
-    gain = (norm > limit ? limit / norm : 1.0) * unscale;
-    skip = number("found_inf", found_inf, 0.0) != 0.0 || (skip_nonfinite && !std::isfinite(norm));
-    for (const GuardedBlock& block : read_blocks<GuardedBlock>(settings, blocks)) totals.push_back(block.at_gain(gain));
+    const bool found = number("found_inf", found_inf, 0.0) != 0.0;
+    guard = guard_of(number("square", square, 0.0), unscale, limit, found, skip_nonfinite);
+    for (const GuardedBlock& block : read_blocks<GuardedBlock>(settings, blocks)) {
+      totals.push_back(block.at_gain(guard.gain));
+    }
   } else {
     totals = read_blocks<PlainBlock>(settings, blocks);
   }
-  Tensor coefficients = at::empty({3, n}, at::kDouble);
+  Tensor coefficients = cpu_tensor({3, n}, at::kDouble);
   double* to = coefficients.mutable_data_ptr<double>();
   settings.each([&](int64_t i, const Hyper& h, double correction, int64_t block) {
     const Update update = sherman_morrison(h, correction, totals[block], gradient_form);
@@ -211,22 +207,15 @@ std::tuple<Tensor, Tensor> solve(const Tensor& blocks, const Vector& square, Ten
     to[2 * n + i] = update.moment;
   });
   for (const Tensor& step : steps) {
-    if (!skip) ++*step.mutable_data_ptr<int64_t>();
+    if (!guard.skip) ++*step.mutable_data_ptr<int64_t>();
     step.unsafeGetTensorImpl()->bump_version();
   }
-  Tensor guard = at::empty({3}, at::kDouble);
-  double* seen = guard.mutable_data_ptr<double>();
-  seen[0] = norm;
-  seen[1] = gain;
-  seen[2] = skip ? 1.0 : 0.0;
-  return {coefficients, guard};
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(sofim_fused, CPU, m) {
-  m.impl("fold", fold);
-  m.impl("solve", solve);
+  Tensor seen = cpu_tensor({3}, at::kDouble);
+  double* numbers = seen.mutable_data_ptr<double>();
+  numbers[0] = guard.norm;
+  numbers[1] = guard.gain;
+  numbers[2] = guard.skip ? 1.0 : 0.0;
+  return {coefficients, seen};
 }
 
 }  // namespace sofim

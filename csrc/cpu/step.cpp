@@ -1,12 +1,11 @@
 #include "cpu/step.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/autograd/python_variable.h>
 
-#include <cmath>
 #include <limits>
+
+#include "gather/cpu_tensor.h"
 
 namespace sofim {
 namespace {
@@ -17,17 +16,25 @@ constexpr int64_t kUnlockFrom = int64_t{1} << 21;
 
 bool modes_are_set() { return c10::impl::TorchDispatchModeTLS::any_modes_set(); }
 
-const at::Tensor& gradient_of(const py::handle& param) {
+const at::Tensor& gradient_of(PyObject* param) {
   static const at::Tensor none;
-  return THPVariable_Check(param.ptr()) ? THPVariable_Unpack(param.ptr()).unsafeGetTensorImpl()->grad() : none;
+  const at::Tensor* w = tensor_of(param);
+  return w != nullptr ? w->unsafeGetTensorImpl()->grad() : none;
 }
+
+struct Unlocked {
+  Unlocked() : thread(PyEval_SaveThread()) {}
+  ~Unlocked() { PyEval_RestoreThread(thread); }
+  Unlocked(const Unlocked&) = delete;
+  PyThreadState* thread;
+};
 
 // Calls `work`, without Python's lock if there is much to do.
 template <class Work>
 void unlocked(ParamGroups& param_groups, Work work) {
   if (param_groups.tensors().tiling().elements() < kUnlockFrom) return work();
   param_groups.hold();
-  const py::gil_scoped_release released;
+  const Unlocked unlocked;
   work();
 }
 
@@ -44,20 +51,21 @@ struct Step::Busy {
   Step& step;
 };
 
-py::object Step::run(const py::handle& groups, const py::handle& state, const py::handle& grad_scale,
-                     const py::handle& found_inf, const py::handle&) {
-  if (busy_ || modes_are_set()) return py::none();
+PyObject* Step::run(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf) {
+  if (busy_ || modes_are_set()) Py_RETURN_NONE;
   const Busy busy(*this);
-  if (!param_groups_.read(groups.ptr(), state.ptr())) return py::none();
+  if (!param_groups_.read(groups, state)) Py_RETURN_NONE;
   OptionalScalar scale, found;
-  if (!scale.read(grad_scale.ptr(), false) || !found.read(found_inf.ptr(), false)) return py::none();
+  if (!scale.read(grad_scale, false) || !found.read(found_inf, false)) Py_RETURN_NONE;
   unscale_ = scale.there ? 1.0 / scale.value : 1.0;
   found_ = found.value != 0.0;
-  if (tensors_.size() == 0) return py::bool_(true);
+  if (tensors_.size() == 0) Py_RETURN_TRUE;
   const bool is_guarded = options().guarded() || scale.there || found_;
   unlocked(param_groups_, [&] { is_guarded ? guarded_step() : plain_step(); });
-  if (!is_guarded) return py::bool_(true);
-  return py::make_tuple(at::scalar_tensor(norm_, at::kDouble), skipped_);
+  if (!is_guarded) Py_RETURN_TRUE;
+  at::Tensor norm = cpu_tensor({}, at::kDouble);
+  *norm.mutable_data_ptr<double>() = guard_.norm;
+  return Py_BuildValue("(NN)", object_of(norm), PyBool_FromLong(guard_.skip));
 }
 
 // The stages of a step
@@ -87,20 +95,17 @@ void Step::guarded_step() {
   const auto products = run_pass(Pass::dots, tensors_.records(), tensors_.tiling(), mode, scratch_);
   double square = 0.0;
   for (const Products& p : products) square += p.gg;
-  norm_ = std::sqrt(square) * unscale_;
-  skipped_ = found_ || (options().skip_nonfinite && !std::isfinite(norm_));
-  if (skipped_) return;
-  const double limit = options().max_grad_norm.value_or(kInfinity);
-  const double gain = (norm_ > limit ? limit / norm_ : 1.0) * unscale_;
+  guard_ = guard_of(square, unscale_, options().max_grad_norm.value_or(kInfinity), found_, options().skip_nonfinite);
+  if (guard_.skip) return;
   std::vector<PlainBlock> blocks;
-  for (const GuardedBlock& block : fold<GuardedBlock>(products)) blocks.push_back(block.at_gain(gain));
+  for (const GuardedBlock& block : fold<GuardedBlock>(products)) blocks.push_back(block.at_gain(guard_.gain));
   solve(blocks);
   tensors_.key_random_bits(1);
   tensors_.bump_moments();
   tensors_.bump_weights();
   mode.gradient = options().gradient_form;
-  mode.scaled = gain != 1.0;
-  mode.gain = gain;
+  mode.scaled = guard_.gain != 1.0;
+  mode.gain = guard_.gain;
   run_pass(Pass::commit, tensors_.records(), tensors_.tiling(), mode, scratch_);
   tensors_.write_back(true, true);
   tensors_.advance();
@@ -115,19 +120,13 @@ void Step::find_corrections() {
 }
 
 size_t Step::block_of(size_t i) const {
-  switch (options().fisher) {
-    case Fisher::model: return 0;
-    case Fisher::group: return param_groups_.group_of(i);
-    default: return i;
-  }
+  return fisher_block_of(options().fisher, param_groups_.group_of(i), i);
 }
 
 // Adds each tensor's part to its Fisher block, in the order of tensors.
 template <class Block>
 std::vector<Block> Step::fold(const std::vector<Products>& products) const {
-  std::vector<Block> blocks(options().fisher == Fisher::model   ? 1
-                            : options().fisher == Fisher::group ? param_groups_.groups().size()
-                                                                : tensors_.size());
+  std::vector<Block> blocks(fisher_blocks(options().fisher, param_groups_.groups().size(), tensors_.size()));
   for (size_t i = 0; i < tensors_.size(); ++i) {
     blocks[block_of(i)].add(param_groups_.hyper(i), corrections_[i], products[i]);
   }
@@ -144,34 +143,35 @@ void Step::solve(const std::vector<PlainBlock>& blocks) {
 
 // Gradient by gradient
 
-void Step::watch(const std::vector<py::list>& groups) {
+void Step::watch(PyObject* groups) {
   watched_.clear();
   ends_.clear();
-  for (const py::list& group : groups) {
-    for (const py::handle& param : group) watched_.push_back(param.ptr());
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
+    PyObject* group = PyList_GET_ITEM(groups, i);
+    for (Py_ssize_t j = 0; j < PyList_GET_SIZE(group); ++j) watched_.push_back(PyList_GET_ITEM(group, j));
     ends_.push_back(watched_.size());
   }
 }
 
-bool Step::freeze_settings(const py::handle& groups, bool release) {
+bool Step::freeze_settings(PyObject* groups, bool release) {
   forget();
   release_ = release;
-  return !busy_ && are_watched(groups.ptr()) && hook_groups_.read_settings(groups.ptr()) &&
+  return !busy_ && are_watched(groups) && hook_groups_.read_settings(groups) &&
          !hook_groups_.options().guarded();
 }
 
-void Step::mark(const py::handle& param, size_t ordinal) {
+void Step::mark(PyObject* param, size_t ordinal) {
   if (ordinal < records_.size()) records_[ordinal].set(gradient_of(param));
 }
 
-bool Step::fits(const py::handle& param, size_t ordinal) const {
+bool Step::fits(PyObject* param, size_t ordinal) const {
   return ordinal < records_.size() && records_[ordinal].fits(gradient_of(param));
 }
 
-bool Step::take(const py::handle& param, const py::handle& state, size_t group, int64_t ordinal, bool again) {
+bool Step::take(PyObject* param, PyObject* state, size_t group, int64_t ordinal, bool again) {
   if (busy_ || modes_are_set()) return false;
   const Busy busy(*this);
-  if (!hook_groups_.read_one(param.ptr(), state.ptr(), group, ordinal)) return false;
+  if (!hook_groups_.read_one(param, state, group, ordinal)) return false;
   if (hook_groups_.options().gradient_form && is_narrow(hook_groups_.tensors().records()[0].w_type)) return false;
   const at::Tensor& grad = gradient_of(param);
   if (!parts_ && grad.storage().nbytes() > grad.nbytes()) return false;
@@ -200,17 +200,15 @@ bool Step::take(const py::handle& param, const py::handle& state, size_t group, 
   return true;
 }
 
-py::object Step::sums_of(size_t ordinal) const {
-  if (ordinal >= consumed_.size() || !consumed_[ordinal]) return py::none();
-  const Products& p = products_[ordinal];
-  return py::make_tuple(p.mm, p.mg, p.mw);
+const Products* Step::sums_of(size_t ordinal) const {
+  return ordinal < consumed_.size() && consumed_[ordinal] ? &products_[ordinal] : nullptr;
 }
 
-bool Step::finish(const py::handle& groups, const py::handle& state, const py::handle& current) {
+bool Step::finish(PyObject* groups, PyObject* state, PyObject* current) {
   if (busy_ || modes_are_set()) return false;
-  if (!are_watched(current.ptr()) || !all_fit()) return false;
+  if (!are_watched(current) || !all_fit()) return false;
   const Busy busy(*this);
-  if (!param_groups_.read(groups.ptr(), state.ptr(), &consumed_)) return false;
+  if (!param_groups_.read(groups, state, &consumed_)) return false;
   unlocked(param_groups_, [this] {
     find_corrections();
     std::vector<Products> products;

@@ -5,7 +5,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/python_headers.h>
 
 #include <cstdint>
 #include <vector>
@@ -16,42 +16,39 @@
 
 namespace sofim {
 
-namespace py = pybind11;
-
 class Step {
  public:
   // One step. Returns None, with nothing changed, if Python has to take it; True for a plain step; for a guarded one
   // the pair of the gradients' norm before clipping, a 0-dimensional float64 tensor, and whether the step was skipped.
-  // The gradients are `grad_scale` times too large, and if `found_inf` is not 0, not all of them are finite. The last
-  // argument, a counter of skipped steps, is not used: it is for devices where the step ends after the call.
-  py::object run(const py::handle& groups, const py::handle& state, const py::handle& grad_scale,
-                 const py::handle& found_inf, const py::handle& counter);
+  // The gradients are `grad_scale` times too large, and if `found_inf` is not 0, not all of them are finite. The result
+  // is a new reference, or nullptr with an exception in Python.
+  PyObject* run(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf);
 
   // A step whose gradients come one by one (sofim_fused/in_backward.py): freeze_settings(), take() for each of them,
   // finish(). Each returns false, with nothing changed, if Python has to do it.
 
-  // The parameters of the following steps, by group. None of them is kept alive. The address of a freed one may be used
+  // The parameters of the following steps: a list with a list for each group. None of them is kept alive. The address of a freed one may be used
   // again: in_backward.py says how that is noticed.
-  void watch(const std::vector<py::list>& groups);
+  void watch(PyObject* groups);
   // Copies the settings that apply to all gradients of a step. `release`: the user frees each gradient after it was
   // taken. Also false if the parameters are not those watched.
-  bool freeze_settings(const py::handle& groups, bool release);
+  bool freeze_settings(PyObject* groups, bool release);
   // From now on, take() accepts gradients that are parts of a larger block of memory. DistributedDataParallel may own
   // that, which Python checks first.
   void allow_parts() { parts_ = true; }
   // Records a parameter's current gradient, or that it has none, as take() does: finish() compares with the record.
-  void mark(const py::handle& param, size_t ordinal);
+  void mark(PyObject* param, size_t ordinal);
   // Whether a parameter's gradient is the recorded one, as far as can be seen.
-  bool fits(const py::handle& param, size_t ordinal) const;
+  bool fits(PyObject* param, size_t ordinal) const;
   // Adds one gradient to its moment; in the gradient form, also updates the weight by the part of the step that is
   // already known. `again`: this parameter had another gradient taken in this step; they add up.
-  bool take(const py::handle& param, const py::handle& state, size_t group, int64_t ordinal, bool again);
-  // The sums (mm, mg, mw) of a parameter whose gradient was taken, else None.
-  py::object sums_of(size_t ordinal) const;
+  bool take(PyObject* param, PyObject* state, size_t group, int64_t ordinal, bool again);
+  // The sums of a parameter whose gradient was taken (mg and mw only if they are needed), else nullptr.
+  const Products* sums_of(size_t ordinal) const;
   // The rest of the step, with the settings of `groups`. Also false if a parameter has a gradient that was not taken,
   // if a gradient was changed since, or if the parameters of `current`, the optimizer's own groups, are not those
   // watched.
-  bool finish(const py::handle& groups, const py::handle& state, const py::handle& current);
+  bool finish(PyObject* groups, PyObject* state, PyObject* current);
   // Discards all records of gradients that were taken.
   void forget();
 
@@ -84,8 +81,8 @@ class Step {
   std::vector<double> corrections_;  // by tensor of the step
   std::vector<double> scratch_;
   double unscale_ = 1.0;  // times the gradients: the true gradients
-  double norm_ = 0.0;
-  bool found_ = false, skipped_ = false;
+  bool found_ = false;
+  Guard guard_;  // of the last guarded step
   bool busy_ = false;
   bool release_ = false;
   bool parts_ = false;

@@ -44,7 +44,7 @@ struct Tensors {
   }
 
   __device__ uint32_t fisher_blocks() const {
-    return task.fisher == Fisher::model ? 1 : task.fisher == Fisher::group ? task.group_count : task.tensors;
+    return sofim::fisher_blocks(task.fisher, task.group_count, task.tensors);
   }
   // How many numbers a Fisher block has: those of P are last, and only the gradient form has them.
   template <class Block>
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads) solve(const __grid_constant__ Argume
   const Tensors tensors(a);
   const AlgebraTask& task = a.task;
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
-  const Guard guard(task.is_guarded ? *task.squares : 0.0, task.guard);
+  const Guard guard = guard_of(task.is_guarded ? *task.squares : 0.0, task.guard);
   if (i == 0) {
     task.guarded[0] = guard.norm;
     task.guarded[1] = guard.gain;
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads) solve(const __grid_constant__ Argume
   }
   if (i >= task.tensors) return;
   const uint32_t group = tensors.group_of(i);
-  const uint32_t at = task.fisher == Fisher::model ? 0 : task.fisher == Fisher::group ? group : i;
+  const uint32_t at = fisher_block_of(task.fisher, group, i);
   const PlainBlock block = task.is_guarded ? block_at<GuardedBlock>(tensors, at, guard.gain)
                                            : block_at<PlainBlock>(tensors, at, guard.gain);
   const Hyper& hyper = task.hyper[group];

@@ -190,7 +190,7 @@ class Algebra {
   AlgebraTask& task() { return task_; }
   int64_t size() const { return task_.tensors; }
   int64_t fisher_blocks() const {
-    return task_.fisher == Fisher::model ? 1 : task_.fisher == Fisher::group ? task_.group_count : task_.tensors;
+    return sofim::fisher_blocks(task_.fisher, task_.group_count, task_.tensors);
   }
   // How many numbers a Fisher block has.
   int64_t rows() const { return (task_.is_guarded ? 6 : 1) + (task_.gradient_form ? task_.is_guarded ? 3 : 1 : 0); }
@@ -308,7 +308,9 @@ std::tuple<Tensor, Tensor> solve(const Tensor& blocks, const Vector& square, Ten
 }  // namespace
 
 #if defined(SOFIM_EMULATED)
-TORCH_LIBRARY(sofim_fused_emulated, m) { define_operators(m); }
+TORCH_LIBRARY(sofim_fused_emulated, m) {
+  for (const char* schema : schemas) m.def(schema);
+}
 TORCH_LIBRARY_IMPL(sofim_fused_emulated, CPU, m) {
 #else
 TORCH_LIBRARY_IMPL(sofim_fused, CUDA, m) {

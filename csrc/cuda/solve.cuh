@@ -14,20 +14,11 @@ __device__ inline double number(const void* from, bool is_double) {
   return is_double ? *static_cast<const double*>(from) : static_cast<double>(*static_cast<const float*>(from));
 }
 
-// The gradients' norm before clipping, the factor κ that unscales and clips them, and whether the step is skipped.
-struct Guard {
-  double norm, gain;
-  bool skip;
-
-  // `square`: the sum of squares of all gradients as they are.
-  __device__ Guard(double square, const GuardInputs& in) {
-    const double unscale = in.grad_scale == nullptr ? 1.0 : 1.0 / number(in.grad_scale, in.scale_double);
-    norm = sqrt(square) * unscale;
-    gain = (norm > in.limit ? in.limit / norm : 1.0) * unscale;
-    const bool found = in.found_inf != nullptr && number(in.found_inf, in.found_double) != 0.0;
-    skip = found || (in.skip_nonfinite && !isfinite(norm));
-  }
-};
+__device__ inline Guard guard_of(double square, const GuardInputs& in) {
+  const double unscale = in.grad_scale == nullptr ? 1.0 : 1.0 / number(in.grad_scale, in.scale_double);
+  const bool found = in.found_inf != nullptr && number(in.found_inf, in.found_double) != 0.0;
+  return sofim::guard_of(square, unscale, in.limit, found, in.skip_nonfinite);
+}
 
 // The sum of square(i) over all tensors, in thread 0; others get 0.
 template <class Square>
@@ -103,7 +94,7 @@ __device__ inline void set_guard(const Task& task, Shared& shared) {
   const double* const gg = task.sums + static_cast<size_t>(kGG) * task.tensors;
   const double square = sum_of_squares(task.tensors, [&](uint32_t i) { return load_cg(gg + i); }, shared);
   if (threadIdx.x == 0) {
-    const Guard guard(square, task.guard);
+    const Guard guard = guard_of(square, task.guard);
     *task.gain = shared.gain = guard.gain;
     *task.skip = shared.skip = guard.skip;
     *task.norm = guard.norm;

@@ -1,35 +1,31 @@
 #include "gather/op_arguments.h"
 
+#include <c10/util/Exception.h>
+
 namespace sofim {
 
 using at::Tensor;
 using at::TensorList;
 
-void define_operators(torch::Library& m) {
-  m.def(
-      "accumulate(Tensor[] params, Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor[] steps, int[] ordinals,"
-      " float[] moment, float[] gradient, float[]? weight, bool cross) -> Tensor");
-  m.def(
-      "accumulate_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] kahans,"
-      " Tensor[] steps, int[] ordinals, float[] moment, float[] gradient, float[]? weight, bool cross,"
-      " Tensor? step_weight, Tensor step_gradient) -> Tensor");
-  m.def(
-      "apply(Tensor(a!)[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor(b!)[] kahans, Tensor moment,"
-      " Tensor? weight, Tensor? gradient) -> ()");
-  m.def("dots(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, bool weights) -> Tensor");
-  m.def(
-      "commit(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] kahans, Tensor[] steps,"
-      " int[] ordinals, float[] decay_moment, float[] decay_gradient, float[]? decay_weight, Tensor moment,"
-      " Tensor? weight, Tensor? gradient, Tensor? gain, Tensor? skip) -> ()");
-  m.def(
-      "fold(Tensor mm, Tensor? mg, Tensor? mw, Tensor? gg, Tensor? gw, Tensor? ww, Tensor[] steps, Tensor hyper,"
-      " int[] sizes, int fisher, bool gradient_form, bool guarded, Tensor? class_of, int classes)"
-      " -> (Tensor blocks, Tensor squares)");
-  m.def(
-      "solve(Tensor blocks, Tensor? square, Tensor(a!)[] steps, Tensor hyper, int[] sizes, int fisher,"
-      " bool gradient_form, bool guarded, float? max_norm, Tensor? grad_scale, Tensor? found_inf, bool skip_nonfinite)"
-      " -> (Tensor coefficients, Tensor guard)");
-}
+const std::array<const char*, 7> schemas = {
+    "accumulate(Tensor[] params, Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor[] steps, int[] ordinals,"
+    " float[] moment, float[] gradient, float[]? weight, bool cross) -> Tensor",
+    "accumulate_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] kahans,"
+    " Tensor[] steps, int[] ordinals, float[] moment, float[] gradient, float[]? weight, bool cross,"
+    " Tensor? step_weight, Tensor step_gradient) -> Tensor",
+    "apply(Tensor(a!)[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor(b!)[] kahans, Tensor moment,"
+    " Tensor? weight, Tensor? gradient) -> ()",
+    "dots(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, bool weights) -> Tensor",
+    "commit(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] kahans, Tensor[] steps,"
+    " int[] ordinals, float[] decay_moment, float[] decay_gradient, float[]? decay_weight, Tensor moment,"
+    " Tensor? weight, Tensor? gradient, Tensor? gain, Tensor? skip) -> ()",
+    "fold(Tensor mm, Tensor? mg, Tensor? mw, Tensor? gg, Tensor? gw, Tensor? ww, Tensor[] steps, Tensor hyper,"
+    " int[] sizes, int fisher, bool gradient_form, bool guarded, Tensor? class_of, int classes)"
+    " -> (Tensor blocks, Tensor squares)",
+    "solve(Tensor blocks, Tensor? square, Tensor(a!)[] steps, Tensor hyper, int[] sizes, int fisher,"
+    " bool gradient_form, bool guarded, float? max_norm, Tensor? grad_scale, Tensor? found_inf, bool skip_nonfinite)"
+    " -> (Tensor coefficients, Tensor guard)",
+};
 
 StepTensors gathered(bool anywhere, TensorList params, TensorList grads, TensorList exp_avgs,
                      std::optional<TensorList> kahans, std::optional<Counts> counts) {

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <torch/library.h>
 
+#include <array>
 #include <optional>
 
 #include "gather/step_tensors.h"
@@ -18,8 +18,8 @@ struct Counts {
   at::IntArrayRef ordinals;
 };
 
-// Defines the operators' schemas, which all devices share.
-void define_operators(torch::Library& m);
+// The operators' schemas, which all devices share. Text, because torch/library.h takes long to compile.
+extern const std::array<const char*, 7> schemas;
 
 // Collects and validates lists of tensors. Throws c10::Error if their lengths differ or a tensor is not accepted.
 // `anywhere`: see StepTensors.

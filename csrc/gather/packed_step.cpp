@@ -1,13 +1,14 @@
 #include "gather/packed_step.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <algorithm>
 #include <cstring>
 #include <exception>
+
+#include "gather/cpu_tensor.h"
 
 namespace sofim {
 namespace {
@@ -27,7 +28,7 @@ int64_t kind_of(const Row& r, int64_t addresses) {
 // A tensor on the CPU that can be written inside and outside of inference mode.
 at::Tensor memory(int64_t rows, int64_t columns, at::ScalarType dtype) {
   const c10::InferenceMode outside(false);
-  return at::zeros({rows, columns}, at::TensorOptions(dtype).device(at::kCPU));
+  return cpu_tensor({rows, columns}, dtype).zero_();
 }
 
 }  // namespace

@@ -185,6 +185,10 @@ bool OptionalScalar::read(PyObject* object, bool anywhere) {
   return false;
 }
 
+const at::Tensor* tensor_of(PyObject* object) { return is_tensor(object) ? &THPVariable_Unpack(object) : nullptr; }
+
+PyObject* object_of(const at::Tensor& tensor) { return THPVariable_Wrap(tensor); }
+
 bool ParamGroups::read(PyObject* groups, PyObject* state, const std::vector<char>* consumed) {
   clear();
   if (read_everything(groups, state, consumed)) return true;
@@ -325,7 +329,7 @@ bool ParamGroups::add_param(PyObject* param, const Group& group, size_t index, S
   const at::Tensor& g = was_consumed ? w : given;
   if (known == nullptr) known = states.find(param);
   if (known == nullptr || !PyDict_Check(known)) return false;
-  const bool keeps = group.kahan && (w.scalar_type() == at::kBFloat16 || w.scalar_type() == at::kHalf);
+  const bool narrow = w.scalar_type() == at::kBFloat16 || w.scalar_type() == at::kHalf, keeps = group.kahan && narrow;
   const Entries entries(known, keeps);
   if (!is_tensor(entries.exp_avg) || !is_tensor(entries.step) || (keeps && !is_tensor(entries.kahan))) return false;
   const at::Tensor none;
@@ -333,7 +337,7 @@ bool ParamGroups::add_param(PyObject* param, const Group& group, size_t index, S
   const at::Tensor& t = THPVariable_Unpack(entries.step);
   const at::Tensor& kahan = keeps ? THPVariable_Unpack(entries.kahan) : none;
   if (!plain(w) || !plain(g) || !plain(m) || !plain(t) || (keeps && !plain(kahan))) return false;
-  const at::ScalarType natural = c10::promoteTypes(w.scalar_type(), at::kFloat);
+  const at::ScalarType natural = narrow ? at::kFloat : w.scalar_type();
   if (m.scalar_type() != group.state_dtype.value_or(natural)) return false;
   if (group.state_dtype && natural != at::kFloat) return false;
   if (tensors_.add(w, g, m, kahan, t, ordinal) != nullptr) return false;

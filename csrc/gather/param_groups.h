@@ -15,6 +15,12 @@
 
 namespace sofim {
 
+// The tensor that a Python object is; nullptr if it is none. This and object_of() are here so that only one file
+// includes torch's header for them, which takes 11 s to compile.
+const at::Tensor* tensor_of(PyObject* object);
+// A tensor as a Python object, a new reference.
+PyObject* object_of(const at::Tensor& tensor);
+
 // Settings that all groups share.
 struct Options {
   bool gradient_form = false;

@@ -1,8 +1,6 @@
 #include "gather/step_tensors.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 
@@ -65,7 +63,10 @@ bool may_overlap(const at::Tensor& x) {
 
 bool as_stored(const at::Tensor& x) { return !x.is_conj() && !x.is_neg(); }
 
-bool has_memory(const at::Tensor& x) {
+// add() calls this and what follows several times for each tensor of each step. at::Tensor's own functions check the
+// same things again each time.
+
+inline bool has_memory(const at::Tensor& x) {
   const c10::TensorImpl* impl = x.unsafeGetTensorImpl();
   const c10::Storage& storage = impl->unsafe_storage();
   return storage && (storage.data() != nullptr || impl->numel() == 0);
@@ -74,9 +75,26 @@ bool has_memory(const at::Tensor& x) {
 // Stands in for the memory of a tensor without elements: arithmetic on a null pointer would be undefined.
 char nowhere[1];
 
-template <class Pointer>
-void* somewhere(Pointer pointer) {
-  return pointer == nullptr ? nowhere : const_cast<void*>(static_cast<const void*>(pointer));
+// The address of a tensor that has_memory(). Two: at::Tensor::mutable_data_ptr() and const_data_ptr() differ for a
+// tensor that shares its memory until it is written (torch._lazy_clone).
+inline void* address_to_write(const at::Tensor& x) {
+  const c10::TensorImpl* impl = x.unsafeGetTensorImpl();
+  if (impl->numel() == 0) return nowhere;
+  return static_cast<char*>(impl->unsafe_storage().mutable_data()) + impl->storage_offset() * impl->itemsize();
+}
+inline const void* address_to_read(const at::Tensor& x) {
+  const c10::TensorImpl* impl = x.unsafeGetTensorImpl();
+  if (impl->numel() == 0) return nowhere;
+  return static_cast<const char*>(impl->unsafe_storage().data()) + impl->storage_offset() * impl->itemsize();
+}
+
+inline bool same_sizes(const at::Tensor& a, const at::Tensor& b) {
+  const auto left = a.sizes(), right = b.sizes();
+  if (left.size() != right.size()) return false;
+  for (size_t i = 0; i < left.size(); ++i) {
+    if (left[i] != right[i]) return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -99,8 +117,15 @@ void StepTensors::clear() {
 
 const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
                              const at::Tensor& step, int64_t ordinal) {
-  Row record{};
-  if (anywhere_ && records_.empty()) {
+  records_.emplace_back();
+  const char* problem = fill(records_.back(), w, g, m, kahan, step, ordinal);
+  if (problem != nullptr) records_.pop_back();
+  return problem;
+}
+
+const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor& g, const at::Tensor& m,
+                              const at::Tensor& kahan, const at::Tensor& step, int64_t ordinal) {
+  if (anywhere_ && members_.empty()) {
     device_ = w.device();
     if (!has_addresses(w)) return "parameter: not a dense tensor in memory";
   }
@@ -120,10 +145,10 @@ const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at:
       !(wide ? record.m_type == Type::float64 : record.m_type == Type::float32 || record.m_type == Type::bfloat16)) {
     return "exp_avg: not float32 or bfloat16 (of a float64 parameter: float64)";
   }
-  if (g.sizes() != w.sizes()) return "gradient: of another shape than its parameter";
-  if (m.sizes() != w.sizes()) return "exp_avg: of another shape than its parameter";
+  if (!same_sizes(g, w)) return "gradient: of another shape than its parameter";
+  if (!same_sizes(m, w)) return "exp_avg: of another shape than its parameter";
   if (kahan.defined()) {
-    if (!readable(kahan) || kahan.scalar_type() != w.scalar_type() || kahan.sizes() != w.sizes()) {
+    if (!readable(kahan) || kahan.scalar_type() != w.scalar_type() || !same_sizes(kahan, w)) {
       return "kahan: not a dense tensor on the step's device of its parameter's shape and dtype";
     }
     if (!is_narrow(record.w_type)) return "kahan: kept for a parameter that is not of 16 bits";
@@ -131,12 +156,10 @@ const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at:
   if (step.defined() && (!readable(step) || step.scalar_type() != at::kLong || step.numel() != 1)) {
     return "step: not a 0-dimensional int64 tensor on the step's device";
   }
-  if (!at::InferenceMode::is_enabled()) {
-    for (const at::Tensor* x : {&w, &m, &kahan, &step}) {
-      if (x->defined() && x->is_inference()) {
-        return "an inference tensor, which cannot be updated outside of torch.inference_mode()";
-      }
-    }
+  const bool made_in_inference = w.is_inference() || m.is_inference() || (kahan.defined() && kahan.is_inference()) ||
+                                 (step.defined() && step.is_inference());
+  if (made_in_inference && !at::InferenceMode::is_enabled()) {
+    return "an inference tensor, which cannot be updated outside of torch.inference_mode()";
   }
 
   const bool flat = m.is_contiguous() ? w.is_contiguous() && g.is_contiguous() &&
@@ -145,48 +168,47 @@ const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at:
                                             (!kahan.defined() || same_order(kahan, m));
   const bool in_place = flat && as_stored(g) && as_stored(w) && as_stored(m);
   if (in_place) {
-    record.w = somewhere(w.mutable_data_ptr());
-    record.g = somewhere(g.const_data_ptr());
-    record.m = somewhere(m.mutable_data_ptr());
-    if (kahan.defined()) record.kahan = somewhere(kahan.mutable_data_ptr());
+    record.w = address_to_write(w);
+    record.g = address_to_read(g);
+    record.m = address_to_write(m);
+    if (kahan.defined()) record.kahan = address_to_write(kahan);
   } else {
     for (const at::Tensor* x : {&w, &m, &kahan}) {
       if (x->defined() && may_overlap(*x)) return "a parameter or its state whose elements may share memory";
     }
-    const at::Tensor order = m.is_non_overlapping_and_dense() ? m : at::empty(m.sizes(), m.options());
+    const at::Tensor order = m.is_non_overlapping_and_dense() ? m : m.new_empty(m.sizes());
     const auto copy_of = [&](const at::Tensor& x) {
-      at::Tensor copy = at::empty_strided(order.sizes(), order.strides(), x.options());
+      at::Tensor copy = x.new_empty_strided(order.sizes(), order.strides());
       copy.copy_(x.detach());
       return copy;
     };
     const auto written = [&](const at::Tensor& x, bool moment) {
       if (same_order(x, order) && as_stored(x) && x.is_non_overlapping_and_dense()) {
-        return somewhere(x.mutable_data_ptr());
+        return address_to_write(x);
       }
       copied_.push_back({x, copy_of(x), moment});
-      return somewhere(copied_.back().copy.mutable_data_ptr());
+      return address_to_write(copied_.back().copy);
     };
     record.w = written(w, false);
     record.m = written(m, true);
     if (kahan.defined()) record.kahan = written(kahan, false);
     if (same_order(g, order) && as_stored(g) && g.is_non_overlapping_and_dense()) {
-      record.g = somewhere(g.const_data_ptr());
+      record.g = address_to_read(g);
     } else {
       kept_.push_back(copy_of(g));
-      record.g = somewhere(kept_.back().const_data_ptr());
+      record.g = address_to_read(kept_.back());
     }
   }
   record.numel = w.numel() * (w.is_complex() ? 2 : 1);
-  record.step = step.defined() ? static_cast<int64_t*>(step.mutable_data_ptr()) : nullptr;
+  record.step = step.defined() ? static_cast<int64_t*>(address_to_write(step)) : nullptr;
   record.ordinal = static_cast<uint32_t>(ordinal);
   const auto address = [](const void* at) { return reinterpret_cast<uintptr_t>(at); };
   record.aligned = (address(record.w) | address(record.g) | address(record.m) | address(record.kahan)) % 16 == 0;
-  records_.push_back(record);
   members_.push_back({w.unsafeGetTensorImpl(), g.unsafeGetTensorImpl(), m.unsafeGetTensorImpl(),
                       kahan.defined() ? kahan.unsafeGetTensorImpl() : nullptr,
                       step.defined() ? step.unsafeGetTensorImpl() : nullptr});
   tiling_.add(record.numel);
-  const size_t place = records_.size() - 1;
+  const size_t place = members_.size() - 1;
   if (place >= known_.size()) known_.resize(place + 1);
   Known& known = known_[place];
   if (in_place && known.w == record.w && known.m == record.m && known.kahan == record.kahan &&

@@ -82,6 +82,9 @@ class StepTensors {
     Type w_type, g_type, m_type;
   };
 
+  // add(), with a row of zeros to fill.
+  const char* fill(Row& record, const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
+                   const at::Tensor& step, int64_t ordinal);
   static Range range_of(const c10::TensorImpl* x);
   // Sorts the ranges that are written; returns whether any two of them overlap.
   bool sort_written();

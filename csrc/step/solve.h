@@ -14,6 +14,18 @@ namespace sofim {
 // What one Fisher matrix spans.
 enum class Fisher : uint8_t { model, group, parameter };
 
+// The number of Fisher blocks of a step. interface.py has the same for Python.
+template <class T>
+SOFIM_HD T fisher_blocks(Fisher fisher, T groups, T tensors) {
+  return fisher == Fisher::model ? 1 : fisher == Fisher::group ? groups : tensors;
+}
+
+// The Fisher block of one tensor, given its place among the tensors and that of its group.
+template <class T>
+SOFIM_HD T fisher_block_of(Fisher fisher, T group, T tensor) {
+  return fisher == Fisher::model ? 0 : fisher == Fisher::group ? group : tensor;
+}
+
 // A parameter group's hyperparameters.
 struct Hyper {
   double lr = 0.0;
@@ -104,6 +116,22 @@ struct GuardedBlock {
     return gain == 0.0 ? p[0] : p[0] + gain * (p[1] + gain * p[2]);
   }
 };
+
+// The gradients' norm before clipping, the factor κ that unscales and clips them, and whether the step is skipped.
+struct Guard {
+  double norm = 0.0, gain = 1.0;
+  bool skip = false;
+};
+
+// `square`: the sum of squares of all gradients as they are. `unscale`: times these: the true gradients. `limit`: the
+// norm to clip to, or infinity. `found`: not all gradients are finite.
+SOFIM_HD Guard guard_of(double square, double unscale, double limit, bool found, bool skip_nonfinite) {
+  Guard guard;
+  guard.norm = sqrt(square) * unscale;
+  guard.gain = (guard.norm > limit ? limit / guard.norm : 1.0) * unscale;
+  guard.skip = found || (skip_nonfinite && !(fabs(guard.norm) <= DBL_MAX));
+  return guard;
+}
 
 // w' = w·weight + g·(κ·gradient) + m'·moment.
 struct Update {

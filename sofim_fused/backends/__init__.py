@@ -28,6 +28,7 @@ from sofim_fused.backends.interface import (
     StepTensors,
     Sums,
     Variance,
+    fisher_blocks,
     sum_dtype,
 )
 from sofim_fused.backends.reference import ReferencePasses
@@ -56,6 +57,7 @@ __all__ = [
     "apart",
     "capturing",
     "choose",
+    "fisher_blocks",
     "gradient_step",
     "names",
     "no_sums",

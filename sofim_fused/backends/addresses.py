@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import gcd
 from typing import NamedTuple
@@ -46,7 +46,7 @@ class Range(NamedTuple):
         begin: the first address.
         end: one past the last address.
         tensor: its index among the parameters of the step.
-        role: ``"w"``, ``"exp_avg"``, ``"kahan"`` or ``"step"``.
+        role: ``"w"``, ``"exp_avg"``, ``"kahan"``, ``"step"``, ``"row_var"``, ``"col_var"`` or ``"variance"``.
     """
 
     begin: int
@@ -59,20 +59,14 @@ class Written:
     """The memory that a step writes.
 
     Args:
-        params, exp_avgs, kahans, steps: the tensors that it writes, index by index; ``None`` where there is none. They
-            need addresses: they must be :func:`plain`, and not on a device of :data:`WITHOUT_ADDRESSES`.
+        of: the tensors that it writes, by role and index; ``None`` where there is none. They need addresses: they must
+            be :func:`plain`, and not on a device of :data:`WITHOUT_ADDRESSES`.
     """
 
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        kahans: Sequence[Tensor | None],
-        steps: Sequence[Tensor],
-    ) -> None:
-        self._params = params
+    def __init__(self, of: Mapping[str, Sequence[Tensor | None]]) -> None:
+        self._params = of["w"]
         found: list[tuple[int, int, int, str]] = []
-        for role, tensors in (("w", params), ("exp_avg", exp_avgs), ("kahan", kahans), ("step", steps)):
+        for role, tensors in of.items():
             for i, x in enumerate(tensors):
                 if x is not None and (size := extent(x)):
                     begin = address(x)
@@ -102,6 +96,7 @@ class Written:
     def is_param(self, i: int, g: Tensor) -> bool:
         """Whether a tensor has the memory of parameter ``i``, element by element."""
         w = self._params[i]
+        assert w is not None
         return g is w or (address(g) == address(w) and g.dtype == w.dtype and g.stride() == w.stride())
 
 

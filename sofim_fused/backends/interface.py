@@ -140,6 +140,11 @@ FISHER = ("model", "group", "parameter")
 """The values of the option ``fisher``, by their number in :attr:`Settings.fisher`."""
 
 
+def fisher_blocks(fisher: int, groups: int, tensors: int) -> int:
+    """The number B of Fisher blocks of a step; ``fisher`` is an index of :data:`FISHER`."""
+    return (1, groups, tensors)[fisher]
+
+
 class Settings(NamedTuple):
     """What ``fold`` and ``solve`` need besides sums. Tensors are in the order of their parameter groups.
 

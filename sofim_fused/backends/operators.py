@@ -23,6 +23,7 @@ from sofim_fused.backends.interface import (
     Settings,
     StepTensors,
     Sums,
+    fisher_blocks,
 )
 from sofim_fused.backends.reference import TorchAdaptivePasses
 from sofim_fused.backends.solve import TorchSolve, on_device_of
@@ -196,9 +197,9 @@ def register_fakes(namespace: str) -> None:
     def _(  # type: ignore[no-untyped-def]
         mm, mg, mw, gg, gw, ww, steps, hyper, sizes, fisher, gradient_form, guarded, class_of, classes
     ):
-        count = (1, len(sizes), len(steps))[fisher]
+        blocks = fisher_blocks(fisher, len(sizes), len(steps))
         numbers = (6 if guarded else 1) + gradient_form * (3 if guarded else 1)
-        return mm.new_empty(classes, numbers, count), mm.new_empty(classes)
+        return mm.new_empty(classes, numbers, blocks), mm.new_empty(classes)
 
     @torch.library.register_fake(f"{namespace}::solve")
     def _(blocks, square, steps, *rest):  # type: ignore[no-untyped-def]

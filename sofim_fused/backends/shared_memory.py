@@ -51,13 +51,14 @@ def apart(tensors: StepTensors, passes: Passes) -> tuple[StepTensors, Passes, Pa
         by kind: ``"w"`` if both are parameters, else ``"state"``.
 
     Raises:
-        ValueError: a parameter and its own state share elements, or a step count shares memory with any tensor; the
-            message names both. Nothing was changed.
+        ValueError: a parameter and its own state share elements, or a step count, or a running mean of g², shares
+            memory with any tensor; the message names both. Nothing was changed.
     """
     if torch.compiler.is_compiling() or not _have_addresses(tensors):
         return tensors, passes, {}
-    written = addresses.Written(tensors.params, tensors.exp_avgs, tensors.kahans, tensors.steps)
-    before, pairs = _shared(written, tensors)
+    of = _written(tensors)
+    written = addresses.Written(of)
+    before, pairs = _shared(written, of, tensors)
     shared = {*before, *before.values()}
     copied = {
         i: g.detach().clone()
@@ -149,6 +150,7 @@ def _tensors(tensors: StepTensors, run: slice) -> StepTensors:
         tensors.kahans[run],
         tensors.steps[run],
         tensors.ordinals[run],
+        tensors.variances[run],
     )
 
 
@@ -176,29 +178,40 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 def _have_addresses(tensors: StepTensors) -> bool:
     kahans = (kahan for kahan in tensors.kahans if kahan is not None)
-    every = chain(tensors.params, tensors.grads, tensors.exp_avgs, kahans, tensors.steps)
+    variances = (x for variance in tensors.variances for x in variance[:3] if x is not None)
+    every = chain(tensors.params, tensors.grads, tensors.exp_avgs, kahans, tensors.steps, variances)
     return tensors.device.type not in addresses.WITHOUT_ADDRESSES and addresses.all_plain(every)
 
 
-def _shared(written: addresses.Written, tensors: StepTensors) -> tuple[dict[int, int], dict[str, tuple[int, int]]]:
-    """For each tensor that shares memory with earlier ones, the index of the last; and pairs as from :func:`apart`.
-
-    Raises:
-        ValueError: two tensors of one parameter share elements, or a step count shares memory.
-    """
-    of: dict[str, Sequence[Tensor | None]] = {
+def _written(tensors: StepTensors) -> dict[str, Sequence[Tensor | None]]:
+    """The tensors that a step writes, by role."""
+    variances = tensors.variances
+    return {
         "w": tensors.params,
         "exp_avg": tensors.exp_avgs,
         "kahan": tensors.kahans,
         "step": tensors.steps,
+        "row_var": [variance.row_var for variance in variances],
+        "col_var": [variance.col_var for variance in variances],
+        "variance": [variance.variance for variance in variances],
     }
+
+
+def _shared(
+    written: addresses.Written, of: Mapping[str, Sequence[Tensor | None]], tensors: StepTensors
+) -> tuple[dict[int, int], dict[str, tuple[int, int]]]:
+    """For each tensor that shares memory with earlier ones, the index of the last; and pairs as from :func:`apart`.
+
+    Raises:
+        ValueError: two tensors of one parameter share elements, or a step count or a running mean of g² shares memory.
+    """
     before: dict[int, int] = {}
     pairs: dict[str, tuple[int, int]] = {}
     for one, other in written.pairs():
         a, b = of[one.role][one.tensor], of[other.role][other.tensor]
         assert a is not None
         assert b is not None
-        if one.tensor != other.tensor and "step" not in (one.role, other.role):
+        if one.tensor != other.tensor and not {"step", *checks.VARIANCES} & {one.role, other.role}:
             before[other.tensor] = max(before.get(other.tensor, -1), one.tensor)
             kind = "w" if one.role == other.role == "w" else "state"
             if kind not in pairs and not addresses.apart(a, b):

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sofim_fused.backends import Passes, ScaledSums, Squares, StepTensors, Sums, on_device_of
+from sofim_fused.backends import (
+    FISHER,
+    Passes,
+    ScaledSums,
+    Squares,
+    StepTensors,
+    Sums,
+    fisher_blocks,
+    on_device_of,
+)
 from sofim_fused.dtensor import Groups, groups_with
 from sofim_fused.step.hyperparameters import Hyperparameters
 
@@ -245,9 +254,9 @@ class RankSums:
         """
         if (numerator, fisher, groups, guarded) in self._compared:
             return
-        blocks_of = {"model": 1, "group": groups, "parameter": self.count}
-        blocks = blocks_of[fisher]
-        kind = [int(numerator == "gradient"), list(blocks_of).index(fisher), int(guarded)]
+        index = FISHER.index(fisher)
+        blocks = fisher_blocks(index, groups, self.count)
+        kind = [int(numerator == "gradient"), index, int(guarded)]
         for group, members in self._routes:
             spread = sum(number in members for number in self._class_of)
             self._compare(group, [len(members), spread, blocks, *kind])

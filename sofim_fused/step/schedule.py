@@ -15,7 +15,9 @@ from sofim_fused.backends import (
     Coefficients,
     Decay,
     GuardSettings,
+    Passes,
     ScaledSums,
+    Settings,
     Squares,
     StepTensors,
     Sums,
@@ -141,11 +143,22 @@ def adaptive(
     return seen[0], signal
 
 
+def adaptive_alone(tensors: StepTensors, passes: Passes, settings: Settings, decay: Decay) -> None:
+    """The step of some tensors of one device, by which no other tensor's is affected: F has no term of rank one."""
+    squares = _squares_of(tensors, passes, False)
+    scales, _ = passes.adapt(tensors, settings, squares, None, None)
+    update, _ = passes.solve_scaled(tensors.steps, settings, None, None)
+    passes.commit_scaled(tensors, decay, update, scales)
+
+
 def _squares(share: DeviceShare, all_of_them: bool) -> Squares:
     """The sums of g², or nothing, if each element has its own variance and they are not needed for a norm."""
-    tensors = share.tensors
+    return _squares_of(share.tensors, share.passes, all_of_them)
+
+
+def _squares_of(tensors: StepTensors, passes: Passes, all_of_them: bool) -> Squares:
     if len(tensors) and (all_of_them or not all(variance.by_element for variance in tensors.variances)):
-        return share.passes.squares(tensors)
+        return passes.squares(tensors)
     sums = no_sums(tensors.device).mm
     return Squares(sums.new_zeros(len(tensors)), sums, sums)
 

@@ -523,3 +523,39 @@ def test_a_refusal_leaves_no_state_behind(backend: str) -> None:
     optimizer.state[known]["exp_avg"] = torch.zeros(4)
     optimizer.step()
     assert int(optimizer.state[new]["step"]) == 1
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["row_var", "col_var"])
+def test_a_running_mean_of_squares_has_memory_of_its_own(name: str, backend: str) -> None:
+    params = [nn.Parameter(torch.randn(4, 4)) for _ in range(2)]
+    optimizer = SOFIM(params, diagonal="factored", backend=backend)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    optimizer.state[params[1]][name] = optimizer.state[params[0]][name]
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(ValueError, match=rf"{name} shares memory with {name} of parameter 0"):
+        optimizer.step()
+    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("diagonal", ["factored", "element"])
+def test_tied_weights_under_a_diagonal_that_adapts_are_taken_in_turn(diagonal: Any, run: Run) -> None:
+    """As if each parameter had taken its step after the other: without the term of rank one, nothing links them."""
+    values, grads = torch.randn(3, 5, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64)
+    values, grads = values.to(run.device), grads.to(run.device)
+    together = [nn.Parameter(values.clone()), nn.Parameter(values.clone())]
+    together[1].data = together[0].data
+    alone = nn.Parameter(values.clone())
+    options: dict[str, Any] = {"diagonal": diagonal, "lr": 0.1, "backend": run.backend}
+    optimizer, apart = SOFIM(together, **options), [SOFIM([alone], **options) for _ in range(2)]
+    for scale in (1.0, 0.5, 2.0):
+        for param, grad in zip(together, grads, strict=True):
+            param.grad = grad * scale
+        optimizer.step()
+        for one, grad in zip(apart, grads, strict=True):
+            alone.grad = grad * scale
+            one.step()
+    torch.testing.assert_close(together[0], alone, rtol=1e-12, atol=0)

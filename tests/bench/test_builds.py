@@ -50,4 +50,27 @@ def test_a_row_above_its_limit_is_missed() -> None:
     }  # fmt: skip
     text = builds.markdown(record)
     assert "| whole build | 100.0 | 25.0 | 0.25 |" in text
+    assert text.count("`c`: p, torch t; d") == 2
     assert "| m | float32 | plain | 1 | 1.04 | 1.040 [1.000, 1.100] | 1.03: missed |" in text
+
+
+def test_a_run_that_only_compiles_keeps_the_steps() -> None:
+    """And says of both parts which command measured them."""
+    cost = {"everything": 100.0, "passes": 80.0}
+    run = {"cpu": "p", "torch": "t", "date": "d", "threads": 1}
+    steps = [
+        {
+            "model": "m", "storage": "float32", "schedule": "plain", "before": 1e-3, "now": 1e-3, "ratio": 1.0,
+            "low": 1.0, "high": 1.0, "limit": 1.03,
+        }
+    ]  # fmt: skip
+    earlier = {**run, "command": "both", "build": {"before": cost, "now": cost}, "steps": steps}
+    now = {name: value / 2 for name, value in cost.items()}
+    record = {**run, "command": "one", "build": {"before": cost, "now": now}, "steps": []}
+    assert builds.with_steps_of(None, record) == record
+    for known in (earlier, builds.with_steps_of(earlier, record)):
+        text = builds.markdown(builds.with_steps_of(known, record))
+        assert "`one`: p, torch t; d.\n\n| | before | now |" in text
+        assert "| whole build | 100.0 | 50.0 | 0.50 |" in text
+        assert "`both`: p, torch t; d, 1 thread(s).\n" in text
+        assert "| m | float32 | plain | 1 | 1 |" in text

@@ -92,6 +92,7 @@ def test_sofim_has_a_group_per_layer() -> None:
         "sofim-gradient": ("gradient", "model"),
         "sofim-gradient-group": ("gradient", "group"),
         "sofim-gradient-parameter": ("gradient", "parameter"),
+        "sofim-factored": ("nesterov", "model"),
     }
 
 
@@ -105,7 +106,15 @@ def test_edges_of_a_grid() -> None:
 
 def test_memory_counts_each_tensor_once() -> None:
     model = nn.Linear(100, 10, bias=False)
-    for name, floats in {"sgd": 1000, "adamw": 2001, "sofim": 1002, "adahessian": 3000, "nystrom": 10_000}.items():
+    floats_of = {
+        "sgd": 1000,
+        "adamw": 2001,
+        "sofim": 1002,
+        "sofim-factored": 1112,
+        "adahessian": 3000,
+        "nystrom": 10_000,
+    }
+    for name, floats in floats_of.items():
         contender = CONTENDERS[name]
         optimizer = contender.build(model, contender.grid[0])
         assert memory(optimizer) == 0
@@ -497,12 +506,12 @@ def test_the_summary_is_beside_sgd() -> None:
         for name, contender in CONTENDERS.items()
     ]
     lines = compare.summary([compare.Comparison(plan_of(seeds=2), entries)]).splitlines()
-    losses = [line for line in lines if line.startswith("| ")][1:11]
+    losses = [line for line in lines if line.startswith("| ")][1 : len(CONTENDERS)]
     assert losses[0] == "| SOFIM | -0.200 [-1.471, +1.071] |"
     assert losses[1] == "| SOFIM, per layer | +0.000 [+0.000, +0.000] |"
     assert losses[6].startswith("| AdamW | **+0.101 [+0.10")
     assert losses[7] == "| L-BFGS | diverged |"
-    costs = [line for line in lines if line.startswith("| ")][12:]
+    costs = [line for line in lines if line.startswith("| ")][len(CONTENDERS) + 1 :]
     # Training losses are one higher; targets 1.5, 0.5 and 90 %: after the first epoch, or not at all.
     assert costs[0] == "| SOFIM | 1.00 / 1.00 / – |"
     assert costs[6] == "| AdamW | – / – / – |"

@@ -208,7 +208,7 @@ def test_all_optimizers_begin_alike_and_learn(root: Path, one_thread: None) -> N
         assert [step for step, _ in moved["curve"]] == list(range(5, 61, 5))
         assert moved["optimizer_ms"] > 0
         assert moved["tokens_per_second"] > 0
-        assert moved["backend"] == ("cpu" if name.startswith("sofim") else None)
+        assert moved["backend"] == (None if name.startswith(("sgd", "adamw")) else "cpu")
         assert json.loads(json.dumps(moved, allow_nan=False)) == moved
 
 
@@ -238,11 +238,11 @@ def test_state_bytes() -> None:
             p.grad = torch.ones_like(p)
         optimizer.step()
         sizes[name] = lm.memory(optimizer)
-    weights = 4 * (1200 + 30)
+    weights, counts = 4 * (1200 + 30), 16
     assert sizes["sgd"] == weights
-    assert sizes["factored"] == sizes["factored-moment"] == weights + 4 * (30 + 40 + 30)
-    assert sizes["row"] == weights + 4 * (30 + 1)
-    assert sizes["element"] == 2 * weights
+    assert sizes["factored"] == sizes["factored-moment"] == weights + 4 * (30 + 40 + 30) + counts
+    assert sizes["row"] == weights + 4 * (30 + 1) + counts
+    assert sizes["element"] == 2 * weights + counts
     for name in ("adamw-95", "adamw-99"):
         assert 2 * weights <= sizes[name] <= 2 * weights + 32
 

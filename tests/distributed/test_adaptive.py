@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from bench.ranks import Ranks
+from bench.ranks import Ranks, all_reduced
 from sofim_fused import SOFIM
 from tests.distributed.support import (
     Net,
@@ -93,6 +93,28 @@ def test_two_ranks_are_one_process(spread_by: Any, kind: str, two: Ranks) -> Non
 @pytest.mark.parametrize(("spread_by", "kind"), FOUR)
 def test_four_ranks_are_one_process(spread_by: Any, kind: str, four: Ranks) -> None:
     assert max(four.run(distance, spread_by, OPTIONS[kind])) <= CLOSE
+
+
+def sent(rank: int, spread_by: Any, options: dict[str, Any]) -> list[int]:
+    world = distributed.get_world_size()
+    spread = spread_by(Net(12), world)
+    optimizer = SOFIM(spread.parameters(), **{**COMMON, **options})
+    return all_reduced(lambda: train(spread, optimizer, range(1)))
+
+
+def test_what_is_sent(two: Ranks) -> None:
+    """As docs/distributed.md has it. The model has 3 matrices among its 7 tensors, with 7, 12 and 10 columns."""
+    for name, expected in (
+        ("factored", [16, 8 * (7 + 29)]),
+        ("factored-rank-one", [16, 8 * (7 + 29), 32]),
+        ("row-by-parameter", [8 * 7, 32 * 7]),
+        ("tensor", [8 * 7, 32]),
+        ("element", [32]),
+    ):
+        assert two.run(sent, on_fsdp, OPTIONS[name]) == [expected] * 2
+    # Of the first layer both tensors are divided, of the second its weight: 12 columns each in a row of 10.
+    found = two.run(sent, on_tensor_parallel, {"diagonal": "factored", "rho": None})
+    assert found == [[8 * (2 + 7 + 2 + 10)]] * 2
 
 
 def zero_redundancy(rank: int, options: dict[str, Any]) -> float:

@@ -132,7 +132,7 @@ def test_a_guard_cannot_come_later(name: str, value: Any, run: Run) -> None:
         ({"lr": torch.tensor([0.1, 0.2])}, r"parameter group 1: lr is a tensor \(shape \(2,\)"),
         ({"momentum": 1.0}, r"parameter group 1: momentum=1\.0"),
         ({"fisher": "group"}, r"parameter group 1: fisher='group', but group 0 has 'model'"),
-        ({"rho": None}, r"parameter group 1: rho=None: pass a float"),
+        ({"rho": "1"}, r"parameter group 1: rho='1': pass a float"),
         ("rho", r"parameter group 1: rho is missing"),
     ],
     ids=str,

@@ -21,6 +21,7 @@ from sofim_fused.backends.interface import (
     Settings,
     StepTensors,
     Sums,
+    fisher_blocks,
 )
 from sofim_fused.backends.triton import pack
 from sofim_fused.backends.triton.adaptive import TritonAdaptive
@@ -82,7 +83,7 @@ class TritonPasses(TritonAdaptive):
         classes: int = 1,
     ) -> tuple[Tensor, Tensor]:
         config = SolveConfig(settings.fisher, settings.gradient_form, guarded)
-        blocks = (1, len(settings.sizes), len(steps))[settings.fisher]
+        blocks = fisher_blocks(settings.fisher, len(settings.sizes), len(steps))
         totals = settings.hyper.new_empty(classes, config.rows, blocks)
         squares = settings.hyper.new_empty(classes)
         if not steps:
