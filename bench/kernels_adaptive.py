@@ -131,10 +131,10 @@ def launch(case: AdaptiveCase, spy: SimpleNamespace, hip: bool) -> float:
         blocks, coefficients = some[0] if case.most else None, torch.ones(3, 2, dtype=torch.float64)
         adaptive.launch_solve_scaled(spy, located, settings, blocks, skip, coefficients, ones)  # type: ignore[arg-type]
     else:
-        plan: Any = adaptive.AdaptPlan(spy, _tensors([], []), [], settings._replace(sizes=[]), (), [])  # type: ignore[arg-type]
+        plan: Any = adaptive.AdaptPlan(spy, _tensors([], []), [], (), [])  # type: ignore[arg-type]
         plan.permuted = case.most
         guard = GuardSettings(1.0, torch.ones(()), torch.zeros(()), True) if case.most else None
-        adaptive.launch_adapt(spy, plan, settings.hyper, Squares(ones, ones, ones), guard, ones)  # type: ignore[arg-type]
+        adaptive.launch_adapt(spy, plan, settings, Squares(ones, ones, ones), guard, ones)  # type: ignore[arg-type]
     return 0.0
 
 

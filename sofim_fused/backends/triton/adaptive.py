@@ -29,6 +29,7 @@ from sofim_fused.backends.interface import (
     Squares,
     StepTensors,
     Variance,
+    fisher_blocks,
 )
 from sofim_fused.backends.reference import TorchAdaptivePasses
 from sofim_fused.backends.triton import pack
@@ -84,12 +85,12 @@ class TritonAdaptive(TorchAdaptivePasses):
             copies: list[tuple[Tensor, Tensor]] = []
             variances = [_dense_means(variance, copies) for variance in tensors.variances]
             plan = self._adapt_plan
-            key = _adapt_key(tensors, variances, settings)
+            key = _adapt_key(tensors, variances)
             if plan is None or plan.key != key:
                 columns = [None if v.col_var is None else columns_of(v.col_var) for v in variances]
                 orders = [self._order(tensors.device, each) for each in columns]
-                plan = self._adapt_plan = AdaptPlan(k, tensors, variances, settings, key, orders)
-            scales, self._narrow, norm = launch_adapt(k, plan, settings.hyper, squares, guard, square)
+                plan = self._adapt_plan = AdaptPlan(k, tensors, variances, key, orders)
+            scales, self._narrow, norm = launch_adapt(k, plan, settings, squares, guard, square)
             for original, copy in copies:
                 original.copy_(copy)
         torch.autograd.graph.increment_version(plan.written(tensors.variances))
@@ -127,7 +128,7 @@ class TritonAdaptive(TorchAdaptivePasses):
     ) -> Tensor:
         if capturing():
             return super().fold_scaled(steps, settings, sums, class_of, classes)
-        blocks = (1, len(settings.sizes), len(steps))[settings.fisher]
+        blocks = fisher_blocks(settings.fisher, len(settings.sizes), len(steps))
         totals = settings.hyper.new_empty(classes, 4, blocks)
         if not steps:
             return totals.zero_()
@@ -146,6 +147,8 @@ class TritonAdaptive(TorchAdaptivePasses):
         found = settings.hyper.new_empty(k.COEFFICIENTS, len(steps))
         signal = None if blocks is None else settings.hyper.new_empty(blocks.shape[1])
         with device_scope(settings.hyper.device):
+            if sum(settings.sizes) != len(steps):  # some tensors of all, in the backward pass
+                settings = settings._replace(sizes=[len(steps)])
             located = self._located(steps, settings)
             launch_solve_scaled(k, located, settings, blocks, skip, found, signal)
         torch.autograd.graph.increment_version(list(steps))
@@ -546,10 +549,9 @@ def _dense_means(variance: Variance, copies: list[tuple[Tensor, Tensor]]) -> Var
     return variance._replace(**replaced) if replaced else variance
 
 
-def _adapt_key(tensors: StepTensors, variances: Sequence[Variance], settings: Settings) -> tuple[Any, ...]:
+def _adapt_key(tensors: StepTensors, variances: Sequence[Variance]) -> tuple[Any, ...]:
     return (
         tensors.device,
-        tuple(settings.sizes),
         tuple(map(addresses.address, tensors.steps)),
         tuple(
             (v.shape, v.by_element, w.numel(), *map(_key_of, (v.row_var, v.col_var, v.variance)))
@@ -569,7 +571,6 @@ class AdaptPlan:
         kernels: :mod:`sofim_fused.backends.triton.adaptive_kernels`.
         tensors: of the step.
         variances: theirs; running means over blocks are dense.
-        settings: of the same tensors.
         key: of all these.
         orders: of each ``col_var``, the order of its elements.
     """
@@ -579,7 +580,6 @@ class AdaptPlan:
         kernels: ModuleType,
         tensors: StepTensors,
         variances: Sequence[Variance],
-        settings: Settings,
         key: tuple[Any, ...],
         orders: Sequence[Tensor | None],
     ) -> None:
@@ -588,13 +588,12 @@ class AdaptPlan:
         self.n = len(tensors)
         self._orders = orders  # kept alive
         self.permuted = any(order is not None for order in orders)
-        groups = [group for group, size in enumerate(settings.sizes) for _ in range(size)]
         table: list[list[int]] = []
         segments: list[tuple[int, int, int]] = []
         sums_at = row_at = col_at = 0
-        for i, (v, step, group, order) in enumerate(zip(variances, tensors.steps, groups, orders, strict=True)):
+        for i, (v, step, order) in enumerate(zip(variances, tensors.steps, orders, strict=True)):
             row = [0] * k.A_COLUMNS
-            row[k.A_STEP], row[k.A_GROUP] = addresses.address(step), group
+            row[k.A_STEP] = addresses.address(step)
             row[k.A_SEGMENT] = len(segments)
             numel = tensors.params[i].numel()
             means = v.row_var if v.row_var is not None else v.variance
@@ -639,12 +638,13 @@ class AdaptPlan:
 def launch_adapt(
     kernels: ModuleType,
     plan: AdaptPlan,
-    hyper: Tensor,
+    settings: Settings,
     squares: Squares,
     guard: GuardSettings | None,
     square: Tensor | None,
 ) -> tuple[Scales, Factors, Tensor | None]:
     """Launch ``adapt``; the arguments and results are those of the pass, and the factors in float32."""
+    hyper = settings.hyper
     rows, cols = hyper.new_empty(plan.rows), hyper.new_empty(plan.cols)
     narrow = Factors(
         rows,
@@ -664,6 +664,7 @@ def launch_adapt(
         plan.table,
         plan.segments,
         hyper,
+        settings.group_of,
         squares.total,
         squares.rows,
         squares.cols,
@@ -778,6 +779,7 @@ def launch_fold_scaled(
         located.rows,
         located.bounds,
         settings.hyper,
+        settings.group_of,
         *(vector.contiguous() for vector in (sums.mm, sums.mg, sums.trace)),
         located.rows if class_of is None else class_of.contiguous(),
         totals,
@@ -810,6 +812,7 @@ def launch_solve_scaled(
         max(1, -(-most // kernels.SOLVE_BLOCK)),
         located.rows,
         settings.hyper,
+        settings.group_of,
         totals,
         located.rows if skip is None else skip.view(torch.int8),
         coefficients,

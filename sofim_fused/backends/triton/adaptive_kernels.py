@@ -146,11 +146,10 @@ _S_COLUMNS = tl.constexpr(S_COLUMNS)
 # ``A_LENGTH``: by what a sum of s over rows becomes one over elements, if there are no columns. ``A_SUMS_AT``: where
 # its rows begin in ``rows``; ``A_ROW_AT``, ``A_COL_AT``: where its factors do. ``A_SEGMENT``: its first program, of
 # ``A_ROW_SEGMENTS`` for rows and ``A_SEGMENTS`` in all.
-A_STEP, A_GROUP, A_DOUBLE, A_ROW_VAR, A_COL_VAR, A_WHOLE, A_ROWS, A_COLS, A_HEIGHT, A_WIDTH, A_LENGTH = range(11)
-A_SUMS_AT, A_ROW_AT, A_COL_AT, A_ORDER, A_SEGMENT, A_ROW_SEGMENTS, A_SEGMENTS = range(11, 18)
-A_COLUMNS = 18
+A_STEP, A_DOUBLE, A_ROW_VAR, A_COL_VAR, A_WHOLE, A_ROWS, A_COLS, A_HEIGHT, A_WIDTH, A_LENGTH = range(10)
+A_SUMS_AT, A_ROW_AT, A_COL_AT, A_ORDER, A_SEGMENT, A_ROW_SEGMENTS, A_SEGMENTS = range(10, 17)
+A_COLUMNS = 17
 _A_STEP = tl.constexpr(A_STEP)
-_A_GROUP = tl.constexpr(A_GROUP)
 _A_DOUBLE = tl.constexpr(A_DOUBLE)
 _A_ROW_VAR = tl.constexpr(A_ROW_VAR)
 _A_COL_VAR = tl.constexpr(A_COL_VAR)
@@ -336,8 +335,8 @@ def _entered(address, at, mask, double, total, size, beta2, gain, go):
 # Vectors that are parts of larger ones may begin at any multiple of 8 bytes.
 @triton.jit(do_not_specialize=["tensors"], do_not_specialize_on_alignment=["totals", "rows", "cols", "square"])
 def adapt(
-    table, segments, hyper, totals, rows, cols, square, grad_scale, found_inf, row_factors, col_factors, rows32,
-    cols32, numbers, sums, counters, outcome, skipped, limit: tl.float64, tensors,
+    table, segments, hyper, group_of, totals, rows, cols, square, grad_scale, found_inf, row_factors, col_factors,
+    rows32, cols32, numbers, sums, counters, outcome, skipped, limit: tl.float64, tensors,
     HYPERS: tl.constexpr, PERMUTED: tl.constexpr, GUARDED: tl.constexpr, CLIP: tl.constexpr, SCALED: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr, FOUND: tl.constexpr,
 ):  # fmt: skip
@@ -352,7 +351,7 @@ def adapt(
     part = tl.load(segments + program * 3 + 1)
     begin = tl.load(segments + program * 3 + 2)
     row = table + tensor * _A_COLUMNS
-    group = hyper + tl.load(row + _A_GROUP) * HYPERS
+    group = hyper + tl.load(group_of + tensor) * HYPERS
     beta2 = tl.load(group + _BETA2)
     eps = tl.load(group + _EPS)
     gain = tl.full([], 1.0, tl.float64)
@@ -713,15 +712,15 @@ def sweep(
             )  # fmt: skip
 
 
-# The algebra between the sweeps. ``rows`` is [tensors, pack.COLUMNS] with STEP and GROUP, ``hyper`` [groups, HYPERS].
+# The algebra between the sweeps. ``rows`` is [tensors, pack.COLUMNS] with STEP; ``hyper``, [groups, HYPERS], and
+# ``group_of`` are those of :class:`sofim_fused.backends.Settings`.
 
 
 @triton.jit
-def _numerator(rows, hyper, at, mask, NUMERATOR: tl.constexpr, HYPERS: tl.constexpr):
+def _numerator(rows, hyper, group_of, at, mask, NUMERATOR: tl.constexpr, HYPERS: tl.constexpr):
     """Of tensors: the group, the step count, the bias correction, and v as factors of the new moment and of g."""
-    row = rows + at * _PACKED
-    group = hyper + tl.load(row + _GROUP, mask=mask, other=0) * HYPERS
-    steps = tl.load(row + _STEP, mask=mask, other=0).to(tl.pointer_type(tl.int64))
+    group = hyper + tl.load(group_of + at, mask=mask, other=0) * HYPERS
+    steps = tl.load(rows + at * _PACKED + _STEP, mask=mask, other=0).to(tl.pointer_type(tl.int64))
     beta = tl.load(group + _MOMENTUM, mask=mask, other=0.0)
     correction = _correction(beta, tl.load(steps, mask=mask, other=0) + 1)
     sign = tl.load(group + _SIGN, mask=mask, other=0.0)
@@ -740,13 +739,13 @@ def _numerator(rows, hyper, at, mask, NUMERATOR: tl.constexpr, HYPERS: tl.conste
 
 @triton.jit
 def _parts(
-    rows, hyper, mm, mg, trace, class_of, which, at, mask,
+    rows, hyper, group_of, mm, mg, trace, class_of, which, at, mask,
     NUMERATOR: tl.constexpr, CLASSES: tl.constexpr, HYPERS: tl.constexpr,
 ):  # fmt: skip
     """What tensors add to T, Q, P and m̂ᵀD⁻¹m̂ of their Fisher block."""
     if CLASSES:
         mask = mask & (tl.load(class_of + at, mask=mask, other=-1) == which)
-    group, _, correction, by_moment, by_gradient = _numerator(rows, hyper, at, mask, NUMERATOR, HYPERS)
+    group, _, correction, by_moment, by_gradient = _numerator(rows, hyper, group_of, at, mask, NUMERATOR, HYPERS)
     rho = tl.load(group + _RHO, mask=mask, other=1.0)
     t = tl.load(trace + at, mask=mask, other=0.0)
     a = tl.load(mm + at, mask=mask, other=0.0)
@@ -761,7 +760,7 @@ def _parts(
 
 @triton.jit(do_not_specialize=["tensors", "blocks"])
 def fold_scaled(
-    rows, bounds, hyper, mm, mg, trace, class_of, totals, tensors, blocks,
+    rows, bounds, hyper, group_of, mm, mg, trace, class_of, totals, tensors, blocks,
     NUMERATOR: tl.constexpr, PER_TENSOR: tl.constexpr, CLASSES: tl.constexpr, HYPERS: tl.constexpr,
 ):  # fmt: skip
     """From sums to totals per Fisher block, float64 ``[classes, 4, blocks]``: one program per class of tensors."""
@@ -773,7 +772,7 @@ def fold_scaled(
             at = (start + lanes).to(tl.int64)
             mask = at < tensors
             t, square, cross, plain = _parts(
-                rows, hyper, mm, mg, trace, class_of, which, at, mask, NUMERATOR, CLASSES, HYPERS
+                rows, hyper, group_of, mm, mg, trace, class_of, which, at, mask, NUMERATOR, CLASSES, HYPERS
             )
             tl.store(out + at, t, mask=mask)
             tl.store(out + blocks + at, square, mask=mask)
@@ -787,7 +786,7 @@ def fold_scaled(
             for start in range(tl.load(bounds + block), end, _SOLVE_BLOCK):
                 at = (start + lanes).to(tl.int64)
                 a, b, c, d = _parts(
-                    rows, hyper, mm, mg, trace, class_of, which, at, at < end, NUMERATOR, CLASSES, HYPERS
+                    rows, hyper, group_of, mm, mg, trace, class_of, which, at, at < end, NUMERATOR, CLASSES, HYPERS
                 )
                 t += a
                 square += b
@@ -801,7 +800,7 @@ def fold_scaled(
 
 @triton.jit(do_not_specialize=["tensors", "blocks"])
 def solve_scaled(
-    rows, hyper, totals, skipped, coefs, signal, tensors, blocks,
+    rows, hyper, group_of, totals, skipped, coefs, signal, tensors, blocks,
     NUMERATOR: tl.constexpr, RANK_ONE: tl.constexpr, FISHER: tl.constexpr, SKIP: tl.constexpr, HYPERS: tl.constexpr,
 ):  # fmt: skip
     """From totals to coefficients, float64 ``[COEFFICIENTS, tensors]``: one program per ``SOLVE_BLOCK`` tensors.
@@ -811,12 +810,12 @@ def solve_scaled(
     """
     at = (tl.program_id(0) * _SOLVE_BLOCK + tl.arange(0, _SOLVE_BLOCK)).to(tl.int64)
     mask = at < tensors
-    group, steps, correction, by_moment, by_gradient = _numerator(rows, hyper, at, mask, NUMERATOR, HYPERS)
+    group, steps, correction, by_moment, by_gradient = _numerator(rows, hyper, group_of, at, mask, NUMERATOR, HYPERS)
     lr = tl.load(group + _LR, mask=mask, other=0.0)
     if RANK_ONE:
         block = tl.zeros_like(at)
         if FISHER == _BY_GROUP:
-            block = tl.load(rows + at * _PACKED + _GROUP, mask=mask, other=0)
+            block = tl.load(group_of + at, mask=mask, other=0)
         elif FISHER == _BY_PARAMETER:
             block = at
         trace = tl.load(totals + block, mask=mask, other=1.0)
