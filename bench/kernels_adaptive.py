@@ -140,7 +140,7 @@ def launch(case: AdaptiveCase, spy: SimpleNamespace, hip: bool) -> float:
 
 def slots_of(shape: tuple[int, int]) -> float:
     """Bytes per parameter that ``squares`` takes for the sums of tiles of a matrix."""
-    return _plan(adaptive_kernels(), shape, torch.float32).slots * 8 / max(shape[0] * shape[1], 1)
+    return _plan(adaptive_kernels(), shape, torch.float32).slots * 8 / (shape[0] * shape[1])
 
 
 def _squares(case: AdaptiveCase, spy: SimpleNamespace) -> float:
