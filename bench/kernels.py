@@ -443,7 +443,7 @@ def examined_adaptive(case: AdaptiveCase, label: str, target: str) -> Row:
     sweep = case.what == kernels_adaptive.SWEEP
     source = importlib.import_module("sofim_fused.backends.triton.kernels") if sweep else adaptive
     accesses, instructions = hot_path(text, _full_lines(source))
-    per_element = warps * (32 if nvidia else 64) / kernels_adaptive.elements(case)
+    per_element = warps * (32 if nvidia else 64) / kernels_adaptive.elements(case, hip=not nvidia)
     row.read, row.written, row.widths = _moved(accesses, per_element)
     row.instructions = instructions * per_element if nvidia and sweep else None
     unaligned = case.config is not None and case.config.kinds[0] & pack.UNALIGNED

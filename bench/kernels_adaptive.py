@@ -91,11 +91,11 @@ def table_bytes(case: AdaptiveCase) -> tuple[int, int]:
     }[case.config.which]
 
 
-def elements(case: AdaptiveCase) -> int:
-    """How many elements a program takes at once."""
+def elements(case: AdaptiveCase, hip: bool) -> int:
+    """How many elements the code of a program takes: AMD's compiler repeats it for each piece of a tile."""
     k = adaptive_kernels()
-    height, width, _ = k.SHAPES[case.shape]
-    return int(k.TILE if case.what == SWEEP else height * width)
+    height, width, pieces = k.SHAPES[case.shape]
+    return int(k.TILE if case.what == SWEEP else height * width * (pieces if hip else 1))
 
 
 def launch(case: AdaptiveCase, spy: SimpleNamespace, hip: bool) -> float:
