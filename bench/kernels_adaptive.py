@@ -9,9 +9,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from sofim_fused.backends import GuardSettings, ScaledSums, Settings, Squares, StepTensors, Variance
+from sofim_fused.backends import GuardSettings, ScaledSums, Settings, Squares
 from sofim_fused.backends.interface import Scales
 from sofim_fused.backends.triton import adaptive, pack
 from sofim_fused.backends.triton.workspace import Located, Workspace
@@ -131,7 +130,7 @@ def launch(case: AdaptiveCase, spy: SimpleNamespace, hip: bool) -> float:
         blocks, coefficients = some[0] if case.most else None, torch.ones(3, 2, dtype=torch.float64)
         adaptive.launch_solve_scaled(spy, located, settings, blocks, skip, coefficients, ones)  # type: ignore[arg-type]
     else:
-        plan: Any = adaptive.AdaptPlan(spy, _tensors([], []), [], (), [])  # type: ignore[arg-type]
+        plan: Any = adaptive.AdaptPlan(spy, torch.device("cpu"), [], [], [])  # type: ignore[arg-type]
         plan.permuted = case.most
         guard = GuardSettings(1.0, torch.ones(()), torch.zeros(()), True) if case.most else None
         adaptive.launch_adapt(spy, plan, settings, Squares(ones, ones, ones), guard, ones)  # type: ignore[arg-type]
@@ -152,16 +151,7 @@ def _squares(case: AdaptiveCase, spy: SimpleNamespace) -> float:
 
 
 def _plan(kernels: Any, shape: tuple[int, int], dtype: torch.dtype) -> adaptive.SquaresPlan:
-    g = torch.empty(shape, dtype=dtype)
-    variance = Variance(torch.empty(shape[0]), torch.empty(shape[1]), None, shape)
-    tensors = _tensors([g], [variance])
-    plan = adaptive.SquaresPlan(kernels, tensors, adaptive.Matrices(tensors), [None])
-    plan.load([g])
+    matrix = adaptive.Matrix(*shape, by_row=True, by_col=True, columns=None, type=pack.TYPES[dtype], aligned=True)
+    plan = adaptive.SquaresPlan(kernels, torch.device("cpu"), [matrix], [None])
+    plan.load(torch.zeros(1, dtype=torch.int64))
     return plan
-
-
-def _tensors(grads: list[Tensor], variances: list[Variance]) -> StepTensors:
-    return StepTensors(
-        torch.device("cpu"), grads, grads, grads, [None] * len(grads), [torch.tensor(1) for _ in grads],
-        list(range(len(grads))), variances,
-    )  # fmt: skip

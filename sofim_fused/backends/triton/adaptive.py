@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,8 +64,9 @@ class TritonAdaptive(TorchAdaptivePasses):
             plan = self._squares_plan
             if plan is None or plan.key != made.key:
                 orders = [self._order(tensors.device, each.columns) for each in made.placed]
-                plan = self._squares_plan = SquaresPlan(k, tensors, made, orders)
-            plan.load(made.grads)
+                plan = self._squares_plan = SquaresPlan(k, tensors.device, made.placed, orders)
+            addressed = list(map(addresses.address, made.grads))
+            plan.load(torch.tensor(addressed, dtype=torch.int64, device="cpu"))
             launch_squares(k, plan)
         return plan.squares()
 
@@ -84,17 +85,18 @@ class TritonAdaptive(TorchAdaptivePasses):
         with device_scope(tensors.device):
             copies: list[tuple[Tensor, Tensor]] = []
             variances = [_dense_means(variance, copies) for variance in tensors.variances]
+            means = [Means.of(v, w.numel()) for v, w in zip(variances, tensors.params, strict=True)]
+            steps = list(map(addresses.address, tensors.steps))
             plan = self._adapt_plan
-            key = _adapt_key(tensors, variances)
-            if plan is None or plan.key != key:
-                columns = [None if v.col_var is None else columns_of(v.col_var) for v in variances]
-                orders = [self._order(tensors.device, each) for each in columns]
-                plan = self._adapt_plan = AdaptPlan(k, tensors, variances, key, orders)
-            scales, self._narrow, norm = launch_adapt(k, plan, settings, squares, guard, square)
+            if plan is None or plan.key != (tensors.device, tuple(steps), tuple(means)):
+                orders = [self._order(tensors.device, each.columns) for each in means]
+                plan = self._adapt_plan = AdaptPlan(k, tensors.device, steps, means, orders)
+            scales, self._narrow, outcome = launch_adapt(k, plan, settings, squares, guard, square)
             for original, copy in copies:
                 original.copy_(copy)
-        torch.autograd.graph.increment_version(plan.written(tensors.variances))
-        return scales, norm
+        blocks = (x for v in tensors.variances if not v.by_element for x in v[:3] if x is not None)
+        torch.autograd.graph.increment_version(list(blocks))
+        return scales, None if outcome is None else outcome[0]
 
     @untraced
     def accumulate_scaled(self, tensors: StepTensors, decay: Decay, scales: Scales) -> ScaledSums:
@@ -319,11 +321,21 @@ def columns_of(col_var: Tensor) -> Columns:
 # squares
 
 
-class _Matrix(NamedTuple):
-    """A gradient as the matrix of which rows and columns are added up."""
+class Matrix(NamedTuple):
+    """A gradient as the matrix of which rows and columns are added up.
+
+    Attributes:
+        rows, cols: its shape; without ``row_var`` it is a single row.
+        by_row, by_col: whether the sums of rows and columns are asked for, beside that of the tensor.
+        columns: their order, if it may not be the logical one.
+        type: of :data:`pack.TYPES`.
+        aligned: whether each row begins at a multiple of 16 bytes.
+    """
 
     rows: int
     cols: int
+    by_row: bool
+    by_col: bool
     columns: Columns | None
     type: int
     aligned: bool
@@ -340,7 +352,7 @@ class Matrices:
 
     def __init__(self, tensors: StepTensors) -> None:
         self.grads: list[Tensor] = []
-        self.placed: list[_Matrix] = []
+        self.placed: list[Matrix] = []
         for g, variance in zip(tensors.grads, tensors.variances, strict=True):
             g = g.detach().resolve_neg()
             if not pack.dense(g):
@@ -355,9 +367,9 @@ class Matrices:
             pitched = 0 if rows == 1 else cols * g.element_size()
             aligned = not (addresses.address(g) | pitched) & 15
             self.grads.append(g)
-            self.placed.append(_Matrix(rows, cols, columns, pack.TYPES[g.dtype], aligned))
-        rows_of = (variance.row_var is not None for variance in tensors.variances)
-        self.key = (tensors.device, tuple(self.placed), tuple(rows_of))
+            by_row, by_col = variance.row_var is not None, variance.col_var is not None
+            self.placed.append(Matrix(rows, cols, by_row, by_col, columns, pack.TYPES[g.dtype], aligned))
+        self.key = (tensors.device, tuple(self.placed))
 
 
 class _Tiles(NamedTuple):
@@ -383,25 +395,28 @@ class SquaresPlan:
 
     Args:
         kernels: :mod:`sofim_fused.backends.triton.adaptive_kernels`.
-        tensors: of the step; only their number and kinds of variances are used.
-        made: their gradients.
-        orders: of each, the order of columns.
+        device: of the gradients.
+        matrices: the gradients.
+        orders: of each, the order of columns (int32 on the device), or ``None``.
 
     Attributes:
         slots: how many float64 slots there are, beside the sums.
     """
 
     def __init__(
-        self, kernels: ModuleType, tensors: StepTensors, made: Matrices, orders: Sequence[Tensor | None]
+        self,
+        kernels: ModuleType,
+        device: torch.device,
+        matrices: Sequence[Matrix],
+        orders: Sequence[Tensor | None],
     ) -> None:
         k = kernels
-        self.key = made.key
-        self.device = tensors.device
-        self.n = n = len(tensors)
+        self.key = (device, tuple(matrices))
+        self.device = device
+        self.n = n = len(matrices)
         self._orders = orders  # kept alive
-        with_rows = [variance.row_var is not None for variance in tensors.variances]
-        self.rows = sum(m.rows for m, has in zip(made.placed, with_rows, strict=True) if has)
-        self.cols = sum(m.cols for m in made.placed if m.columns is not None)
+        self.rows = sum(m.rows for m in matrices if m.by_row)
+        self.cols = sum(m.cols for m in matrices if m.by_col)
         # Each part begins at a multiple of 16 bytes.
         self._rows_at = _even(n)
         self._cols_at = self._rows_at + _even(self.rows)
@@ -410,38 +425,38 @@ class SquaresPlan:
         table: list[list[int]] = []
         segments: list[tuple[int, int, int]] = []
         self.launches: dict[_Tiles, _Launch] = {}
-        for i, (m, has, order) in enumerate(zip(made.placed, with_rows, orders, strict=True)):
+        for i, (m, order) in enumerate(zip(matrices, orders, strict=True)):
             height, width, pieces = k.SHAPES[shape := _shape_of(m, k)]
             down, across = -(-m.rows // (height * pieces)), -(-m.cols // width)
             row = [0] * k.S_COLUMNS
             row[k.S_ROWS], row[k.S_COLS], row[k.S_PITCH] = m.rows, m.cols, m.cols if m.rows > 1 else 0
-            row[k.S_ROW_TO], row[k.S_COL_TO] = row_to if has else i, col_to
+            row[k.S_ROW_TO], row[k.S_COL_TO] = row_to if m.by_row else i, col_to
             row[k.S_ROW_SLOTS], row[k.S_COL_SLOTS] = across, down
             row[k.S_ROW_OUT], row[k.S_COL_OUT] = row[k.S_ROW_TO], row[k.S_COL_TO]
             row[k.S_ORDER] = 0 if order is None else addresses.address(order)
             if across > 1:
                 row[k.S_ROW_OUT], end = end, end + across * m.rows
-            if m.columns is not None and down > 1:
+            if m.by_col and down > 1:
                 row[k.S_COL_OUT], end = end, end + down * m.cols
-            row_to += m.rows if has else 0
-            col_to += 0 if m.columns is None else m.cols
+            row_to += m.rows if m.by_row else 0
+            col_to += m.cols if m.by_col else 0
             row[k.S_SEGMENT] = len(segments)
             if down * across:
-                launch = self.launches.setdefault(_Tiles(m.type, m.aligned, m.columns is not None, shape), _Launch())
+                launch = self.launches.setdefault(_Tiles(m.type, m.aligned, m.by_col, shape), _Launch())
                 launch.tiles.append((i, down * across))
                 launch.permuted = launch.permuted or order is not None
                 few = m.rows <= k.FEW_ROWS
                 part, step = (k.OTHER_PART, 1) if few else (k.ROWS_PART, k.SEGMENT)
                 segments += [(i, part, begin) for begin in range(0, m.rows, step)]
             row[k.S_SEGMENTS] = len(segments) - row[k.S_SEGMENT]
-            if m.columns is not None and down > 1 and across:
+            if m.by_col and down > 1 and across:
                 segments += [(i, k.COLS_PART, begin) for begin in range(0, m.cols, k.SEGMENT)]
             table.append(row)
         self.slots = end - first_slot
         self.permuted = any(launch.permuted for launch in self.launches.values())
         self._size = end
         # Sums that no tile writes are zero.
-        self._empty = any(m.rows * m.cols == 0 for m in made.placed)
+        self._empty = any(m.rows * m.cols == 0 for m in matrices)
         tile_of: list[Tensor] = []
         start = 0
         for launch in self.launches.values():
@@ -466,22 +481,19 @@ class SquaresPlan:
         self.counters = torch.zeros(self.n, dtype=torch.int32, device=device)
         self.out = self.totals
 
-    def load(self, grads: Sequence[Tensor]) -> None:
-        """Set the gradients of this step, and take new memory for their sums."""
-        column = torch.tensor(list(map(addresses.address, grads)), dtype=torch.int64, device="cpu")
-        if not self._sent or not torch.equal(column, self._table[:, self._address]):
-            self._table[:, self._address] = column
+    def load(self, grads: Tensor) -> None:
+        """Set the addresses of this step's gradients, int64 on the CPU, and take new memory for their sums."""
+        if not self._sent or not torch.equal(grads, self._table[:, self._address]):
+            self._table[:, self._address] = grads
             send(self._table, self.table)
             self._sent = True
-        self._grads = grads  # alive until the next step
         self.out = torch.empty(self._size, dtype=torch.float64, device=self.device)
         if self._empty:
             self.out.zero_()
 
     def squares(self) -> Squares:
         """The sums, once the kernels have run."""
-        out, self._grads = self.out, ()
-        self.out = self.totals
+        out, self.out = self.out, self.totals
         return Squares(
             total=out[: self.n],
             rows=out[self._rows_at : self._rows_at + self.rows],
@@ -489,7 +501,7 @@ class SquaresPlan:
         )
 
 
-def _shape_of(matrix: _Matrix, kernels: ModuleType) -> int:
+def _shape_of(matrix: Matrix, kernels: ModuleType) -> int:
     """Which of ``SHAPES`` suits a matrix."""
     if matrix.rows == 1:
         return 0
@@ -549,19 +561,49 @@ def _dense_means(variance: Variance, copies: list[tuple[Tensor, Tensor]]) -> Var
     return variance._replace(**replaced) if replaced else variance
 
 
-def _adapt_key(tensors: StepTensors, variances: Sequence[Variance]) -> tuple[Any, ...]:
-    return (
-        tensors.device,
-        tuple(map(addresses.address, tensors.steps)),
-        tuple(
-            (v.shape, v.by_element, w.numel(), *map(_key_of, (v.row_var, v.col_var, v.variance)))
-            for v, w in zip(variances, tensors.params, strict=True)
-        ),
-    )
+class Means(NamedTuple):
+    """The running means of one tensor over blocks; of one whose elements have their own variances, there are none.
 
+    Attributes:
+        row_var: the address of ``row_var``, or of a 0-dimensional ``variance``, which counts as one row.
+        col_var: the address of ``col_var``, or 0.
+        double: whether they are float64.
+        whole: whether the row is the tensor.
+        rows, cols: how many there are.
+        shape: over how many elements a mean of a column, and of a row, is taken.
+        length: by what a sum of s over rows becomes one over elements, if there are no columns.
+        columns: the order of columns, if it may not be the logical one.
+    """
 
-def _key_of(x: Tensor | None) -> tuple[Any, ...] | None:
-    return None if x is None else (addresses.address(x), tuple(x.shape), x.stride(), x.dtype)
+    row_var: int
+    col_var: int
+    double: bool
+    whole: bool
+    rows: int
+    cols: int
+    shape: tuple[int, int]
+    length: int
+    columns: Columns | None
+
+    @classmethod
+    def of(cls, variance: Variance, numel: int) -> Means:
+        """Those of a tensor of ``numel`` elements, which are dense."""
+        means = variance.variance if variance.row_var is None else variance.row_var
+        assert means is not None
+        if variance.by_element:
+            return cls(0, 0, False, False, 0, 0, (1, 1), 1, None)
+        cols = variance.col_var
+        return cls(
+            addresses.address(means),
+            0 if cols is None or not cols.numel() else addresses.address(cols),
+            means.dtype == torch.float64,
+            variance.row_var is None,
+            means.numel(),
+            0 if cols is None else cols.numel(),
+            variance.shape,
+            numel // max(means.numel(), 1),
+            None if cols is None else columns_of(cols),
+        )
 
 
 class AdaptPlan:
@@ -569,57 +611,49 @@ class AdaptPlan:
 
     Args:
         kernels: :mod:`sofim_fused.backends.triton.adaptive_kernels`.
-        tensors: of the step.
-        variances: theirs; running means over blocks are dense.
-        key: of all these.
-        orders: of each ``col_var``, the order of its elements.
+        device: of the tensors.
+        steps: the addresses of step counts.
+        means: the running means.
+        orders: of each, the order of columns (int32 on the device), or ``None``.
     """
 
     def __init__(
         self,
         kernels: ModuleType,
-        tensors: StepTensors,
-        variances: Sequence[Variance],
-        key: tuple[Any, ...],
+        device: torch.device,
+        steps: Sequence[int],
+        means: Sequence[Means],
         orders: Sequence[Tensor | None],
     ) -> None:
         k = kernels
-        self.key = key
-        self.n = len(tensors)
+        self.key = device, tuple(steps), tuple(means)
+        self.n = len(means)
         self._orders = orders  # kept alive
         self.permuted = any(order is not None for order in orders)
         table: list[list[int]] = []
         segments: list[tuple[int, int, int]] = []
         sums_at = row_at = col_at = 0
-        for i, (v, step, order) in enumerate(zip(variances, tensors.steps, orders, strict=True)):
+        for i, (m, step, order) in enumerate(zip(means, steps, orders, strict=True)):
             row = [0] * k.A_COLUMNS
-            row[k.A_STEP] = addresses.address(step)
+            row[k.A_STEP], row[k.A_DOUBLE], row[k.A_WHOLE] = step, int(m.double), int(m.whole)
+            row[k.A_ROW_VAR], row[k.A_COL_VAR] = m.row_var, m.col_var
+            row[k.A_ROWS], row[k.A_COLS], row[k.A_LENGTH] = m.rows, m.cols, m.length
+            row[k.A_HEIGHT], row[k.A_WIDTH] = m.shape
+            row[k.A_SUMS_AT], row[k.A_ROW_AT], row[k.A_COL_AT] = sums_at, row_at, col_at
+            row[k.A_ORDER] = 0 if order is None else addresses.address(order)
             row[k.A_SEGMENT] = len(segments)
-            numel = tensors.params[i].numel()
-            means = v.row_var if v.row_var is not None else v.variance
-            if not v.by_element:
-                assert means is not None
-                row[k.A_DOUBLE] = int(means.dtype == torch.float64)
-                row[k.A_ROW_VAR], row[k.A_WHOLE] = addresses.address(means), int(v.row_var is None)
-                row[k.A_ROWS] = means.numel()
-                row[k.A_HEIGHT], row[k.A_WIDTH] = v.shape
-                row[k.A_LENGTH] = numel // max(means.numel(), 1)
-                row[k.A_SUMS_AT], row[k.A_ROW_AT], row[k.A_COL_AT] = sums_at, row_at, col_at
-                segments += [(i, k.ROWS_PART, begin) for begin in range(0, means.numel(), k.ADAPTED)]
-                row_at += means.numel()
-                sums_at += 0 if v.row_var is None else means.numel()
+            segments += [(i, k.ROWS_PART, begin) for begin in range(0, m.rows, k.ADAPTED)]
             row[k.A_ROW_SEGMENTS] = len(segments) - row[k.A_SEGMENT]
-            if v.col_var is not None and v.col_var.numel():
-                row[k.A_COL_VAR], row[k.A_COLS] = addresses.address(v.col_var), v.col_var.numel()
-                row[k.A_ORDER] = 0 if order is None else addresses.address(order)
-                segments += [(i, k.COLS_PART, begin) for begin in range(0, v.col_var.numel(), k.ADAPTED)]
-                col_at += v.col_var.numel()
+            segments += [(i, k.COLS_PART, begin) for begin in range(0, m.cols, k.ADAPTED)]
             if len(segments) == row[k.A_SEGMENT]:
                 segments.append((i, k.OTHER_PART, 0))
             row[k.A_SEGMENTS] = len(segments) - row[k.A_SEGMENT]
+            row_at += m.rows
+            sums_at += 0 if m.whole else m.rows
+            col_at += m.cols
             table.append(row)
         self.rows, self.cols = row_at, col_at
-        self._make(tensors.device, _table(table, k.A_COLUMNS), _table(segments, 3))
+        self._make(device, _table(table, k.A_COLUMNS), _table(segments, 3))
 
     @torch.inference_mode(False)  # otherwise no later step could write to it
     def _make(self, device: torch.device, table: Tensor, segments: Tensor) -> None:
@@ -627,12 +661,6 @@ class AdaptPlan:
         self.segments = send(segments, torch.empty_like(segments, device=device))
         self.sums = torch.empty(len(segments), dtype=torch.float64, device=device)
         self.counters = torch.zeros(self.n, dtype=torch.int32, device=device)
-
-    @staticmethod
-    def written(variances: Sequence[Variance]) -> list[Tensor]:
-        """The running means that ``adapt`` writes."""
-        means = (x for v in variances if not v.by_element for x in (v.row_var, v.col_var, v.variance))
-        return [x for x in means if x is not None]
 
 
 def launch_adapt(
@@ -642,8 +670,13 @@ def launch_adapt(
     squares: Squares,
     guard: GuardSettings | None,
     square: Tensor | None,
+    extras: Tensor | None = None,
 ) -> tuple[Scales, Factors, Tensor | None]:
-    """Launch ``adapt``; the arguments and results are those of the pass, and the factors in float32."""
+    """Launch ``adapt``; the arguments and results are those of the pass, and the factors in float32.
+
+    ``extras``, float64 ``[2]``, gets the gain and 1 if the step is skipped. In the place of the norm, the result has a
+    float64 vector: the norm, and the bits of an int64, 1 if the step is skipped.
+    """
     hyper = settings.hyper
     rows, cols = hyper.new_empty(plan.rows), hyper.new_empty(plan.cols)
     narrow = Factors(
@@ -653,6 +686,7 @@ def launch_adapt(
     )
     numbers = hyper.new_empty(4, plan.n)
     outcome, skipped = numbers, numbers  # stand-ins: only guarded steps write them
+    extras = hyper.new_empty(kernels.EXTRAS) if extras is None else extras
     scale = found = None
     if guard is not None:
         outcome, skipped = hyper.new_empty(2), hyper.new_empty(1, dtype=torch.int8)
@@ -679,6 +713,7 @@ def launch_adapt(
         plan.sums,
         plan.counters,
         outcome,
+        extras,
         skipped,
         inf if limit is None else float(limit),
         plan.n,
@@ -696,11 +731,11 @@ def launch_adapt(
     scales = Scales(rows=rows, cols=cols, trace=trace, beta2=beta2, eps=eps, root=root)
     if guard is None:
         return scales, narrow, None
-    norm, gain = outcome.unbind()
     scales = scales._replace(
-        gain=gain if guard.has_gain else None, skip=skipped.view(torch.bool)[0] if guard.may_skip else None
+        gain=extras[kernels.GAIN] if guard.has_gain else None,
+        skip=skipped.view(torch.bool)[0] if guard.may_skip else None,
     )
-    return scales, narrow, norm
+    return scales, narrow, outcome
 
 
 # The sweeps, and the algebra between them

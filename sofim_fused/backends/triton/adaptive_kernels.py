@@ -58,6 +58,7 @@ TILE = 2048  # elements; with those of other sweeps, places of factors would tak
 NUM_WARPS = kernels.NUM_WARPS
 SOLVE_BLOCK = kernels.SOLVE_BLOCK
 SUMS, COEFFICIENTS, EXTRAS = kernels.SUMS, kernels.COEFFICIENTS, kernels.EXTRAS
+GAIN = 0  # of the extras
 LIMIT, GRAD_SCALE, SKIP_NONFINITE = kernels.LIMIT, kernels.GRAD_SCALE, kernels.SKIP_NONFINITE
 ACCUMULATE, APPLY, COMMIT = kernels.ACCUMULATE, kernels.APPLY, kernels.COMMIT
 MODEL, GROUP, PARAMETER = kernels.MODEL, kernels.GROUP, kernels.PARAMETER
@@ -336,7 +337,7 @@ def _entered(address, at, mask, double, total, size, beta2, gain, go):
 @triton.jit(do_not_specialize=["tensors"], do_not_specialize_on_alignment=["totals", "rows", "cols", "square"])
 def adapt(
     table, segments, hyper, group_of, totals, rows, cols, square, grad_scale, found_inf, row_factors, col_factors,
-    rows32, cols32, numbers, sums, counters, outcome, skipped, limit: tl.float64, tensors,
+    rows32, cols32, numbers, sums, counters, outcome, extras, skipped, limit: tl.float64, tensors,
     HYPERS: tl.constexpr, PERMUTED: tl.constexpr, GUARDED: tl.constexpr, CLIP: tl.constexpr, SCALED: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr, FOUND: tl.constexpr,
 ):  # fmt: skip
@@ -344,7 +345,9 @@ def adapt(
 
     ``totals``, ``rows`` and ``cols`` are those of :class:`sofim_fused.backends.Squares`. ``numbers``, float64
     ``[4, tensors]``, gets Σs, beta2, eps and the root of the bias correction. ``sums``, float64 ``[programs]``, is used
-    between the programs of a tensor. ``square``, ``outcome``, ``skipped`` and the rest are as in ``kernels.solve``.
+    between the programs of a tensor. ``outcome``, float64 ``[2]``, gets the norm and, as an int64, 1 if the step is
+    skipped; ``extras``, float64 ``[EXTRAS]``, the gain and the same; ``skipped``, int8 ``[1]``, the same. The rest is
+    as in ``kernels.solve``.
     """
     program = tl.program_id(0)
     tensor = tl.load(segments + program * 3)
@@ -369,7 +372,9 @@ def adapt(
         )  # fmt: skip
         if program == 0:
             tl.store(outcome, norm)
-            tl.store(outcome + 1, gain)
+            tl.store((outcome + 1).to(tl.pointer_type(tl.int64)), skip.to(tl.int64))
+            tl.store(extras + _GAIN, gain)
+            tl.store(extras + _SKIP, skip)
             tl.store(skipped, skip.to(tl.int8))
     go = skip == 0.0
     update = tl.load(tl.load(row + _A_STEP).to(tl.pointer_type(tl.int64))) + 1
