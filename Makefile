@@ -19,7 +19,7 @@ LESSER_SETS := avx2 default
 # One instruction set is enough for builds that test something else.
 ONE_SET = SOFIM_INSTRUCTION_SETS=$$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo avx2 || echo default)
 # What kernels compute, wherever they run. Edited groups and gradients are the host's concern, and slow in the interpreter.
-KERNEL_TESTS := tests/step/test_matrix.py tests/step/test_amp.py tests/step/test_torch_modes.py \
+KERNEL_TESTS := tests/step/test_matrix.py tests/step/test_adaptive.py tests/step/test_amp.py tests/step/test_torch_modes.py \
     tests/backends/test_passes.py tests/backends/test_shared_memory.py \
     $(filter-out %_changes.py %_edits.py,$(wildcard tests/in_backward/test_*.py))
 INTERPRETER_TESTS := $(KERNEL_TESTS) $(wildcard tests/backends/test_triton*.py) tests/backends/test_solve.py
@@ -43,7 +43,7 @@ SPREAD = $(if $(filter 1,$(JOBS)),,-n $(JOBS) --dist worksteal)
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo      train LeNet-5 on real images with SOFIM and with SGD-momentum"
+	@echo "make demo      train LeNet-5 on real images with SOFIM, SGD-momentum and AdaSOFIM"
 	@echo "make test      run the tests; ARGS='-k guarded -x' passes arguments to pytest"
 	@echo "make lint      check style (make format: repair it)"
 	@echo "make types     check types"

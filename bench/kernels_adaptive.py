@@ -114,10 +114,9 @@ def launch(case: AdaptiveCase, spy: SimpleNamespace, hip: bool) -> float:
         hyper=torch.ones(1, 8, dtype=torch.float64),
         sizes=[2],
         fisher=0 if case.most else 2,
-        gradient_form=False,
+        numerator=2 if case.most else 0,
         group_of=torch.zeros(2, dtype=torch.int64),
         scales_weight=True,
-        numerator=2 if case.most else 0,
     )
     steps = [torch.tensor(1), torch.tensor(1)]
     located: Any = Located(torch.device("cpu"), steps, [2], False)

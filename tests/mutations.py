@@ -77,6 +77,14 @@ MUTATIONS = [
         ("ARGS=-x -k 'reference and gradient' tests/step/test_matrix.py",),
     ),
     Mutation(
+        "test",
+        "sofim_fused/backends/solve.py",
+        "return hyper.momentum / later, (1 - hyper.momentum) / later",
+        "return hyper.momentum * correction, (1 - hyper.momentum) / later",
+        r"FAILED tests/step/test_matrix\.py::test_follows_the_oracle",
+        ("ARGS=-x -k 'reference and nesterov' tests/step/test_matrix.py",),
+    ),
+    Mutation(
         "convergence",
         "bench/convergence/nystrom.py",
         'alpha=-group["lr"] / rho)',
@@ -107,6 +115,22 @@ MUTATIONS = [
         "at[sum] = fma(a, b, -at[sum]);",
         r"FAILED tests/step/test_matrix\.py",
         ("EMULATED_TESTS=tests/step/test_matrix.py", "ARGS=-x -k test_follows_the_oracle"),
+    ),
+    Mutation(
+        "interpreter",
+        "sofim_fused/backends/triton/kernels.py",
+        "return momentum / later, (1.0 - momentum) / later",
+        "return momentum / later, (1.0 - momentum) * correction",
+        r"FAILED tests/step/test_matrix\.py",
+        ("INTERPRETER_TESTS=tests/step/test_matrix.py", "ARGS=-x -k 'test_follows_the_oracle and nesterov'"),
+    ),
+    Mutation(
+        "emulated",
+        "csrc/step/solve.h",
+        "by_gradient = (1.0 - momentum) / later;",
+        "by_gradient = (1.0 - momentum) * correction;",
+        r"FAILED tests/step/test_matrix\.py",
+        ("EMULATED_TESTS=tests/step/test_matrix.py", "ARGS=-x -k 'test_follows_the_oracle and nesterov'"),
     ),
     Mutation(
         "cuda-syntax",

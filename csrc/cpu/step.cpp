@@ -75,13 +75,13 @@ void Step::plain_step() {
   find_corrections();
   Mode mode;
   mode.weights = param_groups_.l2();
-  mode.cross = options().gradient_form;
+  mode.cross = options().reads_gradient();
   tensors_.key_random_bits(1);
   tensors_.bump_moments();
   const auto products = run_pass(Pass::accumulate, tensors_.records(), tensors_.tiling(), mode, scratch_);
   solve(fold<PlainBlock>(products));
   tensors_.bump_weights();
-  mode.gradient = options().gradient_form;
+  mode.gradient = options().reads_gradient();
   run_pass(Pass::apply, tensors_.records(), tensors_.tiling(), mode, scratch_);
   tensors_.write_back(true, true);
   tensors_.advance();
@@ -103,7 +103,7 @@ void Step::guarded_step() {
   tensors_.key_random_bits(1);
   tensors_.bump_moments();
   tensors_.bump_weights();
-  mode.gradient = options().gradient_form;
+  mode.gradient = options().reads_gradient();
   mode.scaled = guard_.gain != 1.0;
   mode.gain = guard_.gain;
   run_pass(Pass::commit, tensors_.records(), tensors_.tiling(), mode, scratch_);
@@ -128,7 +128,7 @@ template <class Block>
 std::vector<Block> Step::fold(const std::vector<Products>& products) const {
   std::vector<Block> blocks(fisher_blocks(options().fisher, param_groups_.groups().size(), tensors_.size()));
   for (size_t i = 0; i < tensors_.size(); ++i) {
-    blocks[block_of(i)].add(param_groups_.hyper(i), corrections_[i], products[i]);
+    blocks[block_of(i)].add(param_groups_.hyper(i), corrections_[i], products[i], options().numerator);
   }
   return blocks;
 }
@@ -137,7 +137,7 @@ std::vector<Block> Step::fold(const std::vector<Products>& products) const {
 void Step::solve(const std::vector<PlainBlock>& blocks) {
   for (size_t i = 0; i < tensors_.size(); ++i) {
     tensors_.record(i).update =
-        sherman_morrison(param_groups_.hyper(i), corrections_[i], blocks[block_of(i)], options().gradient_form);
+        sherman_morrison(param_groups_.hyper(i), corrections_[i], blocks[block_of(i)], options().numerator);
   }
 }
 
@@ -172,7 +172,8 @@ bool Step::take(PyObject* param, PyObject* state, size_t group, int64_t ordinal,
   if (busy_ || modes_are_set()) return false;
   const Busy busy(*this);
   if (!hook_groups_.read_one(param, state, group, ordinal)) return false;
-  if (hook_groups_.options().gradient_form && is_narrow(hook_groups_.tensors().records()[0].w_type)) return false;
+  const Numerator numerator = hook_groups_.options().numerator;
+  if (reads_gradient(numerator) && is_narrow(hook_groups_.tensors().records()[0].w_type)) return false;
   const at::Tensor& grad = gradient_of(param);
   if (!parts_ && grad.storage().nbytes() > grad.nbytes()) return false;
   const size_t place = static_cast<size_t>(ordinal);
@@ -186,8 +187,12 @@ bool Step::take(PyObject* param, PyObject* state, size_t group, int64_t ordinal,
   if (again) row.decay = {1.0, row.decay.g, 0.0};
   Mode mode;
   mode.weights = row.decay.w != 0.0;
-  mode.cross = mode.gradient = hook_groups_.options().gradient_form;
-  if (mode.gradient) row.update = gradient_part(hook_groups_.hyper(0));
+  mode.cross = mode.gradient = reads_gradient(numerator);
+  if (mode.gradient) {
+    const Hyper& hyper = hook_groups_.hyper(0);
+    const bool ahead = numerator == Numerator::nesterov;
+    row.update = gradient_part(hyper, ahead ? bias_correction(hyper.momentum, tensors.updates(0) + 1) : 1.0, numerator);
+  }
   unlocked(hook_groups_, [&] {
     tensors.key_random_bits(1);
     tensors.bump_moments();
@@ -214,7 +219,7 @@ bool Step::finish(PyObject* groups, PyObject* state, PyObject* current) {
     std::vector<Products> products;
     for (size_t i = 0; i < tensors_.size(); ++i) products.push_back(products_[tensors_.ordinal(i)]);
     solve(fold<PlainBlock>(products));
-    for (size_t i = 0; i < tensors_.size() && options().gradient_form; ++i) {  // take() applied the other terms
+    for (size_t i = 0; i < tensors_.size() && options().reads_gradient(); ++i) {  // take() applied the other terms
       tensors_.record(i).update = {1.0, 0.0, tensors_.record(i).update.moment};
     }
     tensors_.bump_weights();

@@ -40,8 +40,8 @@ class Step {
   void mark(PyObject* param, size_t ordinal);
   // Whether a parameter's gradient is the recorded one, as far as can be seen.
   bool fits(PyObject* param, size_t ordinal) const;
-  // Adds one gradient to its moment; in the gradient form, also updates the weight by the part of the step that is
-  // already known. `again`: this parameter had another gradient taken in this step; they add up.
+  // Adds one gradient to its moment; if the step has a term in the gradient, also updates the weight by it. `again`: this
+  // parameter had another gradient taken in this step; they add up.
   bool take(PyObject* param, PyObject* state, size_t group, int64_t ordinal, bool again);
   // The sums of a parameter whose gradient was taken (mg and mw only if they are needed), else nullptr.
   const Products* sums_of(size_t ordinal) const;

@@ -46,11 +46,11 @@ struct Tensors {
   __device__ uint32_t fisher_blocks() const {
     return sofim::fisher_blocks(task.fisher, task.group_count, task.tensors);
   }
-  // How many numbers a Fisher block has: those of P are last, and only the gradient form has them.
+  // How many numbers a Fisher block has: those of P are last, and only where the gradient is read.
   template <class Block>
   __device__ uint32_t numbers() const {
     constexpr uint32_t all = sizeof(Block) / sizeof(double);
-    return task.gradient_form ? all : std::is_same_v<Block, PlainBlock> ? 1 : 6;
+    return reads_gradient(task.numerator) ? all : std::is_same_v<Block, PlainBlock> ? 1 : 6;
   }
   // Calls f with each of a Fisher block's numbers, and with its place in task.blocks.
   template <class Block, class F>
@@ -75,7 +75,7 @@ __device__ void fold_class(const Tensors& tensors, uint32_t which, Shared& share
   const auto part = [&](uint32_t i, Block& block) {
     if (!belongs(i)) return;
     const Hyper& hyper = task.hyper[tensors.group_of(i)];
-    block.add(hyper, tensors.correction(i, hyper), tensors.products(i));
+    block.add(hyper, tensors.correction(i, hyper), tensors.products(i), task.numerator);
   };
   const auto set = [&](Block& block, uint32_t at) {
     tensors.each_place(block, which, at, [](double x, double& place) { place = x; });
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads) solve(const __grid_constant__ Argume
   const PlainBlock block = task.is_guarded ? block_at<GuardedBlock>(tensors, at, guard.gain)
                                            : block_at<PlainBlock>(tensors, at, guard.gain);
   const Hyper& hyper = task.hyper[group];
-  const Update update = sherman_morrison(hyper, tensors.correction(i, hyper), block, task.gradient_form);
+  const Update update = sherman_morrison(hyper, tensors.correction(i, hyper), block, task.numerator);
   task.coefficients[i] = update.weight;
   task.coefficients[static_cast<size_t>(task.tensors) + i] = update.gradient;
   task.coefficients[2 * static_cast<size_t>(task.tensors) + i] = update.moment;

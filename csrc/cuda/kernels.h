@@ -66,8 +66,8 @@ struct alignas(16) Task {
   uint32_t tensors, group_count, tiles;
   Finish finish;
   Fisher fisher;
-  bool l2;             // some decay.w is not zero: accumulate, dots and commit read w for it
-  bool gradient_form;  // F⁻¹ is applied to the gradient: w takes the term by_gradient·v
+  bool l2;  // some decay.w is not zero: accumulate, dots and commit read w for it
+  Numerator numerator;
 };
 
 // What the operators fold and solve do (fold.cu). Addresses are in the device's memory.
@@ -84,7 +84,8 @@ struct alignas(16) AlgebraTask {
   GuardInputs guard;
   uint32_t tensors, group_count, classes;
   Fisher fisher;
-  bool gradient_form, is_guarded;
+  Numerator numerator;
+  bool is_guarded;
 };
 
 // What is known about a pass at compile time: each combination selects a kernel.

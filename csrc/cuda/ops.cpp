@@ -149,7 +149,7 @@ void commit(TensorList params, TensorList grads, TensorList exp_avgs, TensorList
   sweep.set_update(moment, weight, gradient);
   sweep.set_guard(gain, skip);
   sweep.task().l2 = decay_weight.has_value();
-  sweep.task().gradient_form = gradient.has_value();
+  sweep.task().numerator = gradient ? Numerator::gradient : Numerator::moment;
   tensors.bump_moments();
   tensors.bump_weights();
   sweep.run(launch_commit);
@@ -161,7 +161,7 @@ class Algebra {
  public:
   // `like`: a tensor on the device where all have to be.
   Algebra(const Tensor& like, TensorList steps, const Tensor& hyper, at::IntArrayRef sizes, int64_t fisher,
-          bool gradient_form, bool guarded)
+          int64_t numerator, bool guarded)
       : device_(like.device()) {
     TORCH_CHECK(device_.type() == kDevice, "sofim_fused: sums on ", kDevice, " are needed, these are on ", device_);
     const auto n = static_cast<int64_t>(steps.size());
@@ -183,7 +183,7 @@ class Algebra {
     task_.group_count = static_cast<uint32_t>(sizes.size());
     task_.hyper = reinterpret_cast<const Hyper*>(doubles("hyper", hyper, {static_cast<int64_t>(sizes.size()), 6}));
     task_.fisher = static_cast<Fisher>(fisher);
-    task_.gradient_form = gradient_form;
+    task_.numerator = numerator_of(numerator);
     task_.is_guarded = guarded;
   }
 
@@ -193,7 +193,10 @@ class Algebra {
     return sofim::fisher_blocks(task_.fisher, task_.group_count, task_.tensors);
   }
   // How many numbers a Fisher block has.
-  int64_t rows() const { return (task_.is_guarded ? 6 : 1) + (task_.gradient_form ? task_.is_guarded ? 3 : 1 : 0); }
+  int64_t rows() const {
+    const int64_t crosses = task_.is_guarded ? 3 : 1;
+    return (task_.is_guarded ? 6 : 1) + (reads_gradient(task_.numerator) ? crosses : 0);
+  }
 
   // The address of a float64 tensor's numbers, made contiguous. It has to be of this shape and on the device.
   const double* doubles(const char* name, const Tensor& x, at::IntArrayRef shape) {
@@ -247,14 +250,14 @@ class Algebra {
 
 std::tuple<Tensor, Tensor> fold(const Tensor& mm, const Vector& mg, const Vector& mw, const Vector& gg,
                                 const Vector& gw, const Vector& ww, TensorList steps, const Tensor& hyper,
-                                at::IntArrayRef sizes, int64_t fisher, bool gradient_form, bool guarded,
+                                at::IntArrayRef sizes, int64_t fisher, int64_t numerator, bool guarded,
                                 const Vector& class_of, int64_t classes) {
-  Algebra algebra(mm, steps, hyper, sizes, fisher, gradient_form, guarded);
+  Algebra algebra(mm, steps, hyper, sizes, fisher, numerator, guarded);
   AlgebraTask& task = algebra.task();
   const int64_t n = algebra.size();
   TORCH_CHECK(classes >= 1 && classes <= std::numeric_limits<int32_t>::max(), "sofim_fused: classes: ", classes,
               ", but one at least is needed");
-  TORCH_CHECK(!gradient_form || guarded || mg, "sofim_fused: mg: the gradient form needs it");
+  TORCH_CHECK(!reads_gradient(task.numerator) || guarded || mg, "sofim_fused: mg: this numerator needs it");
   TORCH_CHECK(!guarded || (mg && gg), "sofim_fused: mg, gg: a guarded step needs both");
   const auto sum = [&](const char* name, const Vector& x) { return x ? algebra.doubles(name, *x, {n}) : nullptr; };
   task.sums[kMM] = algebra.doubles("mm", mm, {n});
@@ -280,10 +283,10 @@ std::tuple<Tensor, Tensor> fold(const Tensor& mm, const Vector& mg, const Vector
 }
 
 std::tuple<Tensor, Tensor> solve(const Tensor& blocks, const Vector& square, TensorList steps, const Tensor& hyper,
-                                 at::IntArrayRef sizes, int64_t fisher, bool gradient_form, bool guarded,
+                                 at::IntArrayRef sizes, int64_t fisher, int64_t numerator, bool guarded,
                                  std::optional<double> max_norm, const Vector& grad_scale, const Vector& found_inf,
                                  bool skip_nonfinite) {
-  Algebra algebra(blocks, steps, hyper, sizes, fisher, gradient_form, guarded);
+  Algebra algebra(blocks, steps, hyper, sizes, fisher, numerator, guarded);
   AlgebraTask& task = algebra.task();
   // solve does not write it; fold, which has the same type of task, does.
   task.blocks = const_cast<double*>(algebra.doubles("blocks", blocks, {algebra.rows(), algebra.fisher_blocks()}));

@@ -68,8 +68,9 @@ __device__ inline Products products_of(const Task& task, uint32_t tensor) {
   const bool guarded = task.finish == Finish::guarded;
   Products p;
   p.mm = sum(kMM);
-  if (guarded || task.gradient_form) p.mg = sum(kMG);
-  if (task.l2 && (guarded || task.gradient_form)) p.mw = sum(kMW);
+  const bool reads = guarded || reads_gradient(task.numerator);
+  if (reads) p.mg = sum(kMG);
+  if (task.l2 && reads) p.mw = sum(kMW);
   if (guarded) p.gg = sum(kGG);
   if (guarded && task.l2) p.gw = sum(kGW);
   if (guarded && task.l2) p.ww = sum(kWW);
@@ -105,7 +106,7 @@ __device__ inline void set_guard(const Task& task, Shared& shared) {
 
 __device__ inline void set_update(
     const Task& task, const Row& row, const Hyper& hyper, uint32_t tensor, const PlainBlock& block, bool skip) {
-  const Update update = sherman_morrison(hyper, task.corrections[tensor], block, task.gradient_form);
+  const Update update = sherman_morrison(hyper, task.corrections[tensor], block, task.numerator);
   task.by_weight[tensor] = update.weight;
   task.by_gradient[tensor] = update.gradient;
   task.by_moment[tensor] = update.moment;
@@ -121,7 +122,7 @@ __device__ void set_updates(
   }
   __syncthreads();
   const auto part = [&](uint32_t i, Block& block) {
-    block.add(hyper_of(groups[rows[i].group]), task.corrections[i], products_of(task, i));
+    block.add(hyper_of(groups[rows[i].group]), task.corrections[i], products_of(task, i), task.numerator);
   };
   const auto set = [&](uint32_t i, const PlainBlock& block) {
     set_update(task, rows[i], hyper_of(groups[rows[i].group]), i, block, skip);

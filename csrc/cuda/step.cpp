@@ -103,11 +103,11 @@ class Step {
       const bool lr = device_scalar.name == DeviceScalar::kLr;
       (lr ? group.lr : group.rho) = on_device(device_scalar.value, lr ? group.lr_double : group.rho_double);
     }
-    packed_.form.gradient = options().gradient_form;
+    packed_.form.gradient = options().reads_gradient();
     Task& task = packed_.task;
     task.l2 = param_groups_.l2();
     task.fisher = options().fisher;
-    task.gradient_form = options().gradient_form;
+    task.numerator = options().numerator;
   }
 
   void set_guard(bool guarded, const OptionalScalar& scale, const OptionalScalar& found) {

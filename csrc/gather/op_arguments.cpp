@@ -20,12 +20,17 @@ const std::array<const char*, 7> schemas = {
     " int[] ordinals, float[] decay_moment, float[] decay_gradient, float[]? decay_weight, Tensor moment,"
     " Tensor? weight, Tensor? gradient, Tensor? gain, Tensor? skip) -> ()",
     "fold(Tensor mm, Tensor? mg, Tensor? mw, Tensor? gg, Tensor? gw, Tensor? ww, Tensor[] steps, Tensor hyper,"
-    " int[] sizes, int fisher, bool gradient_form, bool guarded, Tensor? class_of, int classes)"
+    " int[] sizes, int fisher, int numerator, bool guarded, Tensor? class_of, int classes)"
     " -> (Tensor blocks, Tensor squares)",
     "solve(Tensor blocks, Tensor? square, Tensor(a!)[] steps, Tensor hyper, int[] sizes, int fisher,"
-    " bool gradient_form, bool guarded, float? max_norm, Tensor? grad_scale, Tensor? found_inf, bool skip_nonfinite)"
+    " int numerator, bool guarded, float? max_norm, Tensor? grad_scale, Tensor? found_inf, bool skip_nonfinite)"
     " -> (Tensor coefficients, Tensor guard)",
 };
+
+Numerator numerator_of(int64_t index) {
+  TORCH_CHECK(index >= 0 && index <= 2, "sofim_fused: numerator: 0, 1 or 2 is needed, this is ", index);
+  return static_cast<Numerator>(index);
+}
 
 StepTensors gathered(bool anywhere, TensorList params, TensorList grads, TensorList exp_avgs,
                      std::optional<TensorList> kahans, std::optional<Counts> counts) {

@@ -77,7 +77,7 @@ int PackedStep::fill_whole() {
   std::optional<at::Device> device;
   if (tensors.size() > 0) device = tensors.device();
   const bool same = l2 == l2_ && decoupled == decoupled_ && device == device_ &&
-                    whole.gradient_form == options_.gradient_form && whole.fisher == options_.fisher &&
+                    whole.numerator == options_.numerator && whole.fisher == options_.fisher &&
                     whole.max_grad_norm.has_value() == options_.max_grad_norm.has_value() &&
                     whole.skip_nonfinite == options_.skip_nonfinite;
   l2_ = l2;

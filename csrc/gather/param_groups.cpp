@@ -110,8 +110,15 @@ bool read_whole(PyObject* groups, Options& whole) {
     }
   }
   PyObject* numerator = item(first, n.numerator);
-  whole.gradient_form = is(numerator, "gradient");
-  if (!whole.gradient_form && !is(numerator, "moment")) return false;
+  if (is(numerator, "moment")) {
+    whole.numerator = Numerator::moment;
+  } else if (is(numerator, "gradient")) {
+    whole.numerator = Numerator::gradient;
+  } else if (is(numerator, "nesterov")) {
+    whole.numerator = Numerator::nesterov;
+  } else {
+    return false;
+  }
   PyObject* fisher = item(first, n.fisher);
   if (is(fisher, "model")) {
     whole.fisher = Fisher::model;

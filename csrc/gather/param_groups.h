@@ -23,11 +23,12 @@ PyObject* object_of(const at::Tensor& tensor);
 
 // Settings that all groups share.
 struct Options {
-  bool gradient_form = false;
+  Numerator numerator = Numerator::moment;
   Fisher fisher = Fisher::model;
   std::optional<double> max_grad_norm;
   bool skip_nonfinite = false;
 
+  bool reads_gradient() const { return sofim::reads_gradient(numerator); }
   bool guarded() const { return max_grad_norm || skip_nonfinite; }
 };
 

@@ -154,9 +154,9 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
         return self._new_in_backward()
 
 
-def _fields(settings: Settings) -> tuple[Tensor, list[int], int, bool]:
+def _fields(settings: Settings) -> tuple[Tensor, list[int], int, int]:
     """The settings that the operators take, in their order."""
-    return settings.hyper, settings.sizes, settings.fisher, settings.gradient_form
+    return settings.hyper, settings.sizes, settings.fisher, settings.numerator
 
 
 def _kahans(tensors: StepTensors) -> list[Tensor]:
@@ -195,10 +195,10 @@ def register_fakes(namespace: str) -> None:
 
     @torch.library.register_fake(f"{namespace}::fold")
     def _(  # type: ignore[no-untyped-def]
-        mm, mg, mw, gg, gw, ww, steps, hyper, sizes, fisher, gradient_form, guarded, class_of, classes
+        mm, mg, mw, gg, gw, ww, steps, hyper, sizes, fisher, numerator, guarded, class_of, classes
     ):
         blocks = fisher_blocks(fisher, len(sizes), len(steps))
-        numbers = (6 if guarded else 1) + gradient_form * (3 if guarded else 1)
+        numbers = (6 if guarded else 1) + (numerator != 0) * (3 if guarded else 1)
         return mm.new_empty(classes, numbers, blocks), mm.new_empty(classes)
 
     @torch.library.register_fake(f"{namespace}::solve")

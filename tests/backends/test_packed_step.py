@@ -268,6 +268,7 @@ CHANGES: dict[str, tuple[Callable[[SOFIM], object], int]] = {
     "L2 without decay": (_set_first(decoupled_weight_decay=False), 0),
     "fisher": (_set_all(fisher="parameter"), LAYOUT),
     "numerator": (_set_all(numerator="gradient"), LAYOUT),
+    "another numerator": (_set_all(numerator="nesterov"), LAYOUT),
     "a limit": (_set_all(max_grad_norm=1.0), LAYOUT),
     "skip_nonfinite": (_set_all(skip_nonfinite=True), LAYOUT),
     "a parameter's data": (lambda o: setattr(_first(o), "data", torch.ones(4, 4)), POINTERS),

@@ -243,7 +243,7 @@ def test_running_means_with_gaps_in_memory() -> None:
             hyper=torch.tensor([[0.1, 0.9, 1.0, 0.0, 0.0, 1.0, 0.9, 1e-8]], dtype=torch.float64),
             sizes=[1],
             fisher=0,
-            gradient_form=False,
+            numerator=0,
             group_of=torch.zeros(1, dtype=torch.int64),
             scales_weight=False,
         )

@@ -19,7 +19,6 @@ from torch._compile import _disable_dynamo as untraced
 
 from sofim_fused.backends import addresses
 from sofim_fused.backends.interface import (
-    NUMERATORS,
     Coefficients,
     Decay,
     GuardSettings,
@@ -154,12 +153,7 @@ class TritonAdaptive(TorchAdaptivePasses):
             located = self._located(steps, settings)
             launch_solve_scaled(k, located, settings, blocks, skip, found, signal)
         torch.autograd.graph.increment_version(list(steps))
-        weight, gradient, moment = found.unbind()
-        return Coefficients(
-            moment=moment,
-            weight=weight if settings.scales_weight else None,
-            gradient=None if NUMERATORS[settings.numerator] == "moment" else gradient,
-        ), signal
+        return settings.coefficients(found), signal
 
     def _located(self, steps: Sequence[Tensor], settings: Settings) -> Located:
         raise NotImplementedError

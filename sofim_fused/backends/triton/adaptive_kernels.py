@@ -29,6 +29,7 @@ from sofim_fused.backends.triton.kernels import (
     _COEFFICIENTS,
     _EXTRAS,
     _GAIN,
+    _MOMENT,
     _SKIP,
     _SLOTS,
     _SOLVE_BLOCK,
@@ -43,6 +44,7 @@ from sofim_fused.backends.triton.kernels import (
     _load,
     _load_cg,
     _load_full,
+    _look_ahead,
     _moments,
     _new_moment,
     _store,
@@ -84,9 +86,7 @@ _MM = tl.constexpr(MM)
 _MG = tl.constexpr(MG)
 _TRACE = tl.constexpr(TRACE)
 
-MOMENT, GRADIENT, NESTEROV = range(3)  # as in sofim_fused.backends.NUMERATORS
-_MOMENT = tl.constexpr(MOMENT)
-_GRADIENT = tl.constexpr(GRADIENT)
+_GRADIENT = tl.constexpr(kernels.GRADIENT)
 
 # Columns of a tensor's row in a sweep; those of pack.COLUMNS come first. ``VARIANCES``: the address of each element's
 # variance, in the memory order of m, or 0. Memory holds elements by (columns before dimension 0, rows, columns after
@@ -736,9 +736,8 @@ def _numerator(rows, hyper, group_of, at, mask, NUMERATOR: tl.constexpr, HYPERS:
         by_moment = tl.zeros_like(sign)
         by_gradient = sign
     else:
-        ahead = 1.0 / ((1.0 - beta) + beta / correction)  # 1/(1 - β^(t+1))
-        by_moment = beta * ahead
-        by_gradient = (1.0 - beta) * ahead * sign
+        by_moment, by_gradient = _look_ahead(beta, correction)
+        by_gradient *= sign
     return group, steps, correction, by_moment, by_gradient
 
 

@@ -49,7 +49,7 @@ EVERYTHING = POINTERS | VALUES | LAYOUT
 """What ``PackedStep.gather`` returns: bits for what differs from the last time.
 
 ``POINTERS``: anything in ``rows``. ``VALUES``: anything in ``hyper``, bit for bit. ``LAYOUT``: a column of ``rows``
-that holds no address, the number of groups, the device, ``gradient_form``, ``fisher``, ``skip_nonfinite``, ``l2``,
+that holds no address, the number of groups, the device, ``numerator``, ``fisher``, ``skip_nonfinite``, ``l2``,
 ``decoupled``, or whether there is a ``max_grad_norm``."""
 
 

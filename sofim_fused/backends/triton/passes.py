@@ -82,7 +82,7 @@ class TritonPasses(TritonAdaptive):
         class_of: Tensor | None = None,
         classes: int = 1,
     ) -> tuple[Tensor, Tensor]:
-        config = SolveConfig(settings.fisher, settings.gradient_form, guarded)
+        config = SolveConfig(settings.fisher, settings.numerator, guarded)
         blocks = fisher_blocks(settings.fisher, len(settings.sizes), len(steps))
         totals = settings.hyper.new_empty(classes, config.rows, blocks)
         squares = settings.hyper.new_empty(classes)
@@ -103,7 +103,7 @@ class TritonPasses(TritonAdaptive):
         square: Tensor | None,
     ) -> tuple[Coefficients, Tensor | None, Tensor | None]:
         hyper = settings.hyper
-        config = SolveConfig(settings.fisher, settings.gradient_form, guard is not None)
+        config = SolveConfig(settings.fisher, settings.numerator, guard is not None)
         found = hyper.new_empty(self._kernels.COEFFICIENTS, len(steps))
         asked: dict[str, Any] = {}
         with device_scope(hyper.device):
@@ -154,7 +154,12 @@ class TritonPasses(TritonAdaptive):
             launch_first(
                 k,
                 workspace,
-                KernelConfig(tuple(packed.kinds), first=which, l2=l2, cross=decay.cross and not dots),
+                KernelConfig(
+                    tuple(packed.kinds),
+                    first=which,
+                    l2=l2,
+                    numerator=k.GRADIENT if decay.cross and not dots else k.MOMENT,
+                ),
                 with_step=gradient_step is not None,
             )
             packed.finish(gradient_step is not None, not dots, False)
@@ -172,7 +177,7 @@ class TritonPasses(TritonAdaptive):
                 tuple(packed.kinds),
                 second=which,
                 l2=decay is not None and decay.weight is not None,
-                cross=update.gradient is not None,
+                numerator=self._kernels.MOMENT if update.gradient is None else self._kernels.GRADIENT,
                 clip=update.gain is not None,
                 skip=update.skip is not None,
             )

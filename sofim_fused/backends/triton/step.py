@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from sofim_fused import checks
 from sofim_fused.backends import triton
 from sofim_fused.backends.triton import launch, pack
 from sofim_fused.backends.triton.launch import KernelConfig, capturing, device_scope
@@ -41,7 +42,7 @@ class PackedStep(Protocol):
         scalars: (group, column, tensor) for each ``lr`` and ``rho`` that is a tensor on a device other than the CPU;
             ``hyper`` has NaN there.
         device: of all tensors; ``None`` if there are none.
-        gradient_form, fisher, max_grad_norm, skip_nonfinite: settings of the whole optimizer.
+        numerator, fisher, max_grad_norm, skip_nonfinite: settings of the whole optimizer.
         l2, decoupled: whether some tensor that takes part has a group with such a weight decay.
     """
 
@@ -52,7 +53,7 @@ class PackedStep(Protocol):
     hyper: Tensor
     scalars: list[tuple[int, int, Tensor]]
     device: torch.device | None
-    gradient_form: bool
+    numerator: str
     fisher: str
     max_grad_norm: float | None
     skip_nonfinite: bool
@@ -151,7 +152,7 @@ class TritonStep:
             second=k.COMMIT if guarded else k.APPLY,
             finish=k.GUARDED if guarded else k.PLAIN,
             l2=packed.l2,
-            cross=packed.gradient_form,
+            numerator=checks.NUMERATORS.index(packed.numerator),
             per_tensor=packed.fisher == "parameter",
             clip=packed.max_grad_norm is not None or self._scaling[0],
             skip=packed.skip_nonfinite or self._scaling[1],
