@@ -320,7 +320,8 @@ def _load_running(address, at, mask, double):
 def _entered(address, at, mask, double, total, size, beta2, gain, go):
     """Update running means by sums of g² over ``size`` elements each, if ``go``; return them as stored."""
     old = _load_running(address, at, mask, double)
-    mean = total / tl.maximum(size, 1).to(tl.float64) * (gain * gain)
+    # With an infinite norm the gain is zero, and so are the gradients that enter m.
+    mean = tl.where(gain == 0.0, 0.0, total / tl.maximum(size, 1).to(tl.float64) * gain * gain)
     new = beta2 * old + (1.0 - beta2) * mean
     if double != 0:
         stored = tl.where(go, tl.where(new > _FLOAT64_MAX, _FLOAT64_MAX, new), old)
@@ -390,7 +391,7 @@ def adapt(
         running = _entered(
             tl.load(row + _A_ROW_VAR), at, inside, double, total, tl.load(row + _A_WIDTH), beta2, gain, go
         )
-        s = tl.sqrt(running * correction) + eps
+        s = tl.sqrt(running) * tl.sqrt(correction) + eps  # not √(c₂v): the largest v has to stay finite
         to = tl.load(row + _A_ROW_AT) + at
         factor = 1.0 / s
         tl.store(row_factors + to, factor, mask=inside)
@@ -522,8 +523,8 @@ def _reciprocal(s, KIND: tl.constexpr):
 @triton.jit
 def _new_variance(v, g, beta2, KIND: tl.constexpr):
     """The variances of elements after gradients g."""
-    keep = _factor(beta2, KIND)
-    v = v * keep + g * (g * (1.0 - keep))
+    keep = tl.load(beta2)
+    v = v * _wide(keep, KIND) + g * (g * _wide(1.0 - keep, KIND))  # 1 - β₂ may be zero if β₂ is rounded before
     if KIND & 3 == 1:
         v = tl.where(v > _FLOAT64_MAX, _FLOAT64_MAX, v)
     else:
@@ -830,7 +831,9 @@ def solve_scaled(
             by_moment -= correction * tl.load(totals + 2 * blocks + block, mask=mask, other=0.0) / whole
         here = at < blocks
         square = tl.load(totals + 3 * blocks + at, mask=here, other=0.0)
-        tl.store(signal + at, square / tl.load(totals + at, mask=here, other=1.0), mask=here)
+        size = tl.load(totals + at, mask=here, other=0.0)
+        # A block without elements has no signal.
+        tl.store(signal + at, tl.where(size == 0.0, 0.0, square / tl.where(size == 0.0, 1.0, size)), mask=here)
     by_weight = 1.0 - lr * tl.load(group + _WEIGHT_DECAY, mask=mask, other=0.0)
     tl.store(coefs + _BY_WEIGHT * tensors + at, by_weight, mask=mask)
     tl.store(coefs + _BY_GRADIENT * tensors + at, _finite(-lr * by_gradient), mask=mask)
