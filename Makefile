@@ -14,7 +14,7 @@ SOURCES := setup.py csrc/bindings.cpp $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/
 
 SITE := build/site
 SANITIZED := build/sanitized
-SANITIZE_TESTS ?= tests/backends/test_native.py tests/backends/test_passes.py
+SANITIZE_TESTS ?= tests/backends/test_native.py tests/backends/test_native_adaptive.py tests/backends/test_passes.py
 LESSER_SETS := avx2 default
 # One instruction set is enough for builds that test something else.
 ONE_SET = SOFIM_INSTRUCTION_SETS=$$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo avx2 || echo default)
@@ -184,7 +184,7 @@ $(THREADS)/threads: $(READY) $(wildcard csrc/*/*.h csrc/*/*.cpp tests/threads/*.
 	@mkdir -p $(THREADS)
 	$${CXX:-c++} -std=c++17 -O1 -g1 -fsanitize=thread -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror -Wno-psabi \
 	    $(ONE_SET_FLAGS) -Itests/threads -Icsrc $$($(BIN)/python $(INCLUDES)) -o $@ \
-	    tests/threads/threads.cpp csrc/cpu/parallel.cpp csrc/gather/tiling.cpp csrc/cpu/kernels.cpp -pthread
+	    tests/threads/threads.cpp csrc/cpu/adaptive.cpp csrc/cpu/parallel.cpp csrc/gather/tiling.cpp csrc/cpu/kernels.cpp -pthread
 ONE_SET_FLAGS = $$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo -mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 \
     -DCPU_CAPABILITY_AVX2 || echo -DCPU_CAPABILITY=DEFAULT -DCPU_CAPABILITY_DEFAULT)
 

@@ -603,8 +603,8 @@ def variances(
         _state_tensor(param, ordinal, name, value)
         if value.dtype != dtype or tuple(value.shape) != shape or value.device != param.device:
             raise ValueError(
-                f"{_state(param, ordinal)}: {name} is {described(value)}, but diagonal={diagonal!r} needs "
-                f"shape {shape}, {short(dtype)}, {param.device}: {_REPLACE}"
+                f"{_state(param, ordinal)}: {name} is {described(value)}, expected shape {shape}, {short(dtype)}, "
+                f"{param.device} for diagonal={diagonal!r}: {_REPLACE}"
             )
         if _may_overlap(value):
             raise _sharing(value, f"{_state(param, ordinal)}: {name}", _REPLACE)

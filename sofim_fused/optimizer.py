@@ -341,7 +341,7 @@ class SOFIM(Optimizer):
         if outcome is None:
             self._step_by_passes()
         elif outcome is not True:
-            self._record_guard(*outcome)
+            self._record(*outcome)
         return loss
 
     @staticmethod
@@ -367,7 +367,7 @@ class SOFIM(Optimizer):
 
         return step
 
-    def _in_one_call(self) -> tuple[Tensor, bool | Tensor | None] | Literal[True] | None:
+    def _in_one_call(self) -> backends.NativeResult:
         """Take the step with :data:`NativeStep`, and return its result."""
         native_step = self._native_step()
         if self._may_not_capture and backends.capturing():
@@ -403,21 +403,25 @@ class SOFIM(Optimizer):
         if not shares:
             return
         if shares[0].hyper.adaptive:
+            # Every parameter has state now: a first step can be taken in one call, too.
+            outcome = None if torch.compiler.is_compiling() else self._in_one_call()
+            if outcome is not None:
+                if outcome is not True:
+                    self._record(*outcome)
+                return
             guard = backends.GuardSettings(limit, grad_scale, found_inf, skip) if guarded else None
             if skip or found_inf is not None:
                 _ = self.skipped_steps
             seen, signal = schedule.adaptive(shares, self.param_groups, guard)
-            if signal is not None:
-                self._recorded["signal"] = signal
-            if seen is not None:
-                self._record_guard(*seen)
+            norm, skipped = (None, None) if seen is None else seen
+            self._record(norm, skipped, signal)
             return
         if not guarded:
             schedule.plain(shares, self.param_groups)
             return
         if skip or found_inf is not None:
             _ = self.skipped_steps  # create it now: after the step there may be no memory for it
-        self._record_guard(*schedule.guarded(shares, self.param_groups, limit, skip, grad_scale, found_inf))
+        self._record(*schedule.guarded(shares, self.param_groups, limit, skip, grad_scale, found_inf))
 
     @torch.no_grad()
     def _made_state_for(self, caller: str) -> bool:
@@ -446,9 +450,12 @@ class SOFIM(Optimizer):
         known = readable and self._plan.rank_sums(self) is None
         return grad_scale, None if known and not found_inf else found_inf
 
-    def _record_guard(self, norm: Tensor, skip: Tensor | bool | None) -> None:
-        """Store the results of a guarded step (:class:`sofim_fused.step.schedule.Guard`)."""
-        self._recorded["grad_norm"] = norm
+    def _record(self, norm: Tensor | None, skip: Tensor | bool | None, signal: Tensor | None = None) -> None:
+        """Store the results of a step: of a guarded one (:class:`sofim_fused.step.schedule.Guard`), and the signal."""
+        if norm is not None:
+            self._recorded["grad_norm"] = norm
+        if signal is not None:
+            self._recorded["signal"] = signal
         if isinstance(skip, Tensor):
             counter = self.skipped_steps
             counter += skip.to(counter.device)
@@ -490,8 +497,9 @@ class SOFIM(Optimizer):
 
         A float64 vector. It is at least 0: near (1-β)/(1+β) if successive gradients have nothing in common, near 1 if
         they all point in one direction, and above 1 for a burst after small gradients. ``None`` before the first step,
-        without a diagonal that adapts, and with ``rho=None`` (the sums are then not taken). Reading its values waits
-        for the device. Not part of :meth:`state_dict`.
+        without a diagonal that adapts, and with ``rho=None`` (the sums are then not taken). A skipped step has no
+        signal, and what is then here means nothing. Reading its values waits for the device. Not part of
+        :meth:`state_dict`.
         """
         return self._recorded.get("signal")
 

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "gather/cpu_tensor.h"
@@ -61,11 +62,28 @@ PyObject* Step::run(PyObject* groups, PyObject* state, PyObject* grad_scale, PyO
   found_ = found.value != 0.0;
   if (tensors_.size() == 0) Py_RETURN_TRUE;
   const bool is_guarded = options().guarded() || scale.there || found_;
-  unlocked(param_groups_, [&] { is_guarded ? guarded_step() : plain_step(); });
-  if (!is_guarded) Py_RETURN_TRUE;
-  at::Tensor norm = cpu_tensor({}, at::kDouble);
-  *norm.mutable_data_ptr<double>() = guard_.norm;
-  return Py_BuildValue("(NN)", object_of(norm), PyBool_FromLong(guard_.skip));
+  signal_.clear();
+  unlocked(param_groups_, [&] {
+    options().adaptive ? adaptive_step(is_guarded) : is_guarded ? guarded_step() : plain_step();
+  });
+  if (!is_guarded && signal_.empty()) Py_RETURN_TRUE;
+  return results(is_guarded);
+}
+
+PyObject* Step::results(bool is_guarded) const {
+  PyObject *norm = Py_NewRef(Py_None), *skip = Py_NewRef(Py_None), *signal = Py_NewRef(Py_None);
+  if (is_guarded) {
+    at::Tensor value = cpu_tensor({}, at::kDouble);
+    *value.mutable_data_ptr<double>() = guard_.norm;
+    norm = object_of(value);
+    skip = PyBool_FromLong(guard_.skip);
+  }
+  if (!signal_.empty()) {
+    at::Tensor values = cpu_tensor({static_cast<int64_t>(signal_.size())}, at::kDouble);
+    std::copy(signal_.begin(), signal_.end(), values.mutable_data_ptr<double>());
+    signal = object_of(values);
+  }
+  return Py_BuildValue("(NNN)", norm, skip, signal);
 }
 
 // The stages of a step
@@ -107,6 +125,53 @@ void Step::guarded_step() {
   mode.scaled = guard_.gain != 1.0;
   mode.gain = guard_.gain;
   run_pass(Pass::commit, tensors_.records(), tensors_.tiling(), mode, scratch_);
+  tensors_.write_back(true, true);
+  tensors_.advance();
+}
+
+// sofim_fused/step/schedule.py, adaptive().
+void Step::adaptive_step(bool is_guarded) {
+  find_corrections();
+  const size_t n = tensors_.size();
+  mixes_.resize(n);
+  LastCorrection correction;
+  for (size_t i = 0; i < n; ++i) {
+    const AdaptiveHyper& hyper = param_groups_.adaptive(i);
+    mixes_[i] = {hyper.beta2, hyper.eps, correction.of(hyper.beta2, tensors_.updates(i) + 1)};
+  }
+  sweeps_.begin(&tensors_.record(0), tensors_.variances(), tensors_.tiling(), mixes_.data());
+  if (is_guarded) {
+    const double limit = options().max_grad_norm.value_or(kInfinity);
+    guard_ = guard_of(sweeps_.squares(), unscale_, limit, found_, options().skip_nonfinite);
+    if (guard_.skip) return;
+    sweeps_.set_gain(guard_.gain);
+  }
+  tensors_.key_random_bits(1);
+  tensors_.bump_moments();
+  tensors_.bump_variances();
+  tensors_.bump_weights();
+  Mode mode;
+  mode.cross = mode.gradient = options().reads_gradient();
+  const auto solve = [&](const std::vector<AdaptiveBlock>* blocks) {
+    for (size_t i = 0; i < n; ++i) {
+      tensors_.record(i).update = scaled_update(param_groups_.hyper(i), corrections_[i], options().numerator,
+                                                blocks == nullptr ? nullptr : &(*blocks)[block_of(i)]);
+    }
+  };
+  if (!options().rank_one) {
+    solve(nullptr);
+    mode.updates = true;
+    sweeps_.enter(mode);
+  } else {
+    const std::vector<ScaledProducts> products = sweeps_.enter(mode);
+    std::vector<AdaptiveBlock> blocks(fisher_blocks(options().fisher, param_groups_.groups().size(), n));
+    for (size_t i = 0; i < n; ++i) {
+      blocks[block_of(i)].add(param_groups_.hyper(i), corrections_[i], products[i], options().numerator);
+    }
+    solve(&blocks);
+    for (const AdaptiveBlock& block : blocks) signal_.push_back(block.signal());
+    sweeps_.apply(mode);
+  }
   tensors_.write_back(true, true);
   tensors_.advance();
 }

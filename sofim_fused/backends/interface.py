@@ -261,9 +261,15 @@ class ScaledSums(NamedTuple):
     trace: Tensor
 
 
+NativeResult = (
+    tuple[Tensor, bool | Tensor | None]
+    | tuple[Tensor | None, bool | Tensor | None, Tensor | None]
+    | Literal[True]
+    | None
+)
 NativeStep = Callable[
     [list[dict[str, Any]], MutableMapping[Tensor, Any], Any, Any, "Tensor | None"],
-    "tuple[Tensor, bool | Tensor | None] | Literal[True] | None",
+    NativeResult,
 ]
 """A whole step in one call. The arguments are an optimizer's ``param_groups`` and ``state``; ``grad_scale`` and
 ``found_inf`` as for :func:`sofim_fused.step.schedule.guarded`, or ``None``; and the counter of skipped steps, or
@@ -271,8 +277,9 @@ NativeStep = Callable[
 
 The result is ``True`` after a plain step. After a guarded one, it is the norm of the gradients and whether the step was
 skipped (on the device: 0-dimensional int64, 1 if so). A backend may raise the counter itself; the second value is then
-``None``. A result of ``None`` alone means that nothing was changed, because this function cannot take the step: either
-the passes can, or a check will raise an error."""
+``None``. If there is a third value that is not ``None``, it is the signal of each Fisher block, of a step with a
+diagonal that adapts; without a guard the first two are then ``None``. A result of ``None`` alone means that nothing was
+changed, because this function cannot take the step: either the passes can, or a check will raise an error."""
 
 
 class NativeInBackward(Protocol):
