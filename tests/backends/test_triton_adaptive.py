@@ -174,7 +174,7 @@ def test_a_skipped_step_leaves_every_bit(rho: float | None) -> None:
 def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts launches, by kernel."""
     counts: Counter[str] = Counter()
-    kernels = adaptive._kernels()
+    kernels = adaptive.adaptive_kernels()
     run = adaptive.run
     names = {
         getattr(kernels, name): name for name in ("squares", "add_up", "adapt", "sweep", "fold_scaled", "solve_scaled")

@@ -57,7 +57,7 @@ class TritonAdaptive(TorchAdaptivePasses):
     def squares(self, tensors: StepTensors) -> Squares:
         if capturing():
             return super().squares(tensors)
-        k = _kernels()
+        k = adaptive_kernels()
         with device_scope(tensors.device):
             made = Matrices(tensors)
             plan = self._squares_plan
@@ -80,7 +80,7 @@ class TritonAdaptive(TorchAdaptivePasses):
     ) -> tuple[Scales, Tensor | None]:
         if not len(tensors) or capturing():
             return super().adapt(tensors, settings, squares, guard, square)
-        k = _kernels()
+        k = adaptive_kernels()
         with device_scope(tensors.device):
             copies: list[tuple[Tensor, Tensor]] = []
             variances = [_dense_means(variance, copies) for variance in tensors.variances]
@@ -101,7 +101,7 @@ class TritonAdaptive(TorchAdaptivePasses):
     def accumulate_scaled(self, tensors: StepTensors, decay: Decay, scales: Scales) -> ScaledSums:
         if capturing() or _too_wide(tensors):
             return super().accumulate_scaled(tensors, decay, scales)
-        k = _kernels()
+        k = adaptive_kernels()
         workspace = self._sweep(tensors, decay, Coefficients(scales.trace), scales, k.ACCUMULATE)
         sums = workspace.sums()
         return ScaledSums(mm=sums[k.MM], mg=sums[k.MG], trace=sums[k.TRACE])
@@ -110,13 +110,13 @@ class TritonAdaptive(TorchAdaptivePasses):
     def apply_scaled(self, tensors: StepTensors, coefficients: Coefficients, scales: Scales) -> None:
         if capturing() or _too_wide(tensors):
             return super().apply_scaled(tensors, coefficients, scales)
-        self._sweep(tensors, None, coefficients, scales, _kernels().APPLY)
+        self._sweep(tensors, None, coefficients, scales, adaptive_kernels().APPLY)
 
     @untraced
     def commit_scaled(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients, scales: Scales) -> None:
         if capturing() or _too_wide(tensors):
             return super().commit_scaled(tensors, decay, coefficients, scales)
-        self._sweep(tensors, decay, coefficients, scales, _kernels().COMMIT)
+        self._sweep(tensors, decay, coefficients, scales, adaptive_kernels().COMMIT)
 
     @untraced
     def fold_scaled(
@@ -135,7 +135,7 @@ class TritonAdaptive(TorchAdaptivePasses):
             return totals.zero_()
         with device_scope(settings.hyper.device):
             located = self._located(steps, settings)
-            launch_fold_scaled(_kernels(), located, settings, sums, class_of, totals)
+            launch_fold_scaled(adaptive_kernels(), located, settings, sums, class_of, totals)
         return totals
 
     @untraced
@@ -144,7 +144,7 @@ class TritonAdaptive(TorchAdaptivePasses):
     ) -> tuple[Coefficients, Tensor | None]:
         if capturing():
             return super().solve_scaled(steps, settings, blocks, skip)
-        k = _kernels()
+        k = adaptive_kernels()
         found = settings.hyper.new_empty(k.COEFFICIENTS, len(steps))
         signal = None if blocks is None else settings.hyper.new_empty(blocks.shape[1])
         with device_scope(settings.hyper.device):
@@ -161,7 +161,7 @@ class TritonAdaptive(TorchAdaptivePasses):
     def _sweep(
         self, tensors: StepTensors, decay: Decay | None, update: Coefficients, scales: Scales, which: int
     ) -> Workspace:
-        k = _kernels()
+        k = adaptive_kernels()
         with device_scope(tensors.device):
             packed = pack.lay_out(
                 tensors.params,
@@ -647,14 +647,24 @@ class AdaptPlan:
             col_at += m.cols
             table.append(row)
         self.rows, self.cols = row_at, col_at
-        self._make(device, _table(table, k.A_COLUMNS), _table(segments, 3))
+        self._table = _table(table, k.A_COLUMNS)
+        self._columns = k.A_STEP, k.A_ROW_VAR, k.A_COL_VAR
+        self._make(device, _table(segments, 3))
 
     @torch.inference_mode(False)  # otherwise no later step could write to it
-    def _make(self, device: torch.device, table: Tensor, segments: Tensor) -> None:
-        self.table = send(table, torch.empty_like(table, device=device))
+    def _make(self, device: torch.device, segments: Tensor) -> None:
+        self.table = send(self._table, torch.empty_like(self._table, device=device))
         self.segments = send(segments, torch.empty_like(segments, device=device))
         self.sums = torch.empty(len(segments), dtype=torch.float64, device=device)
         self.counters = torch.zeros(self.n, dtype=torch.int32, device=device)
+
+    def load(self, *given: Tensor) -> None:
+        """Set other addresses, int64 on the CPU: of step counts, of ``row_var`` or ``variance``, and of ``col_var``."""
+        same = [torch.equal(self._table[:, to], values) for to, values in zip(self._columns, given, strict=True)]
+        if not all(same):
+            for to, values in zip(self._columns, given, strict=True):
+                self._table[:, to] = values
+            send(self._table, self.table)
 
 
 def launch_adapt(
@@ -862,7 +872,8 @@ def _too_wide(tensors: StepTensors) -> bool:
     return any(v.col_var is not None and v.col_var.numel() >= WIDEST for v in tensors.variances)
 
 
-def _kernels() -> ModuleType:
+def adaptive_kernels() -> ModuleType:
+    """The module of kernels, which needs Triton."""
     return importlib.import_module("sofim_fused.backends.triton.adaptive_kernels")
 
 

@@ -95,7 +95,7 @@ _GRADIENT = tl.constexpr(kernels.GRADIENT)
 # its place in logical order; 0 if these are the same.
 VARIANCES, INNER, COUNT, ROW_AT, COL_AT, ORDER = range(pack.COLUMNS, pack.COLUMNS + 6)
 COLUMNS = pack.COLUMNS + 6
-ELEMENT = 1 << 6  # a bit of the kind: each element has its own variance
+ELEMENT = pack.ELEMENT
 _VARIANCES = tl.constexpr(VARIANCES)
 _INNER = tl.constexpr(INNER)
 _COUNT = tl.constexpr(COUNT)

@@ -38,11 +38,19 @@ HYPERS = 9
 ``WEIGHT_DECAY`` is decoupled weight decay, ``L2`` the other kind; one of the two is 0. ``SIGN`` is -1 with
 ``maximize``, else 1. The moment is ``m' = DECAY_M·m + DECAY_G·g + DECAY_W·w``."""
 
+ROW_VAR, COL_VAR, WHOLE, BY_ELEMENT, COUNT, COLUMNS_OF_ROW, INNER = range(7)
+"""Columns of ``means``, int64 ``[n, 7]``, of steps with a diagonal that adapts: running means of g².
+
+``ROW_VAR``, ``COL_VAR``, ``WHOLE``: addresses of ``row_var``, ``col_var`` and ``variance``, or 0; ``col_var`` is in the
+order in which memory has a row's columns. ``BY_ELEMENT``: 1 if each element has its own variance, in the order of w.
+``COUNT`` rows of ``COLUMNS_OF_ROW`` elements; one row without ``row_var``. ``INNER``: how many elements with the same
+index of dimension 0 follow each other in memory."""
+
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-WIDE, ROUNDS, KEEPS, UNALIGNED = 1 << 2, 1 << 3, 1 << 4, 1 << 5
+WIDE, ROUNDS, KEEPS, UNALIGNED, ELEMENT = 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 6
 """A tensor's kind, which says how it is stored: the dtype of w (:data:`TYPES`, two bits; complex numbers are stored as
 real ones), and one bit each for: a float32 gradient of a 16-bit w; a bfloat16 moment; lost bits are kept; some address
-among those of w, g, m and kahan is not a multiple of 16."""
+among those of w, g, m, kahan and the variances of elements is not a multiple of 16; each element has a variance."""
 
 POINTERS, VALUES, LAYOUT = 1, 2, 4
 EVERYTHING = POINTERS | VALUES | LAYOUT
