@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sofim_fused import SOFIM, backends
+from sofim_fused import SOFIM, backends, native
 from sofim_fused.backends import StepTensors, Variance
 from sofim_fused.backends.interface import Scales
-from sofim_fused.backends.triton import adaptive
-from tests.support.problems import give, same_bits, snapshot
+from sofim_fused.backends.triton import adaptive, adaptive_step, pack, workspace
+from tests.support.problems import give, give_state, same_bits, snapshot
 from tests.support.runs import INTERPRETED
 
 pytest.importorskip("triton")
@@ -23,6 +23,7 @@ if not INTERPRETED:
     pytest.skip("runs with TRITON_INTERPRET=1 (make interpreter)", allow_module_level=True)
 
 CPU = torch.device("cpu")
+whole_steps = pytest.mark.skipif(isinstance(native.cpu(), str), reason="takes the native part")
 GUARD: dict[str, Any] = {"max_grad_norm": 0.5, "skip_nonfinite": True}
 
 
@@ -186,6 +187,97 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     monkeypatch.setattr(adaptive, "run", counted)
     return counts
+
+
+@whole_steps
+@pytest.mark.parametrize(
+    ("diagonal", "rho", "guard", "dtype"),
+    [
+        ("factored", None, {}, torch.float32),
+        ("factored", 0.3, GUARD, torch.bfloat16),
+        ("row", 0.3, {}, torch.float64),
+        ("tensor", None, GUARD, torch.float32),
+        ("element", 0.3, {"max_grad_norm": 0.1}, torch.float16),
+    ],
+)
+def test_whole_steps_and_the_passes_take_the_same_step(
+    diagonal: str,
+    rho: float | None,
+    guard: dict[str, Any],
+    dtype: torch.dtype,
+    launches: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bit for bit, with settings, gradients and addresses that change."""
+    results = []
+    for whole in (True, False):
+        generator = torch.Generator().manual_seed(12)
+        shapes = [(7, 25), (), (130, 3), (9,), (0, 3), (2, 3, 4, 5)]
+        params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+        params[5].data = params[5].data.to(memory_format=torch.channels_last)
+        groups = [{"params": params[:2], "beta2": 0.9}, {"params": params[2:], "lr": torch.tensor(0.02)}]
+        optimizer = SOFIM(groups, lr=0.01, diagonal=diagonal, rho=rho, numerator="nesterov", backend="triton", **guard)
+        give_state(optimizer)
+        if not whole:
+            monkeypatch.setattr(optimizer, "_native_step", lambda: lambda *_: None)
+        seen = []
+        for step in range(4):
+            for p in params:
+                p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
+            if step == 1:
+                params[0].grad = None
+                optimizer.param_groups[0]["lr"] *= 0.5
+            elif step == 2:
+                params[2].data = params[2].detach().clone()
+                params[3].grad *= torch.inf  # type: ignore[operator]
+            launches.clear()
+            optimizer.step()
+            seen += [x for x in (optimizer.signal, optimizer.grad_norm) if x is not None]
+            if whole:
+                assert launches["sweep"] == (1 if rho is None else 2)
+        results.append((snapshot(optimizer), seen, int(optimizer.skipped_steps), launches["squares"]))
+    assert same_bits(results[0][0], results[1][0])
+    assert same_bits([x.nan_to_num() for x in results[0][1]], [x.nan_to_num() for x in results[1][1]])
+    assert results[0][2:] == results[1][2:]
+
+
+@whole_steps
+def test_tables_are_sent_only_when_something_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a step whose gradients would have to be copied is left to the passes."""
+    sent: list[int] = []
+    for module in (adaptive, adaptive_step, workspace):
+        send = module.send
+
+        def noted(values: Tensor, to: Tensor, *args: Any, _send: Any = send) -> Tensor:
+            sent.append(values.numel())
+            return _send(values, to, *args)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(module, "send", noted)
+    p = torch.nn.Parameter(torch.ones(6, 4))
+    optimizer = SOFIM([p], diagonal="factored", rho=None, backend="triton")
+    give_state(optimizer)
+    p.grad = torch.ones_like(p)
+    for _ in range(2):
+        sent.clear()
+        optimizer.step()
+    assert sent == []
+    optimizer.param_groups[0]["lr"] *= 0.5
+    optimizer.step()
+    assert sent == [8, 2 * pack.HYPERS]
+    sent.clear()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    kernels = adaptive.adaptive_kernels()
+    assert sent == [kernels.COLUMNS, kernels.S_COLUMNS]
+    q = torch.nn.Parameter(torch.ones(4, 6).t())
+    other = SOFIM([q], diagonal="factored", rho=None, backend="triton")
+    give_state(other)
+    q.grad = torch.ones_like(q)
+    taken: Any = other._native_step()
+    assert taken(other.param_groups, other.state) is None
+    other.step()
+    assert (q < 1).all()
+    assert int(other.state[q]["step"]) == 1
 
 
 @pytest.mark.parametrize("rho", [None, 0.3])

@@ -172,9 +172,7 @@ class _Tables:
             self._table[:, k.VARIANCES] = whole * by_element * (rows[:, pack.NUMEL] > 0)
             self.adapt.load(
                 rows[:, pack.STEP],
-                torch.where(
-                    means[:, pack.ROW_VAR] != 0, means[:, pack.ROW_VAR], means[:, pack.WHOLE] * (1 - by_element)
-                ),
+                torch.where(row_var != 0, row_var, whole * (1 - by_element)),
                 means[:, pack.COL_VAR],
             )
             if not torch.equal(self._steps, rows[:, pack.STEP]):
