@@ -78,7 +78,7 @@ def test_running_means() -> None:
     optimizer = made(params, diagonal="factored", rho=None, numerator="nesterov", beta2=0.5, eps=0.25)
     t = new()
     assert gathered(t, optimizer) == pack.EVERYTHING
-    assert (t.adaptive, t.rank_one, t.look_ahead, t.gradient_form) == (True, False, True, False)
+    assert (t.adaptive, t.rank_one, t.numerator) == (True, False, "nesterov")
     assert t.settings.tolist() == [[0.5, 0.25]]
     states = [optimizer.state[p] for p in params]
     blocks = [[state["row_var"].data_ptr(), state["col_var"].data_ptr()] for state in (states[0], *states[2:])]

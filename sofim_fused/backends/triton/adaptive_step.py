@@ -151,15 +151,13 @@ class _Tables:
         )
         self._steps = torch.zeros(n, dtype=torch.int64, device="cpu")
         group_of = packed.rows[:, pack.GROUP].contiguous()
-        numerator = "nesterov" if packed.look_ahead else "gradient" if packed.gradient_form else "moment"
         self.settings = Settings(
             hyper=torch.empty(groups, 8, dtype=torch.float64, device=device),
             sizes=torch.bincount(group_of, minlength=groups).tolist(),
             fisher=FISHER.index(packed.fisher),
-            gradient_form=packed.gradient_form,
+            numerator=NUMERATORS.index(packed.numerator),
             group_of=send(group_of, torch.empty_like(group_of, device=device)),
             scales_weight=True,
-            numerator=NUMERATORS.index(numerator),
         )
 
     def load(self, packed: PackedStep, changed: int) -> None:
@@ -203,11 +201,10 @@ class _Tables:
         squares = self.squares.squares()
         square = None if guard is None else squares.total.sum()
         scales, factors, outcome = launch_adapt(k, self.adapt, settings, squares, guard, square, extras)
-        gradient = NUMERATORS[settings.numerator] != "moment"
         clip, skip = scales.gain is not None, scales.skip is not None
 
         def sweep(which: int) -> None:
-            config = SweepConfig(self._kinds, which, which != k.ACCUMULATE and gradient, clip, skip)
+            config = SweepConfig(self._kinds, which, which != k.ACCUMULATE and settings.reads_gradient, clip, skip)
             launch_sweep(k, workspace, config, scales, factors)
 
         if not rank_one:

@@ -46,7 +46,6 @@ class PackedStep(Protocol):
         device: of all tensors; ``None`` if there are none.
         numerator, fisher, max_grad_norm, skip_nonfinite: settings of the whole optimizer.
         l2, decoupled: whether some tensor that takes part has a group with such a weight decay.
-        look_ahead: whether ``numerator="nesterov"``, with a diagonal that adapts.
         adaptive: whether diagonals adapt; then there are also
         means: int64 ``[n, 7]`` on the CPU, the running means of g² (:data:`sofim_fused.backends.triton.pack.ROW_VAR`);
         settings: float64 ``[number of parameter groups, 2]`` on the CPU, beta2 and eps; and
@@ -66,7 +65,6 @@ class PackedStep(Protocol):
     skip_nonfinite: bool
     l2: bool
     decoupled: bool
-    look_ahead: bool
     adaptive: bool
     means: Tensor
     settings: Tensor
