@@ -32,11 +32,10 @@ class AdaSOFIM(SOFIM):
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups, as for :class:`SOFIM`. A
             group may spell ``momentum`` and ``beta2`` as ``betas``.
-        lr: η, the learning rate: a float or a one-element tensor. Four times AdamW's default, at which experiments
-            with ``beta2=0.99`` did best.
+        lr: η, the learning rate: a float or a one-element tensor. The default is four times AdamW's.
         betas: (β₁, β₂), the decays of the first moment and of the means of g²: ``momentum`` and ``beta2``. In groups,
             and in state dicts, they have these two names, as in all of SOFIM.
-        eps: added to the root of the means of g², at least 1e-30.
+        eps: added to the root of the means of g², at least 1e-18 and less than 1e18.
         weight_decay: λ ≥ 0, decoupled: a step multiplies w by 1 - ηλ. The default is that of AdamW and not SOFIM's 0,
             so that a program in which only the class is replaced keeps its regularization.
         momentum: β₁, instead of ``betas``.

@@ -33,6 +33,7 @@ DTYPES = (
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
 SMALLEST_RHO = 1e-30  # keeps ‖m̂‖²/ρ far below float64's overflow
 SMALLEST_EPS = 1e-18  # above the root of what is lost below float32's range, so that s bounds the step there too
+LARGEST_EPS = 1e18  # far below float32's range: s has to stay finite
 
 # Options that each parameter group may set, and options that have one value for the whole optimizer.
 PER_GROUP = (
@@ -123,7 +124,7 @@ def group(values: Mapping[str, Any], index: int | None = None, saved: bool = Fal
     _one_of(where, "diagonal", values["diagonal"], DIAGONALS)
     _rho(where, values["rho"], values["diagonal"])
     _number(where, "beta2", values["beta2"], low=0.0, below=1.0)
-    _number(where, "eps", values["eps"], low=SMALLEST_EPS)
+    _number(where, "eps", values["eps"], low=SMALLEST_EPS, below=LARGEST_EPS)
     _number(where, "weight_decay", values["weight_decay"], low=0.0)
     for name in ("decoupled_weight_decay", "maximize", "skip_nonfinite"):
         if not isinstance(values[name], bool):

@@ -80,7 +80,7 @@ class SOFIM(Optimizer):
             column; a tensor of one dimension per element), or each ``"element"``. The diagonals of all groups adapt, or
             none does. L2 decay is then refused.
         beta2: β₂ in [0, 1), the decay of these means.
-        eps: added to their roots, at least 1e-30.
+        eps: added to their roots, at least 1e-18 and less than 1e18.
         numerator: v: ``"moment"`` is the paper's bias-corrected first moment; ``"gradient"`` is the gradient itself
             (the natural-gradient form, whose conditioning is :math:`1 + \|\hat m\|^2/\rho`); ``"nesterov"`` is the
             look-ahead :math:`(\beta\, m_t + (1 - \beta)\, g_t) / (1 - \beta^{t+1})`, as in SGD's ``nesterov=True``.

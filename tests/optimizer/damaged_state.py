@@ -158,7 +158,7 @@ def check_valid(optimizer: SOFIM, params: list[Tensor]) -> None:
         adapts = group["diagonal"] != "identity"
         assert (adapts and group["rho"] is None) or 1e-30 <= number(group["rho"]) < math.inf
         assert 0 <= group["beta2"] < 1
-        assert 1e-30 <= group["eps"] < math.inf
+        assert 1e-18 <= group["eps"] < math.inf
         assert not (adapts and group["weight_decay"] and not group["decoupled_weight_decay"])
         assert 0 <= group["weight_decay"] < math.inf
         assert group["numerator"] in ("moment", "gradient", "nesterov")

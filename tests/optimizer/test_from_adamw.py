@@ -508,7 +508,7 @@ REFUSED: list[tuple[str, Callable[[Adam], None], dict[str, Any], type[Exception]
     ("betas[1]", _in_group(betas=(0.9, math.nan)), {}, ValueError, WHERE + r"betas\[1\]=nan"),
     ("three betas", _in_group(betas=(0.9, 0.9, 0.9)), {}, TypeError, WHERE + r"betas=\(0\.9, 0\.9, 0\.9\): pass two"),
     ("a beta", _in_group(betas=0.9), {}, TypeError, WHERE + r"betas=0\.9: pass two numbers"),
-    ("eps=0", _in_group(eps=0.0), {}, ValueError, r"parameter group 1: eps=0\.0: it must be at least 1e-30"),
+    ("eps=0", _in_group(eps=0.0), {}, ValueError, r"parameter group 1: eps=0\.0: it must be at least 1e-18"),
     ("lr=-1", _in_group(lr=-1.0), {}, ValueError, r"parameter group 1: lr=-1\.0: it must be at least 0"),
     ("maximize", _in_group(maximize=1), {}, TypeError, r"parameter group 1: maximize=1: pass True or False"),
     ("no exp_avg", _lost("exp_avg"), {}, ValueError, f"state {WHICH} has the entries .*lacks exp_avg: " + REMEDY),

@@ -95,7 +95,7 @@ A_NUMBER = "pass a float or a one-element tensor"
 ONE_ELEMENT = "pass a real one with one element"
 A_MOMENTUM = "it must be at least 0 and less than 1"
 A_RHO = "it must be at least 1e-30 and finite"
-AN_EPS = "it must be at least 1e-18 and finite"
+AN_EPS = "it must be at least 1e-18 and less than 1e+18"
 DIAGONALS = "take one of 'identity', 'tensor', 'row', 'factored', 'element'"
 NOTHING_LEFT = "leaves out the term of rank one, and with diagonal='identity' nothing would be left: pass a number"
 A_FLAG = "pass True or False"
@@ -151,6 +151,7 @@ ARGUMENTS = [
     Argument({"eps": 0.0}, ValueError, f"eps=0.0: {AN_EPS}"),
     Argument({"eps": -1e-8}, ValueError, f"eps=-1e-08: {AN_EPS}"),
     Argument({"eps": INF}, ValueError, f"eps=inf: {AN_EPS}"),
+    Argument({"eps": 1e300}, ValueError, f"eps=1e+300: {AN_EPS}"),
     Argument({"eps": "1e-8"}, TypeError, "eps='1e-8': pass a float"),
     Argument({"weight_decay": -1e-4}, ValueError, f"weight_decay=-0.0001: {NOT_NEGATIVE}"),
     Argument({"weight_decay": NAN}, ValueError, f"weight_decay=nan: {NOT_NEGATIVE}"),

@@ -196,7 +196,7 @@ def snapshot(optimizer: SOFIM) -> list[Tensor]:
         for p in group["params"]:
             tensors.append(p.detach().clone())
             known = optimizer.state.get(p, {})
-            tensors += [known[name].clone() for name in sorted(known)]
+            tensors += [known[name].clone() for name in sorted(known) if isinstance(known[name], Tensor)]
     return tensors
 
 
