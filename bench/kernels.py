@@ -40,7 +40,8 @@ from typing import Any
 
 import torch
 
-from bench import kernels_cuda
+from bench import kernels_adaptive, kernels_cuda
+from bench.kernels_adaptive import AdaptiveCase
 from bench.kernels_cuda import SHIPPED, Instance, kind_of
 from sofim_fused.backends import Sums
 from sofim_fused.backends.triton import pack
@@ -220,9 +221,10 @@ def covering(kernels: ModuleType, targets: Sequence[str]) -> list[list[str]]:
     ]
 
 
-def every_case(kernels: ModuleType) -> list[tuple[str, Case | SolveCase]]:
+def every_case(kernels: ModuleType) -> list[tuple[str, Case | SolveCase | AdaptiveCase]]:
     """All Triton kernels, with their kinds."""
-    return [*cases(kernels), *((SUMS, case) for case in solve_cases(kernels))]
+    others = ((SUMS, case) for case in solve_cases(kernels))
+    return [*cases(kernels), *others, *kernels_adaptive.cases(KINDS, SUMS)]
 
 
 def main_of(targets: Sequence[str]) -> str:
@@ -428,6 +430,43 @@ def examined_solve(case: SolveCase, target: str, kernels: ModuleType) -> Row:
         TRITON, SUMS, case.name, target, None, None, {}, registers, spills, shared, programs, occupancy, None, None, []
     )
     row.wrong = list(_wrong(row, 1))
+    return row
+
+
+def examined_adaptive(case: AdaptiveCase, label: str, target: str) -> Row:
+    """Compile a kernel of a step with a diagonal that adapts, and read what came out."""
+    adaptive = kernels_adaptive.adaptive_kernels()
+    nvidia = target.startswith("sm_")
+    noted = Launch(getattr(adaptive, case.kernel))
+    others = {name: Launch(getattr(adaptive, name)) for name in ("squares", "add_up")}
+    spy = SimpleNamespace(**{**vars(adaptive), **others, case.kernel: noted})
+    slots = kernels_adaptive.launch(case, spy, hip=not nvidia)
+    kernel = compiled(noted, target)
+    warps = noted.options["num_warps"]
+    text = kernel.asm["ptx" if nvidia else "amdgcn"]
+    if nvidia:
+        registers, spills, shared = _of_cubin(kernel.asm["cubin"])
+        programs, occupancy = _room(registers, shared, warps, target)
+    else:
+        registers, spills, shared, programs, occupancy = _of_amdgcn(text, warps)
+    row = Row(
+        TRITON, label, case.name, target, None, None, {}, registers, spills, shared, programs, occupancy, None, None, []
+    )
+    if case.what == kernels_adaptive.ALGEBRA:
+        row.wrong = list(_wrong(row, 1))
+        return row
+    sweep = case.what == kernels_adaptive.SWEEP
+    source = importlib.import_module("sofim_fused.backends.triton.kernels") if sweep else adaptive
+    accesses, instructions = hot_path(text, _full_lines(source))
+    per_element = warps * (32 if nvidia else 64) / kernels_adaptive.elements(case, hip=not nvidia)
+    row.read, row.written, row.widths = _moved(accesses, per_element)
+    row.instructions = instructions * per_element if nvidia and sweep else None
+    unaligned = case.config is not None and case.config.kinds[0] & pack.UNALIGNED
+    row.wrong = list(_wrong(row, 1) if unaligned else _wrong(row, 1, kernels_adaptive.table_bytes(case), NARROWEST))
+    if slots > kernels_adaptive.MOST_SLOTS:
+        row.wrong.append(f"slots take {slots:g} bytes per parameter, {kernels_adaptive.MOST_SLOTS} are allowed")
+    row.written += slots
+    row.milliseconds = _milliseconds(row.read + row.written)
     return row
 
 
@@ -672,6 +711,8 @@ def _figure(value: float | None, how: str) -> str:
 def _examined(index: int, targets: Iterable[str]) -> list[Row]:
     kernels = importlib.import_module("sofim_fused.backends.triton.kernels")
     label, case = every_case(kernels)[index]
+    if isinstance(case, AdaptiveCase):
+        return [examined_adaptive(case, label, target) for target in targets]
     if isinstance(case, SolveCase):
         return [examined_solve(case, target, kernels) for target in targets]
     return [examined(case, label, target, kernels) for target in targets]

@@ -274,12 +274,20 @@ PyObject* size(const PackedStep& packed) { return PyLong_FromLongLong(packed.siz
 PyObject* tiles(const PackedStep& packed) { return PyLong_FromLongLong(packed.tiles()); }
 PyObject* rows(const PackedStep& packed) { return sofim::object_of(packed.rows()); }
 PyObject* hyper(const PackedStep& packed) { return sofim::object_of(packed.hyper()); }
+PyObject* means(const PackedStep& packed) { return sofim::object_of(packed.means()); }
+PyObject* settings(const PackedStep& packed) { return sofim::object_of(packed.settings()); }
+PyObject* adaptive(const PackedStep& packed) { return PyBool_FromLong(packed.options().adaptive); }
+PyObject* rank_one(const PackedStep& packed) { return PyBool_FromLong(packed.options().rank_one); }
 PyObject* skip_nonfinite(const PackedStep& packed) { return PyBool_FromLong(packed.options().skip_nonfinite); }
 PyObject* l2(const PackedStep& packed) { return PyBool_FromLong(packed.l2()); }
 PyObject* decoupled(const PackedStep& packed) { return PyBool_FromLong(packed.decoupled()); }
 
 PyGetSetDef packed_attributes[] = {
     attribute<size>("size"),
+    attribute<means>("means"),
+    attribute<settings>("settings"),
+    attribute<adaptive>("adaptive"),
+    attribute<rank_one>("rank_one"),
     attribute<tiles>("tiles"),
     attribute<kinds>("kinds"),
     attribute<rows>("rows"),

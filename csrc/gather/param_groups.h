@@ -86,7 +86,8 @@ class ParamGroups {
   size_t group_of(size_t i) const { return group_of_[i]; }
   const Hyper& hyper(size_t i) const { return groups_[group_of_[i]]; }
   // Of a step whose diagonal adapts.
-  const AdaptiveHyper& adaptive(size_t i) const { return settings_[group_of_[i]].adaptive; }
+  const AdaptiveHyper& adaptive(size_t i) const { return adaptive_of_group(group_of_[i]); }
+  const AdaptiveHyper& adaptive_of_group(size_t group) const { return settings_[group].adaptive; }
   // Whether some tensor has L2 weight decay.
   bool l2() const;
 

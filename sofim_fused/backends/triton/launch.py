@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from sofim_fused import checks
+from sofim_fused.backends import addresses
 from sofim_fused.backends.interface import Sums
+from sofim_fused.backends.solve import on_device_of
 from sofim_fused.backends.triton import pack
 from sofim_fused.backends.triton.workspace import Located, Workspace
 
@@ -273,6 +275,16 @@ def run(kernel: Any, programs: int, *arguments: Tensor | float, **constants: Any
             f"Triton could not compile or load a kernel ({_first_line(error)}): TRITON_CACHE_DIR has to be a folder "
             "that can be written to; empty it if it is damaged, or take backend='cuda' or 'reference'"
         ) from error
+
+
+def number(value: Tensor | float | None, like: Tensor) -> Tensor | None:
+    """A number, or a one-element tensor, as kernels read it: a float32 or float64 tensor on ``like``'s device."""
+    if value is None:
+        return None
+    ready = isinstance(value, Tensor) and value.device == like.device and addresses.plain(value)
+    if ready and value.dtype in (torch.float32, torch.float64):  # type: ignore[union-attr]
+        return value.detach()  # type: ignore[union-attr]
+    return on_device_of(like, value)
 
 
 def programs_per_multiprocessor(config: KernelConfig, hip: bool) -> int:
