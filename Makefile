@@ -14,17 +14,17 @@ SOURCES := setup.py csrc/bindings.cpp $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/
 
 SITE := build/site
 SANITIZED := build/sanitized
-SANITIZE_TESTS ?= tests/backends/test_native.py tests/backends/test_passes.py
+SANITIZE_TESTS ?= tests/backends/test_native.py tests/backends/test_native_adaptive.py tests/backends/test_passes.py
 LESSER_SETS := avx2 default
 # One instruction set is enough for builds that test something else.
 ONE_SET = SOFIM_INSTRUCTION_SETS=$$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo avx2 || echo default)
 # What kernels compute, wherever they run. Edited groups and gradients are the host's concern, and slow in the interpreter.
-KERNEL_TESTS := tests/step/test_matrix.py tests/step/test_amp.py tests/step/test_torch_modes.py \
+KERNEL_TESTS := tests/step/test_matrix.py tests/step/test_adaptive.py tests/step/test_amp.py tests/step/test_torch_modes.py \
     tests/backends/test_passes.py tests/backends/test_shared_memory.py \
     $(filter-out %_changes.py %_edits.py,$(wildcard tests/in_backward/test_*.py))
-INTERPRETER_TESTS := $(KERNEL_TESTS) tests/backends/test_triton.py tests/backends/test_solve.py
+INTERPRETER_TESTS := $(KERNEL_TESTS) $(wildcard tests/backends/test_triton*.py) tests/backends/test_solve.py
 EMULATED := build/emulated
-EMULATED_TESTS := $(KERNEL_TESTS) tests/backends/test_cuda.py tests/backends/test_solve.py
+EMULATED_TESTS := $(KERNEL_TESTS) $(wildcard tests/backends/test_cuda*.py) tests/backends/test_solve.py
 CUDA_SYNTAX := build/cuda-syntax
 THREADS := build/threads
 AGAINST = build/against/$(subst ==,-,$(TORCH))
@@ -43,7 +43,7 @@ SPREAD = $(if $(filter 1,$(JOBS)),,-n $(JOBS) --dist worksteal)
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo      train LeNet-5 on real images with SOFIM and with SGD-momentum"
+	@echo "make demo      train LeNet-5 on real images with SOFIM, SGD-momentum and AdaSOFIM"
 	@echo "make test      run the tests; ARGS='-k guarded -x' passes arguments to pytest"
 	@echo "make lint      check style (make format: repair it)"
 	@echo "make types     check types"
@@ -184,7 +184,7 @@ $(THREADS)/threads: $(READY) $(wildcard csrc/*/*.h csrc/*/*.cpp tests/threads/*.
 	@mkdir -p $(THREADS)
 	$${CXX:-c++} -std=c++17 -O1 -g1 -fsanitize=thread -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror -Wno-psabi \
 	    $(ONE_SET_FLAGS) -Itests/threads -Icsrc $$($(BIN)/python $(INCLUDES)) -o $@ \
-	    tests/threads/threads.cpp csrc/cpu/parallel.cpp csrc/gather/tiling.cpp csrc/cpu/kernels.cpp -pthread
+	    tests/threads/threads.cpp csrc/cpu/adaptive.cpp csrc/cpu/parallel.cpp csrc/gather/tiling.cpp csrc/cpu/kernels.cpp -pthread
 ONE_SET_FLAGS = $$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo -mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 \
     -DCPU_CAPABILITY_AVX2 || echo -DCPU_CAPABILITY=DEFAULT -DCPU_CAPABILITY_DEFAULT)
 

@@ -1,12 +1,14 @@
-"""How the demo's settings for digits were chosen, and how SOFIM and SGD-momentum compare with them.
+"""How the demo's settings for digits were chosen, and how its optimizers compare with them.
 
     python -m bench.demo_defaults
+    python -m bench.demo_defaults --only adasofim
 
 Each optimizer has the same number of configurations: LeNet-5 for 25 epochs at batch size 32, ten seeds each. Every seed
 has its own initial weights, batch order, and split of the training images: four fifths for training and one fifth for
 validation. The demo uses the configuration with the lowest mean validation loss (accuracy on 288 images has steps of
 0.35 %); the one with the highest mean accuracy is compared too. Finally the chosen ones are trained on all training
-images, ten seeds each, and evaluated on the test images. Writes bench/results/demo_defaults.json and .md.
+images, ten seeds each, and evaluated on the test images. Writes bench/results/demo_defaults.json and .md. With
+``--only`` one optimizer is measured, and what the files have of the others is kept.
 """
 
 from __future__ import annotations
@@ -52,8 +54,11 @@ class Configuration(NamedTuple):
 
 SGD_RATES = (0.0025, 0.005, 0.0075, 0.01, 0.0125, 0.015, 0.0175, 0.02, 0.0225, 0.025, 0.03, 0.04)
 # lr/rho compares to SGD's lr/(1 - momentum).
-GRID = [Configuration("sgd", lr, 0.0) for lr in SGD_RATES] + [
-    Configuration("sofim", ratio * rho, rho) for rho in (1.0, 3.0, 10.0, 30.0) for ratio in (0.1, 0.15, 0.2)
+ADA_RATES = (0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.006, 0.008, 0.01, 0.015)
+GRID = [
+    *(Configuration("sgd", lr, 0.0) for lr in SGD_RATES),
+    *(Configuration("sofim", ratio * rho, rho) for rho in (1.0, 3.0, 10.0, 30.0) for ratio in (0.1, 0.15, 0.2)),
+    *(Configuration("adasofim", lr, 0.0) for lr in ADA_RATES),
 ]
 
 
@@ -73,6 +78,7 @@ def train(configuration: Configuration, seed: int, choosing: bool) -> Row | None
         momentum=0.9,
         rho=configuration.rho,
         sgd_lr=configuration.lr,
+        ada_lr=configuration.lr,
     )
     run = new_run(configuration.optimizer, settings, data, torch.device("cpu"))
     row = None
@@ -139,42 +145,71 @@ def measure(pool: ProcessPoolExecutor, grid: Sequence[Configuration], choosing: 
     return outcomes
 
 
+def chosen_of(outcomes: Sequence[Outcome]) -> dict[Configuration, list[str]]:
+    """The configuration with the lowest mean loss, and that with the highest mean accuracy, with these words."""
+    winners: dict[Configuration, list[str]] = {}
+    winners.setdefault(min(outcomes, key=lambda outcome: mean(outcome.losses)).configuration, []).append("loss")
+    winners.setdefault(max(outcomes, key=lambda outcome: outcome.score).configuration, []).append("accuracy")
+    return winners
+
+
+def outcome_of(record: dict[str, Any]) -> Outcome:
+    """What :meth:`Outcome.record` made of one."""
+    return Outcome(Configuration(**record["configuration"]), record["accuracies"], record["losses"])
+
+
+def markdown(records: dict[str, dict[str, Any]]) -> str:
+    """The document, from the records by optimizer."""
+    heading = "| configuration | accuracy, % | loss |\n|---|---|---|\n"
+    validation = [outcome_of(entry).line() for record in records.values() for entry in record["validation"]]
+    test = [
+        outcome_of(entry).line() + f" {' and '.join(entry['chosen_by'])} |"
+        for record in records.values()
+        for entry in record["test"]
+    ]
+    machines = [f"- {LABELS[name]}: {record['machine']}; {record['seconds']:.0f} s" for name, record in records.items()]
+    return (
+        f"`python -m bench.demo_defaults`: LeNet-5 on digits, {EPOCHS} epochs, batch {BATCH}, momentum 0.9,"
+        f" {len(SEEDS)} seeds\n(mean ± standard deviation).\n\n" + "\n".join(machines) + "\n\n"
+        f"Validation images:\n\n{heading}" + "\n".join(validation) + "\n\n"
+        "Test images:\n\n| configuration | accuracy, % | loss | chosen by validation |\n|---|---|---|---|\n"
+        + "\n".join(test)
+        + "\n"
+    )
+
+
+def measured(pool: ProcessPoolExecutor, name: str) -> dict[str, Any]:
+    """The record of one optimizer: its configurations on validation images, and the chosen ones on test images."""
+    started = time.time()
+    chosen_from = measure(pool, [configuration for configuration in GRID if configuration.optimizer == name], True)
+    winners = chosen_of(chosen_from)
+    compared = measure(pool, list(winners), choosing=False)
+    return {
+        "machine": f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, one thread per run",
+        "seconds": time.time() - started,
+        "validation": [outcome.record() for outcome in chosen_from],
+        "test": [{**outcome.record(), "chosen_by": winners[outcome.configuration]} for outcome in compared],
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Choose, compare, and write both down."""
     description, _, details = __doc__.partition("\n\n")
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m bench.demo_defaults",
         description=description,
         epilog=details.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args(arguments)
-    started = time.time()
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        chosen_from = measure(pool, GRID, choosing=True)
-        winners: dict[Configuration, list[str]] = {}
-        for name in LABELS:
-            mine = [outcome for outcome in chosen_from if outcome.configuration.optimizer == name]
-            winners.setdefault(min(mine, key=lambda outcome: mean(outcome.losses)).configuration, []).append("loss")
-            winners.setdefault(max(mine, key=lambda outcome: outcome.score).configuration, []).append("accuracy")
-        compared = measure(pool, list(winners), choosing=False)
-    machine = f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, one thread per run"
-    seconds = time.time() - started
-    heading = "| configuration | accuracy, % | loss |\n|---|---|---|\n"
-    (RESULTS / "demo_defaults.md").write_text(
-        f"`python -m bench.demo_defaults`: LeNet-5 on digits, {EPOCHS} epochs, batch {BATCH}, momentum 0.9,"
-        f" {len(SEEDS)} seeds\n(mean ± standard deviation); {machine}; {seconds:.0f} s.\n\n"
-        f"Validation images:\n\n{heading}" + "\n".join(outcome.line() for outcome in chosen_from) + "\n\n"
-        "Test images:\n\n| configuration | accuracy, % | loss | chosen by validation |\n|---|---|---|---|\n"
-        + "\n".join(outcome.line() + f" {' and '.join(winners[outcome.configuration])} |" for outcome in compared)
-        + "\n"
     )
-    record = {
-        "machine": machine,
-        "seconds": seconds,
-        "validation": [outcome.record() for outcome in chosen_from],
-        "test": [{**outcome.record(), "chosen_by": winners[outcome.configuration]} for outcome in compared],
-    }
-    (RESULTS / "demo_defaults.json").write_text(json.dumps(record, indent=1) + "\n")
+    parser.add_argument("--only", choices=list(LABELS), help="the one optimizer to measure (default: all)")
+    only = parser.parse_args(arguments).only
+    file = RESULTS / "demo_defaults.json"
+    records = json.loads(file.read_text()) if only and file.is_file() else {}
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for name in [only] if only else LABELS:
+            records[name] = measured(pool, name)
+    file.write_text(json.dumps(records, indent=1) + "\n")
+    (RESULTS / "demo_defaults.md").write_text(markdown(records))
 
 
 if __name__ == "__main__":

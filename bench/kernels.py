@@ -40,7 +40,8 @@ from typing import Any
 
 import torch
 
-from bench import kernels_cuda
+from bench import kernels_adaptive, kernels_cuda
+from bench.kernels_adaptive import AdaptiveCase
 from bench.kernels_cuda import SHIPPED, Instance, kind_of
 from sofim_fused.backends import Sums
 from sofim_fused.backends.triton import pack
@@ -141,14 +142,16 @@ def cases(kernels: ModuleType) -> Iterator[tuple[str, Case]]:
     """Every kernel with the kind that it is for; the gradient form and L2 decay for float32 and float64 alone."""
     k = kernels
     for label, kind in KINDS.items():
-        variants = [("moment", False, False)]
+        variants = [("moment", k.MOMENT, False)]
         if kind == FLOAT32:
-            variants += [("gradient", True, False), ("L2", False, True)]
+            variants += [("gradient", k.GRADIENT, False), ("L2", k.MOMENT, True)]
         if kind in (FLOAT32, FLOAT64):
-            variants += [("gradient, L2", True, True)]
-        for name, cross, l2 in variants:
-            plain = KernelConfig((kind,), k.ACCUMULATE, k.APPLY, k.PLAIN, l2=l2, cross=cross)
-            guarded = KernelConfig((kind,), k.DOTS, k.COMMIT, k.GUARDED, l2=l2, cross=cross, clip=True, skip=True)
+            variants += [("gradient, L2", k.GRADIENT, True)]
+        for name, numerator, l2 in variants:
+            plain = KernelConfig((kind,), k.ACCUMULATE, k.APPLY, k.PLAIN, l2=l2, numerator=numerator)
+            guarded = KernelConfig(
+                (kind,), k.DOTS, k.COMMIT, k.GUARDED, l2=l2, numerator=numerator, clip=True, skip=True
+            )
             yield label, Case(f"accumulate ({name})", plain, "first")
             if not l2:
                 yield label, Case(f"apply ({name})", plain, "second")
@@ -156,9 +159,15 @@ def cases(kernels: ModuleType) -> Iterator[tuple[str, Case]]:
             yield label, Case(f"commit ({name})", guarded, "second")
             yield label, Case(f"one launch, plain ({name})", plain, "single")
             yield label, Case(f"one launch, guarded ({name})", guarded, "single")
-    blocks = KernelConfig((FLOAT32,), k.DOTS, k.COMMIT, k.GUARDED, cross=True, clip=True, skip=True, per_tensor=True)
+    blocks = KernelConfig(
+        (FLOAT32,), k.DOTS, k.COMMIT, k.GUARDED, numerator=k.GRADIENT, clip=True, skip=True, per_tensor=True
+    )
     yield "fp32", Case("dots (gradient, a block per tensor)", blocks, "first")
-    early = KernelConfig((FLOAT32,), k.ACCUMULATE, 0, k.SUMS_ONLY, cross=True)
+    ahead = KernelConfig(
+        (FLOAT32,), k.DOTS, k.COMMIT, k.GUARDED, l2=True, numerator=k.NESTEROV, clip=True, skip=True, per_tensor=True
+    )
+    yield "fp32", Case("one launch, guarded (nesterov, L2)", ahead, "single")
+    early = KernelConfig((FLOAT32,), k.ACCUMULATE, 0, k.SUMS_ONLY, numerator=k.GRADIENT)
     yield "fp32", Case("accumulate with the gradient's part of the step", early, "first", with_step=True)
 
 
@@ -166,10 +175,13 @@ def solve_cases(kernels: ModuleType) -> Iterator[SolveCase]:
     """``fold`` and ``solve``: the least that they do and the most, for each kind of Fisher block."""
     for name, fisher in (("model", kernels.MODEL), ("group", kernels.GROUP), ("parameter", kernels.PARAMETER)):
         for guarded in (False, True):
-            config = SolveConfig(fisher, guarded, guarded)
+            config = SolveConfig(fisher, kernels.GRADIENT if guarded else kernels.MOMENT, guarded)
             label = f"{'guarded, gradient' if guarded else 'plain, moment'}, a block per {name}"
             yield SolveCase(f"fold ({label})", config, "fold", l2=guarded, classes=2 if guarded else 1)
             yield SolveCase(f"solve ({label})", config, "solve")
+    ahead = SolveConfig(kernels.PARAMETER, kernels.NESTEROV, True)
+    yield SolveCase("fold (guarded, nesterov, a block per parameter)", ahead, "fold", l2=True, classes=2)
+    yield SolveCase("solve (guarded, nesterov, a block per parameter)", ahead, "solve")
 
 
 def cuda_cases(kernels: ModuleType) -> Iterator[tuple[str, Case, Instance]]:
@@ -181,14 +193,18 @@ def cuda_cases(kernels: ModuleType) -> Iterator[tuple[str, Case, Instance]]:
                 continue
             config = case.config
             passes = {
-                kernels.ACCUMULATE: kind_of("accumulate", l2=config.l2, gradient=config.cross, step=case.with_step),
-                kernels.APPLY: kind_of("apply", gradient=config.cross),
+                kernels.ACCUMULATE: kind_of(
+                    "accumulate", l2=config.l2, gradient=config.reads_gradient, step=case.with_step
+                ),
+                kernels.APPLY: kind_of("apply", gradient=config.reads_gradient),
                 kernels.DOTS: kind_of("dots", l2=config.l2),
-                kernels.COMMIT: kind_of("commit", l2=config.l2, gradient=config.cross),
+                kernels.COMMIT: kind_of("commit", l2=config.l2, gradient=config.reads_gradient),
             }
             template = {"first": "first", "second": "second", "single": "both"}[case.launch]
             kinds = tuple(passes[which] for which in _passes(case))
-            instance = Instance(template, storage, kinds, config.l2, config.cross and kernels.COMMIT in _passes(case))
+            instance = Instance(
+                template, storage, kinds, config.l2, config.reads_gradient and kernels.COMMIT in _passes(case)
+            )
             if instance not in seen:
                 seen.add(instance)
                 yield label, case, instance
@@ -205,9 +221,10 @@ def covering(kernels: ModuleType, targets: Sequence[str]) -> list[list[str]]:
     ]
 
 
-def every_case(kernels: ModuleType) -> list[tuple[str, Case | SolveCase]]:
+def every_case(kernels: ModuleType) -> list[tuple[str, Case | SolveCase | AdaptiveCase]]:
     """All Triton kernels, with their kinds."""
-    return [*cases(kernels), *((SUMS, case) for case in solve_cases(kernels))]
+    others = ((SUMS, case) for case in solve_cases(kernels))
+    return [*cases(kernels), *others, *kernels_adaptive.cases(KINDS, SUMS)]
 
 
 def main_of(targets: Sequence[str]) -> str:
@@ -228,7 +245,7 @@ def table_bytes(case: Case, kernels: ModuleType) -> tuple[int, int]:
     g = 4 if kind & pack.WIDE else w
     m = 2 if kind & pack.ROUNDS else max(w, 4)
     kahan = w if kind & pack.KEEPS else 0
-    l2, cross = case.config.l2, case.config.cross
+    l2, cross = case.config.l2, case.config.reads_gradient
     step = case.with_step
     passes = {
         kernels.ACCUMULATE: (g + m + (w if l2 or step else 0) + (kahan if step else 0), m + (w + kahan if step else 0)),
@@ -413,6 +430,43 @@ def examined_solve(case: SolveCase, target: str, kernels: ModuleType) -> Row:
         TRITON, SUMS, case.name, target, None, None, {}, registers, spills, shared, programs, occupancy, None, None, []
     )
     row.wrong = list(_wrong(row, 1))
+    return row
+
+
+def examined_adaptive(case: AdaptiveCase, label: str, target: str) -> Row:
+    """Compile a kernel of a step with a diagonal that adapts, and read what came out."""
+    adaptive = kernels_adaptive.adaptive_kernels()
+    nvidia = target.startswith("sm_")
+    noted = Launch(getattr(adaptive, case.kernel))
+    others = {name: Launch(getattr(adaptive, name)) for name in ("squares", "add_up")}
+    spy = SimpleNamespace(**{**vars(adaptive), **others, case.kernel: noted})
+    slots = kernels_adaptive.launch(case, spy, hip=not nvidia)
+    kernel = compiled(noted, target)
+    warps = noted.options["num_warps"]
+    text = kernel.asm["ptx" if nvidia else "amdgcn"]
+    if nvidia:
+        registers, spills, shared = _of_cubin(kernel.asm["cubin"])
+        programs, occupancy = _room(registers, shared, warps, target)
+    else:
+        registers, spills, shared, programs, occupancy = _of_amdgcn(text, warps)
+    row = Row(
+        TRITON, label, case.name, target, None, None, {}, registers, spills, shared, programs, occupancy, None, None, []
+    )
+    if case.what == kernels_adaptive.ALGEBRA:
+        row.wrong = list(_wrong(row, 1))
+        return row
+    sweep = case.what == kernels_adaptive.SWEEP
+    source = importlib.import_module("sofim_fused.backends.triton.kernels") if sweep else adaptive
+    accesses, instructions = hot_path(text, _full_lines(source))
+    per_element = warps * (32 if nvidia else 64) / kernels_adaptive.elements(case, hip=not nvidia)
+    row.read, row.written, row.widths = _moved(accesses, per_element)
+    row.instructions = instructions * per_element if nvidia and sweep else None
+    unaligned = case.config is not None and case.config.kinds[0] & pack.UNALIGNED
+    row.wrong = list(_wrong(row, 1) if unaligned else _wrong(row, 1, kernels_adaptive.table_bytes(case), NARROWEST))
+    if slots > kernels_adaptive.MOST_SLOTS:
+        row.wrong.append(f"slots take {slots:g} bytes per parameter, {kernels_adaptive.MOST_SLOTS} are allowed")
+    row.written += slots
+    row.milliseconds = _milliseconds(row.read + row.written)
     return row
 
 
@@ -657,6 +711,8 @@ def _figure(value: float | None, how: str) -> str:
 def _examined(index: int, targets: Iterable[str]) -> list[Row]:
     kernels = importlib.import_module("sofim_fused.backends.triton.kernels")
     label, case = every_case(kernels)[index]
+    if isinstance(case, AdaptiveCase):
+        return [examined_adaptive(case, label, target) for target in targets]
     if isinstance(case, SolveCase):
         return [examined_solve(case, target, kernels) for target in targets]
     return [examined(case, label, target, kernels) for target in targets]

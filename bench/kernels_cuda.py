@@ -25,7 +25,16 @@ SHIPPED = {  # the sets of storage types
     "NarrowWeights": "16-bit weights, as shipped",
     "AnyWeights": "any weights, as shipped",
 }
-NO_TENSORS = {"copy": "arguments to a table", "fold": "fold", "solve": "solve"}  # kernels that touch none, by name
+NO_TENSORS = {  # kernels that touch none, by name
+    "copy": "arguments to a table",
+    "fold": "fold",
+    "solve": "solve",
+    "adapt": "adapt",
+    "fold_scaled": "fold_scaled",
+    "solve_scaled": "solve_scaled",
+    "finish_scaled": "fold_scaled and solve_scaled",
+}
+SCALED = ("accumulate", "apply", "commit")  # in the order of the enum ScaledPass
 FOLDER = Path(__file__).parent.parent / "csrc"
 STORAGE = "cuda/storage.cuh"  # the file with load and store
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-lineinfo")  # as in setup.py
@@ -194,6 +203,8 @@ _REGISTER = re.compile(r"%(?!p\d)\w+")  # predicates choose between addresses, t
 _WIDTH = re.compile(r"(?:\.v(\d))?\.[bfsu](\d+)$")
 # The functions that have the elements of a vector, and how many that is, as they are named for the linker.
 _SWEEPING = re.compile(r"\d(?:load|store)ILi(\d+)E|\dsweepI.*Li(\d+)EEEvR")
+# What they read or write belongs to no element: factors of a diagonal that adapts, and sums.
+_FACTORS = re.compile(r"\d(?:factor|factors_at)I|\dset_row_sum")
 _OUTSIDE = re.compile(
     r"\d(?:first_sweep|second_sweep|factors|load_cg|block_total|warp_total|tensor_of|is_last_block|atomic_inc_acq_rel)"
 )
@@ -225,6 +236,8 @@ def hot_paths(ptx: str, single: Collection[int]) -> Iterator[tuple[str, tuple[Co
     Args:
         ptx: with ``.loc`` directives.
         single: the lines of storage.cuh that are about single elements.
+
+    Outside of its sweep, ``squares`` writes sums to addresses from its table, too; there nothing is counted.
     """
     names = {
         label: bytes(map(int, re.findall(r"\b\d+\b", data))).decode().rstrip("\0") for label, data in _NAME.findall(ptx)
@@ -232,11 +245,11 @@ def hot_paths(ptx: str, single: Collection[int]) -> Iterator[tuple[str, tuple[Co
     files = re.findall(r'\.file\s+(\d+) "[^"]*/storage\.cuh"', ptx)
     places = {(file, str(line)) for file in files for line in single}
     for entry, body in _ENTRY.findall(ptx):
-        yield entry, _hot_path(body, names, places)
+        yield entry, _hot_path(body, names, places, only_sweeps="7squaresE" in entry)
 
 
 def _hot_path(
-    body: str, names: Mapping[str, str], single: Collection[tuple[str, ...]]
+    body: str, names: Mapping[str, str], single: Collection[tuple[str, ...]], only_sweeps: bool
 ) -> tuple[Counter[tuple[str, int]], int]:
     size: int | None = None  # elements at a time, where that is known
     flows: list[tuple[list[str], list[str]]] = []  # registers, and those that they are computed from
@@ -248,7 +261,9 @@ def _hot_path(
         if stripped.startswith(".loc"):
             function = re.search(r"function_name (\S+),", stripped)
             name = names[function[1]] if function else ""
-            if sweeping := _SWEEPING.search(name):
+            if _FACTORS.search(name):
+                size = 1
+            elif sweeping := _SWEEPING.search(name):
                 size = int(sweeping[1] or sweeping[2])
             elif not function:
                 size = 1 if tuple(stripped.split()[1:3]) in single else None
@@ -264,7 +279,7 @@ def _hot_path(
             place = operands.partition("[")[2].partition("]")[0]
             if not place.startswith("%") or re.match(r"\w+\.(volatile\.)?(shared|local|param)\b", what):
                 continue
-            if size != 1:
+            if size != 1 and not (size is None and only_sweeps):
                 found.append(("load" if what.startswith("ld") else "store", what, _REGISTER.findall(place)[0]))
             if re.match(r"ld\b.*\.[bsu]64$", what):
                 addresses.update(_REGISTER.findall(operands.partition("[")[0]))
@@ -319,6 +334,10 @@ def described(entry: str) -> tuple[str, str]:
     """Set of storage types and passes of a kernel that is shipped."""
     if other := re.search(rf"\d({'|'.join(NO_TENSORS)})(?:I|E)", entry):
         return SHIPPED["AnyWeights"], NO_TENSORS[other[1]]
+    if re.search(r"\d(?:squares)E", entry):
+        return SHIPPED["AnyWeights"], "squares"
+    if scaled := re.search(r"\d(?:accumulate_scaledI|update_scaledILN\w*?10ScaledPassE(\d)E)Lb(\d)E", entry):
+        return SHIPPED["Float32Weights" if scaled[2] == "1" else "AnyWeights"], f"{SCALED[int(scaled[1] or 0)]}_scaled"
     name = re.search(rf"(?:first|second|both)I\w*?\d({'|'.join(SHIPPED)})E", entry)
     size = re.search(r"Li(\d+)E", entry)
     sweeps = re.findall(r"L(?:N\w*?4PassE|S\w*?_)(\d)ELb(\d)ELb(\d)ELb(\d)E", entry)

@@ -24,6 +24,11 @@ def many_small() -> list[Shape]:
     return [(1024,)] * 1000
 
 
+def many_matrices() -> list[Shape]:
+    """1,000 matrices of 32 rows and columns, as many elements as :func:`many_small` has."""
+    return [(32, 32)] * 1000
+
+
 def resnet9() -> list[Shape]:
     """ResNet-9 for CIFAR-10 as in DAWNBench: eight convolutions with batch normalization, and a linear layer."""
     convolutions = [(3, 64), (64, 128), (128, 128), (128, 128), (128, 256), (256, 512), (512, 512), (512, 512)]
@@ -71,6 +76,9 @@ MODELS: dict[str, Callable[[], list[Shape]]] = {
     "resnet-50": resnet50,
     "gpt2-small": gpt2_small,
 }
+
+# Those of bench.step. Diagonals that adapt are another thing in two dimensions than in one.
+CPU_MODELS: dict[str, Callable[[], list[Shape]]] = {**MODELS, "1000x32x32": many_matrices}
 
 
 def grid(limit: int = 200_000_000) -> dict[str, list[Shape]]:

@@ -1,4 +1,4 @@
-"""The time and memory of a step, compared with SGD with momentum.
+"""The time and memory of a step, compared with SGD with momentum; of one whose diagonal adapts, with AdamW.
 
     python -m bench.step --device cpu --threads 2
 
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
 from bench.report import (
     CPU,
@@ -38,7 +38,7 @@ from bench.report import (
 from bench.report import digits as _digits  # noqa: F401
 from bench.report import target as _target
 from bench.report import targets as targets
-from bench.shapes import MODELS, Shape, elements, grid
+from bench.shapes import CPU_MODELS, Shape, elements, grid
 from bench.timing import Timing, compare, copy_bandwidth
 from sofim_fused import SOFIM, backends
 from sofim_fused.backends import Coefficients, Decay
@@ -138,6 +138,12 @@ def ours(bytes_moved: int | None, **options: Any) -> Recipe:
     return Recipe(SOFIM, {**OURS, **options}, bytes_moved)
 
 
+def adaptive(bytes_moved: int, **options: Any) -> Recipe:
+    """SOFIM with a diagonal that adapts and the look-ahead, without the term of rank one unless ``options`` say so."""
+    defaults = {"lr": 1e-4, "momentum": 0.9, "diagonal": "factored", "numerator": "nesterov"}
+    return Recipe(SOFIM, {**defaults, **options}, bytes_moved)
+
+
 def sgd(bytes_moved: int, clip: bool = False, **options: Any) -> Recipe:
     """SGD with momentum."""
     return Recipe(SGD, {**SGDS, **options}, bytes_moved, clip)
@@ -159,6 +165,16 @@ GUARDED = {
     "SOFIM": ours(28, **GUARD),
     "SOFIM, reference": ours(None, **GUARD, backend="reference"),
     "SGD fused, clip_grad_norm_": sgd(32, fused=True, clip=True),
+}
+# AdamW with state for each element is one sweep; Adafactor's foreach works tensor by tensor.
+ADAPTIVE = {
+    "SOFIM, factored": adaptive(24),
+    "SOFIM, factored, guarded": adaptive(24, **GUARD),
+    "SOFIM, factored, rank one": adaptive(32, rho=1.0),
+    "SOFIM, row": adaptive(24, diagonal="row"),
+    "SOFIM, element": adaptive(28, diagonal="element"),
+    "AdamW fused": Recipe(AdamW, {"lr": 1e-4, "betas": (0.9, 0.99), "fused": True}, 28),
+    "Adafactor": Recipe(Adafactor, {"lr": 1e-4}, None),
 }
 SIXTEEN_BIT = {
     "SOFIM, float32 moment, kahan": ours(22),
@@ -201,6 +217,14 @@ TARGETS: dict[tuple[str, str], dict[str, float]] = {
         "resnet-9": 0.7,
         "resnet-50": 0.85,
         "gpt2-small": 0.85,
+    },
+    ("adaptive", "SOFIM, factored"): {
+        "lenet-5": 0.3,
+        "1000x1K": 0.35,
+        "1000x32x32": 0.4,
+        "resnet-9": 0.9,
+        "resnet-50": 0.92,
+        "gpt2-small": 0.92,
     },
     ("memory", "SOFIM"): {"resnet-50": 1.001, "gpt2-small": 1.001},
 }
@@ -251,6 +275,11 @@ class Run:
         """Whole steps in float32 with clipping."""
         for model, shapes in self.models.items():
             yield from self._steps("guarded", model, Workload(shapes), GUARDED)
+
+    def adaptive(self) -> Iterator[Row]:
+        """Whole steps in float32 with a diagonal that adapts."""
+        for model, shapes in self.models.items():
+            yield from self._steps("adaptive", model, Workload(shapes), ADAPTIVE)
 
     def sixteen_bit(self) -> Iterator[Row]:
         """Whole steps with bfloat16 weights and gradients."""
@@ -431,6 +460,12 @@ TABLES = {
         Run.guarded,
         "SOFIM with max_grad_norm and skip_nonfinite; SGD after torch.nn.utils.clip_grad_norm_, which skips nothing.",
     ),
+    "adaptive": _timed(
+        "Step with a diagonal that adapts, float32",
+        "AdamW fused",
+        Run.adaptive,
+        'SOFIM with the look-ahead. For 1-D tensors "factored" has a variance for each element: 28 bytes, not 24.',
+    ),
     "sixteen_bit": _timed(
         "Plain step, bfloat16 weights and gradients",
         "SGD foreach",
@@ -473,10 +508,10 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--models",
         nargs="+",
-        choices=[*MODELS, "grid"],
-        default=list(MODELS),
+        choices=[*CPU_MODELS, "grid"],
+        default=list(CPU_MODELS),
         metavar="MODEL",
-        help=f"some of {', '.join(MODELS)}, and grid: equal tensors by number and size (default: all but grid)",
+        help=f"some of {', '.join(CPU_MODELS)}, and grid: equal tensors by number and size (default: all but grid)",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each comparison (default: %(default)g)")
@@ -490,12 +525,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path: Path = options.json or RESULTS / f"step_{options.device}.json"
     models: dict[str, list[Shape]] = {}
     for name in options.models:
-        models.update(grid() if name == "grid" else {name: MODELS[name]()})
+        models.update(grid() if name == "grid" else {name: CPU_MODELS[name]()})
     torch.set_num_threads(options.threads)
     command = [
         "python -m bench.step",
         f"--device {options.device}",
-        *([] if options.models == list(MODELS) else [f"--models {shlex.join(options.models)}"]),
+        *([] if options.models == list(CPU_MODELS) else [f"--models {shlex.join(options.models)}"]),
         f"--threads {options.threads}",
         f"--seconds {options.seconds:g}",
     ]

@@ -255,6 +255,11 @@ PyObject* scalars(const PackedStep& packed) {
 
 PyObject* device(const PackedStep& packed) { return packed.device() ? THPDevice_New(*packed.device()) : none(); }
 
+PyObject* numerator(const PackedStep& packed) {
+  const char* const names[] = {"moment", "gradient", "nesterov"};
+  return PyUnicode_FromString(names[static_cast<int>(packed.options().numerator)]);
+}
+
 PyObject* fisher(const PackedStep& packed) {
   const char* const names[] = {"model", "group", "parameter"};
   return PyUnicode_FromString(names[static_cast<int>(packed.options().fisher)]);
@@ -269,20 +274,27 @@ PyObject* size(const PackedStep& packed) { return PyLong_FromLongLong(packed.siz
 PyObject* tiles(const PackedStep& packed) { return PyLong_FromLongLong(packed.tiles()); }
 PyObject* rows(const PackedStep& packed) { return sofim::object_of(packed.rows()); }
 PyObject* hyper(const PackedStep& packed) { return sofim::object_of(packed.hyper()); }
-PyObject* gradient_form(const PackedStep& packed) { return PyBool_FromLong(packed.options().gradient_form); }
+PyObject* means(const PackedStep& packed) { return sofim::object_of(packed.means()); }
+PyObject* settings(const PackedStep& packed) { return sofim::object_of(packed.settings()); }
+PyObject* adaptive(const PackedStep& packed) { return PyBool_FromLong(packed.options().adaptive); }
+PyObject* rank_one(const PackedStep& packed) { return PyBool_FromLong(packed.options().rank_one); }
 PyObject* skip_nonfinite(const PackedStep& packed) { return PyBool_FromLong(packed.options().skip_nonfinite); }
 PyObject* l2(const PackedStep& packed) { return PyBool_FromLong(packed.l2()); }
 PyObject* decoupled(const PackedStep& packed) { return PyBool_FromLong(packed.decoupled()); }
 
 PyGetSetDef packed_attributes[] = {
     attribute<size>("size"),
+    attribute<means>("means"),
+    attribute<settings>("settings"),
+    attribute<adaptive>("adaptive"),
+    attribute<rank_one>("rank_one"),
     attribute<tiles>("tiles"),
     attribute<kinds>("kinds"),
     attribute<rows>("rows"),
     attribute<hyper>("hyper"),
     attribute<scalars>("scalars"),
     attribute<device>("device"),
-    attribute<gradient_form>("gradient_form"),
+    attribute<numerator>("numerator"),
     attribute<fisher>("fisher"),
     attribute<max_grad_norm>("max_grad_norm"),
     attribute<skip_nonfinite>("skip_nonfinite"),

@@ -32,7 +32,8 @@ DTYPES = (
 
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
 SMALLEST_RHO = 1e-30  # keeps ‖m̂‖²/ρ far below float64's overflow
-SMALLEST_EPS = 1e-30  # keeps 1/s in float32's range
+SMALLEST_EPS = 1e-18  # above the root of what is lost below float32's range, so that s bounds the step there too
+LARGEST_EPS = 1e18  # far below float32's range: s has to stay finite
 
 # Options that each parameter group may set, and options that have one value for the whole optimizer.
 PER_GROUP = (
@@ -123,7 +124,7 @@ def group(values: Mapping[str, Any], index: int | None = None, saved: bool = Fal
     _one_of(where, "diagonal", values["diagonal"], DIAGONALS)
     _rho(where, values["rho"], values["diagonal"])
     _number(where, "beta2", values["beta2"], low=0.0, below=1.0)
-    _number(where, "eps", values["eps"], low=SMALLEST_EPS)
+    _number(where, "eps", values["eps"], low=SMALLEST_EPS, below=LARGEST_EPS)
     _number(where, "weight_decay", values["weight_decay"], low=0.0)
     for name in ("decoupled_weight_decay", "maximize", "skip_nonfinite"):
         if not isinstance(values[name], bool):
@@ -150,7 +151,7 @@ def _rho(where: str, rho: Any, diagonal: str) -> None:
         if rho is None:
             raise ValueError(
                 f"{where}rho=None leaves out the term of rank one, and with diagonal='identity' nothing would be left: "
-                "pass a number, or a diagonal that adapts"
+                "pass a number, or a diagonal that adapts, as diagonal='factored'"
             )
     elif rho is None:
         return
@@ -162,6 +163,38 @@ def _rho(where: str, rho: Any, diagonal: str) -> None:
 def lacking(values: Mapping[str, Any]) -> list[str]:
     """The hyperparameters that a group does not have."""
     return [name for name in PER_GROUP + WHOLE if name not in values]
+
+
+def betas(where: str, value: Any) -> tuple[float, float]:
+    """Check ``betas``, as Adam and its variants call ``momentum`` and ``beta2``, and return the two.
+
+    Raises:
+        TypeError: these are not two numbers.
+        ValueError: one is out of its range.
+    """
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) != 2:
+        raise TypeError(f"{where}betas={value!r}: pass two numbers, as (0.9, 0.99)")
+    for place, beta in enumerate(value):
+        _number(where, f"betas[{place}]", beta, low=0.0, below=1.0)
+    return value[0], value[1]
+
+
+def adapts(diagonal: Any) -> None:
+    """Check the ``diagonal`` of a class that has only diagonals that adapt."""
+    if isinstance(diagonal, str) and diagonal == "identity":
+        raise ValueError(
+            "diagonal='identity' does not adapt, and AdaSOFIM's other defaults are not made for it: take SOFIM"
+        )
+
+
+def without_variances(where: str, diagonal: Any) -> None:
+    """Check the ``diagonal`` that is to go on from an optimizer without running means of g²."""
+    if not (isinstance(diagonal, str) and diagonal == "identity"):
+        raise ValueError(
+            f"{where}diagonal={diagonal!r} needs running means of g², which SGD does not have (with its moments but "
+            "without them, the first steps would be ten times too long): leave it out, or make a new "
+            "AdaSOFIM(model.parameters())"
+        )
 
 
 def dtype_named(value: Any) -> Any:
@@ -213,11 +246,19 @@ def adaptive_in_backward_over_ranks(diagonal: str) -> ValueError:
     )
 
 
-def in_backward_parameter(param: Tensor, where: str, numerator: str) -> None:
-    """Check a parameter whose gradients are taken in the backward pass."""
-    if numerator == "gradient" and param.dtype in NARROW_DTYPES:
+def reads_gradient(numerator: str) -> bool:
+    """Whether the update has a term in the gradient, which then is a part of what F⁻¹ is applied to."""
+    return numerator != "moment"
+
+
+def in_backward_parameter(param: Tensor, where: str, values: Mapping[str, Any]) -> None:
+    """Check a parameter whose gradients are taken in the backward pass, beside its group's values."""
+    numerator = values["numerator"]
+    if values.get("diagonal", "identity") != "identity":  # the hook takes the whole step, and rounds it once
+        return
+    if reads_gradient(numerator) and param.dtype in NARROW_DTYPES:
         raise ValueError(
-            f"{where} ({described(param)}): in_backward=True with numerator='gradient' would round it twice in a "
+            f"{where} ({described(param)}): in_backward=True with numerator={numerator!r} would round it twice in a "
             "step, between two large terms: take numerator='moment', leave out in_backward, or keep the weights in "
             "float32"
         )
@@ -548,12 +589,14 @@ def variances(
         ordinal: the parameter's place among all.
         diagonal: the group's.
     """
+    if diagonal == "identity":  # those of an earlier diagonal are not used
+        return
     has = {name for name in VARIANCES if name in known}
     if has != {*shapes}:
         found = f"has {' and '.join(sorted(has))}" if has else "has no running means of g²"
         raise ValueError(
             f"{_state(param, ordinal)} {found}, but diagonal={diagonal!r} needs "
-            f"{' and '.join(shapes) or 'none'}: set the diagonal that it was made with, or delete the parameter's "
+            f"{' and '.join(shapes)}: set the diagonal that it was made with, or delete the parameter's "
             "state to start it anew (del optimizer.state[param])"
         )
     for name, shape in shapes.items():
@@ -562,7 +605,7 @@ def variances(
         if value.dtype != dtype or tuple(value.shape) != shape or value.device != param.device:
             raise ValueError(
                 f"{_state(param, ordinal)}: {name} is {described(value)}, expected shape {shape}, {short(dtype)}, "
-                f"{param.device}: {_REPLACE}"
+                f"{param.device} for diagonal={diagonal!r}: {_REPLACE}"
             )
         if _may_overlap(value):
             raise _sharing(value, f"{_state(param, ordinal)}: {name}", _REPLACE)

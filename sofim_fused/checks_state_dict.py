@@ -28,7 +28,7 @@ from sofim_fused.checks import (
     parameter,
     short,
 )
-from sofim_fused.dtensor import on_one_mesh
+from sofim_fused.dtensor import local, on_one_mesh
 
 MOST_STEPS = 2**63 - 2**32  # leaves room in an int64 for the steps that follow
 IDENTITY = ("lr", "momentum", "rho")  # in the groups of every version; a group that lacks one is another optimizer's
@@ -162,7 +162,10 @@ def _whose(group: Mapping[str, Any]) -> str:
             "optimizer, and convert that with SOFIM.from_sgd()"
         )
     if "betas" in group:
-        return "it comes from another optimizer (it has betas, as Adam and its variants): start SOFIM without it"
+        return (
+            "it comes from another optimizer (it has betas, as Adam and its variants): if it is of a torch.optim.AdamW "
+            "or Adam, load it into one, and convert that with SOFIM.from_adamw(); else start SOFIM without it"
+        )
     return "it comes from another optimizer, or is damaged"
 
 
@@ -229,6 +232,7 @@ def _saved_state(known: Any, param: Tensor, key: Any, diagonal: str, variance_sh
         if tuple(value.shape) != shape:
             raise ValueError(
                 f"{where}: {name} has the shape {tuple(value.shape)}, expected {shape}: it was saved for another model"
+                + (f", or with another diagonal than {diagonal!r}" if name in VARIANCES else "")
             )
         if value.layout != torch.strided or (value.dtype not in DTYPES and name != "step"):
             raise ValueError(f"{where}: {name} is {short(value.dtype)}, {value.layout}: the state dict is damaged")
@@ -238,15 +242,17 @@ def _saved_state(known: Any, param: Tensor, key: Any, diagonal: str, variance_sh
         if name != "step" and not on_one_mesh(param, value):
             way = "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict(), which spreads it"
             raise other_mesh(param, value, f"{where}: {name}", way)
+        if name in VARIANCES and not value.is_meta and bool((local(value.detach()) < 0).any()):
+            raise ValueError(f"{where}: {name} has negative elements, which no mean of squares has: it is damaged")
     step = entries["step"]
     if not (isinstance(step, Tensor) and step.is_meta):
         count = step.item() if isinstance(step, Tensor) else step
-        if not isinstance(count, Real) or not _is_count(count):
+        if not isinstance(count, Real) or not is_count(count):
             raise ValueError(f"{where}: step is {count!r}, expected a count of updates: the state dict is damaged")
 
 
-def _is_count(value: Any) -> bool:
-    """Whether a real number is a possible step count: whole, not negative, and not too large."""
+def is_count(value: Any) -> bool:
+    """Whether a real number is a possible step count: whole, not negative, and not too large (NaN is none)."""
     return bool(0 <= value < MOST_STEPS and value == int(value))
 
 

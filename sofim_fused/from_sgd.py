@@ -8,6 +8,9 @@ m ← β m + (1-β) g and steps by η m̂/(ρ + ‖m̂‖²). So β = μ, and
 give η m/ρ = γ b, now and after every further gradient. If ‖m̂‖² is far below ρ and m̂ is m, this is SGD's step. Without
 momentum SGD has neither buffer nor dampening, and η = ρ γ. With τ = 0 the buffer is the sum Σ μᵗ⁻ⁱ gᵢ, and m is exactly
 the moment that SOFIM would have after t updates. With τ ≠ 0 the first term, g₁, differs, because SGD never dampens it.
+
+With ``nesterov=True``, for which τ = 0, SGD steps by γ (g + μ b). That is η/ρ times β m + (1-β) g: SOFIM's step with
+``numerator="nesterov"``, likewise.
 """
 
 from __future__ import annotations
@@ -20,16 +23,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sofim_fused import checks
-from sofim_fused.dtensor import local
+from sofim_fused import checks, from_torch
 from sofim_fused.step import gather
 
 # Options that have the same name in SGD. Its weight decay is L2.
 COMMON = ("lr", "momentum", "weight_decay", "maximize")
 FROM_SGD = ("params", *COMMON, "decoupled_weight_decay")
 ONLY_SGD = ("dampening", "nesterov", "foreach", "differentiable", "fused")
-# Learning rates in groups: the optimizer's, and those that schedulers store there.
-RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+_REMEDY = "set optimizer.state[param]['momentum_buffer'] = None to start it at zero"
+_LEFT_BY_FUSED = (
+    f", as torch's fused SGD leaves it when a GradScaler skips its first step: {_REMEDY}, or fill it with zeros "
+    "(zero_())"
+)
 
 
 class Taken(NamedTuple):
@@ -39,6 +44,7 @@ class Taken(NamedTuple):
         groups: new group dicts, with SGD's own values under SOFIM's names.
         defaults: the constructor's arguments, for groups that are added later, in the same form.
         dampenings: τ of each group, and at the end that of ``defaults``.
+        options: arguments of the constructor for the whole optimizer, those of the caller included.
         buffers: the parameters that have a momentum buffer, with the buffer in place of the gradient.
         steps: how many updates SGD took, or ``None``.
     """
@@ -46,6 +52,7 @@ class Taken(NamedTuple):
     groups: list[dict[str, Any]]
     defaults: dict[str, Any]
     dampenings: list[float]
+    options: dict[str, Any]
     buffers: list[gather.Entry]
     steps: int | None
 
@@ -66,44 +73,66 @@ def taken(optimizer: torch.optim.SGD, steps: int | None, options: Mapping[str, A
             f"optimizer is of type {type(optimizer).__name__}: pass a torch.optim.SGD; "
             "from any other make SOFIM(model.parameters())"
         )
-    for name in FROM_SGD:
-        if name in options:
-            raise TypeError(f"{name} comes from the SGD optimizer: leave it out, or set it in the groups afterwards")
+    from_torch.own_options(options, FROM_SGD, "SGD")
+    checks.without_variances("", options.get("diagonal", "identity"))
     _check_steps(steps)
     groups, dampenings, buffers = [], [], []
+    numerator = options["numerator"] if "numerator" in options else _numerator(optimizer.param_groups)
     ordinal = 0
     for index, group in enumerate(optimizer.param_groups):
         where = f"parameter group {index} of the SGD optimizer"
-        _check_switches(where, group)
+        from_torch.not_differentiable(where, group)
+        checks.without_variances(f"{where}: ", group.get("diagonal", "identity"))
         dampenings.append(_dampening(where, group))
+        if numerator == "nesterov" and group.get("nesterov") and dampenings[-1]:
+            raise ValueError(
+                f"{where}: dampening={group['dampening']!r} with nesterov=True, which SGD's constructor refuses: set "
+                "group['dampening'] = 0 first, or pass numerator='moment' to go on without the look-ahead"
+            )
         groups.append(_renamed(group))
         for place, param in enumerate(group["params"]):
             # Without momentum SGD does not use a buffer, but an older one may still be there.
             known = optimizer.state.get(param, {}) if group.get("momentum") else {}
             buffer = known.get("momentum_buffer")
             if buffer is not None:
-                _check_buffer(f"momentum buffer of parameter {place} of group {index}", param, buffer)
+                where = f"momentum buffer of parameter {place} of group {index}"
+                from_torch.buffer(where, param, buffer, _REMEDY, _LEFT_BY_FUSED)
                 buffers.append(gather.Entry(index, ordinal, param, buffer))
             ordinal += 1
     dampenings.append(_dampening("defaults of the SGD optimizer", optimizer.defaults))
     defaults = {name: _unwrapped(name, optimizer.defaults[name]) for name in COMMON if name in optimizer.defaults}
-    return Taken(groups, {**defaults, "decoupled_weight_decay": False}, dampenings, buffers, steps)
+    return Taken(
+        groups,
+        {**defaults, "decoupled_weight_decay": False},
+        dampenings,
+        {**options, "numerator": numerator},
+        buffers,
+        steps,
+    )
+
+
+def _numerator(groups: Sequence[Mapping[str, Any]]) -> str:
+    """SOFIM's ``numerator`` for SGD's ``nesterov``, to which groups without momentum are indifferent."""
+    found = [bool(group.get("nesterov")) for group in groups if group.get("momentum")]
+    if any(found) and not all(found):
+        index = next(i for i, group in enumerate(groups) if group.get("momentum") and not group.get("nesterov"))
+        raise ValueError(
+            f"parameter group {index} of the SGD optimizer: nesterov={groups[index].get('nesterov')!r}, but another "
+            "has True, and SOFIM's numerator holds for the whole optimizer: set group['nesterov'] alike in all groups "
+            "with momentum, or pass numerator='nesterov' or numerator='moment'"
+        )
+    return "nesterov" if any(found) else "moment"
 
 
 def _renamed(group: Mapping[str, Any]) -> dict[str, Any]:
     """A group without options that only SGD has; keys that the user added are kept."""
-    kept = {name: _unwrapped(name, value) for name, value in group.items() if name not in ONLY_SGD}
-    for name in ("params", "param_names"):
-        if name in kept:
-            kept[name] = list(kept[name])
+    kept = {name: _unwrapped(name, value) for name, value in from_torch.kept(group, ONLY_SGD).items()}
     return {**kept, "decoupled_weight_decay": False}
 
 
 def _unwrapped(name: str, value: Any) -> Any:
     """A number instead of a one-element tensor, which SGD accepts for these options and SOFIM does not."""
-    if name in ("momentum", "dampening", "weight_decay") and isinstance(value, Tensor) and value.numel() == 1:
-        return value if value.is_meta or value.is_complex() else float(value.detach())
-    return value
+    return from_torch.unwrapped(value) if name in ("momentum", "dampening", "weight_decay") else value
 
 
 def convert(
@@ -121,7 +150,9 @@ def convert(
         for values, dampening in zip([*groups, defaults], given.dampenings, strict=True):
             rho = values["rho"].detach() if isinstance(values["rho"], Tensor) else values["rho"]
             factor = float(rho) * (1 - dampening) / (1 - float(values["momentum"]))
-            values.update({name: _scaled(values[name], factor) for name in RATES if name in values})
+            values.update(
+                {name: from_torch.scaled(values[name], factor) for name in from_torch.RATES if name in values}
+            )
         for entry in given.buffers:
             group = groups[entry.group]
             momentum = float(group["momentum"])
@@ -137,13 +168,6 @@ def settled(momentum: float) -> int:
     return max(1, math.ceil(54 * math.log(2) / -math.log(momentum))) if momentum else 1
 
 
-def _scaled(value: Any, factor: float) -> Any:
-    """A learning rate times ``factor``, a tensor as a new one; other values, which a user added, unchanged."""
-    if isinstance(value, Tensor):
-        return value.detach() * factor
-    return float(value) * factor if isinstance(value, Real) and not isinstance(value, bool) else value
-
-
 # Refusals
 
 
@@ -154,19 +178,6 @@ def _check_steps(steps: Any) -> None:
         raise TypeError(f"steps={steps!r}: pass how many updates SGD took, an int, or None if that is not known")
     if not 1 <= int(steps) < 2**62:
         raise ValueError(f"steps={steps!r}: it must be at least 1 and less than 2**62; pass None if it is not known")
-
-
-def _check_switches(where: str, group: Mapping[str, Any]) -> None:
-    if group.get("nesterov"):
-        raise ValueError(
-            f"{where}: nesterov={group['nesterov']!r}: its look-ahead has no counterpart in SOFIM: "
-            "set group['nesterov'] = False first to go on without it"
-        )
-    if group.get("differentiable"):
-        raise ValueError(
-            f"{where}: differentiable={group['differentiable']!r}: SOFIM updates in place: set "
-            "group['differentiable'] = False first, or unroll the update in plain PyTorch"
-        )
 
 
 def _dampening(where: str, group: Mapping[str, Any]) -> float:
@@ -181,26 +192,3 @@ def _dampening(where: str, group: Mapping[str, Any]) -> float:
             f"{where}: dampening={value!r}: gradients do not enter the buffer, or with the wrong sign: set it below 1"
         )
     return float(value)
-
-
-def _check_buffer(where: str, param: Tensor, buffer: Any) -> None:
-    remedy = "set optimizer.state[param]['momentum_buffer'] = None to start it at zero"
-    if not isinstance(buffer, Tensor):
-        raise TypeError(f"{where} is of type {type(buffer).__name__}, not a tensor: {remedy}")
-    where += f" (shape {tuple(param.shape)}, {str(param.dtype).removeprefix('torch.')}, {param.device})"
-    if buffer.layout != torch.strided:
-        raise ValueError(
-            f"{where} has the layout {buffer.layout}: SOFIM takes dense gradients (nn.Embedding(sparse=False)): "
-            f"{remedy}, or replace it by its to_dense()"
-        )
-    if buffer.shape != param.shape:
-        raise ValueError(f"{where} has the shape {tuple(buffer.shape)}, which is another model's: {remedy}")
-    if buffer.device != param.device:
-        raise ValueError(f"{where} is on {buffer.device}: move it to the parameter's device, or {remedy}")
-    if buffer.dtype not in checks.DTYPES or buffer.is_complex() != param.is_complex():
-        raise ValueError(f"{where} is {str(buffer.dtype).removeprefix('torch.')}: it is damaged: {remedy}")
-    if not buffer.is_meta and not bool(local(buffer.detach()).isfinite().all()):
-        raise ValueError(
-            f"{where} holds NaN or infinity, as torch's fused SGD leaves it when a GradScaler skips its first step: "
-            f"{remedy}, or fill it with zeros (zero_())"
-        )

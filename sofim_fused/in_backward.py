@@ -1,10 +1,11 @@
 """In-backward accumulation: each gradient enters its moment during the backward pass that computes it.
 
 A gradient is then still in the cache, and only scalar algebra and ``apply`` remain for the step. Sums over all
-parameters are collected from each ``accumulate``. In the gradient form, Sherman-Morrison splits the step into a term
-in the gradient, which is added to w at once, and one in the moment, whose factor is known at the end:
+parameters are collected from each ``accumulate``. If F⁻¹ is applied to something that the gradient g is a part of,
+v = a m + b g, Sherman-Morrison splits the step into a term in the gradient, which is added to w at once, and one in the
+moment, whose factor is known at the end (a = 0 and b = 1 for ``numerator="gradient"``):
 
-    w - η F⁻¹g = [w - (η/ρ) g] + (η/ρ) m̂ P/(1 + S)
+    w - η F⁻¹v = [w - (η/ρ) b g] + (η/ρ) (m̂ P/(1 + S) - a m)
 
 With a diagonal that adapts and without the term of rank one, the step of a tensor depends on no other tensor: its hook
 takes all of it, and nothing remains for the end.
@@ -27,7 +28,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sofim_fused import backends, checks
-from sofim_fused.backends import GradientStep, NativeInBackward, Sums
+from sofim_fused.backends import GradientStep, NativeInBackward, Settings, Sums
 from sofim_fused.dtensor import bump_versions, is_sharded, local, placed_as
 from sofim_fused.sharding import is_flattened
 from sofim_fused.step import gather, schedule
@@ -46,7 +47,7 @@ _NOTHING, _PART, _WHOLE = range(3)  # how much of a parameter's gradient was tak
 class InBackward:
     """Takes an optimizer's gradients one by one, in the backward pass, and then the rest of the step.
 
-    To take a gradient is to add it to its moment; in the gradient form w is also updated by the gradient's term.
+    To take a gradient is to add it to its moment; if the step has a term in the gradient, w is also updated by it.
 
     Args:
         optimizer: whose parameters get hooks; not kept alive.
@@ -86,7 +87,8 @@ class InBackward:
         self._state: MutableMapping[Tensor, Any] = {}
         self._waiting: dict[torch.device, _Batch] = {}
         self._sums: dict[int, tuple[Sums, int]] = {}  # by ordinal: the sums of its batch, and its index in the batch
-        self._steps: dict[torch.device, GradientStep] = {}
+        self._settings_on: dict[torch.device, Settings] = {}  # those of _frozen, for all parameters
+        self._steps: dict[torch.device, GradientStep] = {}  # the gradient form's, likewise
         self._streams: dict[torch.device, list[Any]] = {}  # the streams on which passes ran
         check_not_replicated(param for group in optimizer.param_groups for param in group["params"])
         self.watch()
@@ -118,7 +120,7 @@ class InBackward:
                     param.requires_grad and id(param) not in self._hooks
                 ):  # step() takes the gradients of frozen ones, if there are any
                     where = f"parameter {place} of group {index}"
-                    checks.in_backward_parameter(param, where, group["numerator"])
+                    checks.in_backward_parameter(param, where, group)
                     check_unwatched(param, where, self)
                     unwatched.append(param)
         for param in unwatched:
@@ -171,6 +173,7 @@ class InBackward:
                 self._position.append((param.device, sum(sizes)))
                 sizes[index] += 1
         self._everything.clear()
+        self._settings_on.clear()
         self._steps.clear()
 
     def _hooks_are_gone(self) -> bool:
@@ -199,15 +202,16 @@ class InBackward:
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
         """See :meth:`sofim_fused.SOFIM.accumulate_grads`."""
-        if self.release and self._optimizer.param_groups[0]["numerator"] == "gradient":
-            raise ValueError(
-                "accumulate_grads() with release_grads=True and numerator='gradient' is impossible: the step takes "
-                "the moment's product with the whole gradient, parts of which were released. Leave out one of them"
-            )
         if self.release and is_adaptive(self._optimizer.param_groups):
             raise ValueError(
                 "accumulate_grads() with release_grads=True and a diagonal that adapts is impossible: it needs the "
                 "square of the whole gradient, parts of which were released. Leave out one of them"
+            )
+        numerator = self._optimizer.param_groups[0]["numerator"]
+        if self.release and checks.reads_gradient(numerator):
+            raise ValueError(
+                f"accumulate_grads() with release_grads=True and numerator={numerator!r} is impossible: the step takes "
+                "the moment's product with the whole gradient, parts of which were released. Leave out one of them"
             )
         self._depth += 1
         try:
@@ -318,7 +322,7 @@ class InBackward:
         settings = optimizer.param_groups[group]
         assert param.grad is not None
         checks.gradient(param, param.grad, group, ordinal - self._group_of.index(group))
-        checks.in_backward_parameter(param, f"parameter {ordinal}", settings["numerator"])
+        checks.in_backward_parameter(param, f"parameter {ordinal}", settings)
         if not self._searched and _is_part(local(param.grad)):  # such as DistributedDataParallel's buckets
             check_not_replicated(param for group in optimizer.param_groups for param in group["params"])
             self._searched = True
@@ -380,7 +384,7 @@ class InBackward:
         entries = [entry for entry, _ in taken]
         assert self._frozen is not None
         settings = [entering(group) for group in self._frozen]
-        cross = self._frozen[0]["numerator"] == "gradient"
+        cross = checks.reads_gradient(self._frozen[0]["numerator"])
         decay = decay_of([settings[entry.group] for entry in entries], cross)
         weight = decay.weight
         if weight is None and any(l2 for _, _, l2 in settings):
@@ -413,21 +417,27 @@ class InBackward:
                 schedule.adaptive_alone(tensors, passes, chosen, decay)
                 bump_versions(entry.param for entry in entries)
                 return
-            known = self._gradient_step(device, ordinals) if cross else None
+            known = self._gradient_step(device, ordinals, tensors.steps) if cross else None
             del self._waiting[device]  # after a failure up to here, another try is possible
             sums = passes.accumulate(tensors, decay._replace(weight=weight), known)
         for place, entry in enumerate(entries):
             self._sums[entry.ordinal] = (sums, place)
 
-    def _gradient_step(self, device: torch.device, ordinals: Sequence[int]) -> GradientStep:
-        """The gradient's part of the gradient form's step, for these parameters."""
+    def _gradient_step(self, device: torch.device, ordinals: Sequence[int], steps: Sequence[Tensor]) -> GradientStep:
+        """The gradient's part of the step, for these parameters and their step counts."""
         hyper = self._hyperparameters(device, ordinals)
-        known = self._steps.get(device)
-        if known is None:
+        settings = self._settings_on.get(device)
+        if settings is None:
             assert self._frozen is not None
             hyper.refresh(self._frozen)
-            known = self._steps[device] = backends.gradient_step(hyper.settings)
+            settings = self._settings_on[device] = hyper.settings
         places = [self._position[ordinal][1] for ordinal in ordinals]
+        if checks.NUMERATORS[settings.numerator] == "nesterov":  # its factors depend on the step counts
+            mine = settings._replace(group_of=self._chosen(settings.group_of, places))
+            return backends.gradient_step(mine, steps)
+        known = self._steps.get(device)
+        if known is None:
+            known = self._steps[device] = backends.gradient_step(settings, [])
         weight = None if known.weight is None else self._chosen(known.weight, places)
         return GradientStep(weight, self._chosen(known.gradient, places))
 
@@ -440,6 +450,7 @@ class InBackward:
         hyper = self._everything.get(device)
         if hyper is None or not hyper.serves(self._sizes[device], *options):
             hyper = self._everything[device] = Hyperparameters(device, self._sizes[device], *options)
+            self._settings_on.pop(device, None)
             self._steps.pop(device, None)
         if hyper.adaptive:
             hyper.refresh(self._frozen)
@@ -563,7 +574,7 @@ class InBackward:
         """The groups for the rest of the step; the moment form reads lr, rho and decoupled decay only now."""
         assert self._frozen is not None
         groups = self._optimizer.param_groups
-        if self._frozen[0]["numerator"] == "gradient" or is_adaptive(self._frozen):
+        if checks.reads_gradient(self._frozen[0]["numerator"]) or is_adaptive(self._frozen):
             return self._frozen
         for now, then in zip(groups, self._frozen, strict=True):
             if now["momentum"] != then["momentum"] or now["numerator"] != "moment":
@@ -598,7 +609,7 @@ class InBackward:
         self._plan.compare_ranks(optimizer, guarded=False)
         shares = self._plan.shares_of(optimizer, present)
         decays = self._frozen is not None and any(group["weight_decay"] for group in self._frozen)
-        reads_w = decays and groups[0]["numerator"] == "gradient"
+        reads_w = decays and checks.reads_gradient(groups[0]["numerator"])
         for share in shares:
             pair = share.pairs.get("state") or (share.pairs.get("w") if reads_w else None)
             if pair is not None:
@@ -639,6 +650,7 @@ class InBackward:
         self._take = None
         self._waiting.clear()
         self._sums.clear()
+        self._settings_on.clear()
         self._steps.clear()
         self._streams.clear()
         self._marks.clear()

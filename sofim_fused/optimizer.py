@@ -21,7 +21,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from sofim_fused import backends, checks, checks_state_dict, from_sgd
+from sofim_fused import backends, checks, checks_state_dict, from_adamw, from_sgd, from_torch
 from sofim_fused.backends import NativeStep
 from sofim_fused.in_backward import InBackward, check_unwatched
 from sofim_fused.sharding import checkpoint_calls, is_flattened
@@ -50,7 +50,7 @@ class SOFIM(Optimizer):
             m_t = \beta\, m_{t-1} + (1 - \beta)\, g_t  & \text{first moment}                                \\
             \hat m_t = m_t / (1 - \beta^t)             & \text{bias correction}                             \\
             F_t = \hat m_t \hat m_t^\top + \rho I      & \text{regularized Fisher information matrix}       \\
-            w_t = w_{t-1} - \eta\, F_t^{-1} v_t        & v_t = \hat m_t \text{ or } g_t
+            w_t = w_{t-1} - \eta\, F_t^{-1} v_t        & v_t = \hat m_t \text{, } g_t \text{ or the look-ahead}
        \end{array}
 
     The Sherman-Morrison formula gives the inverse: :math:`F^{-1} \hat m = \hat m / (\rho + \|\hat m\|^2)`. So a step
@@ -58,17 +58,33 @@ class SOFIM(Optimizer):
     bounded, :math:`\|\eta F^{-1} \hat m\| \le \eta / (2 \sqrt\rho)`, whatever the gradient. Source: arXiv 2403.02833,
     Algorithm 1.
 
+    With another ``diagonal`` the identity becomes a diagonal matrix D that adapts to the size of the gradients, as in
+    Adam: :math:`F = \hat m \hat m^\top / \mathrm{tr}\, D + \rho D`, and the step is
+    :math:`\eta \rho F^{-1} v`, or :math:`\eta D^{-1} v` with ``rho=None``. :class:`AdaSOFIM` has defaults for it, and
+    ``docs/adaptive.md`` the formulas.
+
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups. Real or complex, of 16, 32
-            or 64 bits, dense. A group may have its own ``lr``, ``momentum``, ``rho``, ``weight_decay``,
-            ``decoupled_weight_decay``, ``maximize``, ``state_dtype`` and ``kahan``.
-        lr: η, the learning rate: a float or a one-element tensor.
+            or 64 bits, dense. A group may have its own ``lr``, ``momentum``, ``rho``, ``diagonal``, ``beta2``, ``eps``,
+            ``weight_decay``, ``decoupled_weight_decay``, ``maximize``, ``state_dtype`` and ``kahan``.
+        lr: η, the learning rate: a float or a one-element tensor. ``None``: 0.5, and 4e-3 for groups whose diagonal
+            adapts.
         momentum: β in [0, 1), the decay of the first moment: SGD's ``momentum`` with ``dampening=momentum``.
         rho: ρ ≥ 1e-30, the regularization (damping) of the Fisher matrix: a float or a one-element tensor, in units of
             a squared gradient norm. If the groups of one Fisher block have different values, the block's
-            :math:`\rho I` is a diagonal matrix of these.
+            :math:`\rho I` is a diagonal matrix of these. With a diagonal that adapts, ρ has no dimension, and ``None``
+            leaves the term of rank one out; all groups of a Fisher block have a number, or none has. ``"auto"``: 1, and
+            ``None`` for groups whose diagonal adapts.
+        diagonal: D: the ``"identity"`` (the paper), or roots of running means of g² over each ``"tensor"``, each
+            ``"row"`` (dimension 0), rows and columns (``"factored"``: the product of a number per row and one per
+            column; a tensor of one dimension per element), or each ``"element"``. The diagonals of all groups adapt, or
+            none does. L2 decay is then refused.
+        beta2: β₂ in [0, 1), the decay of these means.
+        eps: added to their roots, at least 1e-18 and less than 1e18.
         numerator: v: ``"moment"`` is the paper's bias-corrected first moment; ``"gradient"`` is the gradient itself
-            (the natural-gradient form, whose conditioning is :math:`1 + \|\hat m\|^2/\rho`).
+            (the natural-gradient form, whose conditioning is :math:`1 + \|\hat m\|^2/\rho`); ``"nesterov"`` is the
+            look-ahead :math:`(\beta\, m_t + (1 - \beta)\, g_t) / (1 - \beta^{t+1})`, as in SGD's ``nesterov=True``.
+            The bound on a step holds for ``"moment"`` alone.
         fisher: the parameters that share a Fisher matrix: the whole ``"model"`` (the paper), each ``"group"``, or each
             ``"parameter"``.
         weight_decay: λ ≥ 0.
@@ -97,12 +113,12 @@ class SOFIM(Optimizer):
         in_backward: hooks on the parameters add gradients to their moments in the backward pass, while the gradients
             are in the cache; :meth:`step` has little left to do. The result is that of a plain step. Settings are read
             at the first gradient of a step; in the moment form ``lr``, ``rho`` and decoupled decay only in
-            :meth:`step`. Moments, and in the gradient form parameters, change before :meth:`step` is called, and a
+            :meth:`step`. Moments, and in the other forms parameters, change before :meth:`step` is called, and a
             backward pass cannot be undone: :meth:`step` raises an error if gradients or groups were changed in between
             (on a GPU, only if version counters show it) or state was deleted. For several backward passes per step use
             :meth:`accumulate_grads`. Does not work with ``max_grad_norm``, ``skip_nonfinite``, GradScaler,
             DistributedDataParallel, FullyShardedDataParallel (``fully_shard`` works) or ZeroRedundancyOptimizer, nor
-            with 16-bit parameters in the gradient form.
+            with 16-bit parameters, except in the moment form.
         release_grads: free each gradient once it has entered its moment (``in_backward=True``), so that memory for all
             of them at once is never needed. Clipping then finds no gradients and has no effect, without an error.
         differentiable: ``True`` is refused, because the update is made in place.
@@ -115,7 +131,8 @@ class SOFIM(Optimizer):
 
     Raises:
         TypeError, ValueError: an argument, a parameter, a gradient or a state dict is refused; the message says which
-            and what to do, and nothing was changed.
+            and what to do, and nothing was changed. So is ``rho=None`` with ``diagonal="identity"``, which leaves
+            nothing.
         RuntimeError: the requested backend cannot run on a parameter's device, or a step is captured in a graph
             without ``capturable``, or before any step like it was taken.
 
@@ -126,9 +143,11 @@ class SOFIM(Optimizer):
         >>> optimizer.step()
 
     The state of a parameter, created at its first gradient: ``exp_avg`` (of its shape), ``step`` (0-dimensional int64),
-    and ``kahan`` (of its shape and dtype) if lost bits are kept. A parameter without a gradient is not part of that
-    step's Fisher matrix, and neither its moment nor its step count changes. Nothing in a step waits for the device,
-    unless the parameters are on devices of different kinds.
+    ``kahan`` (of its shape and dtype) if lost bits are kept, and for a diagonal that adapts running means of g²
+    (float32, or float64 for 64-bit parameters): ``row_var`` (one per row), with ``"factored"`` also ``col_var`` (of the
+    shape of a row), or ``variance`` (0-dimensional for a tensor, of the parameter's shape for elements). A parameter
+    without a gradient is not part of that step's Fisher matrix, and its state does not change. Nothing in a step waits
+    for the device, unless the parameters are on devices of different kinds.
     """
 
     def __init__(
@@ -223,7 +242,8 @@ class SOFIM(Optimizer):
         the details.
 
         Args:
-            optimizer: the SGD optimizer, without ``nesterov``.
+            optimizer: the SGD optimizer. With ``nesterov=True`` the new one has ``numerator="nesterov"``, unless
+                ``options`` has another.
             rho: as in the constructor; a group of the SGD optimizer that has its own ``rho`` keeps it.
             steps: how many updates SGD took, from which bias correction continues; ``None``: so many that the
                 correction is 1.
@@ -235,11 +255,49 @@ class SOFIM(Optimizer):
         Raises:
             TypeError, ValueError: the SGD optimizer or an argument is refused, or an argument comes from the SGD
                 optimizer (``lr``, ``momentum``, ``weight_decay``, ``maximize``); the message says which and what to
-                do.
+                do. A diagonal that adapts is refused, because SGD has no running means of g².
         """
         taken = from_sgd.taken(optimizer, steps, options)
-        ours = cls(taken.groups, rho=rho, **taken.defaults, **options)
+        ours = cls(taken.groups, rho=rho, **taken.defaults, **taken.options)
         from_sgd.convert(taken, ours.param_groups, ours.defaults, ours.state)
+        return ours
+
+    @classmethod
+    def from_adamw(
+        cls: type[_SOFIM],
+        optimizer: torch.optim.Adam,
+        *,
+        diagonal: Literal["tensor", "row", "factored", "element"] = "factored",
+        numerator: Literal["moment", "gradient", "nesterov"] = "nesterov",
+        rho: float | Tensor | None = None,
+        **options: Any,
+    ) -> _SOFIM:
+        """Continue a running ``torch.optim.AdamW`` with a diagonal that adapts.
+
+        Groups, learning rates, betas, eps, decoupled weight decay, moments and step counts are copied as they are;
+        second moments become the running means of g² that the diagonal needs. With ``diagonal="element"`` and
+        ``numerator="moment"`` the following steps are AdamW's, up to rounding. The AdamW optimizer does not change. The
+        two share only the parameters, and values that the user added to groups. ``docs/from_adamw.md`` has the details.
+
+        Args:
+            optimizer: the AdamW optimizer, or a ``torch.optim.Adam`` without L2 decay; without ``amsgrad``.
+            diagonal: as in the constructor; a group of the AdamW optimizer that has its own ``diagonal`` keeps it.
+            numerator: as in the constructor.
+            rho: as in the constructor; a group of the AdamW optimizer that has its own ``rho`` keeps it.
+            options: the constructor's other arguments. AdamW's ``foreach`` and ``fused`` are ignored.
+
+        Returns:
+            A new optimizer. Parameters of which AdamW has state have state; others get it with their first gradient.
+
+        Raises:
+            TypeError, ValueError: the AdamW optimizer or an argument is refused, or an argument comes from the AdamW
+                optimizer (``lr``, ``momentum``, ``beta2``, ``eps``, ``weight_decay``, ``maximize``); the message says
+                which and what to do.
+        """
+        taken = from_adamw.taken(optimizer, diagonal, options)
+        more = {"capturable": taken.capturable, **options}
+        ours = cls(taken.groups, diagonal=diagonal, numerator=numerator, rho=rho, **taken.defaults, **more)
+        from_adamw.convert(taken, ours.param_groups, ours.defaults, ours.state)
         return ours
 
     # One step
@@ -283,7 +341,7 @@ class SOFIM(Optimizer):
         if outcome is None:
             self._step_by_passes()
         elif outcome is not True:
-            self._record_guard(*outcome)
+            self._record(*outcome)
         return loss
 
     @staticmethod
@@ -309,7 +367,7 @@ class SOFIM(Optimizer):
 
         return step
 
-    def _in_one_call(self) -> tuple[Tensor, bool | Tensor | None] | Literal[True] | None:
+    def _in_one_call(self) -> backends.NativeResult:
         """Take the step with :data:`NativeStep`, and return its result."""
         native_step = self._native_step()
         if self._may_not_capture and backends.capturing():
@@ -345,21 +403,25 @@ class SOFIM(Optimizer):
         if not shares:
             return
         if shares[0].hyper.adaptive:
+            # Every parameter has state now: a first step can be taken in one call, too.
+            outcome = None if torch.compiler.is_compiling() else self._in_one_call()
+            if outcome is not None:
+                if outcome is not True:
+                    self._record(*outcome)
+                return
             guard = backends.GuardSettings(limit, grad_scale, found_inf, skip) if guarded else None
             if skip or found_inf is not None:
                 _ = self.skipped_steps
             seen, signal = schedule.adaptive(shares, self.param_groups, guard)
-            if signal is not None:
-                self._recorded["signal"] = signal
-            if seen is not None:
-                self._record_guard(*seen)
+            norm, skipped = (None, None) if seen is None else seen
+            self._record(norm, skipped, signal)
             return
         if not guarded:
             schedule.plain(shares, self.param_groups)
             return
         if skip or found_inf is not None:
             _ = self.skipped_steps  # create it now: after the step there may be no memory for it
-        self._record_guard(*schedule.guarded(shares, self.param_groups, limit, skip, grad_scale, found_inf))
+        self._record(*schedule.guarded(shares, self.param_groups, limit, skip, grad_scale, found_inf))
 
     @torch.no_grad()
     def _made_state_for(self, caller: str) -> bool:
@@ -388,9 +450,12 @@ class SOFIM(Optimizer):
         known = readable and self._plan.rank_sums(self) is None
         return grad_scale, None if known and not found_inf else found_inf
 
-    def _record_guard(self, norm: Tensor, skip: Tensor | bool | None) -> None:
-        """Store the results of a guarded step (:class:`sofim_fused.step.schedule.Guard`)."""
-        self._recorded["grad_norm"] = norm
+    def _record(self, norm: Tensor | None, skip: Tensor | bool | None, signal: Tensor | None = None) -> None:
+        """Store the results of a step: of a guarded one (:class:`sofim_fused.step.schedule.Guard`), and the signal."""
+        if norm is not None:
+            self._recorded["grad_norm"] = norm
+        if signal is not None:
+            self._recorded["signal"] = signal
         if isinstance(skip, Tensor):
             counter = self.skipped_steps
             counter += skip.to(counter.device)
@@ -432,8 +497,9 @@ class SOFIM(Optimizer):
 
         A float64 vector. It is at least 0: near (1-β)/(1+β) if successive gradients have nothing in common, near 1 if
         they all point in one direction, and above 1 for a burst after small gradients. ``None`` before the first step,
-        without a diagonal that adapts, and with ``rho=None`` (the sums are then not taken). Reading its values waits
-        for the device. Not part of :meth:`state_dict`.
+        without a diagonal that adapts, and with ``rho=None`` (the sums are then not taken). A skipped step has no
+        signal, and what is then here means nothing. Reading its values waits for the device. Not part of
+        :meth:`state_dict`.
         """
         return self._recorded.get("signal")
 
@@ -460,7 +526,7 @@ class SOFIM(Optimizer):
         It has an effect only with ``in_backward=True``; otherwise gradients add up in any case.
 
         Raises:
-            ValueError: with ``release_grads=True`` in the gradient form, which needs all gradients together.
+            ValueError: with ``release_grads=True``, except in the moment form: the others need all gradients together.
 
         Example:
             >>> with optimizer.accumulate_grads():
@@ -490,7 +556,11 @@ class SOFIM(Optimizer):
         """
         index = len(self.param_groups)
         given = checks.group_dict(param_group, index)
-        if self._by_diagonal and given.get("diagonal", self.defaults["diagonal"]) != self.defaults["diagonal"]:
+        if (
+            self._by_diagonal
+            and "diagonal" in given
+            and _adapts(given["diagonal"]) != _adapts(self.defaults["diagonal"])
+        ):
             param_group = {**_by_diagonal(given["diagonal"], self._by_diagonal), **param_group}
         group = {**self.defaults, **param_group}
         group["state_dtype"] = checks.dtype_named(group["state_dtype"])
@@ -505,7 +575,7 @@ class SOFIM(Optimizer):
             self._plan.passes_for(param.device)
             if self._in_backward and param.requires_grad:
                 where = f"parameter {place} of group {index}"
-                checks.in_backward_parameter(param, where, group["numerator"])
+                checks.in_backward_parameter(param, where, group)
                 check_unwatched(param, where, self._backward)
         if self._backward is not None:
             self._backward.check_not_under_way("add_param_group()")
@@ -558,7 +628,7 @@ class SOFIM(Optimizer):
                     for place, param in enumerate(group["params"]):
                         where = f"state_dict: parameter {place} of group {index}"
                         if param.requires_grad:
-                            checks.in_backward_parameter(param, where, saved["param_groups"][index]["numerator"])
+                            checks.in_backward_parameter(param, where, saved["param_groups"][index])
             self._restored = gather.restored_states(saved, self.param_groups)
             # torch copies the rest: groups, and entries that belong to no parameter.
             keys = {key for group in saved["param_groups"] for key in group["params"]}
@@ -634,10 +704,14 @@ def _is_auto(rho: Any) -> bool:
     return isinstance(rho, str) and rho == "auto"
 
 
+def _adapts(diagonal: Any) -> bool:
+    """Whether it is a diagonal that adapts; anything may be passed, as it is checked only later."""
+    return isinstance(diagonal, str) and diagonal in checks.DIAGONALS and diagonal != "identity"
+
+
 def _by_diagonal(diagonal: Any, names: Sequence[str]) -> dict[str, Any]:
     """The defaults of ``lr`` and ``rho``, those of ``names``."""
-    adapts = diagonal != "identity"
-    values = {"lr": 4e-3 if adapts else 0.5, "rho": None if adapts else 1.0}
+    values = {"lr": 4e-3, "rho": None} if _adapts(diagonal) else {"lr": 0.5, "rho": 1.0}
     return {name: values[name] for name in names}
 
 
@@ -651,7 +725,7 @@ def _plain(group: Any) -> Any:
     """A group of a state dict whose options, and the entries of schedulers, are values of Python's own types."""
     if not isinstance(group, dict):
         return group
-    known = (*checks.PER_GROUP, *checks.WHOLE, *from_sgd.RATES, "base_momentum", "max_momentum")
+    known = (*checks.PER_GROUP, *checks.WHOLE, *from_torch.RATES, "base_momentum", "max_momentum")
     return {name: _plain_value(value) if name in known else value for name, value in group.items()}
 
 

@@ -88,8 +88,8 @@ class Provider:
 
 def sofim(backend: str, kind: str = "", form: Any = "step", one_launch: bool | None = None, **options: Any) -> Provider:
     """A step of one of SOFIM's backends."""
-    # Both read each gradient once more: clipping comes before any moment is written, the gradient form adds gradients.
-    again = "max_grad_norm" in options or options.get("numerator") == "gradient"
+    # Both read each gradient once more: clipping comes before any moment is written, other numerators add gradients.
+    again = "max_grad_norm" in options or options.get("numerator", "moment") != "moment"
 
     def moves(w: int, m: int, kept: int) -> int:
         return (w + 2 * m) + (m + 2 * w + 2 * kept) + (w if again else 0)

@@ -1,209 +1,14 @@
-// The four passes over one tile, compiled once per instruction set. sofim_fused/backends/interface.py defines what they
+// The passes over one tile, compiled once per instruction set. sofim_fused/backends/interface.py defines what they
 // do, step/element.h has the arithmetic.
 #include "cpu/kernels.h"
 
 #include <array>
 
-#include "cpu/lanes.h"
+#include "cpu/adaptive_kernels.h"
+#include "cpu/tile.h"
 
 namespace sofim {
 namespace {
-
-// Storage types of weight, gradient and moment, and the types of computation.
-template <class Weight, class Gradient, class Moment>
-struct Types {
-  using W = Weight;
-  using G = Gradient;
-  using M = Moment;
-  using T = std::conditional_t<std::is_same_v<W, double>, double, float>;
-  using V = std::conditional_t<std::is_same_v<W, double>, Doubles, Floats>;
-  static constexpr bool kNarrow = sizeof(W) == 2;
-  static constexpr bool kRounds = std::is_same_v<M, BFloat16>;
-  // Half of the distance from 1 to the next W.
-  static constexpr float kHalfEps = std::is_same_v<W, Half> ? 1.0f / 2048 : 1.0f / 256;
-};
-
-// Sixteen elements: their addresses, and the index of the first.
-template <class Y>
-struct Block {
-  typename Y::W* w;
-  const typename Y::G* g;
-  typename Y::M* m;
-  typename Y::W* kahan;
-  int64_t index;
-
-  SOFIM_HD void advance(int64_t elements) {
-    w += elements;
-    g += elements;
-    m += elements;
-    if (kahan != nullptr) kahan += elements;
-    index += elements;
-  }
-};
-
-// What a pass reads or writes, besides reading m; the tail of a tile goes through copies of these.
-struct Use {
-  bool w, g, writes_m, writes_w;
-};
-
-// How many elements ahead memory is prefetched, if at all: the hardware's own prefetching stops at each page's end.
-constexpr ptrdiff_t kAhead = 512;
-// A tile of at least this many elements is processed from its start and from its middle alternately: that keeps more
-// reads in flight.
-constexpr int64_t kSplit = 2048;
-
-template <class T>
-SOFIM_HD void ask_for(const T* from, ptrdiff_t ahead) {
-#if defined(__GNUC__)
-  const auto address = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(ahead) * sizeof(T);
-  __builtin_prefetch(reinterpret_cast<const void*>(address));
-#endif
-}
-
-// `pairs` pairs of blocks: those that start at `first`, and those `gap` elements after them. Each pair is `stride`
-// elements after the one before. With `far`, memory is prefetched kAhead elements ahead; where that is index `bend` or
-// more, `skip` elements further.
-template <class Y>
-struct Run {
-  Block<Y> first;
-  int64_t gap, pairs, stride;
-  bool far;
-  int64_t bend;
-  ptrdiff_t skip;
-};
-
-// Calls `pass` for all blocks of a run, and adds to `sums`. Not inlined, so that it is compiled once. What it takes is
-// small or passed by reference: for a tensor of a few hundred elements, a copy would take longer than the loop.
-template <class Pass, class Y>
-SOFIM_NOINLINE void over_blocks(const Pass& given, const Run<Y>& run, typename Pass::Sums& total) {
-  const Pass pass = given;  // local copies, which no store to a tensor can change
-  typename Pass::Sums sums = total;
-  const Use use = pass.use();
-  const bool far = run.far;
-  const int64_t stride = run.stride;
-  const auto take = [&](Block<Y>& block, ptrdiff_t ahead) SOFIM_INLINE {
-    if (far) {
-      if (use.w) ask_for(block.w, ahead);
-      if (use.g) ask_for(block.g, ahead);
-      ask_for(block.m, ahead);
-    }
-    pass(block, sums);
-    block.advance(stride);
-  };
-  Block<Y> first = run.first, second = run.first;
-  second.advance(run.gap);
-  for (int64_t pairs = run.pairs; pairs > 0; --pairs) {
-    const ptrdiff_t ahead = first.index + kAhead < run.bend ? kAhead : kAhead + run.skip;
-    take(first, ahead);
-    take(second, ahead);
-  }
-  total = sums;
-}
-
-// Calls `pass` for every sixteen elements of a tile, and returns its sums. The tail, less than a pair of blocks, goes
-// through the same instructions on copies padded with zeros, which add nothing to a sum.
-template <class Y, class Pass>
-SOFIM_HD typename Pass::Sums over_tile(const Pass& pass, const Row& r, const Mode& mode, int64_t begin, int64_t size) {
-  constexpr int64_t kPair = 2 * kLanes;
-  typename Pass::Sums sums;
-  const int64_t pairs = size / kPair, half = pairs * kLanes;
-  Run<Y> run{
-      {static_cast<typename Y::W*>(r.w) + begin,
-       static_cast<const typename Y::G*>(r.g) + begin,
-       static_cast<typename Y::M*>(r.m) + begin,
-       r.kahan == nullptr ? nullptr : static_cast<typename Y::W*>(r.kahan) + begin,
-       begin},
-      kLanes, pairs, kPair, mode.prefetch, begin + size, 0};
-  if (size >= kSplit) {
-    run.gap = half;
-    run.stride = kLanes;
-    run.bend = begin + half;
-    // The distance from the end of either half to the start of that half in the next tile.
-    run.skip = size < kTile ? 0 : mode.backwards ? -3 * half : half;
-  }
-  if (pairs > 0) over_blocks(pass, run, sums);
-  const size_t rest = static_cast<size_t>(size - 2 * half);
-  if (rest == 0) return sums;
-  Block<Y>& block = run.first;
-  block.advance(2 * half);
-  const Use use = pass.use();
-  alignas(64) typename Y::W w[kPair] = {};
-  alignas(64) typename Y::G g[kPair] = {};
-  alignas(64) typename Y::M m[kPair] = {};
-  alignas(64) typename Y::W kahan[kPair] = {};
-  if (use.w) memcpy(w, block.w, rest * sizeof *w);
-  if (use.g) memcpy(g, block.g, rest * sizeof *g);
-  memcpy(m, block.m, rest * sizeof *m);
-  if (block.kahan != nullptr && use.writes_w) memcpy(kahan, block.kahan, rest * sizeof *kahan);
-  const Run<Y> tail{
-      {w, g, m, block.kahan == nullptr ? nullptr : kahan, block.index}, kLanes, 1, kPair, false, 0, 0};
-  over_blocks(pass, tail, sums);
-  if (use.writes_m) memcpy(block.m, m, rest * sizeof *m);
-  if (use.writes_w) {
-    memcpy(block.w, w, rest * sizeof *w);
-    if (block.kahan != nullptr) memcpy(block.kahan, kahan, rest * sizeof *kahan);
-  }
-  return sums;
-}
-
-// A tensor's factors in the type of computation, and the key of its random bits in this tile.
-template <class Y>
-struct Factors {
-  using V = typename Y::V;
-  using T = typename Y::T;
-
-  SOFIM_HD Factors(const Row& r, const Mode& mode, int64_t begin)
-      : decay_m(static_cast<T>(r.decay.m)),
-        decay_g(static_cast<T>(r.decay.g)),
-        decay_w(static_cast<T>(r.decay.w)),
-        update_w(static_cast<T>(r.update.weight)),
-        update_g(static_cast<T>(r.update.gradient)),
-        update_m(static_cast<T>(r.update.moment)),
-        gain(static_cast<T>(mode.gain)),
-        decays(mode.weights && r.decay.w != 0),
-        stretch(stretch_key(r.key, begin)) {}
-
-  // m' before it is stored. A zero decay.w adds no term: zero times an infinite weight would be NaN.
-  SOFIM_HD V moment(const V& m, const V& v, const typename Y::W* w) const {
-    const V blend = blended(m, v, V(decay_m), V(decay_g));
-    return decays ? Ops<V>::multiply_add(V(decay_w), load(w), blend) : blend;
-  }
-
-  // Stores m' and returns it as stored.
-  SOFIM_HD V store_moment(typename Y::M* to, const V& moment, int64_t index) const {
-    if constexpr (Y::kRounds) {
-      const Words place = lane_places() + static_cast<uint32_t>(index) * kWeyl;
-      const Words random = random_bits(Words(stretch), place);
-      const Words rounded = rounded_stochastically(bits_of(moment), random);
-      store_upper(to, rounded);
-      return from_bits(rounded);
-    } else {
-      store(to, moment);
-      return moment;
-    }
-  }
-
-  // Updates w, and kahan with what w lost when it was stored. `with_v`, `with_m`: whether to add the terms of v and m.
-  SOFIM_HD void update(const Block<Y>& b, const V& v, const V& m, bool with_v, bool with_m) const {
-    V w = load(b.w);
-    if constexpr (Y::kNarrow) {
-      if (b.kahan != nullptr) w = with_lost_bits(w, load(b.kahan), V(Y::kHalfEps));
-    }
-    w = w * V(update_w);
-    if (with_v) w = Ops<V>::multiply_add(V(update_g), v, w);
-    if (with_m) w = Ops<V>::multiply_add(V(update_m), m, w);
-    store(b.w, w);
-    if constexpr (Y::kNarrow) {
-      if (b.kahan != nullptr) {
-        store(b.kahan, lost_bits(w, load(b.w), V(std::numeric_limits<float>::max())));
-      }
-    }
-  }
-
-  T decay_m, decay_g, decay_w, update_w, update_g, update_m, gain;
-  bool decays;
-  uint32_t stretch;
-};
 
 // The passes, as over_tile() calls them: what they use, what they do to sixteen elements, and their sums, in the order
 // of Sum.
@@ -299,24 +104,6 @@ struct Commit {
   bool scaled, gradient;
 };
 
-// Calls `run` with the Types of a row: the choice is made once per tile.
-template <class Run>
-void with_types(const Row& r, Run run) {
-  const bool wide_g = r.g_type == Type::float32, wide_m = r.m_type == Type::float32;
-  switch (r.w_type) {
-    case Type::float64:
-      return run(Types<double, double, double>());
-    case Type::float32:
-      return wide_m ? run(Types<float, float, float>()) : run(Types<float, float, BFloat16>());
-    case Type::bfloat16:
-      if (wide_g) return wide_m ? run(Types<BFloat16, float, float>()) : run(Types<BFloat16, float, BFloat16>());
-      return wide_m ? run(Types<BFloat16, BFloat16, float>()) : run(Types<BFloat16, BFloat16, BFloat16>());
-    case Type::float16:
-      if (wide_g) return wide_m ? run(Types<Half, float, float>()) : run(Types<Half, float, BFloat16>());
-      return wide_m ? run(Types<Half, Half, float>()) : run(Types<Half, Half, BFloat16>());
-  }
-}
-
 template <class Y, bool cross>
 void accumulate(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
   const auto done = over_tile<Y>(Accumulate<Y, cross>(r, mode, begin), r, mode, begin, size);
@@ -370,7 +157,8 @@ void run_commit(const Row& r, const Mode& mode, int64_t begin, int64_t size, dou
 }  // namespace
 
 const Kernels& kernels() {
-  static constexpr Kernels table{run_accumulate, run_apply, run_dots, run_commit};
+  static constexpr Kernels table{run_accumulate, run_apply,   run_dots, run_commit,
+                                 run_scaled,     run_squares, run_rows, run_columns, run_shares};
   return table;
 }
 

@@ -86,6 +86,18 @@ struct Ops<Pack<T>> {
       return Part::blendv(Part(T(0)), x.part[i], a.part[i] <= b.part[i]);
     });
   }
+  static SOFIM_HD V divide(const V& a, const V& b) {
+    return V(Indices(), [&](auto i) SOFIM_INLINE { return a.part[i] / b.part[i]; });
+  }
+  static SOFIM_HD V root(const V& x) {
+    return V(Indices(), [&](auto i) SOFIM_INLINE { return x.part[i].sqrt(); });
+  }
+  static SOFIM_HD V at_most(const V& x, const V& largest) {
+    return V(Indices(), [&](auto i) SOFIM_INLINE { return at::vec::clamp_max(x.part[i], largest.part[i]); });
+  }
+  static SOFIM_HD V at_least(const V& x, const V& least) {
+    return V(Indices(), [&](auto i) SOFIM_INLINE { return at::vec::clamp_min(x.part[i], least.part[i]); });
+  }
 };
 
 namespace {
@@ -174,12 +186,32 @@ SOFIM_HD Doubles widened(const Floats& x) {
 #endif
 }
 
+// Float64 rounded to nearest.
+SOFIM_HD Floats narrowed(const Doubles& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  Floats result;
+  result.part[0] = _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(x.part[0])), _mm512_cvtpd_ps(x.part[1]), 1);
+  return result;
+#elif defined(CPU_CAPABILITY_AVX2)
+  return Floats(Floats::Indices(), [&](auto i) SOFIM_INLINE {
+    return Floats::Part(_mm256_set_m128(_mm256_cvtpd_ps(x.part[2 * i + 1]), _mm256_cvtpd_ps(x.part[2 * i])));
+  });
+#else
+  double from[kLanes];
+  float to[kLanes];
+  x.store(from);
+  for (int i = 0; i < kLanes; ++i) to[i] = static_cast<float>(from[i]);
+  return Floats::load(to);
+#endif
+}
+
 // Sixteen elements from memory, and to memory with rounding to nearest.
 
 SOFIM_HD Floats load(const float* from) { return Floats::load(from); }
 SOFIM_HD Doubles load(const double* from) { return Doubles::load(from); }
 SOFIM_HD void store(float* to, const Floats& x) { x.store(to); }
 SOFIM_HD void store(double* to, const Doubles& x) { x.store(to); }
+SOFIM_HD void store(float* to, const Doubles& x) { narrowed(x).store(to); }
 
 #if defined(CPU_CAPABILITY_AVX512)
 

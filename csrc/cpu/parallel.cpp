@@ -17,30 +17,64 @@ constexpr int64_t kPrefetchFrom = 1 << 20;
 const Kernels* used = nullptr;
 
 Kernel kernel_of(Pass pass) {
-  if (used == nullptr) {
-    throw std::runtime_error(
-        "sofim_fused: no instruction set was chosen; import sofim_fused before its operators");
-  }
+  const Kernels& kernels = kernels_in_use();
   switch (pass) {
     case Pass::accumulate:
-      return used->accumulate;
+      return kernels.accumulate;
     case Pass::apply:
-      return used->apply;
+      return kernels.apply;
     case Pass::dots:
-      return used->dots;
+      return kernels.dots;
     case Pass::commit:
       break;
   }
-  return used->commit;
+  return kernels.commit;
+}
+
+// Each thread gets consecutive tiles with about the same number of elements.
+template <class Call>
+void over_tiles(const Tiling& tiling, bool backwards, const Call& call) {
+  if (tiling.tiles() == 0) return;
+  const auto stretch = [&](int64_t begin, int64_t end) {
+    if (begin >= end) return;
+    const bool forwards = !backwards;
+    size_t tensor = tiling.tensor_of(forwards ? begin : end - 1);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t tile = forwards ? i : begin + end - 1 - i;
+      while (tile >= tiling.first(tensor + 1)) ++tensor;
+      while (tile < tiling.first(tensor)) --tensor;
+      call(tensor, tile, (tile - tiling.first(tensor)) * kTile);
+    }
+  };
+  const int64_t elements = tiling.elements(), parts = parts_of(elements);
+  if (parts == 1) return stretch(0, tiling.tiles());
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    const auto boundary = [&](int64_t part) {
+      return part == parts ? tiling.tiles() : tiling.tile_at(elements / parts * part);
+    };
+    stretch(boundary(begin), boundary(end));
+  });
 }
 
 }  // namespace
 
 void use_kernels(const Kernels* kernels) { used = kernels; }
 
+const Kernels& kernels_in_use() {
+  if (used == nullptr) {
+    throw std::runtime_error(
+        "sofim_fused: no instruction set was chosen; import sofim_fused before its operators");
+  }
+  return *used;
+}
+
+int64_t parts_of(int64_t elements) { return std::clamp<int64_t>(elements / kGrain, 1, at::get_num_threads()); }
+
+bool is_large(const Tiling& tiling) { return tiling.elements() >= kPrefetchFrom; }
+
 std::vector<Products> run_pass(Pass pass, const Row* rows, const Tiling& tiling, Mode mode,
                                std::vector<double>& scratch) {
-  mode.prefetch = tiling.elements() >= kPrefetchFrom;
+  mode.prefetch = is_large(tiling);
   mode.backwards = pass == Pass::apply || pass == Pass::commit;
   const bool dots = pass == Pass::dots, cross = dots || mode.cross;
   const int width = dots ? sums_of_dots(mode) : pass == Pass::accumulate ? sums_of_accumulate(mode) : 0;
@@ -66,28 +100,15 @@ std::vector<Products> run_pass(Pass pass, const Row* rows, const Tiling& tiling,
 }
 
 void sweep(Kernel kernel, const Row* rows, const Tiling& tiling, const Mode& mode, double* sums, int width) {
-  if (tiling.tiles() == 0) return;
-  const auto stretch = [&](int64_t begin, int64_t end) {
-    if (begin >= end) return;
-    const bool forwards = !mode.backwards;
-    size_t tensor = tiling.tensor_of(forwards ? begin : end - 1);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t tile = forwards ? i : begin + end - 1 - i;
-      while (tile >= tiling.first(tensor + 1)) ++tensor;
-      while (tile < tiling.first(tensor)) --tensor;
-      const Row& row = rows[tensor];
-      const int64_t start = (tile - tiling.first(tensor)) * kTile;
-      kernel(row, mode, start, std::min(kTile, row.numel - start), sums + tile * width);
-    }
-  };
-  const int64_t elements = tiling.elements();
-  const int64_t parts = std::clamp<int64_t>(elements / kGrain, 1, at::get_num_threads());
-  if (parts == 1) return stretch(0, tiling.tiles());
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    const auto boundary = [&](int64_t part) {
-      return part == parts ? tiling.tiles() : tiling.tile_at(elements / parts * part);
-    };
-    stretch(boundary(begin), boundary(end));
+  over_tiles(tiling, mode.backwards, [&](size_t tensor, int64_t tile, int64_t start) {
+    const Row& row = rows[tensor];
+    kernel(row, mode, start, std::min(kTile, row.numel - start), sums + tile * width);
+  });
+}
+
+void for_each_tile(const Tiling& tiling, bool backwards, const TileFunction& call) {
+  over_tiles(tiling, backwards, [&](size_t tensor, int64_t tile, int64_t begin) {
+    call(tensor, tile, begin, std::min(kTile, tiling.numel(tensor) - begin));
   });
 }
 

@@ -25,8 +25,8 @@ Tensor checked(const char* name, const Tensor& x, at::ScalarType dtype, at::IntA
 // The arguments of both operators that describe the tensors of a step.
 class Settings {
  public:
-  Settings(TensorList steps, const Tensor& hyper, at::IntArrayRef sizes, int64_t fisher, bool gradient_form)
-      : steps_(steps), sizes_(sizes), gradient_form_(gradient_form) {
+  Settings(TensorList steps, const Tensor& hyper, at::IntArrayRef sizes, int64_t fisher, int64_t numerator)
+      : steps_(steps), sizes_(sizes), numerator_(numerator_of(numerator)) {
     int64_t n = 0;
     for (const int64_t size : sizes) {
       TORCH_CHECK(size >= 0, "sofim_fused: sizes: a group cannot have ", size, " tensors");
@@ -47,7 +47,7 @@ class Settings {
   }
 
   int64_t tensors() const { return static_cast<int64_t>(steps_.size()); }
-  bool gradient_form() const { return gradient_form_; }
+  Numerator numerator() const { return numerator_; }
   // The number of Fisher blocks.
   int64_t blocks() const {
     return fisher_blocks(fisher_, static_cast<int64_t>(sizes_.size()), tensors());
@@ -71,19 +71,19 @@ class Settings {
   TensorList steps_;
   at::IntArrayRef sizes_;
   Fisher fisher_ = Fisher::model;
-  bool gradient_form_;
+  Numerator numerator_;
   std::vector<Hyper> hyper_;
 };
 
-// A Fisher block's numbers in the order in which they are stored. Those of `cross` come last, and only in the gradient
-// form.
-std::vector<double*> numbers_of(PlainBlock& b, bool gradient_form) {
-  if (!gradient_form) return {&b.norm};
+// A Fisher block's numbers in the order in which they are stored. Those of `cross` come last, and only where the
+// gradient is read.
+std::vector<double*> numbers_of(PlainBlock& b, Numerator numerator) {
+  if (!reads_gradient(numerator)) return {&b.norm};
   return {&b.norm, &b.cross};
 }
-std::vector<double*> numbers_of(GuardedBlock& b, bool gradient_form) {
+std::vector<double*> numbers_of(GuardedBlock& b, Numerator numerator) {
   std::vector<double*> all = {&b.norm[0], &b.norm[1], &b.norm[2], &b.scale[0], &b.scale[1], &b.scale[2]};
-  if (gradient_form) all.insert(all.end(), {&b.cross[0], &b.cross[1], &b.cross[2]});
+  if (reads_gradient(numerator)) all.insert(all.end(), {&b.cross[0], &b.cross[1], &b.cross[2]});
   return all;
 }
 
@@ -104,16 +104,16 @@ Tensor folded(const Settings& settings, const std::vector<Products>& products, c
               int64_t classes) {
   std::vector<std::vector<Block>> of_class(classes, std::vector<Block>(settings.blocks()));
   settings.each([&](int64_t i, const Hyper& h, double correction, int64_t block) {
-    of_class[class_of == nullptr ? 0 : class_of[i]][block].add(h, correction, products[i]);
+    of_class[class_of == nullptr ? 0 : class_of[i]][block].add(h, correction, products[i], settings.numerator());
   });
   Block none;
-  const int64_t numbers = static_cast<int64_t>(numbers_of(none, settings.gradient_form()).size());
+  const int64_t numbers = static_cast<int64_t>(numbers_of(none, settings.numerator()).size());
   Tensor result = cpu_tensor({classes, numbers, settings.blocks()}, at::kDouble);
   double* to = result.mutable_data_ptr<double>();
   for (std::vector<Block>& blocks : of_class) {
     for (size_t b = 0; b < blocks.size(); ++b) {
       int64_t row = 0;
-      for (const double* number : numbers_of(blocks[b], settings.gradient_form())) {
+      for (const double* number : numbers_of(blocks[b], settings.numerator())) {
         to[row++ * settings.blocks() + b] = *number;
       }
     }
@@ -125,13 +125,13 @@ Tensor folded(const Settings& settings, const std::vector<Products>& products, c
 template <class Block>
 std::vector<Block> read_blocks(const Settings& settings, const Tensor& numbers) {
   Block none;
-  const int64_t rows = static_cast<int64_t>(numbers_of(none, settings.gradient_form()).size());
+  const int64_t rows = static_cast<int64_t>(numbers_of(none, settings.numerator()).size());
   const Tensor values = checked("blocks", numbers, at::kDouble, {rows, settings.blocks()});
   const double* from = values.const_data_ptr<double>();
   std::vector<Block> blocks(settings.blocks());
   for (int64_t b = 0; b < settings.blocks(); ++b) {
     int64_t row = 0;
-    for (double* number : numbers_of(blocks[b], settings.gradient_form())) {
+    for (double* number : numbers_of(blocks[b], settings.numerator())) {
       *number = from[row++ * settings.blocks() + b];
     }
   }
@@ -146,12 +146,12 @@ double number(const char* name, const Vector& x, double otherwise) {
 
 std::tuple<Tensor, Tensor> fold(const Tensor& mm, const Vector& mg, const Vector& mw, const Vector& gg,
                                 const Vector& gw, const Vector& ww, TensorList steps, const Tensor& hyper,
-                                at::IntArrayRef sizes, int64_t fisher, bool gradient_form, bool guarded,
+                                at::IntArrayRef sizes, int64_t fisher, int64_t numerator, bool guarded,
                                 const Vector& class_of, int64_t classes) {
-  const Settings settings(steps, hyper, sizes, fisher, gradient_form);
+  const Settings settings(steps, hyper, sizes, fisher, numerator);
   const int64_t n = settings.tensors();
   TORCH_CHECK(classes >= 1, "sofim_fused: classes: 1 or more are needed");
-  TORCH_CHECK(mg || !(gradient_form || guarded), "sofim_fused: mg is needed");
+  TORCH_CHECK(mg || !(reads_gradient(settings.numerator()) || guarded), "sofim_fused: mg is needed");
   TORCH_CHECK(gg || !guarded, "sofim_fused: gg is needed");
   Tensor numbers;
   const int64_t* class_numbers = nullptr;
@@ -179,10 +179,10 @@ std::tuple<Tensor, Tensor> fold(const Tensor& mm, const Vector& mg, const Vector
 }
 
 std::tuple<Tensor, Tensor> solve(const Tensor& blocks, const Vector& square, TensorList steps, const Tensor& hyper,
-                                 at::IntArrayRef sizes, int64_t fisher, bool gradient_form, bool guarded,
+                                 at::IntArrayRef sizes, int64_t fisher, int64_t numerator, bool guarded,
                                  std::optional<double> max_norm, const Vector& grad_scale, const Vector& found_inf,
                                  bool skip_nonfinite) {
-  const Settings settings(steps, hyper, sizes, fisher, gradient_form);
+  const Settings settings(steps, hyper, sizes, fisher, numerator);
   const int64_t n = settings.tensors();
   TORCH_CHECK(square || !guarded, "sofim_fused: square is needed");
   Guard guard;
@@ -201,7 +201,7 @@ std::tuple<Tensor, Tensor> solve(const Tensor& blocks, const Vector& square, Ten
   Tensor coefficients = cpu_tensor({3, n}, at::kDouble);
   double* to = coefficients.mutable_data_ptr<double>();
   settings.each([&](int64_t i, const Hyper& h, double correction, int64_t block) {
-    const Update update = sherman_morrison(h, correction, totals[block], gradient_form);
+    const Update update = sherman_morrison(h, correction, totals[block], settings.numerator());
     to[i] = update.weight;
     to[n + i] = update.gradient;
     to[2 * n + i] = update.moment;

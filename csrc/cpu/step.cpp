@@ -3,6 +3,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
+#include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "gather/cpu_tensor.h"
@@ -61,11 +63,28 @@ PyObject* Step::run(PyObject* groups, PyObject* state, PyObject* grad_scale, PyO
   found_ = found.value != 0.0;
   if (tensors_.size() == 0) Py_RETURN_TRUE;
   const bool is_guarded = options().guarded() || scale.there || found_;
-  unlocked(param_groups_, [&] { is_guarded ? guarded_step() : plain_step(); });
-  if (!is_guarded) Py_RETURN_TRUE;
-  at::Tensor norm = cpu_tensor({}, at::kDouble);
-  *norm.mutable_data_ptr<double>() = guard_.norm;
-  return Py_BuildValue("(NN)", object_of(norm), PyBool_FromLong(guard_.skip));
+  signal_.clear();
+  unlocked(param_groups_, [&] {
+    options().adaptive ? adaptive_step(is_guarded) : is_guarded ? guarded_step() : plain_step();
+  });
+  if (!is_guarded && signal_.empty()) Py_RETURN_TRUE;
+  return results(is_guarded);
+}
+
+PyObject* Step::results(bool is_guarded) const {
+  PyObject *norm = Py_NewRef(Py_None), *skip = Py_NewRef(Py_None), *signal = Py_NewRef(Py_None);
+  if (is_guarded) {
+    at::Tensor value = cpu_tensor({}, at::kDouble);
+    *value.mutable_data_ptr<double>() = guard_.norm;
+    norm = object_of(value);
+    skip = PyBool_FromLong(guard_.skip);
+  }
+  if (!signal_.empty()) {
+    at::Tensor values = cpu_tensor({static_cast<int64_t>(signal_.size())}, at::kDouble);
+    std::copy(signal_.begin(), signal_.end(), values.mutable_data_ptr<double>());
+    signal = object_of(values);
+  }
+  return Py_BuildValue("(NNN)", norm, skip, signal);
 }
 
 // The stages of a step
@@ -75,13 +94,13 @@ void Step::plain_step() {
   find_corrections();
   Mode mode;
   mode.weights = param_groups_.l2();
-  mode.cross = options().gradient_form;
+  mode.cross = options().reads_gradient();
   tensors_.key_random_bits(1);
   tensors_.bump_moments();
   const auto products = run_pass(Pass::accumulate, tensors_.records(), tensors_.tiling(), mode, scratch_);
   solve(fold<PlainBlock>(products));
   tensors_.bump_weights();
-  mode.gradient = options().gradient_form;
+  mode.gradient = options().reads_gradient();
   run_pass(Pass::apply, tensors_.records(), tensors_.tiling(), mode, scratch_);
   tensors_.write_back(true, true);
   tensors_.advance();
@@ -103,10 +122,57 @@ void Step::guarded_step() {
   tensors_.key_random_bits(1);
   tensors_.bump_moments();
   tensors_.bump_weights();
-  mode.gradient = options().gradient_form;
+  mode.gradient = options().reads_gradient();
   mode.scaled = guard_.gain != 1.0;
   mode.gain = guard_.gain;
   run_pass(Pass::commit, tensors_.records(), tensors_.tiling(), mode, scratch_);
+  tensors_.write_back(true, true);
+  tensors_.advance();
+}
+
+// sofim_fused/step/schedule.py, adaptive().
+void Step::adaptive_step(bool is_guarded) {
+  find_corrections();
+  const size_t n = tensors_.size();
+  mixes_.resize(n);
+  LastCorrection correction;
+  for (size_t i = 0; i < n; ++i) {
+    const AdaptiveHyper& hyper = param_groups_.adaptive(i);
+    mixes_[i] = {hyper.beta2, hyper.eps, std::sqrt(correction.of(hyper.beta2, tensors_.updates(i) + 1))};
+  }
+  sweeps_.begin(&tensors_.record(0), tensors_.variances(), tensors_.tiling(), mixes_.data());
+  if (is_guarded) {
+    const double limit = options().max_grad_norm.value_or(kInfinity);
+    guard_ = guard_of(sweeps_.squares(), unscale_, limit, found_, options().skip_nonfinite);
+    if (guard_.skip) return;
+    sweeps_.set_gain(guard_.gain);
+  }
+  tensors_.key_random_bits(1);
+  tensors_.bump_moments();
+  tensors_.bump_variances();
+  tensors_.bump_weights();
+  Mode mode;
+  mode.cross = mode.gradient = options().reads_gradient();
+  const auto solve = [&](const std::vector<AdaptiveBlock>* blocks) {
+    for (size_t i = 0; i < n; ++i) {
+      tensors_.record(i).update = scaled_update(param_groups_.hyper(i), corrections_[i], options().numerator,
+                                                blocks == nullptr ? nullptr : &(*blocks)[block_of(i)]);
+    }
+  };
+  if (!options().rank_one) {
+    solve(nullptr);
+    mode.updates = true;
+    sweeps_.enter(mode);
+  } else {
+    const std::vector<ScaledProducts> products = sweeps_.enter(mode);
+    std::vector<AdaptiveBlock> blocks(fisher_blocks(options().fisher, param_groups_.groups().size(), n));
+    for (size_t i = 0; i < n; ++i) {
+      blocks[block_of(i)].add(param_groups_.hyper(i), corrections_[i], products[i], options().numerator);
+    }
+    solve(&blocks);
+    for (const AdaptiveBlock& block : blocks) signal_.push_back(block.signal());
+    sweeps_.apply(mode);
+  }
   tensors_.write_back(true, true);
   tensors_.advance();
 }
@@ -128,7 +194,7 @@ template <class Block>
 std::vector<Block> Step::fold(const std::vector<Products>& products) const {
   std::vector<Block> blocks(fisher_blocks(options().fisher, param_groups_.groups().size(), tensors_.size()));
   for (size_t i = 0; i < tensors_.size(); ++i) {
-    blocks[block_of(i)].add(param_groups_.hyper(i), corrections_[i], products[i]);
+    blocks[block_of(i)].add(param_groups_.hyper(i), corrections_[i], products[i], options().numerator);
   }
   return blocks;
 }
@@ -137,7 +203,7 @@ std::vector<Block> Step::fold(const std::vector<Products>& products) const {
 void Step::solve(const std::vector<PlainBlock>& blocks) {
   for (size_t i = 0; i < tensors_.size(); ++i) {
     tensors_.record(i).update =
-        sherman_morrison(param_groups_.hyper(i), corrections_[i], blocks[block_of(i)], options().gradient_form);
+        sherman_morrison(param_groups_.hyper(i), corrections_[i], blocks[block_of(i)], options().numerator);
   }
 }
 
@@ -172,7 +238,8 @@ bool Step::take(PyObject* param, PyObject* state, size_t group, int64_t ordinal,
   if (busy_ || modes_are_set()) return false;
   const Busy busy(*this);
   if (!hook_groups_.read_one(param, state, group, ordinal)) return false;
-  if (hook_groups_.options().gradient_form && is_narrow(hook_groups_.tensors().records()[0].w_type)) return false;
+  const Numerator numerator = hook_groups_.options().numerator;
+  if (reads_gradient(numerator) && is_narrow(hook_groups_.tensors().records()[0].w_type)) return false;
   const at::Tensor& grad = gradient_of(param);
   if (!parts_ && grad.storage().nbytes() > grad.nbytes()) return false;
   const size_t place = static_cast<size_t>(ordinal);
@@ -186,8 +253,12 @@ bool Step::take(PyObject* param, PyObject* state, size_t group, int64_t ordinal,
   if (again) row.decay = {1.0, row.decay.g, 0.0};
   Mode mode;
   mode.weights = row.decay.w != 0.0;
-  mode.cross = mode.gradient = hook_groups_.options().gradient_form;
-  if (mode.gradient) row.update = gradient_part(hook_groups_.hyper(0));
+  mode.cross = mode.gradient = reads_gradient(numerator);
+  if (mode.gradient) {
+    const Hyper& hyper = hook_groups_.hyper(0);
+    const bool ahead = numerator == Numerator::nesterov;
+    row.update = gradient_part(hyper, ahead ? bias_correction(hyper.momentum, tensors.updates(0) + 1) : 1.0, numerator);
+  }
   unlocked(hook_groups_, [&] {
     tensors.key_random_bits(1);
     tensors.bump_moments();
@@ -214,7 +285,7 @@ bool Step::finish(PyObject* groups, PyObject* state, PyObject* current) {
     std::vector<Products> products;
     for (size_t i = 0; i < tensors_.size(); ++i) products.push_back(products_[tensors_.ordinal(i)]);
     solve(fold<PlainBlock>(products));
-    for (size_t i = 0; i < tensors_.size() && options().gradient_form; ++i) {  // take() applied the other terms
+    for (size_t i = 0; i < tensors_.size() && options().reads_gradient(); ++i) {  // take() applied the other terms
       tensors_.record(i).update = {1.0, 0.0, tensors_.record(i).update.moment};
     }
     tensors_.bump_weights();

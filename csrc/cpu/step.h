@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/adaptive.h"
 #include "cpu/gradient_record.h"
 #include "cpu/parallel.h"
 #include "gather/param_groups.h"
@@ -18,10 +19,12 @@ namespace sofim {
 
 class Step {
  public:
-  // One step. Returns None, with nothing changed, if Python has to take it; True for a plain step; for a guarded one
-  // the pair of the gradients' norm before clipping, a 0-dimensional float64 tensor, and whether the step was skipped.
-  // The gradients are `grad_scale` times too large, and if `found_inf` is not 0, not all of them are finite. The result
-  // is a new reference, or nullptr with an exception in Python.
+  // One step. Returns None, with nothing changed, if Python has to take it; True for a step without results; for a
+  // guarded one the pair of the gradients' norm before clipping, a 0-dimensional float64 tensor, and whether the step
+  // was skipped. If the diagonal adapts and F has its term of rank one, a third value is the signal of each Fisher
+  // block, a float64 vector (None if the step was skipped); the others are None without a guard. The gradients are
+  // `grad_scale` times too large, and if `found_inf` is not 0, not all of them are finite. The result is a new
+  // reference, or nullptr with an exception in Python.
   PyObject* run(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf);
 
   // A step whose gradients come one by one (sofim_fused/in_backward.py): freeze_settings(), take() for each of them,
@@ -40,8 +43,8 @@ class Step {
   void mark(PyObject* param, size_t ordinal);
   // Whether a parameter's gradient is the recorded one, as far as can be seen.
   bool fits(PyObject* param, size_t ordinal) const;
-  // Adds one gradient to its moment; in the gradient form, also updates the weight by the part of the step that is
-  // already known. `again`: this parameter had another gradient taken in this step; they add up.
+  // Adds one gradient to its moment; if the step has a term in the gradient, also updates the weight by it. `again`: this
+  // parameter had another gradient taken in this step; they add up.
   bool take(PyObject* param, PyObject* state, size_t group, int64_t ordinal, bool again);
   // The sums of a parameter whose gradient was taken (mg and mw only if they are needed), else nullptr.
   const Products* sums_of(size_t ordinal) const;
@@ -62,6 +65,9 @@ class Step {
   // The stages of a step, over what param_groups_ has gathered.
   void plain_step();
   void guarded_step();
+  void adaptive_step(bool is_guarded);
+  // The results of a step as Python takes them; see run().
+  PyObject* results(bool is_guarded) const;
   void find_corrections();
   template <class Block>
   std::vector<Block> fold(const std::vector<Products>& products) const;
@@ -69,7 +75,7 @@ class Step {
   size_t block_of(size_t i) const;
 
   // Members, so that their memory is reused from step to step.
-  ParamGroups param_groups_;
+  ParamGroups param_groups_{false, true};
   StepTensors& tensors_ = param_groups_.tensors();
   ParamGroups hook_groups_;
   // By ordinal:
@@ -79,6 +85,9 @@ class Step {
   std::vector<GradientRecord> records_;
   std::vector<Products> products_;
   std::vector<double> corrections_;  // by tensor of the step
+  std::vector<Mix> mixes_;           // the same, if the diagonal adapts
+  std::vector<double> signal_;       // by Fisher block
+  AdaptiveSweeps sweeps_;
   std::vector<double> scratch_;
   double unscale_ = 1.0;  // times the gradients: the true gradients
   bool found_ = false;

@@ -90,8 +90,8 @@ __device__ __forceinline__ bool skipped(const Task& task) {
   return task.skip != nullptr && __ldcg(reinterpret_cast<const unsigned char*>(task.skip)) != 0;
 }
 
-template <int size>
-__device__ __forceinline__ const Row* rows_of(const Arguments<Task, size>& a) {
+template <class TaskOf, int size>
+__device__ __forceinline__ const Row* rows_of(const Arguments<TaskOf, size>& a) {
   return a.task.rows != nullptr ? a.task.rows : reinterpret_cast<const Row*>(a.more);
 }
 template <int size>

@@ -8,8 +8,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "step/tensor_row.h"
+#include "step/adaptive.h"
 #include "step/solve.h"
+#include "step/tensor_row.h"
 
 namespace sofim::cuda {
 
@@ -66,16 +67,146 @@ struct alignas(16) Task {
   uint32_t tensors, group_count, tiles;
   Finish finish;
   Fisher fisher;
-  bool l2;             // some decay.w is not zero: accumulate, dots and commit read w for it
-  bool gradient_form;  // F⁻¹ is applied to the gradient: w takes the term by_gradient·v
+  bool l2;  // some decay.w is not zero: accumulate, dots and commit read w for it
+  Numerator numerator;
 };
 
-// What the operators fold and solve do (fold.cu). Addresses are in the device's memory.
+constexpr int64_t kOneRow = int64_t(1) << 62;
+
+// A row of Settings.hyper of sofim_fused/backends/interface.py, with a diagonal that adapts.
+struct ScaledHyper : Hyper, AdaptiveHyper {};
+static_assert(sizeof(ScaledHyper) == 8 * sizeof(double), "it has eight columns");
+
+// accumulate_scaled returns Σm²/s, Σmv/s and Σs, in the place of other sums: ScaledSums of interface.py.
+constexpr Sum kTrace = kMW;
+
+// Of a step with a diagonal that adapts, what its sweeps need to know about one tensor.
+struct alignas(16) Scaling {
+  void* v;             // the running means of g² of its elements, of w's order, float64 for a float64 w, else float32;
+                       // or nullptr, and D⁻¹ is a factor per row times a factor per column
+  const void* by_row;  // [rows], of the type of computation
+  const void* by_col;  // [cols], in the order of memory; or nullptr: 1
+  int64_t cols;        // elements of a row; kOneRow: all elements are in it
+  double decay_m, decay_g;  // of the first moment
+};
+
+// What a sweep of such a step does, besides.
+struct alignas(16) ScaledTask : Task {
+  const Scaling* scalings;           // nullptr: they follow the rows in the arguments, in the place of the groups
+  const double *beta2, *eps, *root;  // [tensors] each: see Scales in sofim_fused/backends/interface.py
+};
+
+// One tensor whose g² are summed, as a matrix (squares.cu). Of a tensor without row_var, the rows mean nothing.
+struct alignas(16) SquaresRow {
+  const void* g;
+  double* rows;       // [n_rows]: sums over rows; or nullptr: not needed
+  double* cols;       // [n_cols]; or nullptr
+  double* row_slots;  // [col_tiles, n_rows], if there are several
+  double* col_slots;  // [row_tiles, n_cols], if there are several
+  int64_t n_rows, n_cols, numel;
+  uint32_t first;      // of its tiles
+  uint32_t row_tiles, col_tiles;
+  uint32_t counters;   // the first of its counters: 1, and if it has rows, row_tiles + col_tiles·(groups + 1)
+  uint16_t width;      // columns of a tile, the last one's excepted
+  uint8_t lanes;       // of a warp, for one row; a power of two
+  Type type;
+  bool vectors;        // rows begin at multiples of 16 bytes
+};
+
+constexpr int kColumns = 512;  // of a tile at most: each lane adds up sixteen of them
+constexpr int kRows = 64;      // of a tile with that many columns
+constexpr int kTurns = 8;      // a warp's rows, one after the other
+constexpr uint32_t kGroup = 32;  // tiles whose column sums one block adds up
+
+// Plans the tiles of g, of so many rows and columns; all but its place among others, and where results go.
+SquaresRow squares_row(const void* g, Type type, int64_t n_rows, int64_t n_cols);
+// The same for a tensor whose rows and columns are not added up: it is cut into rows of any length.
+SquaresRow squares_row(const void* g, Type type, int64_t numel);
+// How many counters a tensor has, zero before and after each launch.
+constexpr uint32_t counters_of(const SquaresRow& row) {
+  return 1 + row.row_tiles + row.col_tiles * ((row.row_tiles + kGroup - 1) / kGroup + 1);
+}
+constexpr uint64_t all_tiles(const SquaresRow& row) { return uint64_t(row.row_tiles) * row.col_tiles; }
+
+struct alignas(16) SquaresTask {
+  const SquaresRow* rows;  // nullptr: they follow in the arguments
+  uint32_t* counters;
+  double* slots;  // [tiles]
+  double* total;  // [tensors]
+  uint32_t tensors, tiles;
+};
+
+// One tensor whose running means of g² are updated, and become factors of D⁻¹ (adapt.cu).
+struct alignas(16) AdaptRow {
+  void* row_var;  // [rows], or the variance of a tensor that is one block
+  void* col_var;  // [cols], in the order of memory
+  int64_t* step;
+  const double *row_sums, *col_sums;  // of g² as they are
+  void *by_row, *by_col;              // the factors
+  int64_t rows, cols;                 // 0: it has none
+  double row_count, col_count;        // elements of a row, and of a column, of the whole parameter
+  double beta2, eps;                  // unless the task has `hyper`
+  uint32_t first;                     // of its blocks
+  uint32_t group;
+  bool float64;                       // the running means are, else float32
+};
+
+constexpr int64_t kAdaptRows = 2048;  // rows per block
+// Blocks for a tensor's rows; one more has its columns.
+SOFIM_HD constexpr uint32_t row_blocks(int64_t rows) {
+  return static_cast<uint32_t>(rows <= kAdaptRows ? 1 : (rows + kAdaptRows - 1) / kAdaptRows);
+}
+
+struct alignas(16) AdaptTask {
+  const AdaptRow* rows;  // nullptr: they follow in the arguments, and behind them the groups
+  const Group* groups;
+  const ScaledHyper* hyper;            // [groups], or nullptr
+  uint32_t* counters;                  // [tensors], zero before and after a launch
+  double* slots;                       // [blocks]
+  double *trace, *beta2, *eps, *root;  // [tensors] each, results
+  const double* square;                // of a guarded step: the sum of all g²; or nullptr: it is that of total
+  const double* total;                 // [tensors]
+  double *norm, *gain;                 // results of a guarded step
+  double* skips;                       // 1 if it is skipped, else 0; or nullptr
+  bool* skip;                          // the same; or nullptr
+  int64_t* skipped;                    // the count of skipped steps; or nullptr
+  // Results, or nullptr: coefficients, [tensors] each, without the term of rank one. Updates are counted then.
+  double *by_weight, *by_gradient, *by_moment;
+  GuardInputs guard;
+  uint32_t tensors, group_count, blocks;
+  Numerator numerator;
+  bool is_guarded;
+  bool wide;  // all factors are float64; else each has the dtype of the running means
+};
+
+// A tensor of FinishTask.
+struct alignas(16) FinishRow {
+  int64_t* step;
+  uint32_t group;
+};
+
+// With the term of rank one, from the sums of all tensors to the coefficients of a step, in one block (fold.cu).
+struct alignas(16) FinishTask {
+  const FinishRow* rows;  // nullptr: they follow in the arguments, and behind them the groups
+  const Group* groups;
+  const double *mm, *mg, *elements, *trace;  // [tensors] each: Σm²/s, Σmv/s, and Σs in two parts
+  double *by_weight, *by_gradient, *by_moment;
+  double* signal;  // [Fisher blocks]
+  const bool* skip;
+  uint32_t tensors, group_count;
+  Fisher fisher;
+  Numerator numerator;
+};
+
+// What the operators fold and solve do (fold.cu), and those of a diagonal that adapts. Addresses are in the device's
+// memory.
 struct alignas(16) AlgebraTask {
   int64_t* const* steps;      // [tensors]; nullptr: they follow in the arguments, and behind them `starts`
   const uint32_t* starts;     // [groups + 1]: the first tensor of each group, and their number
-  const Hyper* hyper;         // [groups]
+  const double* hyper;        // [groups] of Hyper or ScaledHyper
   const double* sums[kSums];  // [tensors] each, or nullptr: 0
+  const bool* skip;           // of a diagonal that adapts: whether the step is skipped; nullptr: it is not
+  double* signal;             // [Fisher blocks], likewise
   const int64_t* class_of;    // [tensors]: the class of each; or nullptr: 0
   double* blocks;             // [classes, numbers of a block, Fisher blocks]
   double* squares;            // [classes]; solve: nullptr if the step is not guarded
@@ -84,7 +215,8 @@ struct alignas(16) AlgebraTask {
   GuardInputs guard;
   uint32_t tensors, group_count, classes;
   Fisher fisher;
-  bool gradient_form, is_guarded;
+  Numerator numerator;
+  bool is_guarded, scaled;
 };
 
 // What is known about a pass at compile time: each combination selects a kernel.
@@ -148,6 +280,16 @@ int launch_accumulate(const Form& form, const Task& task, const Row* rows, const
 int launch_apply(const Form& form, const Task& task, const Row* rows, const Group* groups, void* stream);
 int launch_dots(const Form& form, const Task& task, const Row* rows, const Group* groups, void* stream);
 int launch_commit(const Form& form, const Task& task, const Row* rows, const Group* groups, void* stream);
+// The same of a step with a diagonal that adapts.
+int launch_accumulate_scaled(Types types, const ScaledTask& task, const Row* rows, const Scaling* scalings,
+                             void* stream);
+int launch_apply_scaled(Types types, const ScaledTask& task, const Row* rows, const Scaling* scalings, void* stream);
+int launch_commit_scaled(Types types, const ScaledTask& task, const Row* rows, const Scaling* scalings, void* stream);
+int launch_squares(const SquaresTask& task, const SquaresRow* rows, void* stream);
+int launch_adapt(const AdaptTask& task, const AdaptRow* rows, const Group* groups, void* stream);
+int launch_finish_scaled(const FinishTask& task, const FinishRow* rows, const Group* groups, void* stream);
+int launch_fold_scaled(const AlgebraTask& task, Bytes steps, Bytes starts, void* stream);
+int launch_solve_scaled(const AlgebraTask& task, Bytes steps, Bytes starts, void* stream);
 // A whole step in one launch: accumulate and apply, or dots and commit. `blocks`: as step_blocks() says.
 int launch_step(const Form& form, const Task& task, const Row* rows, const Group* groups, int blocks, void* stream);
 // How many blocks of such a launch the current device can run at once. 0: the step needs two launches, like Types::any.

@@ -38,7 +38,24 @@ void Memory::serve_table(Task& task, const std::vector<Row>& rows, const std::ve
   task.rows = nullptr;
   task.groups = nullptr;
   if (fit(largest_arguments(), rows.size(), groups.size())) return;
-  const Bytes first = bytes_of(rows), second = bytes_of(groups);
+  const Bytes first = bytes_of(rows);
+  const void* const at = table(first, bytes_of(groups), device, stream);
+  task.rows = static_cast<const Row*>(at);
+  task.groups = reinterpret_cast<const Group*>(static_cast<const unsigned char*>(at) + first.size);
+}
+
+void Memory::serve_table(ScaledTask& task, const std::vector<Row>& rows, const std::vector<Scaling>& scalings,
+                         at::Device device, void* stream) {
+  task.rows = nullptr;
+  task.scalings = nullptr;
+  const Bytes first = bytes_of(rows), second = bytes_of(scalings);
+  if (has_room<ScaledTask>(largest_arguments(), first.size + second.size)) return;
+  const void* const at = table(first, second, device, stream);
+  task.rows = static_cast<const Row*>(at);
+  task.scalings = reinterpret_cast<const Scaling*>(static_cast<const unsigned char*>(at) + first.size);
+}
+
+const void* Memory::table(Bytes first, Bytes second, at::Device device, void* stream) {
   const size_t bytes = first.size + second.size;
   if (!table_.defined() || table_.numel() != static_cast<int64_t>(bytes) || filled_.empty()) {
     table_ = at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions(at::kByte).device(device));
@@ -52,8 +69,7 @@ void Memory::serve_table(Task& task, const std::vector<Row>& rows, const std::ve
     std::memcpy(filled_.data(), first.data, first.size);
     std::memcpy(filled_.data() + first.size, second.data, second.size);
   }
-  task.rows = static_cast<const Row*>(table);
-  task.groups = reinterpret_cast<const Group*>(static_cast<const unsigned char*>(table) + first.size);
+  return table;
 }
 
 at::Tensor Memory::sums() const { return numbers_.narrow(0, 0, kSums * tensors_).view({kSums, tensors_}); }

@@ -32,10 +32,16 @@ class Memory {
   // filled only if it does not have these rows and groups yet.
   void serve_table(Task& task, const std::vector<Row>& rows, const std::vector<Group>& groups, at::Device device,
                    void* stream);
+  // The same of a step with a diagonal that adapts.
+  void serve_table(ScaledTask& task, const std::vector<Row>& rows, const std::vector<Scaling>& scalings,
+                   at::Device device, void* stream);
   // The last launch's sums: float64 [kSums, tensors].
   at::Tensor sums() const;
 
  private:
+  // The address of a table with these bytes.
+  const void* table(Bytes first, Bytes second, at::Device device, void* stream);
+
   at::Tensor counters_, numbers_, table_;
   int64_t tensors_ = -1, tiles_ = -1;
   void* stream_ = nullptr;

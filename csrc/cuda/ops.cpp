@@ -2,13 +2,13 @@
 // sofim_fused/backends/interface.py documents them; fake implementations are in sofim_fused/backends/operators.py.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/stack.h>
 #include <torch/library.h>
 
 #include <limits>
 #include <optional>
 
+#include "cuda/algebra.h"
 #include "cuda/launch.h"
 #include "gather/op_arguments.h"
 
@@ -149,112 +149,23 @@ void commit(TensorList params, TensorList grads, TensorList exp_avgs, TensorList
   sweep.set_update(moment, weight, gradient);
   sweep.set_guard(gain, skip);
   sweep.task().l2 = decay_weight.has_value();
-  sweep.task().gradient_form = gradient.has_value();
+  sweep.task().numerator = gradient ? Numerator::gradient : Numerator::moment;
   tensors.bump_moments();
   tensors.bump_weights();
   sweep.run(launch_commit);
   tensors.write_back(true, true);
 }
 
-// What fold and solve have in common: the task, and the arguments that a launch needs besides.
-class Algebra {
- public:
-  // `like`: a tensor on the device where all have to be.
-  Algebra(const Tensor& like, TensorList steps, const Tensor& hyper, at::IntArrayRef sizes, int64_t fisher,
-          bool gradient_form, bool guarded)
-      : device_(like.device()) {
-    TORCH_CHECK(device_.type() == kDevice, "sofim_fused: sums on ", kDevice, " are needed, these are on ", device_);
-    const auto n = static_cast<int64_t>(steps.size());
-    starts_.push_back(0);
-    int64_t all = 0;
-    for (const int64_t size : sizes) {
-      TORCH_CHECK(size >= 0 && size <= n - all, "sofim_fused: sizes: they add up to more than the ", n, " steps");
-      starts_.push_back(static_cast<uint32_t>(all += size));
-    }
-    TORCH_CHECK(all == n, "sofim_fused: sizes: they add up to ", all, ", but there are ", n, " steps");
-    steps_.reserve(steps.size());
-    for (int64_t i = 0; i < n; ++i) {
-      TORCH_CHECK(steps[i].device() == device_ && steps[i].scalar_type() == at::kLong && steps[i].numel() == 1,
-                  "sofim_fused: steps: one int64 each on ", device_, " is needed, tensor ", i, " is not");
-      steps_.push_back(static_cast<int64_t*>(steps[i].mutable_data_ptr()));
-    }
-    TORCH_CHECK(fisher >= 0 && fisher <= 2, "sofim_fused: fisher: 0, 1 or 2 is needed, this is ", fisher);
-    task_.tensors = static_cast<uint32_t>(n);
-    task_.group_count = static_cast<uint32_t>(sizes.size());
-    task_.hyper = reinterpret_cast<const Hyper*>(doubles("hyper", hyper, {static_cast<int64_t>(sizes.size()), 6}));
-    task_.fisher = static_cast<Fisher>(fisher);
-    task_.gradient_form = gradient_form;
-    task_.is_guarded = guarded;
-  }
-
-  AlgebraTask& task() { return task_; }
-  int64_t size() const { return task_.tensors; }
-  int64_t fisher_blocks() const {
-    return sofim::fisher_blocks(task_.fisher, task_.group_count, task_.tensors);
-  }
-  // How many numbers a Fisher block has.
-  int64_t rows() const { return (task_.is_guarded ? 6 : 1) + (task_.gradient_form ? task_.is_guarded ? 3 : 1 : 0); }
-
-  // The address of a float64 tensor's numbers, made contiguous. It has to be of this shape and on the device.
-  const double* doubles(const char* name, const Tensor& x, at::IntArrayRef shape) {
-    TORCH_CHECK(x.device() == device_ && x.scalar_type() == at::kDouble && x.sizes() == shape, "sofim_fused: ", name,
-                ": float64 ", shape, " on ", device_, " is needed, this is ", x.scalar_type(), " ", x.sizes(), " on ",
-                x.device());
-    kept_.push_back(x.contiguous());
-    return static_cast<const double*>(kept_.back().const_data_ptr());
-  }
-  // The address of one number on the device, float32 or (is_double) float64; nullptr without one. Never waits for the
-  // device of these tensors.
-  const void* number(const char* name, const Vector& x, bool& is_double) {
-    if (!x) return nullptr;
-    TORCH_CHECK(x->numel() == 1, "sofim_fused: ", name, ": one number is needed, this has ", x->numel());
-    Tensor value = x->detach();
-    if (value.device() != device_ || (value.scalar_type() != at::kFloat && value.scalar_type() != at::kDouble)) {
-      const auto options = at::TensorOptions(at::kDouble).device(device_);
-      value = value.is_cpu() ? at::full({}, value.item().toDouble(), options)
-                             : value.to(device_, at::kDouble, /*non_blocking=*/true);
-    }
-    is_double = value.scalar_type() == at::kDouble;
-    kept_.push_back(value);
-    return kept_.back().const_data_ptr();
-  }
-  Tensor made(at::IntArrayRef shape) const {
-    return at::empty(shape, at::TensorOptions(at::kDouble).device(device_));
-  }
-
-  void run(decltype(launch_fold)& launch) {
-    const DeviceScope on(device_);
-    const Bytes steps = bytes_of(steps_), starts = bytes_of(starts_);
-    Tensor table;
-    if (!has_room<AlgebraTask>(largest_arguments(), steps.size + starts.size)) {
-      const auto bytes = static_cast<int64_t>((steps.size + starts.size + 7) / 8 * 8);
-      table = at::empty({bytes}, at::TensorOptions(at::kByte).device(device_));
-      auto* const at = static_cast<unsigned char*>(table.mutable_data_ptr());
-      check(fill(at, steps, starts, on.stream()));
-      task_.steps = reinterpret_cast<int64_t* const*>(at);
-      task_.starts = reinterpret_cast<const uint32_t*>(at + steps.size);
-    }
-    check(launch(task_, steps, starts, on.stream()));
-  }
-
- private:
-  const at::Device device_;
-  AlgebraTask task_{};
-  std::vector<int64_t*> steps_;
-  std::vector<uint32_t> starts_;
-  std::vector<Tensor> kept_;  // until the launch; the allocator then keeps the memory for this stream
-};
-
 std::tuple<Tensor, Tensor> fold(const Tensor& mm, const Vector& mg, const Vector& mw, const Vector& gg,
                                 const Vector& gw, const Vector& ww, TensorList steps, const Tensor& hyper,
-                                at::IntArrayRef sizes, int64_t fisher, bool gradient_form, bool guarded,
+                                at::IntArrayRef sizes, int64_t fisher, int64_t numerator, bool guarded,
                                 const Vector& class_of, int64_t classes) {
-  Algebra algebra(mm, steps, hyper, sizes, fisher, gradient_form, guarded);
+  Algebra algebra(mm, steps, hyper, sizes, fisher, numerator, guarded);
   AlgebraTask& task = algebra.task();
   const int64_t n = algebra.size();
   TORCH_CHECK(classes >= 1 && classes <= std::numeric_limits<int32_t>::max(), "sofim_fused: classes: ", classes,
               ", but one at least is needed");
-  TORCH_CHECK(!gradient_form || guarded || mg, "sofim_fused: mg: the gradient form needs it");
+  TORCH_CHECK(!reads_gradient(task.numerator) || guarded || mg, "sofim_fused: mg: this numerator needs it");
   TORCH_CHECK(!guarded || (mg && gg), "sofim_fused: mg, gg: a guarded step needs both");
   const auto sum = [&](const char* name, const Vector& x) { return x ? algebra.doubles(name, *x, {n}) : nullptr; };
   task.sums[kMM] = algebra.doubles("mm", mm, {n});
@@ -263,14 +174,7 @@ std::tuple<Tensor, Tensor> fold(const Tensor& mm, const Vector& mg, const Vector
   task.sums[kGG] = sum("gg", gg);
   task.sums[kGW] = sum("gw", gw);
   task.sums[kWW] = sum("ww", ww);
-  Tensor class_numbers;
-  if (class_of) {
-    TORCH_CHECK(class_of->device() == mm.device() && class_of->scalar_type() == at::kLong &&
-                    class_of->sizes() == at::IntArrayRef{n},
-                "sofim_fused: class_of: an int64 vector of ", n, " on ", mm.device(), " is needed");
-    class_numbers = class_of->contiguous();
-    task.class_of = static_cast<const int64_t*>(class_numbers.const_data_ptr());
-  }
+  const Tensor class_numbers = algebra.classes(class_of);
   task.classes = static_cast<uint32_t>(classes);
   Tensor blocks = algebra.made({classes, algebra.rows(), algebra.fisher_blocks()}), squares = algebra.made({classes});
   task.blocks = blocks.mutable_data_ptr<double>();
@@ -280,20 +184,19 @@ std::tuple<Tensor, Tensor> fold(const Tensor& mm, const Vector& mg, const Vector
 }
 
 std::tuple<Tensor, Tensor> solve(const Tensor& blocks, const Vector& square, TensorList steps, const Tensor& hyper,
-                                 at::IntArrayRef sizes, int64_t fisher, bool gradient_form, bool guarded,
+                                 at::IntArrayRef sizes, int64_t fisher, int64_t numerator, bool guarded,
                                  std::optional<double> max_norm, const Vector& grad_scale, const Vector& found_inf,
                                  bool skip_nonfinite) {
-  Algebra algebra(blocks, steps, hyper, sizes, fisher, gradient_form, guarded);
+  Algebra algebra(blocks, steps, hyper, sizes, fisher, numerator, guarded);
   AlgebraTask& task = algebra.task();
   // solve does not write it; fold, which has the same type of task, does.
   task.blocks = const_cast<double*>(algebra.doubles("blocks", blocks, {algebra.rows(), algebra.fisher_blocks()}));
   TORCH_CHECK(!guarded || square, "sofim_fused: square: a guarded step needs it");
   if (guarded) task.squares = const_cast<double*>(algebra.doubles("square", square->reshape({1}), {1}));
-  task.guard.limit = max_norm.value_or(std::numeric_limits<double>::infinity());
   if (guarded) {
-    task.guard.skip_nonfinite = skip_nonfinite;
-    task.guard.grad_scale = algebra.number("grad_scale", grad_scale, task.guard.scale_double);
-    task.guard.found_inf = algebra.number("found_inf", found_inf, task.guard.found_double);
+    algebra.set_guard(max_norm, grad_scale, found_inf, skip_nonfinite, task.guard);
+  } else {
+    task.guard.limit = std::numeric_limits<double>::infinity();
   }
   Tensor coefficients = algebra.made({3, algebra.size()}), guard = algebra.made({3});
   task.coefficients = coefficients.mutable_data_ptr<double>();

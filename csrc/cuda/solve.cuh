@@ -6,6 +6,7 @@
 
 #include "cuda/kernels.h"
 #include "cuda/reduce.cuh"
+#include "step/adaptive.h"
 #include "step/solve.h"
 
 namespace sofim::cuda {
@@ -41,6 +42,14 @@ __device__ __forceinline__ void each_number(GuardedBlock& block, F f) {
   for (double& x : block.cross) f(x);
 }
 
+template <class F>
+__device__ __forceinline__ void each_number(AdaptiveBlock& block, F f) {
+  f(block.trace);
+  f(block.square);
+  f(block.cross);
+  f(block.plain_square);
+}
+
 __device__ inline PlainBlock at_gain(const PlainBlock& block, double) { return block; }
 __device__ inline PlainBlock at_gain(const GuardedBlock& block, double gain) { return block.at_gain(gain); }
 
@@ -68,8 +77,9 @@ __device__ inline Products products_of(const Task& task, uint32_t tensor) {
   const bool guarded = task.finish == Finish::guarded;
   Products p;
   p.mm = sum(kMM);
-  if (guarded || task.gradient_form) p.mg = sum(kMG);
-  if (task.l2 && (guarded || task.gradient_form)) p.mw = sum(kMW);
+  const bool reads = guarded || reads_gradient(task.numerator);
+  if (reads) p.mg = sum(kMG);
+  if (task.l2 && reads) p.mw = sum(kMW);
   if (guarded) p.gg = sum(kGG);
   if (guarded && task.l2) p.gw = sum(kGW);
   if (guarded && task.l2) p.ww = sum(kWW);
@@ -77,7 +87,8 @@ __device__ inline Products products_of(const Task& task, uint32_t tensor) {
 }
 
 // The first tensor whose group is `group` or a later one. Tensors are in the order of their groups.
-__device__ inline uint32_t first_of_group(const Row* rows, uint32_t tensors, uint32_t group) {
+template <class RowOf>
+__device__ inline uint32_t first_of_group(const RowOf* rows, uint32_t tensors, uint32_t group) {
   uint32_t low = 0, high = tensors;
   while (low < high) {
     const uint32_t middle = low + (high - low) / 2;
@@ -105,7 +116,7 @@ __device__ inline void set_guard(const Task& task, Shared& shared) {
 
 __device__ inline void set_update(
     const Task& task, const Row& row, const Hyper& hyper, uint32_t tensor, const PlainBlock& block, bool skip) {
-  const Update update = sherman_morrison(hyper, task.corrections[tensor], block, task.gradient_form);
+  const Update update = sherman_morrison(hyper, task.corrections[tensor], block, task.numerator);
   task.by_weight[tensor] = update.weight;
   task.by_gradient[tensor] = update.gradient;
   task.by_moment[tensor] = update.moment;
@@ -121,7 +132,7 @@ __device__ void set_updates(
   }
   __syncthreads();
   const auto part = [&](uint32_t i, Block& block) {
-    block.add(hyper_of(groups[rows[i].group]), task.corrections[i], products_of(task, i));
+    block.add(hyper_of(groups[rows[i].group]), task.corrections[i], products_of(task, i), task.numerator);
   };
   const auto set = [&](uint32_t i, const PlainBlock& block) {
     set_update(task, rows[i], hyper_of(groups[rows[i].group]), i, block, skip);

@@ -13,6 +13,7 @@
 
 #include "gather/param_groups.h"
 #include "cuda/launch.h"
+#include "cuda/scaled_step.h"
 
 namespace sofim::cuda {
 namespace {
@@ -30,7 +31,9 @@ class Step {
   // on the device: the gradients' norm before clipping (float64), and 1 if the step was skipped, else 0 (int64). The
   // gradients are `grad_scale` times too large, and if `found_inf` is not 0, not all of them are finite. `counter`: an
   // int64 tensor of one element or None. If it is on the device, a skipped step raises it, and the pair has None as its
-  // second value. For a small model, another kernel to do so would take as long as a quarter of the step.
+  // second value. For a small model, another kernel to do so would take as long as a quarter of the step. With a
+  // diagonal that adapts and the term of rank one, a third value is the signal of each Fisher block, and the other two
+  // are None without a guard.
   py::object run(const py::handle& groups, const py::handle& state, const py::handle& grad_scale,
                  const py::handle& found_inf, std::optional<bool> single, std::optional<at::Tensor> counter) {
     if (busy_ || c10::impl::TorchDispatchModeTLS::any_modes_set()) return py::none();
@@ -43,6 +46,7 @@ class Step {
     StepTensors& tensors = param_groups_.tensors();
     if (tensors.size() == 0) return py::bool_(true);
     if (tensors.device().type() != kDevice) return py::none();
+    if (options().adaptive && !ScaledStep::takes(tensors)) return py::none();
     const DeviceScope on(tensors.device());
     pack();
     set_guard(guarded, scale, found);
@@ -56,6 +60,18 @@ class Step {
       if (!counts) counter = skipped = at::zeros({}, options.dtype(at::kLong));
       task.norm = norm.mutable_data_ptr<double>();
       task.skipped = counter->mutable_data_ptr<int64_t>();
+    }
+    if (options().adaptive) {
+      tensors.bump_moments();
+      tensors.bump_variances();
+      tensors.bump_weights();
+      tensors.bump_steps();
+      if (guarded && !skipped.defined() && !counter->is_inference()) counter->unsafeGetTensorImpl()->bump_version();
+      const at::Tensor signal = scaled_.run(param_groups_, packed_, task.norm, task.skipped, on);
+      tensors.write_back(true, true);
+      if (!guarded && !signal.defined()) return py::bool_(true);
+      const auto given = [](const at::Tensor& x) { return x.defined() ? py::cast(x) : py::object(py::none()); };
+      return py::make_tuple(given(norm), given(skipped), given(signal));
     }
     // Memory that a graph uses must not be used by eager steps as well, and is freed with the graph.
     Memory own;
@@ -103,11 +119,11 @@ class Step {
       const bool lr = device_scalar.name == DeviceScalar::kLr;
       (lr ? group.lr : group.rho) = on_device(device_scalar.value, lr ? group.lr_double : group.rho_double);
     }
-    packed_.form.gradient = options().gradient_form;
+    packed_.form.gradient = options().reads_gradient();
     Task& task = packed_.task;
     task.l2 = param_groups_.l2();
     task.fisher = options().fisher;
-    task.gradient_form = options().gradient_form;
+    task.numerator = options().numerator;
   }
 
   void set_guard(bool guarded, const OptionalScalar& scale, const OptionalScalar& found) {
@@ -177,9 +193,10 @@ class Step {
   }
 
   // Members, so that their memory is reused from step to step.
-  ParamGroups param_groups_{true};
+  ParamGroups param_groups_{true, true};
   Packed packed_;
   Memory memory_;
+  ScaledStep scaled_;
   std::vector<at::Tensor> kept_;
   int kernel_ = std::numeric_limits<int>::min(), blocks_ = 0;
   bool cooperates_ = true;

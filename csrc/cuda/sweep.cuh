@@ -71,7 +71,7 @@ struct Chunk {
         tensor(tensor),
         begin(static_cast<int64_t>(tile - row.first) * kTile),
         l2(task.l2),
-        gradient(task.gradient_form) {}
+        gradient(reads_gradient(task.numerator)) {}
 
   // Whether all of it can be loaded in vectors.
   __device__ __forceinline__ bool full() const { return row.aligned && row.numel - begin >= kTile; }

@@ -7,7 +7,7 @@ namespace sofim {
 using at::Tensor;
 using at::TensorList;
 
-const std::array<const char*, 7> schemas = {
+const std::array<const char*, 14> schemas = {
     "accumulate(Tensor[] params, Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor[] steps, int[] ordinals,"
     " float[] moment, float[] gradient, float[]? weight, bool cross) -> Tensor",
     "accumulate_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] kahans,"
@@ -20,12 +20,37 @@ const std::array<const char*, 7> schemas = {
     " int[] ordinals, float[] decay_moment, float[] decay_gradient, float[]? decay_weight, Tensor moment,"
     " Tensor? weight, Tensor? gradient, Tensor? gain, Tensor? skip) -> ()",
     "fold(Tensor mm, Tensor? mg, Tensor? mw, Tensor? gg, Tensor? gw, Tensor? ww, Tensor[] steps, Tensor hyper,"
-    " int[] sizes, int fisher, bool gradient_form, bool guarded, Tensor? class_of, int classes)"
+    " int[] sizes, int fisher, int numerator, bool guarded, Tensor? class_of, int classes)"
     " -> (Tensor blocks, Tensor squares)",
     "solve(Tensor blocks, Tensor? square, Tensor(a!)[] steps, Tensor hyper, int[] sizes, int fisher,"
-    " bool gradient_form, bool guarded, float? max_norm, Tensor? grad_scale, Tensor? found_inf, bool skip_nonfinite)"
+    " int numerator, bool guarded, float? max_norm, Tensor? grad_scale, Tensor? found_inf, bool skip_nonfinite)"
     " -> (Tensor coefficients, Tensor guard)",
+    // Of a diagonal that adapts. `kinds`: which diagonal each tensor has, as in enum class Diagonal.
+    "squares(Tensor[] grads, int[] kinds) -> (Tensor total, Tensor rows, Tensor cols)",
+    "adapt(Tensor[] steps, Tensor hyper, int[] sizes, int[] kinds, int[] heights, int[] widths,"
+    " Tensor(a!)[] row_vars, Tensor(b!)[] col_vars, Tensor(c!)[] variances, Tensor total, Tensor rows, Tensor cols,"
+    " bool guarded, Tensor? square, float? max_norm, Tensor? grad_scale, Tensor? found_inf, bool skip_nonfinite)"
+    " -> (Tensor by_row, Tensor by_col, Tensor numbers, Tensor guard)",
+    "accumulate_scaled(Tensor[] params, Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor(b!)[] variances, int[] kinds,"
+    " Tensor[] steps, int[] ordinals, float[] moment, float[] gradient, Tensor by_row, Tensor by_col, Tensor trace,"
+    " Tensor beta2, Tensor eps, Tensor root, Tensor? gain, Tensor? skip) -> Tensor",
+    "apply_scaled(Tensor(a!)[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor(b!)[] kahans, Tensor[] variances,"
+    " int[] kinds, Tensor moment, Tensor? weight, Tensor? gradient, Tensor by_row, Tensor by_col, Tensor trace,"
+    " Tensor beta2, Tensor eps, Tensor root, Tensor? gain, Tensor? skip) -> ()",
+    "commit_scaled(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] kahans,"
+    " Tensor(d!)[] variances, int[] kinds, Tensor[] steps, int[] ordinals, float[] decay_moment,"
+    " float[] decay_gradient, Tensor moment, Tensor? weight, Tensor? gradient, Tensor by_row, Tensor by_col,"
+    " Tensor trace, Tensor beta2, Tensor eps, Tensor root, Tensor? gain, Tensor? skip) -> ()",
+    "fold_scaled(Tensor mm, Tensor mg, Tensor trace, Tensor[] steps, Tensor hyper, int[] sizes, int fisher,"
+    " int numerator, Tensor? class_of, int classes) -> Tensor",
+    "solve_scaled(Tensor? blocks, Tensor? skip, Tensor(a!)[] steps, Tensor hyper, int[] sizes, int fisher,"
+    " int numerator) -> (Tensor coefficients, Tensor signal)",
 };
+
+Numerator numerator_of(int64_t index) {
+  TORCH_CHECK(index >= 0 && index <= 2, "sofim_fused: numerator: 0, 1 or 2 is needed, this is ", index);
+  return static_cast<Numerator>(index);
+}
 
 StepTensors gathered(bool anywhere, TensorList params, TensorList grads, TensorList exp_avgs,
                      std::optional<TensorList> kahans, std::optional<Counts> counts) {

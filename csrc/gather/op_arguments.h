@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "gather/step_tensors.h"
+#include "step/solve.h"
 
 namespace sofim {
 
@@ -19,12 +20,15 @@ struct Counts {
 };
 
 // The operators' schemas, which all devices share. Text, because torch/library.h takes long to compile.
-extern const std::array<const char*, 7> schemas;
+extern const std::array<const char*, 14> schemas;
 
 // Collects and validates lists of tensors. Throws c10::Error if their lengths differ or a tensor is not accepted.
 // `anywhere`: see StepTensors.
 StepTensors gathered(bool anywhere, at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                      std::optional<at::TensorList> kahans, std::optional<Counts> counts);
+
+// The numerator of an index; throws c10::Error if there is none.
+Numerator numerator_of(int64_t index);
 
 // Sets how each gradient enters its moment.
 void set_decay(StepTensors& tensors, Floats moment, Floats gradient, std::optional<Floats> weight);

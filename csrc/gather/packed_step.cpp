@@ -5,8 +5,10 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <algorithm>
+#include <bitset>
 #include <cstring>
 #include <exception>
+#include <iterator>
 
 #include "gather/cpu_tensor.h"
 
@@ -16,13 +18,25 @@ namespace {
 // Columns of rows and of hyper.
 enum { kW, kG, kM, kKahan, kStep, kNumel, kOrdinal, kKind, kGroup, kFirst, kColumns };
 enum { kLr, kMomentum, kRho, kWeightDecay, kL2, kSign, kDecayM, kDecayG, kDecayW, kHypers };
+// Columns of means and of settings, of steps with a diagonal that adapts.
+enum { kRowVar, kColVar, kWhole, kElement, kCount, kColumnsOfRow, kInner, kMeans };
+enum { kBeta2, kEps, kSettings };
 
 int64_t address(const void* pointer) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer)); }
 
-int64_t kind_of(const Row& r, int64_t addresses) {
+int64_t kind_of(const Row& r, int64_t addresses, bool by_element) {
   return static_cast<int64_t>(r.w_type) | int64_t{is_narrow(r.w_type) && r.g_type == Type::float32} << 2 |
          int64_t{r.m_type == Type::bfloat16} << 3 | int64_t{r.kahan != nullptr} << 4 |
-         int64_t{addresses % 16 != 0} << 5;
+         int64_t{addresses % 16 != 0} << 5 | int64_t{by_element} << 6;
+}
+
+// Replaces numbers, and returns whether any of them differ, bit for bit: an unchanged NaN is no change.
+template <class T, size_t count>
+bool replace(T* to, const T (&from)[count]) {
+  // NOLINTNEXTLINE(bugprone-suspicious-memory-comparison)
+  if (std::memcmp(from, to, sizeof from) == 0) return false;
+  std::memcpy(to, from, sizeof from);
+  return true;
 }
 
 // A tensor on the CPU that can be written inside and outside of inference mode.
@@ -53,7 +67,7 @@ std::optional<int> PackedStep::gather(PyObject* groups, PyObject* state) {
     return std::nullopt;
   }
   param_groups_.hold();
-  const int changed = fill_whole() | fill_rows() | fill_hyper();
+  const int changed = fill_whole() | fill_rows() | fill_hyper() | (options_.adaptive ? fill_means() : 0);
   return changed;
 }
 
@@ -63,7 +77,10 @@ void PackedStep::finish(bool weights, bool moments, bool steps) {
   StepTensors& tensors = param_groups_.tensors();
   tensors.write_back(weights, moments);
   if (weights) tensors.bump_weights();
-  if (moments) tensors.bump_moments();
+  if (moments) {
+    tensors.bump_moments();
+    tensors.bump_variances();
+  }
   if (steps) tensors.bump_steps();
   param_groups_.clear();
 }
@@ -77,7 +94,8 @@ int PackedStep::fill_whole() {
   std::optional<at::Device> device;
   if (tensors.size() > 0) device = tensors.device();
   const bool same = l2 == l2_ && decoupled == decoupled_ && device == device_ &&
-                    whole.gradient_form == options_.gradient_form && whole.fisher == options_.fisher &&
+                    whole.numerator == options_.numerator && whole.adaptive == options_.adaptive &&
+                    whole.rank_one == options_.rank_one && whole.fisher == options_.fisher &&
                     whole.max_grad_norm.has_value() == options_.max_grad_norm.has_value() &&
                     whole.skip_nonfinite == options_.skip_nonfinite;
   l2_ = l2;
@@ -110,7 +128,10 @@ int PackedStep::fill_rows() {
     row[kStep] = address(tensors.count(i));
     row[kNumel] = r.numel;
     row[kOrdinal] = tensors.ordinal(i);
-    row[kKind] = kind_of(r, row[kW] | row[kG] | row[kM] | row[kKahan]);
+    const VarianceRow* means = options_.adaptive ? tensors.variances() + i : nullptr;
+    const bool by_element = means != nullptr && means->by_element;
+    const int64_t variance = by_element && r.numel > 0 ? address(means->whole) : 0;
+    row[kKind] = kind_of(r, row[kW] | row[kG] | row[kM] | row[kKahan] | variance, by_element);
     row[kGroup] = static_cast<int64_t>(param_groups_.group_of(i));
     row[kFirst] = first;
     first += std::max<int64_t>(1, (r.numel + tile_ - 1) / tile_);
@@ -123,12 +144,12 @@ int PackedStep::fill_rows() {
   }
   tiles_ = first;
   if (changed & kLayout) {
-    uint64_t seen = 0;  // a kind has 6 bits
+    std::bitset<128> seen;  // a kind has 7 bits
     const int64_t* row = rows_.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < n; ++i) seen |= uint64_t{1} << row[i * kColumns + kKind];
+    for (int64_t i = 0; i < n; ++i) seen.set(static_cast<size_t>(row[i * kColumns + kKind]));
     kinds_.clear();
-    for (int64_t kind = 0; kind < 64; ++kind) {
-      if (seen >> kind & 1) kinds_.push_back(kind);
+    for (size_t kind = 0; kind < seen.size(); ++kind) {
+      if (seen.test(kind)) kinds_.push_back(static_cast<int64_t>(kind));
     }
   }
   return changed;
@@ -157,6 +178,37 @@ int PackedStep::fill_hyper() {
   scalars_.clear();
   for (const DeviceScalar& d : param_groups_.device_scalars()) {
     scalars_.emplace_back(d.group, d.name == DeviceScalar::kLr ? kLr : kRho, d.value);
+  }
+  return changed;
+}
+
+int PackedStep::fill_means() {
+  const StepTensors& tensors = param_groups_.tensors();
+  int changed = 0;
+  if (!means_.defined() || means_.size(0) != size_) {
+    means_ = memory(size_, kMeans, at::kLong);
+    changed = kPointers | kLayout;
+  }
+  int64_t* to = means_.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < size_; ++i, to += kMeans) {
+    const VarianceRow& r = tensors.variances()[i];
+    const int64_t addresses[] = {address(r.rows), address(r.cols), address(r.whole)};
+    const int64_t sizes[] = {int64_t{r.by_element}, r.count, r.columns, r.inner};
+    static_assert(kWhole + 1 == std::size(addresses) && kMeans == std::size(addresses) + std::size(sizes));
+    if (replace(to, addresses)) changed |= kPointers;
+    if (replace(to + kElement, sizes)) changed |= kPointers | kLayout;
+  }
+  const int64_t groups = hyper_.size(0);
+  if (!settings_.defined() || settings_.size(0) != groups) {
+    settings_ = memory(groups, kSettings, at::kDouble);
+    changed |= kValues;
+  }
+  double* values = settings_.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < groups; ++i, values += kSettings) {
+    const AdaptiveHyper& h = param_groups_.adaptive_of_group(static_cast<size_t>(i));
+    const double row[] = {h.beta2, h.eps};
+    static_assert(kSettings == std::size(row));
+    if (replace(values, row)) changed |= kValues;
   }
   return changed;
 }

@@ -32,6 +32,9 @@ class PackedStep {
   const std::vector<int64_t>& kinds() const { return kinds_; }
   const at::Tensor& rows() const { return rows_; }
   const at::Tensor& hyper() const { return hyper_; }
+  // Of a step whose diagonal adapts.
+  const at::Tensor& means() const { return means_; }
+  const at::Tensor& settings() const { return settings_; }
   const std::vector<std::tuple<int64_t, int64_t, at::Tensor>>& scalars() const { return scalars_; }
   const std::optional<at::Device>& device() const { return device_; }
   const Options& options() const { return options_; }
@@ -44,14 +47,15 @@ class PackedStep {
   int fill_whole();
   int fill_rows();
   int fill_hyper();
+  int fill_means();
 
   const int64_t tile_;
-  ParamGroups param_groups_{true};
+  ParamGroups param_groups_{true, true};
   bool busy_ = false;
   int64_t size_ = 0;
   int64_t tiles_ = 0;
   std::vector<int64_t> kinds_;
-  at::Tensor rows_, hyper_;
+  at::Tensor rows_, hyper_, means_, settings_;
   std::vector<std::tuple<int64_t, int64_t, at::Tensor>> scalars_;
   std::optional<at::Device> device_;
   Options options_;

@@ -4,6 +4,7 @@
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <iterator>
 #include <limits>
 
 namespace sofim {
@@ -12,7 +13,8 @@ namespace {
 // Keys of group and state dicts.
 struct Names {
   PyObject *params, *lr, *momentum, *rho, *weight_decay, *decoupled_weight_decay, *maximize, *state_dtype, *kahan,
-      *diagonal, *numerator, *fisher, *max_grad_norm, *skip_nonfinite, *exp_avg, *step;
+      *diagonal, *beta2, *eps, *numerator, *fisher, *max_grad_norm, *skip_nonfinite, *exp_avg, *step, *row_var,
+      *col_var, *variance;
 };
 
 const Names& names() {
@@ -20,9 +22,11 @@ const Names& names() {
     const auto name = [](const char* text) { return PyUnicode_InternFromString(text); };
     return Names{name("params"),       name("lr"),       name("momentum"),    name("rho"),
                  name("weight_decay"), name("decoupled_weight_decay"),        name("maximize"),
-                 name("state_dtype"),  name("kahan"),    name("diagonal"),    name("numerator"),
-                 name("fisher"),       name("max_grad_norm"),         name("skip_nonfinite"),
-                 name("exp_avg"),      name("step")};
+                 name("state_dtype"),  name("kahan"),    name("diagonal"),    name("beta2"),
+                 name("eps"),          name("numerator"),             name("fisher"),
+                 name("max_grad_norm"),                  name("skip_nonfinite"),
+                 name("exp_avg"),      name("step"),     name("row_var"),     name("col_var"),
+                 name("variance")};
   }();
   return names;
 }
@@ -72,6 +76,7 @@ constexpr bool kEmulated = false;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kSmallestRho = 1e-30;  // checks.SMALLEST_RHO
+constexpr double kSmallestEps = 1e-18, kLargestEps = 1e18;  // checks.SMALLEST_EPS, checks.LARGEST_EPS
 
 // Reads a number, or a real tensor of one element. A tensor on another device is not read: it becomes `device_scalar`,
 // and the value is NaN.
@@ -98,6 +103,15 @@ bool is(PyObject* text, const char* value) {
   return text != nullptr && PyUnicode_Check(text) && PyUnicode_CompareWithASCIIString(text, value) == 0;
 }
 
+bool read_diagonal(PyObject* object, Diagonal& diagonal) {
+  constexpr const char* values[] = {"identity", "tensor", "row", "factored", "element"};
+  for (size_t i = 0; i < std::size(values); ++i) {
+    diagonal = static_cast<Diagonal>(i);
+    if (is(object, values[i])) return true;
+  }
+  return false;
+}
+
 bool read_whole(PyObject* groups, Options& whole) {
   const Names& n = names();
   PyObject* first = PyList_GET_ITEM(groups, 0);
@@ -110,8 +124,19 @@ bool read_whole(PyObject* groups, Options& whole) {
     }
   }
   PyObject* numerator = item(first, n.numerator);
-  whole.gradient_form = is(numerator, "gradient");
-  if (!whole.gradient_form && !is(numerator, "moment")) return false;
+  if (is(numerator, "moment")) {
+    whole.numerator = Numerator::moment;
+  } else if (is(numerator, "gradient")) {
+    whole.numerator = Numerator::gradient;
+  } else if (is(numerator, "nesterov")) {
+    whole.numerator = Numerator::nesterov;
+  } else {
+    return false;
+  }
+  Diagonal diagonal;
+  if (!read_diagonal(item(first, n.diagonal), diagonal)) return false;
+  whole.adaptive = diagonal != Diagonal::identity;
+  if (whole.adaptive) whole.rank_one = false;  // until a group with a finite rho is read
   PyObject* fisher = item(first, n.fisher);
   if (is(fisher, "model")) {
     whole.fisher = Fisher::model;
@@ -136,15 +161,24 @@ bool read_whole(PyObject* groups, Options& whole) {
 // The entries of a parameter's state, nullptr for a missing one. Its dict nearly always has no other entries, and the
 // keys are the interned strings: going through all of them takes less time than looking them up.
 struct ParamGroups::Entries {
-  PyObject *exp_avg = nullptr, *step = nullptr, *kahan = nullptr;
+  PyObject *exp_avg = nullptr, *step = nullptr, *kahan = nullptr, *rows = nullptr, *cols = nullptr, *whole = nullptr;
 
-  Entries(PyObject* known, bool keeps) {
+  Entries(PyObject* known, bool keeps, bool adapts) {
     const Names& n = names();
     PyObject *key, *value;
     for (Py_ssize_t place = 0; PyDict_Next(known, &place, &key, &value);) {
       if (key == n.exp_avg) exp_avg = value;
       if (key == n.step) step = value;
       if (key == n.kahan && keeps) kahan = value;
+      if (!adapts) continue;
+      if (key == n.row_var) rows = value;
+      if (key == n.col_var) cols = value;
+      if (key == n.variance) whole = value;
+    }
+    if (adapts && rows == nullptr && whole == nullptr) {
+      rows = item(known, n.row_var);
+      cols = item(known, n.col_var);
+      whole = item(known, n.variance);
     }
     if (exp_avg == nullptr) exp_avg = item(known, n.exp_avg);
     if (step == nullptr) step = item(known, n.step);
@@ -199,7 +233,7 @@ bool ParamGroups::read(PyObject* groups, PyObject* state, const std::vector<char
 
 bool ParamGroups::read_settings(PyObject* groups) {
   clear();
-  bool good = PyList_Check(groups) && PyList_GET_SIZE(groups) > 0 && read_whole(groups, options_);
+  bool good = PyList_Check(groups) && PyList_GET_SIZE(groups) > 0 && read_whole(groups, options_) && !options_.adaptive;
   for (Py_ssize_t i = 0; good && i < PyList_GET_SIZE(groups); ++i) {
     settings_.emplace_back();
     good = read_group(PyList_GET_ITEM(groups, i), settings_.back());
@@ -227,7 +261,10 @@ bool ParamGroups::read_one(PyObject* param, PyObject* state, size_t group, int64
 void ParamGroups::hold() {
   held_ = true;
   for (const Objects& objects : objects_) {
-    for (PyObject* object : {objects.w, objects.m, objects.kahan, objects.step}) Py_XINCREF(object);
+    for (PyObject* object :
+         {objects.w, objects.m, objects.kahan, objects.step, objects.rows, objects.cols, objects.whole}) {
+      Py_XINCREF(object);
+    }
   }
   tensors_.hold_gradients();  // a parameter may be assigned another one
 }
@@ -245,7 +282,10 @@ void ParamGroups::clear_tensors() {
   group_of_.clear();
   if (held_) {
     for (const Objects& objects : objects_) {
-      for (PyObject* object : {objects.w, objects.m, objects.kahan, objects.step}) Py_XDECREF(object);
+      for (PyObject* object :
+           {objects.w, objects.m, objects.kahan, objects.step, objects.rows, objects.cols, objects.whole}) {
+        Py_XDECREF(object);
+      }
     }
     held_ = false;
   }
@@ -261,7 +301,7 @@ bool ParamGroups::l2() const {
 
 bool ParamGroups::read_everything(PyObject* groups, PyObject* state, const std::vector<char>* consumed) {
   if (!PyList_Check(groups) || PyList_GET_SIZE(groups) == 0 || !PyDict_Check(state)) return false;
-  if (!read_whole(groups, options_)) return false;
+  if (!read_whole(groups, options_) || (options_.adaptive && !adapts_)) return false;
   States states(state);
   int64_t ordinal = 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
@@ -272,6 +312,7 @@ bool ParamGroups::read_everything(PyObject* groups, PyObject* state, const std::
       if (!add_param(param, group, groups_.size(), states, ordinal, consumed)) return false;
     }
     groups_.push_back(group.hyper);
+    if (options_.adaptive) settings_.push_back(group);
   }
   return !tensors_.shares_memory();  // Python updates such tensors one after the other, or raises an error
 }
@@ -282,13 +323,20 @@ bool ParamGroups::read_group(PyObject* dict, Group& group) {
   Hyper& h = group.hyper;
   double weight_decay;
   bool decoupled, maximize;
-  if (!is(item(dict, n.diagonal), "identity")) return false;  // others are taken pass by pass
+  if (!read_diagonal(item(dict, n.diagonal), group.diagonal)) return false;
+  if ((group.diagonal != Diagonal::identity) != options_.adaptive) return false;
   if (!read_scalar(item(dict, n.lr), DeviceScalar::kLr, h.lr)) return false;
   if (!read_number(item(dict, n.momentum), h.momentum) || !in_range(h.momentum, 0.0, 1.0)) return false;
-  if (!read_scalar(item(dict, n.rho), DeviceScalar::kRho, h.rho)) return false;
+  if (!read_rho(item(dict, n.rho), group)) return false;
   if (!read_number(item(dict, n.weight_decay), weight_decay) || !in_range(weight_decay, 0.0, kInfinity)) return false;
   if (!read_flag(item(dict, n.decoupled_weight_decay), decoupled)) return false;
   if (!read_flag(item(dict, n.maximize), maximize)) return false;
+  if (options_.adaptive) {
+    AdaptiveHyper& a = group.adaptive;
+    if (!decoupled && weight_decay != 0.0) return false;
+    if (!read_number(item(dict, n.beta2), a.beta2) || !in_range(a.beta2, 0.0, 1.0)) return false;
+    if (!read_number(item(dict, n.eps), a.eps) || !in_range(a.eps, kSmallestEps, kLargestEps)) return false;
+  }
   h.weight_decay = decoupled ? weight_decay : 0.0;
   h.l2 = decoupled ? 0.0 : weight_decay;
   h.sign = maximize ? -1.0 : 1.0;
@@ -304,6 +352,21 @@ bool ParamGroups::read_group(PyObject* dict, Group& group) {
   }
   group.params = item(dict, n.params);
   return group.params != nullptr && PyList_Check(group.params);
+}
+
+// With a diagonal that adapts rho may be None: infinite, without a term of rank one. In one Fisher block all are, or
+// none is.
+bool ParamGroups::read_rho(PyObject* object, Group& group) {
+  if (!options_.adaptive) return read_scalar(object, DeviceScalar::kRho, group.hyper.rho);
+  const bool infinite = object == Py_None;
+  if (infinite) {
+    group.hyper.rho = kInfinity;
+  } else if (!read_scalar(object, DeviceScalar::kRho, group.hyper.rho)) {
+    return false;
+  }
+  if (options_.fisher == Fisher::model && !groups_.empty() && infinite == options_.rank_one) return false;
+  options_.rank_one |= !infinite;
+  return true;
 }
 
 bool ParamGroups::read_scalar(PyObject* object, DeviceScalar::Name name, double& value) {
@@ -330,7 +393,8 @@ bool ParamGroups::add_param(PyObject* param, const Group& group, size_t index, S
   if (known == nullptr) known = states.find(param);
   if (known == nullptr || !PyDict_Check(known)) return false;
   const bool narrow = w.scalar_type() == at::kBFloat16 || w.scalar_type() == at::kHalf, keeps = group.kahan && narrow;
-  const Entries entries(known, keeps);
+  const bool adapts = group.diagonal != Diagonal::identity;
+  const Entries entries(known, keeps, adapts);
   if (!is_tensor(entries.exp_avg) || !is_tensor(entries.step) || (keeps && !is_tensor(entries.kahan))) return false;
   const at::Tensor none;
   const at::Tensor& m = THPVariable_Unpack(entries.exp_avg);
@@ -340,10 +404,24 @@ bool ParamGroups::add_param(PyObject* param, const Group& group, size_t index, S
   const at::ScalarType natural = narrow ? at::kFloat : w.scalar_type();
   if (m.scalar_type() != group.state_dtype.value_or(natural)) return false;
   if (group.state_dtype && natural != at::kFloat) return false;
-  if (tensors_.add(w, g, m, kahan, t, ordinal) != nullptr) return false;
+  Variances variances{group.diagonal};
+  if (adapts) {
+    const auto unpacked = [&](PyObject* object, const at::Tensor*& tensor) {
+      if (object == nullptr) return true;
+      if (!is_tensor(object)) return false;
+      tensor = &THPVariable_Unpack(object);
+      return plain(*tensor);
+    };
+    if (!unpacked(entries.rows, variances.rows) || !unpacked(entries.cols, variances.cols) ||
+        !unpacked(entries.whole, variances.whole)) {
+      return false;
+    }
+  }
+  if (tensors_.add(w, g, m, kahan, t, ordinal, adapts ? &variances : nullptr) != nullptr) return false;
   tensors_.record(tensors_.size() - 1).decay = decay_of(group.hyper);
   group_of_.push_back(index);
-  objects_.push_back({param, entries.exp_avg, entries.kahan, entries.step});
+  objects_.push_back(
+      {param, entries.exp_avg, entries.kahan, entries.step, entries.rows, entries.cols, entries.whole});
   return true;
 }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "gather/step_tensors.h"
+#include "step/adaptive.h"
 #include "step/solve.h"
 
 namespace sofim {
@@ -23,11 +24,14 @@ PyObject* object_of(const at::Tensor& tensor);
 
 // Settings that all groups share.
 struct Options {
-  bool gradient_form = false;
+  Numerator numerator = Numerator::moment;
+  bool adaptive = false;  // the groups' diagonals adapt
+  bool rank_one = true;   // with a diagonal that adapts: some rho is a number, so that F has its term of rank one
   Fisher fisher = Fisher::model;
   std::optional<double> max_grad_norm;
   bool skip_nonfinite = false;
 
+  bool reads_gradient() const { return sofim::reads_gradient(numerator); }
   bool guarded() const { return max_grad_norm || skip_nonfinite; }
 };
 
@@ -51,7 +55,9 @@ struct OptionalScalar {
 class ParamGroups {
  public:
   // `anywhere`: all tensors may be on any one device, and lr and rho on others. Otherwise all have to be on the CPU.
-  explicit ParamGroups(bool anywhere = false) : anywhere_(anywhere), tensors_(anywhere) {}
+  // `adapts`: diagonals may adapt; otherwise read() leaves such steps to Python.
+  explicit ParamGroups(bool anywhere = false, bool adapts = false)
+      : anywhere_(anywhere), adapts_(adapts), tensors_(anywhere) {}
   ~ParamGroups() { clear(); }
   ParamGroups(const ParamGroups&) = delete;
   ParamGroups& operator=(const ParamGroups&) = delete;
@@ -79,6 +85,9 @@ class ParamGroups {
   const std::vector<DeviceScalar>& device_scalars() const { return device_scalars_; }
   size_t group_of(size_t i) const { return group_of_[i]; }
   const Hyper& hyper(size_t i) const { return groups_[group_of_[i]]; }
+  // Of a step whose diagonal adapts.
+  const AdaptiveHyper& adaptive(size_t i) const { return adaptive_of_group(group_of_[i]); }
+  const AdaptiveHyper& adaptive_of_group(size_t group) const { return settings_[group].adaptive; }
   // Whether some tensor has L2 weight decay.
   bool l2() const;
 
@@ -86,6 +95,8 @@ class ParamGroups {
   // A group's settings.
   struct Group {
     Hyper hyper;
+    Diagonal diagonal = Diagonal::identity;
+    AdaptiveHyper adaptive;
     std::optional<at::ScalarType> state_dtype;
     bool kahan = true;
     PyObject* params = nullptr;
@@ -93,16 +104,17 @@ class ParamGroups {
   struct Entries;
   class States;
   struct Objects {
-    PyObject *w, *m, *kahan, *step;
+    PyObject *w, *m, *kahan, *step, *rows, *cols, *whole;
   };
 
   bool read_everything(PyObject* groups, PyObject* state, const std::vector<char>* consumed);
   bool read_group(PyObject* dict, Group& group);
+  bool read_rho(PyObject* object, Group& group);
   bool read_scalar(PyObject* object, DeviceScalar::Name name, double& value);
   bool add_param(PyObject* param, const Group& group, size_t index, States& states, int64_t ordinal,
                  const std::vector<char>* consumed);
 
-  const bool anywhere_;
+  const bool anywhere_, adapts_;
   // Members, so that their memory is reused from step to step.
   StepTensors tensors_;
   Options options_;

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/util/SmallVector.h>
 
 #include <algorithm>
 #include <iterator>
@@ -72,6 +73,56 @@ inline bool has_memory(const at::Tensor& x) {
   return storage && (storage.data() != nullptr || impl->numel() == 0);
 }
 
+// Whether a running mean has the shape of w from dimension `from` on; elements of a complex w are pairs.
+bool shaped_like(const at::Tensor& x, const at::Tensor& w, int64_t from) {
+  const auto sizes = w.sizes().slice(from);
+  const size_t pairs = w.is_complex() ? 1 : 0;
+  if (x.sizes().size() != sizes.size() + pairs || (pairs && x.sizes().back() != 2)) return false;
+  return std::equal(sizes.begin(), sizes.end(), x.sizes().begin());
+}
+
+// The strides of running means of columns whose order is that of a row of the dense tensor x; elements of a complex x are
+// pairs.
+c10::SmallVector<int64_t, 5> strides_of_columns(const at::Tensor& x) {
+  const int64_t unit = x.is_complex() ? 2 : 1;
+  c10::SmallVector<int64_t, 5> strides;
+  for (int64_t d = 1; d < x.dim(); ++d) {
+    const bool outside = x.size(0) > 1 && x.stride(d) > x.stride(0);
+    strides.push_back((outside ? x.stride(d) / x.size(0) : x.stride(d)) * unit);
+  }
+  if (unit == 2) strides.push_back(1);
+  return strides;
+}
+
+// The strides of running means of elements in the order of x; elements of a complex x are pairs.
+c10::SmallVector<int64_t, 5> strides_of_elements(const at::Tensor& x) {
+  const int64_t unit = x.is_complex() ? 2 : 1;
+  c10::SmallVector<int64_t, 5> strides;
+  for (const int64_t stride : x.strides()) strides.push_back(stride * unit);
+  if (unit == 2) strides.push_back(1);
+  return strides;
+}
+
+bool has_strides(const at::Tensor& x, at::IntArrayRef strides) {
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (x.size(d) > 1 && x.stride(d) != strides[d]) return false;
+  }
+  return true;
+}
+
+// Whether a tensor has the running means that its diagonal needs, and no others.
+bool has_those_of(const Variances& given, const at::Tensor& w) {
+  const auto defined = [](const at::Tensor* x) { return x != nullptr && x->defined(); };
+  const bool rows = w.dim() >= 2 && (given.diagonal == Diagonal::row || given.diagonal == Diagonal::factored);
+  const bool cols = rows && given.diagonal == Diagonal::factored;
+  if (defined(given.rows) != rows || defined(given.cols) != cols || defined(given.whole) == rows) return false;
+  if (rows) {
+    return given.rows->dim() == 1 && given.rows->size(0) == w.size(0) && (!cols || shaped_like(*given.cols, w, 1));
+  }
+  const bool by_element = given.diagonal == Diagonal::element || given.diagonal == Diagonal::factored;
+  return by_element ? shaped_like(*given.whole, w, 0) : given.whole->dim() == 0;
+}
+
 // Stands in for the memory of a tensor without elements: arithmetic on a null pointer would be undefined.
 char nowhere[1];
 
@@ -109,6 +160,7 @@ void StepTensors::clear() {
   members_.clear();
   kept_.clear();
   copied_.clear();
+  variances_.clear();
   held_.clear();
   tiling_.clear();
   if (!unsure_.empty()) known_.clear();  // shares_memory() was not called, or found an overlap: check everything again
@@ -116,15 +168,16 @@ void StepTensors::clear() {
 }
 
 const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
-                             const at::Tensor& step, int64_t ordinal) {
+                             const at::Tensor& step, int64_t ordinal, const Variances* variances) {
   records_.emplace_back();
-  const char* problem = fill(records_.back(), w, g, m, kahan, step, ordinal);
+  const char* problem = fill(records_.back(), w, g, m, kahan, step, ordinal, variances);
   if (problem != nullptr) records_.pop_back();
   return problem;
 }
 
 const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor& g, const at::Tensor& m,
-                              const at::Tensor& kahan, const at::Tensor& step, int64_t ordinal) {
+                              const at::Tensor& kahan, const at::Tensor& step, int64_t ordinal,
+                              const Variances* variances) {
   if (anywhere_ && members_.empty()) {
     device_ = w.device();
     if (!has_addresses(w)) return "parameter: not a dense tensor in memory";
@@ -156,9 +209,26 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
   if (step.defined() && (!readable(step) || step.scalar_type() != at::kLong || step.numel() != 1)) {
     return "step: not a 0-dimensional int64 tensor on the step's device";
   }
-  const bool made_in_inference = w.is_inference() || m.is_inference() || (kahan.defined() && kahan.is_inference()) ||
-                                 (step.defined() && step.is_inference());
-  if (made_in_inference && !at::InferenceMode::is_enabled()) {
+  const at::Tensor none;
+  const auto variance = [&](const at::Tensor* Variances::*name) -> const at::Tensor& {
+    return variances == nullptr || variances->*name == nullptr ? none : *(variances->*name);
+  };
+  const at::Tensor &rows = variance(&Variances::rows), &cols = variance(&Variances::cols),
+                   &whole = variance(&Variances::whole);
+  bool in_inference = w.is_inference() || m.is_inference() || (kahan.defined() && kahan.is_inference()) ||
+                      (step.defined() && step.is_inference());
+  if (variances != nullptr) {
+    if (!has_those_of(*variances, w)) return "not the running means of g² that the diagonal needs";
+    for (const at::Tensor* x : {&rows, &cols, &whole}) {
+      if (!x->defined()) continue;
+      if (!readable(*x) || x->scalar_type() != (wide ? at::kDouble : at::kFloat) || x->is_neg()) {
+        return "running means of g²: not float32 (of a float64 parameter: float64) on the step's device";
+      }
+      in_inference |= x->is_inference();
+      if (may_overlap(*x)) return "running means of g² whose elements may share memory";
+    }
+  }
+  if (in_inference && !at::InferenceMode::is_enabled()) {
     return "an inference tensor, which cannot be updated outside of torch.inference_mode()";
   }
 
@@ -166,7 +236,9 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
                                             (!kahan.defined() || kahan.is_contiguous())
                                       : m.is_non_overlapping_and_dense() && same_order(w, m) && same_order(g, m) &&
                                             (!kahan.defined() || same_order(kahan, m));
+  const bool by_element = whole.defined() && whole.dim() > 0;
   const bool in_place = flat && as_stored(g) && as_stored(w) && as_stored(m);
+  at::Tensor made;  // what copies are laid out like, if that is not m
   if (in_place) {
     record.w = address_to_write(w);
     record.g = address_to_read(g);
@@ -176,7 +248,8 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
     for (const at::Tensor* x : {&w, &m, &kahan}) {
       if (x->defined() && may_overlap(*x)) return "a parameter or its state whose elements may share memory";
     }
-    const at::Tensor order = m.is_non_overlapping_and_dense() ? m : m.new_empty(m.sizes());
+    if (!m.is_non_overlapping_and_dense()) made = m.new_empty(m.sizes());
+    const at::Tensor& order = made.defined() ? made : m;
     const auto copy_of = [&](const at::Tensor& x) {
       at::Tensor copy = x.new_empty_strided(order.sizes(), order.strides());
       copy.copy_(x.detach());
@@ -200,18 +273,50 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
     }
   }
   record.numel = w.numel() * (w.is_complex() ? 2 : 1);
+  if (variances != nullptr) {
+    const auto address = [&](const at::Tensor& x, at::IntArrayRef strides) {
+      if (has_strides(x, strides) || x.numel() == 0) return address_to_write(x);
+      copied_.push_back({x, x.new_empty_strided(x.sizes(), strides).copy_(x.detach()), true});
+      return address_to_write(copied_.back().copy);
+    };
+    const at::Tensor& order = made.defined() ? made : m;
+    VarianceRow row;
+    row.columns = row.inner = record.numel;
+    row.by_element = by_element;
+    if (rows.defined()) {
+      row.count = rows.size(0);
+      row.columns = row.inner = row.count == 0 ? 0 : record.numel / row.count;
+      if (record.numel > 0 && row.count > 1) row.inner = order.stride(0) * (order.is_complex() ? 2 : 1);
+      row.rows = address(rows, {1});
+    }
+    if (cols.defined()) row.cols = address(cols, strides_of_columns(order));
+    if (whole.defined()) row.whole = address(whole, strides_of_elements(by_element ? order : whole));
+    variances_.push_back(row);
+  }
   record.step = step.defined() ? static_cast<int64_t*>(address_to_write(step)) : nullptr;
   record.ordinal = static_cast<uint32_t>(ordinal);
   const auto address = [](const void* at) { return reinterpret_cast<uintptr_t>(at); };
   record.aligned = (address(record.w) | address(record.g) | address(record.m) | address(record.kahan)) % 16 == 0;
   members_.push_back({w.unsafeGetTensorImpl(), g.unsafeGetTensorImpl(), m.unsafeGetTensorImpl(),
                       kahan.defined() ? kahan.unsafeGetTensorImpl() : nullptr,
-                      step.defined() ? step.unsafeGetTensorImpl() : nullptr});
+                      step.defined() ? step.unsafeGetTensorImpl() : nullptr,
+                      rows.defined() ? rows.unsafeGetTensorImpl() : nullptr,
+                      cols.defined() ? cols.unsafeGetTensorImpl() : nullptr,
+                      whole.defined() ? whole.unsafeGetTensorImpl() : nullptr});
   tiling_.add(record.numel);
   const size_t place = members_.size() - 1;
   if (place >= known_.size()) known_.resize(place + 1);
   Known& known = known_[place];
-  if (in_place && known.w == record.w && known.m == record.m && known.kahan == record.kahan &&
+  bool same_variances = true;
+  if (variances != nullptr || place < known_variances_.size()) {
+    if (place >= known_variances_.size()) known_variances_.resize(place + 1);
+    const VarianceRow now = variances != nullptr ? variances_.back() : VarianceRow();
+    VarianceRow& before = known_variances_[place];
+    same_variances = now.rows == before.rows && now.cols == before.cols && now.whole == before.whole &&
+                     now.count == before.count && now.columns == before.columns && now.inner == before.inner;
+    before = now;
+  }
+  if (in_place && same_variances && known.w == record.w && known.m == record.m && known.kahan == record.kahan &&
       known.step == record.step && known.numel == record.numel && known.w_type == record.w_type &&
       known.m_type == record.m_type) {
     if (known.g == record.g && known.g_type == record.g_type) return nullptr;  // another dtype ends elsewhere
@@ -261,7 +366,8 @@ bool StepTensors::shares_memory() {
 bool StepTensors::sort_written() {
   sorted_.clear();
   for (const Member& member : members_) {
-    for (const c10::TensorImpl* x : {member.w, member.m, member.kahan, member.step}) {
+    for (const c10::TensorImpl* x :
+         {member.w, member.m, member.kahan, member.step, member.rows, member.cols, member.whole}) {
       const Range range = range_of(x);
       if (range.begin < range.end) sorted_.push_back(range);
     }
@@ -301,6 +407,14 @@ void StepTensors::bump_weights() {
 
 void StepTensors::bump_moments() {
   for (Member& member : members_) member.m->bump_version();
+}
+
+void StepTensors::bump_variances() {
+  for (Member& member : members_) {
+    for (c10::TensorImpl* x : {member.rows, member.cols, member.whole}) {
+      if (x != nullptr) x->bump_version();
+    }
+  }
 }
 
 void StepTensors::bump_steps() {

@@ -7,12 +7,19 @@
 #include <vector>
 
 #include "gather/tiling.h"
+#include "step/adaptive.h"
 #include "step/tensor_row.h"
 
 namespace sofim {
 
 // Whether a tensor's elements have addresses: it is strided, has memory, and its device has pointers (not meta or MPS).
 bool has_addresses(const at::Tensor& x);
+
+// The running means of g² of one tensor and its diagonal; nullptr or undefined: it has none of that kind.
+struct Variances {
+  Diagonal diagonal;
+  const at::Tensor *rows = nullptr, *cols = nullptr, *whole = nullptr;
+};
 
 class StepTensors {
  public:
@@ -24,10 +31,13 @@ class StepTensors {
   // kept, and no count of updates is needed. Returns nullptr; or, with nothing added, what is wrong, as a phrase for a
   // message. Tensors whose memory is not laid out like m's go through copies, which write_back() copies back; so do
   // lazily conjugated and negated ones.
+  //
+  // `variances`: of a tensor whose diagonal adapts, nullptr of others. They go through copies if their elements lie in
+  // another order than w's.
   const char* add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
-                  const at::Tensor& step, int64_t ordinal);
+                  const at::Tensor& step, int64_t ordinal, const Variances* variances = nullptr);
 
-  // Whether memory that a step writes (w, m, kahan, step) may belong to another tensor as well: the ranges of addresses
+  // Whether memory that a step writes (w, m, kahan, step, running means) may belong to another tensor as well: the ranges of addresses
   // overlap. Then no pass over all tensors at once is correct: two threads would write the same elements. Allowed are
   // gradients that share memory with each other, and a gradient that is its own w, element by element.
   //
@@ -41,6 +51,8 @@ class StepTensors {
   const Tiling& tiling() const { return tiling_; }
   const Row* records() const { return records_.data(); }
   Row& record(size_t i) { return records_[i]; }
+  // The running means of each tensor, if their diagonals adapt.
+  const VarianceRow* variances() const { return variances_.data(); }
   // The tensors' device; undefined if there are none.
   at::Device device() const { return device_; }
   uint32_t ordinal(size_t i) const { return records_[i].ordinal; }
@@ -57,8 +69,9 @@ class StepTensors {
   // Raise version counters, so that autograd notices what passes write; w includes kahan.
   void bump_weights();
   void bump_moments();
+  void bump_variances();
   void bump_steps();
-  // Copies what the passes wrote into copies back to the tensors.
+  // Copies what the passes wrote into copies back to the tensors; `moments` includes running means.
   void write_back(bool weights, bool moments);
   // Keeps the gradients alive until clear().
   void hold_gradients();
@@ -66,6 +79,7 @@ class StepTensors {
  private:
   struct Member {
     c10::TensorImpl *w, *g, *m, *kahan, *step;
+    c10::TensorImpl *rows, *cols, *whole;  // running means
   };
   struct Copied {
     at::Tensor original, copy;
@@ -84,7 +98,7 @@ class StepTensors {
 
   // add(), with a row of zeros to fill.
   const char* fill(Row& record, const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
-                   const at::Tensor& step, int64_t ordinal);
+                   const at::Tensor& step, int64_t ordinal, const Variances* variances);
   static Range range_of(const c10::TensorImpl* x);
   // Sorts the ranges that are written; returns whether any two of them overlap.
   bool sort_written();
@@ -95,11 +109,13 @@ class StepTensors {
   at::Device device_ = at::kCPU;
   std::vector<Row> records_;
   std::vector<Member> members_;
+  std::vector<VarianceRow> variances_;  // as many as records_, or none
   std::vector<at::Tensor> kept_;  // copies that are only read
   std::vector<Copied> copied_;
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> held_;
   Tiling tiling_;
   std::vector<Known> known_;     // compared and replaced as tensors are added
+  std::vector<VarianceRow> known_variances_;
   std::vector<size_t> unsure_;   // tensors whose gradients shares_memory() has to check
   std::vector<Range> sorted_;    // the ranges that are written, as last sorted
   bool moved_ = false;           // whether one of them has changed since

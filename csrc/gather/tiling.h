@@ -21,6 +21,7 @@ class Tiling {
   size_t size() const { return first_.size() - 1; }
   int64_t tiles() const { return first_.back(); }
   int64_t elements() const { return elements_.back(); }
+  int64_t numel(size_t i) const { return elements_[i + 1] - elements_[i]; }
   // The tiles of tensor i are [first(i), first(i + 1)).
   int64_t first(size_t i) const { return first_[i]; }
   // The first tile that begins at or after element `element` of all.

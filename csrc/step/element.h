@@ -19,7 +19,7 @@
 
 namespace sofim {
 
-// The operations on V besides + - *. multiply_add(a, b, c) is a*b + c, rounded once wherever the hardware can.
+// The operations on V besides + - *, those of a diagonal that adapts last. multiply_add(a, b, c) is a*b + c, rounded once wherever the hardware can.
 template <class V>
 struct Ops;
 
@@ -29,6 +29,11 @@ struct Ops<float> {
   static SOFIM_HD float magnitude(float x) { return fabsf(x); }
   // x where a <= b, else 0; also 0 where a or b is NaN.
   static SOFIM_HD float where_at_most(float a, float b, float x) { return a <= b ? x : 0.0f; }
+  static SOFIM_HD float divide(float a, float b) { return a / b; }
+  static SOFIM_HD float root(float x) { return sqrtf(x); }
+  // A NaN stays one.
+  static SOFIM_HD float at_most(float x, float largest) { return x > largest ? largest : x; }
+  static SOFIM_HD float at_least(float x, float least) { return x < least ? least : x; }
 };
 
 template <>
@@ -36,6 +41,10 @@ struct Ops<double> {
   static SOFIM_HD double multiply_add(double a, double b, double c) { return fma(a, b, c); }
   static SOFIM_HD double magnitude(double x) { return fabs(x); }
   static SOFIM_HD double where_at_most(double a, double b, double x) { return a <= b ? x : 0.0; }
+  static SOFIM_HD double divide(double a, double b) { return a / b; }
+  static SOFIM_HD double root(double x) { return sqrt(x); }
+  static SOFIM_HD double at_most(double x, double largest) { return x > largest ? largest : x; }
+  static SOFIM_HD double at_least(double x, double least) { return x < least ? least : x; }
 };
 
 SOFIM_HD uint32_t bits_of(float x) {

@@ -26,6 +26,13 @@ SOFIM_HD T fisher_block_of(Fisher fisher, T group, T tensor) {
   return fisher == Fisher::model ? 0 : fisher == Fisher::group ? group : tensor;
 }
 
+// What F⁻¹ is applied to, by its index in NUMERATORS of sofim_fused/checks.py: the bias-corrected moment, the gradient,
+// or the look-ahead (β m + (1-β) v)/(1 - β^(t+1)) of Nesterov's method.
+enum class Numerator : uint8_t { moment, gradient, nesterov };
+
+// Whether the update has a term in the gradient, so that the second pass reads it.
+SOFIM_HD constexpr bool reads_gradient(Numerator numerator) { return numerator != Numerator::moment; }
+
 // A parameter group's hyperparameters.
 struct Hyper {
   double lr = 0.0;
@@ -52,6 +59,17 @@ SOFIM_HD double bias_correction(double momentum, int64_t update) {
   return -1.0 / expm1(static_cast<double>(update) * log(momentum));
 }
 
+// What the new moment and the gradient are multiplied by in the look-ahead. `correction`: 1/(1 - β^t).
+struct LookAhead {
+  double by_moment, by_gradient;
+
+  SOFIM_HD LookAhead(double momentum, double correction) {
+    const double later = (1.0 - momentum) + momentum / correction;  // 1 - β^(t+1)
+    by_moment = momentum / later;
+    by_gradient = (1.0 - momentum) / later;
+  }
+};
+
 // bias_correction() for one tensor after another. It keeps the last value, which the next tensor usually shares.
 class LastCorrection {
  public:
@@ -74,17 +92,22 @@ SOFIM_HD double decayed(double l2, double x) { return l2 == 0.0 ? 0.0 : l2 * x; 
 struct PlainBlock {
   double norm = 0.0, cross = 0.0;
 
-  SOFIM_HD void add(const Hyper& h, double correction, const Products& p) {
+  SOFIM_HD void add(const Hyper& h, double correction, const Products& p, Numerator numerator) {
     const double weight = correction / h.rho;
     norm += weight * correction * p.mm;
-    cross += weight * (h.sign * p.mg + decayed(h.l2, p.mw));
+    double mr = h.sign * p.mg + decayed(h.l2, p.mw);
+    if (numerator == Numerator::nesterov) {
+      const LookAhead ahead(h.momentum, correction);
+      mr = ahead.by_moment * p.mm + ahead.by_gradient * mr;
+    }
+    cross += weight * mr;
   }
 };
 
 struct GuardedBlock {
   double norm[3] = {}, scale[3] = {}, cross[3] = {};
 
-  SOFIM_HD void add(const Hyper& h, double correction, const Products& p) {
+  SOFIM_HD void add(const Hyper& h, double correction, const Products& p, Numerator numerator) {
     const double beta = h.momentum, one_minus_beta = 1.0 - beta;
     const double weight = correction / h.rho, square = weight * correction;
     const double mv[3] = {decayed(h.l2, p.mw), h.sign * p.mg, 0.0};
@@ -92,8 +115,14 @@ struct GuardedBlock {
     const double still = beta * sqrt(p.mm) + one_minus_beta * sqrt(vv[0]), moving = one_minus_beta * sqrt(p.gg);
     norm[0] += square * beta * beta * p.mm;
     for (int power = 0; power < 3; ++power) {
-      norm[power] += square * (2.0 * beta * one_minus_beta * mv[power] + one_minus_beta * one_minus_beta * vv[power]);
-      cross[power] += weight * (beta * mv[power] + one_minus_beta * vv[power]);
+      const double mm = 2.0 * beta * one_minus_beta * mv[power] + one_minus_beta * one_minus_beta * vv[power];
+      double mr = beta * mv[power] + one_minus_beta * vv[power];
+      if (numerator == Numerator::nesterov) {
+        const LookAhead ahead(beta, correction);
+        mr = ahead.by_moment * (power == 0 ? mm + beta * beta * p.mm : mm) + ahead.by_gradient * mr;
+      }
+      norm[power] += square * mm;
+      cross[power] += weight * mr;
     }
     scale[0] += square * still * still;
     scale[1] += square * 2.0 * still * moving;
@@ -141,18 +170,24 @@ struct Update {
 // Limits a coefficient to the range of float32. Beyond it, it would become infinite, and its product with zero NaN.
 SOFIM_HD double finite(double x) { return x > FLT_MAX ? FLT_MAX : x < -FLT_MAX ? -FLT_MAX : x; }
 
-// The part of the gradient form's step that does not depend on any sum.
-SOFIM_HD Update gradient_part(const Hyper& h) {
-  const double rate = h.lr / h.rho;
+// The gradient's part of the step, which does not depend on any sum. Only for numerators that read the gradient.
+SOFIM_HD Update gradient_part(const Hyper& h, double correction, Numerator numerator) {
+  double rate = h.lr / h.rho;
+  if (numerator == Numerator::nesterov) rate *= LookAhead(h.momentum, correction).by_gradient;
   return {1.0 - h.lr * h.weight_decay - decayed(h.l2, rate), finite(-rate * h.sign), 0.0};
 }
 
-// The Sherman-Morrison step of one tensor. `gradient_form`: F⁻¹ is applied to the gradient, else to the moment.
-SOFIM_HD Update sherman_morrison(const Hyper& h, double correction, const PlainBlock& block, bool gradient_form) {
+// The Sherman-Morrison step of one tensor.
+SOFIM_HD Update sherman_morrison(const Hyper& h, double correction, const PlainBlock& block, Numerator numerator) {
   const double shrink = correction / (h.rho * (1.0 + block.norm));
-  if (!gradient_form) return {1.0 - h.lr * h.weight_decay, 0.0, finite(-h.lr * shrink)};
-  Update update = gradient_part(h);
-  update.moment = finite(h.lr * shrink * block.cross);
+  if (!reads_gradient(numerator)) return {1.0 - h.lr * h.weight_decay, 0.0, finite(-h.lr * shrink)};
+  Update update = gradient_part(h, correction, numerator);
+  if (numerator == Numerator::nesterov) {
+    const double by_moment = LookAhead(h.momentum, correction).by_moment;
+    update.moment = finite(h.lr * (shrink * block.cross - by_moment / h.rho));
+  } else {
+    update.moment = finite(h.lr * shrink * block.cross);
+  }
   return update;
 }
 

@@ -10,6 +10,7 @@ namespace sofim {
 
 // How elements are stored. A complex tensor is treated as a real one with twice as many elements.
 enum class Type : uint8_t { float32, float64, bfloat16, float16 };
+SOFIM_HD constexpr int type_size(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
 constexpr bool is_narrow(Type type) { return type == Type::bfloat16 || type == Type::float16; }
 
 // Sums of products per tensor, in this order wherever several are stored. accumulate returns mm, then mg, then mw; dots
@@ -31,11 +32,26 @@ struct TensorRow {
   bool aligned;  // all four addresses are multiples of 16
 };
 
+// The running means of g² of one tensor (Variance in sofim_fused/backends/interface.py), float64 for a float64 tensor,
+// else float32. It has `count` rows of `columns` elements; 1 row without row_var. Its memory has `inner` elements of row
+// 0, then as many of row 1, ... of the last row, and so on with the rows' next elements: all of a row together where
+// dimension 0 is the outermost one in memory, 1 of each where it is the innermost.
+struct VarianceRow {
+  void* rows = nullptr;     // row_var, without gaps
+  void* cols = nullptr;     // col_var, without gaps, in the order of a row's elements in memory
+  void* whole = nullptr;    // variance: one number, or one for each element in the order of w's in memory
+  bool by_element = false;  // the latter
+  int64_t count = 1, columns = 0, inner = 0;
+};
+
+struct Scale;  // cpu/kernels.h
+
 // The same with the tensor's own coefficients, for passes that run on the host.
 struct Row : TensorRow {
   uint32_t key;   // of the random bits that round m (tensor_key)
   Decay decay;    // the first moment
   Update update;  // the weight
+  const Scale* scale = nullptr;  // the diagonal, where that adapts
 };
 
 }  // namespace sofim

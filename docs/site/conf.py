@@ -48,6 +48,8 @@ Overview <self>
 docs/installation
 docs/usage
 docs/from_sgd
+docs/from_adamw
+docs/adaptive
 docs/in_backward
 docs/distributed
 ```

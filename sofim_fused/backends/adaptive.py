@@ -36,7 +36,15 @@ from sofim_fused.backends.interface import (
     StepTensors,
     Variance,
 )
-from sofim_fused.backends.solve import added_up, advance, correction, finite, guard_of, per_tensor
+from sofim_fused.backends.solve import (
+    added_up,
+    advance,
+    correction,
+    finite,
+    guard_of,
+    ordered_sum,
+    per_tensor,
+)
 
 COLUMN_FLOOR = 0.1
 """τ, the least value of a column's share c/mean(c): with it, a tensor's step is bounded (docs/adaptive.md)."""
@@ -66,8 +74,9 @@ class TorchAdaptive:
         corrections = correction(tensors.steps, hyper.beta2)
         rows, cols, traces = [], [], []
         given = _ByTensor(tensors.variances, squares)
-        for i, variance in enumerate(tensors.variances):
-            mix = _Mix(hyper.beta2[i], corrections[i], hyper.eps[i], gain, skip)
+        each = zip(tensors.variances, hyper.beta2.unbind(), corrections.unbind(), hyper.eps.unbind(), strict=True)
+        for i, (variance, beta2, correct, eps) in enumerate(each):
+            mix = _Mix(beta2, correct, eps, gain, skip)
             factors = _factors(variance, tensors.params[i].numel(), given, i, mix)
             rows.append(factors.rows)
             cols.append(factors.cols)
@@ -112,11 +121,12 @@ class TorchAdaptive:
         m, g = numerator_terms(settings, hyper.momentum, corrections, hyper.sign)
         signal = None
         if blocks is not None:
-            trace, square, cross, _ = (per_tensor(row, settings) for row in blocks.unbind())
+            traces, *sums, squares = blocks.unbind()
+            trace, square, cross = (per_tensor(row, settings) for row in (traces, *sums))
             moment = NUMERATORS[settings.numerator] == "moment"
             # v = m̂: a quotient, because the difference would cancel.
             m = corrections * trace / (trace + square) if moment else m - corrections * cross / (trace + square)
-            signal = blocks[3] / blocks[0]
+            signal = torch.where(traces == 0, 0.0, squares / traces)  # a block without elements has none
         advance(steps, skip)
         return Coefficients(
             moment=finite(-hyper.lr * m),
@@ -168,18 +178,19 @@ class _Mix(NamedTuple):
         old = running.to(total.dtype)
         # Saturated, not infinite: from infinity it could never decay, and no later step would move.
         new = self.entered(old, total.reshape(running.shape), count).clamp(max=torch.finfo(running.dtype).max)
-        running.copy_(new if self.skip is None else torch.where(self.skip, old, new))
+        torch._foreach_copy_([running], [new if self.skip is None else torch.where(self.skip, old, new)])
         return running.to(total.dtype)
 
     def entered(self, running: Tensor, total: Tensor, count: int) -> Tensor:
         """A running mean after it was updated by a sum of g² over ``count`` elements, in float64."""
         mean = total / max(count, 1)
         if self.gain is not None:
-            mean = mean * self.gain.square()
+            # With an infinite norm the gain is zero, and so are the gradients that enter m.
+            mean = torch.where(self.gain == 0, 0.0, mean * self.gain * self.gain)
         return self.beta2 * running + (1 - self.beta2) * mean
 
     def root(self, running: Tensor) -> Tensor:
-        return (running * self.correction).sqrt() + self.eps
+        return running.sqrt() * self.correction.sqrt() + self.eps  # not √(c₂v): the largest v has to stay finite
 
 
 class _Factors(NamedTuple):
@@ -202,21 +213,21 @@ def _factors(variance: Variance, numel: int, given: _ByTensor, i: int, mix: _Mix
         return _Factors(s.reciprocal().view(1), None, s * numel)
     s = mix.root(mix.enter(variance.row_var, given.rows[i], columns))
     if variance.col_var is None:
-        return _Factors(s.reciprocal(), None, s.sum() * (numel // max(variance.row_var.numel(), 1)))
+        return _Factors(s.reciprocal(), None, ordered_sum(s) * (numel // max(variance.row_var.numel(), 1)))
     running = mix.enter(variance.col_var, given.cols[i], count).reshape(-1)
     if given.col_var is not None:
         mean = mix.entered(given.col_var[i] / max(columns, 1), given.total[i], count * columns)
     else:
-        mean = running.mean() if running.numel() else running.sum()
+        mean = ordered_sum(running) / max(running.numel(), 1)
     share = torch.where(mean == 0, 1.0, running / mean).clamp(min=COLUMN_FLOOR).sqrt()
-    return _Factors(s.reciprocal(), share.reciprocal(), s.sum() * share.sum())
+    return _Factors(s.reciprocal(), share.reciprocal(), ordered_sum(s) * ordered_sum(share))
 
 
 class _ByTensor:
     """The sums of :class:`Squares` by tensor; ``None`` where a tensor has none."""
 
     def __init__(self, variances: Sequence[Variance], squares: Squares) -> None:
-        self.total = squares.total
+        self.total = squares.total.unbind()
         self.col_var = squares.col_var
         self.rows = split(squares.rows, [variance.row_var for variance in variances])
         self.cols = split(squares.cols, [variance.col_var for variance in variances])

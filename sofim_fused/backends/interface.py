@@ -16,6 +16,9 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from sofim_fused.checks import NUMERATORS as NUMERATORS
+from sofim_fused.checks import reads_gradient
+
 
 def sum_dtype(device: torch.device) -> torch.dtype:
     """The dtype of sums and of the scalar algebra: float64; float32 on Apple's GPUs, which have no float64."""
@@ -87,7 +90,7 @@ class Decay(NamedTuple):
     """How a gradient enters the first moment, one value per tensor: ``m' = moment·m + gradient·g + weight·w``.
 
     ``weight`` is ``None`` unless some tensor has L2 weight decay; passes read w only then. With ``cross``,
-    ``accumulate`` also sums the products with g (and w), which the gradient form of the step needs.
+    ``accumulate`` also sums the products with g (and w), which a step that :attr:`Settings.reads_gradient` needs.
     """
 
     moment: Sequence[float]
@@ -133,9 +136,6 @@ class Coefficients(NamedTuple):
     skip: Tensor | None = None
 
 
-NUMERATORS = ("moment", "gradient", "nesterov")
-"""The values of the option ``numerator``, by their number in :attr:`Settings.numerator`."""
-
 FISHER = ("model", "group", "parameter")
 """The values of the option ``fisher``, by their number in :attr:`Settings.fisher`."""
 
@@ -154,21 +154,24 @@ class Settings(NamedTuple):
             follow, and a rho of ``None`` is infinite. A row of a group without tensors is undefined.
         sizes: how many tensors each group has, n in all.
         fisher: what one Fisher block is, as an index of :data:`FISHER`. There are B blocks: 1, one per group, or n.
-        gradient_form: ``numerator="gradient"``.
+        numerator: what F⁻¹ is applied to, as an index of :data:`sofim_fused.checks.NUMERATORS`.
         group_of: int64 ``[n]`` on the pass's device, each tensor's group.
         scales_weight: whether some tensor has weight decay, so that its update scales w.
         rank_one: with a diagonal that adapts, whether any rho is finite, so that F has its term of rank one.
-        numerator: what F⁻¹ is applied to, as an index of :data:`NUMERATORS`.
     """
 
     hyper: Tensor
     sizes: list[int]
     fisher: int
-    gradient_form: bool
+    numerator: int
     group_of: Tensor
     scales_weight: bool
     rank_one: bool = True
-    numerator: int = 0
+
+    @property
+    def reads_gradient(self) -> bool:
+        """Whether the update has a term in the gradient, so that the second pass reads it."""
+        return reads_gradient(NUMERATORS[self.numerator])
 
     def coefficients(self, rows: Tensor) -> Coefficients:
         """Those that the update has, of all that a kernel computes: ``[3, n]``, for the weight, gradient and moment."""
@@ -176,7 +179,7 @@ class Settings(NamedTuple):
         return Coefficients(
             moment=moment,
             weight=weight if self.scales_weight else None,
-            gradient=gradient if self.gradient_form else None,
+            gradient=gradient if self.reads_gradient else None,
         )
 
 
@@ -258,9 +261,15 @@ class ScaledSums(NamedTuple):
     trace: Tensor
 
 
+NativeResult = (
+    tuple[Tensor, bool | Tensor | None]
+    | tuple[Tensor | None, bool | Tensor | None, Tensor | None]
+    | Literal[True]
+    | None
+)
 NativeStep = Callable[
     [list[dict[str, Any]], MutableMapping[Tensor, Any], Any, Any, "Tensor | None"],
-    "tuple[Tensor, bool | Tensor | None] | Literal[True] | None",
+    NativeResult,
 ]
 """A whole step in one call. The arguments are an optimizer's ``param_groups`` and ``state``; ``grad_scale`` and
 ``found_inf`` as for :func:`sofim_fused.step.schedule.guarded`, or ``None``; and the counter of skipped steps, or
@@ -268,8 +277,9 @@ NativeStep = Callable[
 
 The result is ``True`` after a plain step. After a guarded one, it is the norm of the gradients and whether the step was
 skipped (on the device: 0-dimensional int64, 1 if so). A backend may raise the counter itself; the second value is then
-``None``. A result of ``None`` alone means that nothing was changed, because this function cannot take the step: either
-the passes can, or a check will raise an error."""
+``None``. If there is a third value that is not ``None``, it is the signal of each Fisher block, of a step with a
+diagonal that adapts; without a guard the first two are then ``None``. A result of ``None`` alone means that nothing was
+changed, because this function cannot take the step: either the passes can, or a check will raise an error."""
 
 
 class NativeInBackward(Protocol):
@@ -288,7 +298,7 @@ class NativeInBackward(Protocol):
         """
 
     def take(self, param: Tensor, state: MutableMapping[Tensor, Any], group: int, ordinal: int, again: bool) -> bool:
-        """Add a parameter's gradient to its moment; in the gradient form, also update w by the gradient's term.
+        """Add a parameter's gradient to its moment, and update w by the gradient's term if the step has one.
 
         ``again``: it is not this parameter's first gradient in this step. They add up.
         """
@@ -455,9 +465,10 @@ class Passes(AdaptivePasses, Protocol):
             classes: how many there are.
 
         Returns:
-            Two float64 tensors on the device. ``[classes, k, B]``: for a plain step k is 1 (S) or, in the gradient
-            form, 2 (S and P); for a guarded one 6 or 9, the coefficients of 1, κ and κ² of S, of its rounding error's
-            scale, and of P. ``[classes]``: the sums of ``gg``; in a plain step anything. Without tensors all are 0.
+            Two float64 tensors on the device. ``[classes, k, B]``: for a plain step k is 1 (S) or, with
+            ``settings.reads_gradient``, 2 (S and P); for a guarded one 6 or 9, the coefficients of 1, κ and κ² of S, of
+            its rounding error's scale, and of P. ``[classes]``: the sums of ``gg``; in a plain step anything. Without
+            tensors all are 0.
         """
 
     def solve(

@@ -14,13 +14,17 @@ import torch
 from torch import Tensor
 
 from sofim_fused.backends.interface import (
+    NUMERATORS,
     Coefficients,
     Decay,
     GradientStep,
     GuardSettings,
     NativeInBackward,
     NativeStep,
+    ScaledSums,
+    Scales,
     Settings,
+    Squares,
     StepTensors,
     Sums,
     fisher_blocks,
@@ -29,6 +33,16 @@ from sofim_fused.backends.reference import TorchAdaptivePasses
 from sofim_fused.backends.solve import TorchSolve, on_device_of
 
 NAMESPACE = "sofim_fused"
+ADAPTIVE = (
+    "squares",
+    "adapt",
+    "accumulate_scaled",
+    "apply_scaled",
+    "commit_scaled",
+    "fold_scaled",
+    "solve_scaled",
+)
+"""The operators of a step with a diagonal that adapts; a device has all of them or none."""
 
 
 class OperatorPasses(TorchSolve, TorchAdaptivePasses):
@@ -57,10 +71,10 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
         self._new_step = new_step
         self._new_in_backward = new_in_backward
         self._namespace = namespace
-        # Without these two operators, the algebra runs in pure PyTorch.
-        self._solves = all(
-            torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{operator}", device)
-            for operator in ("fold", "solve")
+        # Without these operators, the algebra, or a step with a diagonal that adapts, runs in pure PyTorch.
+        self._solves, self._adapts = (
+            all(torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{each}", device) for each in operators)
+            for operators in (("fold", "solve"), ADAPTIVE)
         )
 
     @property
@@ -133,19 +147,133 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
     ) -> tuple[Coefficients, Tensor | None, Tensor | None]:
         if not (self._solves and steps):
             return super().solve(steps, settings, blocks, guard, square)
-        if guard is None:
-            guard_fields: tuple[Any, ...] = (False, None, None, None, False)
-        else:
-            assert square is not None
-            scale, found = (None if x is None else on_device_of(square, x) for x in (guard.grad_scale, guard.found_inf))
-            guard_fields = (True, guard.max_norm, scale, found, guard.skip_nonfinite)
-        coefficients, seen = self._ops.solve(blocks, square, list(steps), *_fields(settings), *guard_fields)
+        guarded, _, *guard_fields = _guard_fields(guard, square)
+        coefficients, seen = self._ops.solve(blocks, square, list(steps), *_fields(settings), guarded, *guard_fields)
         update = settings.coefficients(coefficients)
         if guard is None:
             return update, None, None
         norm, gain, skipped = seen.unbind()
         skip = skipped != 0 if guard.may_skip else None
         return update._replace(gain=gain if guard.has_gain else None, skip=skip), norm, skip
+
+    def squares(self, tensors: StepTensors) -> Squares:
+        if not self._adapts:
+            return super().squares(tensors)
+        return Squares(*self._ops.squares(tensors.grads, _kinds(tensors)))
+
+    def adapt(
+        self,
+        tensors: StepTensors,
+        settings: Settings,
+        squares: Squares,
+        guard: GuardSettings | None,
+        square: Tensor | None,
+    ) -> tuple[Scales, Tensor | None]:
+        if not (self._adapts and len(tensors)):
+            return super().adapt(tensors, settings, squares, guard, square)
+        none = torch.empty(0, device=tensors.device)
+        row_vars, col_vars, variances = (
+            [none if variance is None else variance for variance in each]
+            for each in zip(*(variance[:3] for variance in tensors.variances), strict=True)
+        )
+        heights, widths = zip(*(variance.shape for variance in tensors.variances), strict=True)
+        rows, cols, numbers, seen = self._ops.adapt(
+            tensors.steps,
+            settings.hyper,
+            settings.sizes,
+            _kinds(tensors),
+            heights,
+            widths,
+            row_vars,
+            col_vars,
+            variances,
+            *squares[:3],
+            *_guard_fields(guard, square),
+        )
+        trace, beta2, eps, root = numbers.unbind()
+        scales = Scales(rows, cols, trace, beta2, eps, root)
+        if guard is None:
+            return scales, None
+        norm, gain, skipped = seen.unbind()
+        gain, skip = gain if guard.has_gain else None, skipped != 0 if guard.may_skip else None
+        return scales._replace(gain=gain, skip=skip), norm
+
+    def accumulate_scaled(self, tensors: StepTensors, decay: Decay, scales: Scales) -> ScaledSums:
+        if not self._adapts or _rounds_copies(tensors):
+            return super().accumulate_scaled(tensors, decay, scales)
+        sums = self._ops.accumulate_scaled(
+            tensors.params,
+            tensors.grads,
+            tensors.exp_avgs,
+            _by_element(tensors),
+            _kinds(tensors),
+            tensors.steps,
+            tensors.ordinals,
+            decay.moment,
+            decay.gradient,
+            *scales,
+        )
+        return ScaledSums(*sums.unbind())
+
+    def apply_scaled(self, tensors: StepTensors, coefficients: Coefficients, scales: Scales) -> None:
+        if not self._adapts:
+            return super().apply_scaled(tensors, coefficients, scales)
+        self._ops.apply_scaled(
+            tensors.params,
+            tensors.grads,
+            tensors.exp_avgs,
+            _kahans(tensors),
+            _by_element(tensors),
+            _kinds(tensors),
+            *coefficients[:3],
+            *scales,
+        )
+        return None
+
+    def commit_scaled(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients, scales: Scales) -> None:
+        if not self._adapts or _rounds_copies(tensors):
+            return super().commit_scaled(tensors, decay, coefficients, scales)
+        self._ops.commit_scaled(
+            tensors.params,
+            tensors.grads,
+            tensors.exp_avgs,
+            _kahans(tensors),
+            _by_element(tensors),
+            _kinds(tensors),
+            tensors.steps,
+            tensors.ordinals,
+            decay.moment,
+            decay.gradient,
+            *coefficients[:3],
+            *scales,
+        )
+        return None
+
+    def fold_scaled(
+        self,
+        steps: Sequence[Tensor],
+        settings: Settings,
+        sums: ScaledSums,
+        class_of: Tensor | None = None,
+        classes: int = 1,
+    ) -> Tensor:
+        if not (self._adapts and steps):
+            return super().fold_scaled(steps, settings, sums, class_of, classes)
+        blocks: Tensor = self._ops.fold_scaled(*sums, list(steps), *_fields(settings), class_of, classes)
+        return blocks
+
+    def solve_scaled(
+        self, steps: Sequence[Tensor], settings: Settings, blocks: Tensor | None, skip: Tensor | None
+    ) -> tuple[Coefficients, Tensor | None]:
+        if not (self._adapts and steps):
+            return super().solve_scaled(steps, settings, blocks, skip)
+        coefficients, signal = self._ops.solve_scaled(blocks, skip, list(steps), *_fields(settings))
+        weight, gradient, moment = coefficients.unbind()
+        return Coefficients(
+            moment=moment,
+            weight=weight if settings.scales_weight else None,
+            gradient=None if NUMERATORS[settings.numerator] == "moment" else gradient,
+        ), None if blocks is None else signal
 
     def native_step(self) -> NativeStep:
         return self._new_step()
@@ -154,9 +282,43 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
         return self._new_in_backward()
 
 
-def _fields(settings: Settings) -> tuple[Tensor, list[int], int, bool]:
+def _fields(settings: Settings) -> tuple[Tensor, list[int], int, int]:
     """The settings that the operators take, in their order."""
-    return settings.hyper, settings.sizes, settings.fisher, settings.gradient_form
+    return settings.hyper, settings.sizes, settings.fisher, settings.numerator
+
+
+def _guard_fields(guard: GuardSettings | None, square: Tensor | None) -> tuple[Any, ...]:
+    """What operators take about the guard: whether there is one, the sum of squares, and the settings."""
+    if guard is None:
+        return False, None, None, None, None, False
+    assert square is not None
+    scale, found = (None if x is None else on_device_of(square, x) for x in (guard.grad_scale, guard.found_inf))
+    return True, square, guard.max_norm, scale, found, guard.skip_nonfinite
+
+
+def _kinds(tensors: StepTensors) -> list[int]:
+    """Which diagonal each tensor has: 1 to 4 for tensor, row, factored and element (``enum class Diagonal``)."""
+    return [
+        4 if variance.by_element else 1 if variance.row_var is None else 2 if variance.col_var is None else 3
+        for variance in tensors.variances
+    ]
+
+
+def _rounds_copies(tensors: StepTensors) -> bool:
+    """Whether operators would round a moment as a copy in another order: the random bits follow the order of memory."""
+    return any(
+        m.dtype == torch.bfloat16 and variance.row_var is not None and not m.is_contiguous()
+        for m, variance in zip(tensors.exp_avgs, tensors.variances, strict=True)
+    )
+
+
+def _by_element(tensors: StepTensors) -> list[Tensor]:
+    """The variances of elements; an empty tensor where a tensor has none."""
+    none = torch.empty(0, device=tensors.device)
+    return [
+        variance.variance if variance.by_element and variance.variance is not None else none
+        for variance in tensors.variances
+    ]
 
 
 def _kahans(tensors: StepTensors) -> list[Tensor]:
@@ -195,12 +357,54 @@ def register_fakes(namespace: str) -> None:
 
     @torch.library.register_fake(f"{namespace}::fold")
     def _(  # type: ignore[no-untyped-def]
-        mm, mg, mw, gg, gw, ww, steps, hyper, sizes, fisher, gradient_form, guarded, class_of, classes
+        mm, mg, mw, gg, gw, ww, steps, hyper, sizes, fisher, numerator, guarded, class_of, classes
     ):
         blocks = fisher_blocks(fisher, len(sizes), len(steps))
-        numbers = (6 if guarded else 1) + gradient_form * (3 if guarded else 1)
+        numbers = (6 if guarded else 1) + (numerator != 0) * (3 if guarded else 1)
         return mm.new_empty(classes, numbers, blocks), mm.new_empty(classes)
 
     @torch.library.register_fake(f"{namespace}::solve")
     def _(blocks, square, steps, *rest):  # type: ignore[no-untyped-def]
         return blocks.new_empty(3, len(steps)), blocks.new_empty(3)
+
+    def double(like: Sequence[Tensor], *shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float64, device=like[0].device if like else "cpu")
+
+    @torch.library.register_fake(f"{namespace}::squares")
+    def _(grads, kinds):  # type: ignore[no-untyped-def]
+        rows = sum(len(g) for g, kind in zip(grads, kinds, strict=True) if kind in (2, 3))
+        cols = sum(g.shape[1:].numel() for g, kind in zip(grads, kinds, strict=True) if kind == 3)
+        return double(grads, len(grads)), double(grads, rows), double(grads, cols)
+
+    @torch.library.register_fake(f"{namespace}::adapt")
+    def _(  # type: ignore[no-untyped-def]
+        steps, hyper, sizes, kinds, heights, widths, row_vars, col_vars, variances, total, rows, cols, *guard
+    ):
+        count = len(steps)
+        return (
+            rows.new_empty(rows.numel() + kinds.count(1)),
+            torch.empty_like(cols),
+            total.new_empty(4, count),
+            (total.new_empty(3)),
+        )
+
+    @torch.library.register_fake(f"{namespace}::accumulate_scaled")
+    def _(params, *rest):  # type: ignore[no-untyped-def]
+        return double(params, 3, len(params))
+
+    @torch.library.register_fake(f"{namespace}::apply_scaled")
+    def _(params, *rest):  # type: ignore[no-untyped-def]
+        return None
+
+    @torch.library.register_fake(f"{namespace}::commit_scaled")
+    def _(params, *rest):  # type: ignore[no-untyped-def]
+        return None
+
+    @torch.library.register_fake(f"{namespace}::fold_scaled")
+    def _(mm, mg, trace, steps, hyper, sizes, fisher, numerator, class_of, classes):  # type: ignore[no-untyped-def]
+        return mm.new_empty(classes, 4, (1, len(sizes), len(steps))[fisher])
+
+    @torch.library.register_fake(f"{namespace}::solve_scaled")
+    def _(blocks, skip, steps, hyper, sizes, fisher, numerator):  # type: ignore[no-untyped-def]
+        count = 0 if blocks is None else blocks.shape[1]
+        return hyper.new_empty(3, len(steps)), hyper.new_empty(count)

@@ -24,9 +24,8 @@ from sofim_fused.backends.interface import (
     sum_dtype,
 )
 from sofim_fused.backends.rounding import random_bits, round_stochastic
-from sofim_fused.backends.solve import TorchSolve
+from sofim_fused.backends.solve import TILE, TorchSolve, ordered_sum
 
-TILE = 16_384  # elements summed at once; below the size at which torch splits one sum among threads
 CHUNK = 256 * TILE  # elements for which temporaries are made at once: 32 MiB in float64
 _WIDE = {  # the dtype of the arithmetic, by the parameter's
     torch.float16: torch.float32,
@@ -49,7 +48,7 @@ class TorchAdaptivePasses(TorchAdaptive):
                 totals.append(dot(g, g).view(1))
                 continue
             by_row, by_col = _sums_of_squares(g, variance.col_var is not None)
-            totals.append(by_row.sum().view(1))
+            totals.append(ordered_sum(by_row).view(1))
             rows.append(by_row)
             cols.append(by_col)
         return Squares(torch.cat(totals), torch.cat(rows), torch.cat(cols))
@@ -203,25 +202,29 @@ class _Diagonal:
         self._scales = scales
         self._rows = split_rows(scales, tensors.variances)
         self._cols = split(scales.cols, [variance.col_var for variance in tensors.variances])
+        self._trace, self._beta2, self._eps, self._scale = (
+            x.unbind() for x in (scales.trace, scales.beta2, scales.eps, scales.root)
+        )
 
     def enter(self, i: int, g: Tensor) -> tuple[Tensor, Tensor]:
         """Update the running mean of g² of each element of tensor i, if it has one; return 1/s and Σs."""
         variance = self._tensors.variances[i]
         if variance.by_element:
             assert variance.variance is not None
-            beta2 = self._scales.beta2[i].to(g.dtype)
+            beta2 = self._beta2[i]
+            old, entering = beta2.to(g.dtype), (1 - beta2).to(g.dtype)  # of β₂ as float32, 1 - β₂ may be zero
             v = variance.variance
             # Saturated: from infinity it could never decay.
-            new = (v * beta2).addcmul_(g, g * (1 - beta2)).clamp_(max=torch.finfo(v.dtype).max)
+            new = (v * old).addcmul_(g, g * entering).clamp_(max=torch.finfo(v.dtype).max)
             _write([v], [new], self._scales.skip)
             s = self._root(i)
-            return s.reciprocal(), s.to(sum_dtype(g.device)).sum()
-        return self.inverse(i), self._scales.trace[i]
+            return s.reciprocal(), ordered_sum(s.to(sum_dtype(g.device)).reshape(-1))
+        return self.inverse(i), self._trace[i]
 
     def _root(self, i: int) -> Tensor:
         v = self._tensors.variances[i].variance
         assert v is not None
-        return v.sqrt().mul_(self._scales.root[i].to(v.dtype)).add_(self._scales.eps[i].to(v.dtype))
+        return v.sqrt().mul_(self._scale[i].to(v.dtype)).add_(self._eps[i].to(v.dtype))
 
     def inverse(self, i: int) -> Tensor:
         variance, dtype = self._tensors.variances[i], _WIDE[self._tensors.params[i].dtype]
@@ -229,7 +232,7 @@ class _Diagonal:
             return self._root(i).reciprocal_()
         rows = self._rows[i].to(dtype)
         if variance.row_var is None:
-            return rows[0]
+            return rows.view(())
         rows = rows.view(-1, *[1] * (self._tensors.params[i].dim() - 1))
         return rows if variance.col_var is None else rows * self._cols[i].to(dtype).view(variance.col_var.shape)
 
@@ -271,7 +274,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     if a.numel() <= TILE:
         return _products(a, b).sum()
     chunks = zip(a.reshape(-1).split(CHUNK), b.reshape(-1).split(CHUNK), strict=True)
-    return _ordered_sum(torch.stack([_ordered_sum(_products(x, y, a is b)) for x, y in chunks]))
+    return ordered_sum(torch.stack([ordered_sum(_products(x, y, a is b)) for x, y in chunks]))
 
 
 def _sums_of_squares(g: Tensor, columns: bool) -> tuple[Tensor, Tensor]:
@@ -282,9 +285,9 @@ def _sums_of_squares(g: Tensor, columns: bool) -> tuple[Tensor, Tensor]:
     for part in g.split(max(1, CHUNK // max(size, 1))):
         square = part.reshape(len(part), size).to(dtype).square()
         # Sums with several results are never divided among threads; one alone would be.
-        rows.append(square.sum(1) if len(part) != 1 else _ordered_sum(square.view(-1)).view(1))
+        rows.append(square.sum(1) if len(part) != 1 else ordered_sum(square.view(-1)).view(1))
         if columns:
-            cols += square.sum(0) if size != 1 else _ordered_sum(square.view(-1))
+            cols += square.sum(0) if size != 1 else ordered_sum(square.view(-1))
     return torch.cat(rows) if rows else cols.new_zeros(count), cols
 
 
@@ -292,14 +295,6 @@ def _products(a: Tensor, b: Tensor, square: bool = False) -> Tensor:
     dtype = sum_dtype(a.device)
     x = a.to(dtype)
     return x.square() if square or a is b else x * b.to(dtype)
-
-
-def _ordered_sum(x: Tensor) -> Tensor:
-    if x.numel() <= TILE:
-        return x.sum()
-    whole = x.numel() // TILE * TILE
-    rows = x.narrow(0, 0, whole).view(-1, TILE).sum(1)
-    return _ordered_sum(torch.cat((rows, x.narrow(0, whole, x.numel() - whole).sum().view(1))))
 
 
 def _blend(

@@ -1,13 +1,18 @@
 """From sums to coefficients: the Sherman-Morrison step as scalar algebra, in float64 and on the device.
 
 Notation, per tensor i of a Fisher block: w the weight, g the gradient, m the first moment, β ``momentum``, ρ ``rho``,
-η ``lr``, t the updates received so far including this one, c = 1/(1 - β^t), m̂ = c·m, and v the vector that the
-Fisher matrix is applied to: m̂ ("moment") or the gradient s·κ·g + λ·w ("gradient"), with s = -1 for ``maximize``, κ the
-clip factor, λ the L2 weight decay. The regularized Fisher matrix of a block is F = m̂ m̂ᵀ + D with D = diag(ρᵢ), and
-Sherman-Morrison gives, in a form that never subtracts nearly equal numbers if v is m̂:
+η ``lr``, t the updates received so far including this one, c = 1/(1 - β^t), m̂ = c·m, v = s·κ·g + λ·w the gradient
+that enters the moment, with s = -1 for ``maximize``, κ the clip factor, λ the L2 weight decay; and r the vector that
+the inverse of the Fisher matrix is applied to: m̂ ("moment"), v ("gradient") or the look-ahead a·m + b·v ("nesterov")
+with
 
-    S = Σ cᵢ²‖mᵢ‖²/ρᵢ        P = Σ cᵢ(mᵢ·vᵢ)/ρᵢ
-    F⁻¹m̂ = cᵢmᵢ / (ρᵢ(1 + S))        F⁻¹v = (vᵢ - cᵢmᵢ P/(1 + S)) / ρᵢ
+    a = β/(1 - β^(t+1))        b = (1-β)/(1 - β^(t+1))        1 - β^(t+1) = (1-β) + β/c
+
+The regularized Fisher matrix of a block is F = m̂ m̂ᵀ + D with D = diag(ρᵢ), and Sherman-Morrison gives, in a form that
+never subtracts nearly equal numbers if r is m̂:
+
+    S = Σ cᵢ²‖mᵢ‖²/ρᵢ        P = Σ cᵢ(mᵢ·rᵢ)/ρᵢ
+    F⁻¹m̂ = cᵢmᵢ / (ρᵢ(1 + S))        F⁻¹r = (rᵢ - cᵢmᵢ P/(1 + S)) / ρᵢ
 
 With one ρ and one β these are SOFIM's update (arXiv 2403.02833, Algorithm 1): m̂/(ρ + ‖m̂‖²).
 
@@ -33,8 +38,10 @@ from sofim_fused.backends.interface import (
     Sums,
     sum_dtype,
 )
+from sofim_fused.checks import NUMERATORS
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
+TILE = 16_384  # elements summed at once; below the size at which torch splits one sum among threads
 CANCELLED = 2.0**-46  # (2 ulp of float32 arithmetic)², above the error of float64 sums
 
 
@@ -51,9 +58,7 @@ class TorchSolve:
         classes: int = 1,
     ) -> tuple[Tensor, Tensor]:
         hyper = hyper_of(settings)
-        rows = (guarded_rows if guarded else plain_rows)(
-            hyper, sums, correction(steps, hyper.momentum), settings.gradient_form
-        )
+        rows = (guarded_rows if guarded else plain_rows)(hyper, sums, correction(steps, hyper.momentum), settings)
         rows = rows.unsqueeze(0)
         squares = None if sums.gg is None else sums.gg.unsqueeze(0)
         if class_of is not None and classes > 1:
@@ -108,17 +113,27 @@ def correction(steps: Sequence[Tensor], momentum: Tensor) -> Tensor:
     return torch.expm1(counts * momentum.log()).neg_().reciprocal_()
 
 
+def look_ahead(hyper: Hyper, correction: Tensor) -> tuple[Tensor, Tensor]:
+    """A and b of ``numerator="nesterov"`` per tensor: what the new moment and the gradient are multiplied by."""
+    later = (1 - hyper.momentum) + hyper.momentum / correction
+    return hyper.momentum / later, (1 - hyper.momentum) / later
+
+
 # Plain step: m is already updated, and its sums are known.
 
 
-def plain_rows(hyper: Hyper, sums: Sums, correction: Tensor, gradient_form: bool) -> Tensor:
-    """Each tensor's part of S (and of P, for the gradient form), ``[1 or 2, n]``, from ``accumulate``'s sums."""
+def plain_rows(hyper: Hyper, sums: Sums, correction: Tensor, settings: Settings) -> Tensor:
+    """Each tensor's part of S (and of P, if r contains v), ``[1 or 2, n]``, from ``accumulate``'s sums."""
     weight = correction / hyper.rho
     rows = [weight * correction * sums.mm]
-    if gradient_form:
+    if settings.reads_gradient:
         assert sums.mg is not None
         mv = hyper.sign * sums.mg
-        rows.append(weight * (mv if sums.mw is None else mv + _decayed(hyper.l2, sums.mw)))
+        mr = mv if sums.mw is None else mv + _decayed(hyper.l2, sums.mw)
+        if NUMERATORS[settings.numerator] == "nesterov":
+            by_moment, by_gradient = look_ahead(hyper, correction)
+            mr = by_moment * sums.mm + by_gradient * mr
+        rows.append(weight * mr)
     return torch.stack(rows)
 
 
@@ -126,10 +141,10 @@ def plain_rows(hyper: Hyper, sums: Sums, correction: Tensor, gradient_form: bool
 # in κ; their coefficients are added up over the block, so that one reduction is enough.
 
 
-def guarded_rows(hyper: Hyper, sums: Sums, correction: Tensor, gradient_form: bool) -> Tensor:
+def guarded_rows(hyper: Hyper, sums: Sums, correction: Tensor, settings: Settings) -> Tensor:
     """Each tensor's part of polynomials in κ, from ``dots``' sums, ``[6 or 9, n]``: coefficients of 1, κ and κ².
 
-    The first is S, the last (gradient form) P. The second is what S would be if nothing cancelled in
+    The first is S, the last P (if r contains v). The second is what S would be if nothing cancelled in
     β m + (1-β) v: the scale of S's rounding error.
     """
     assert sums.mg is not None
@@ -148,11 +163,17 @@ def guarded_rows(hyper: Hyper, sums: Sums, correction: Tensor, gradient_form: bo
     moving = one_minus_beta * sums.gg.sqrt()
     weight = correction / hyper.rho
     square = weight * correction
-    rows = [square * (2 * beta * one_minus_beta * a + one_minus_beta.square() * b) for a, b in zip(mv, vv, strict=True)]
+    mm = [2 * beta * one_minus_beta * a + one_minus_beta.square() * b for a, b in zip(mv, vv, strict=True)]
+    rows = [square * x for x in mm]
     rows[0] = rows[0] + square * beta.square() * sums.mm
     rows += [square * still.square(), square * 2 * still * moving, square * moving.square()]
-    if gradient_form:
-        rows += [weight * (beta * a + one_minus_beta * b) for a, b in zip(mv, vv, strict=True)]
+    if settings.reads_gradient:
+        mr = [beta * a + one_minus_beta * b for a, b in zip(mv, vv, strict=True)]
+        if NUMERATORS[settings.numerator] == "nesterov":
+            mm[0] = mm[0] + beta.square() * sums.mm
+            by_moment, by_gradient = look_ahead(hyper, correction)
+            mr = [by_moment * a + by_gradient * b for a, b in zip(mm, mr, strict=True)]
+        rows += [weight * x for x in mr]
     return torch.stack(rows)
 
 
@@ -164,6 +185,15 @@ def added_up(rows: Tensor, settings: Settings) -> Tensor:
     if fisher == "model":
         return rows.sum(-1, keepdim=True)
     return torch.stack([part.sum(-1) for part in rows.split(settings.sizes, dim=-1)], dim=-1)
+
+
+def ordered_sum(x: Tensor) -> Tensor:
+    """The sum of a vector, 0-dimensional, added in the same order for any number of threads."""
+    if x.numel() <= TILE:
+        return x.sum()
+    whole = x.numel() // TILE * TILE
+    rows = x.narrow(0, 0, whole).view(-1, TILE).sum(1)
+    return ordered_sum(torch.cat((rows, x.narrow(0, whole, x.numel() - whole).sum().view(1))))
 
 
 def guard_of(square: Tensor, guard: GuardSettings) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -210,23 +240,28 @@ def coefficients(settings: Settings, hyper: Hyper, blocks: Tensor, correction: T
     """The second pass's coefficients from S (and P) per block, ``[1 or 2, blocks]``."""
     norm, *cross = blocks.unbind()
     shrink = correction / (hyper.rho * (1 + per_tensor(norm, settings)))
-    if not settings.gradient_form:
-        return Coefficients(moment=finite(-hyper.lr * shrink), weight=_weight(settings, hyper))
+    if not settings.reads_gradient:
+        weight = 1 - hyper.lr * hyper.weight_decay if settings.scales_weight else None
+        return Coefficients(moment=finite(-hyper.lr * shrink), weight=weight)
     moment = hyper.lr * shrink * per_tensor(cross[0], settings)
-    return Coefficients(finite(moment), *gradient_step(settings, hyper))
+    if NUMERATORS[settings.numerator] == "nesterov":
+        by_moment, _ = look_ahead(hyper, correction)
+        moment = hyper.lr * (shrink * per_tensor(cross[0], settings) - by_moment / hyper.rho)
+    return Coefficients(finite(moment), *_gradient_step(settings, hyper, correction))
 
 
-def gradient_step(settings: Settings, hyper: Hyper | None = None) -> GradientStep:
-    """The gradient form's part of the update that does not depend on any sum."""
-    hyper = hyper_of(settings) if hyper is None else hyper
-    return GradientStep(weight=_weight(settings, hyper), gradient=finite(-(hyper.lr / hyper.rho) * hyper.sign))
+def gradient_step(settings: Settings, steps: Sequence[Tensor]) -> GradientStep:
+    """The gradient's part of the update, which does not depend on any sum; ``steps`` are not advanced yet."""
+    hyper = hyper_of(settings)
+    return _gradient_step(settings, hyper, correction(steps, hyper.momentum))
 
 
-def _weight(settings: Settings, hyper: Hyper) -> Tensor | None:
-    if not settings.scales_weight:
-        return None
-    shrunk = 1 - hyper.lr * hyper.weight_decay
-    return shrunk - _decayed(hyper.l2, hyper.lr / hyper.rho) if settings.gradient_form else shrunk
+def _gradient_step(settings: Settings, hyper: Hyper, correction: Tensor) -> GradientStep:
+    rate = hyper.lr / hyper.rho
+    if NUMERATORS[settings.numerator] == "nesterov":
+        rate = rate * look_ahead(hyper, correction)[1]
+    weight = 1 - hyper.lr * hyper.weight_decay - _decayed(hyper.l2, rate) if settings.scales_weight else None
+    return GradientStep(weight=weight, gradient=finite(-rate * hyper.sign))
 
 
 def per_tensor(blocks: Tensor, settings: Settings) -> Tensor:

@@ -127,7 +127,7 @@ def _zero_variances(param: Tensor, diagonal: str) -> dict[str, Tensor]:
         elif name == "row_var":
             mine = torch.zeros(part.shape[:1], dtype=dtype, device=param.device)
         elif part.shape[0]:
-            mine = torch.zeros_like(part[0], dtype=dtype, memory_format=preserve)
+            mine = torch.zeros_like(part.select(0, 0), dtype=dtype, memory_format=preserve)
         else:
             mine = torch.zeros(part.shape[1:], dtype=dtype, device=param.device)
         made[name] = spread_like(param, mine, shape, _dims(name, param, shape))
@@ -176,7 +176,8 @@ def _restored(param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any])
     if "kahan" in entries and keeps_lost_bits(param, group["kahan"]):
         state["kahan"] = _like(param, entries["kahan"], param.dtype)
     for name, made in _zero_variances(param, group["diagonal"]).items():
-        state[name] = _filled(made, entries[name])
+        # Saturated, as in a step: other dtypes hold larger numbers.
+        state[name] = _filled(made, entries[name]).clamp_(max=torch.finfo(made.dtype).max)
     return state
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sofim_fused.backends import FISHER, NUMERATORS, Decay, Settings, sum_dtype
+from sofim_fused import checks
+from sofim_fused.backends import FISHER, Decay, Settings, sum_dtype
 
 Group = Mapping[str, Any]
 
@@ -20,7 +21,7 @@ class Hyperparameters:
     Args:
         device: where the tensors are.
         sizes: how many of the tensors belong to each parameter group; tensors are in the order of groups.
-        numerator: ``"moment"`` or ``"gradient"``.
+        numerator: one of ``checks.NUMERATORS``.
         fisher: ``"model"``, ``"group"`` or ``"parameter"``.
         adaptive: whether the groups' diagonals adapt.
     """
@@ -62,9 +63,9 @@ class Hyperparameters:
         key = tuple(entering(group) for group, _ in present)
         if self._decay is None or key != self._decay_key:
             rows = [row for row, (_, size) in zip(key, present, strict=True) for _ in range(size)]
-            self._decay_key, self._decay = key, decay_of(rows, self.numerator == "gradient")
-        l2 = self.numerator == "gradient" and self._decay.weight is not None
-        rank_one = any(group["rho"] is not None for group, _ in present)
+            self._decay_key, self._decay = key, decay_of(rows, checks.reads_gradient(self.numerator))
+        l2 = checks.reads_gradient(self.numerator) and self._decay.weight is not None
+        rank_one = any(group["rho"] is not None for group in groups)  # of all, as other ranks may have those tensors
         self.settings = self._settings(l2 or any(_decoupled(group) for group, _ in present), rank_one)
         return self._decay
 
@@ -73,11 +74,10 @@ class Hyperparameters:
             hyper=self._hyper,
             sizes=self.sizes,
             fisher=FISHER.index(self.fisher),
-            gradient_form=self.numerator == "gradient",
+            numerator=checks.NUMERATORS.index(self.numerator),
             group_of=self._group_of,
             scales_weight=scales_weight,
             rank_one=rank_one,
-            numerator=NUMERATORS.index(self.numerator),
         )
 
     def _write(self, row: int, column: int, value: float | Tensor) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sofim_fused import checks
 from sofim_fused.backends import (
     FISHER,
     Passes,
@@ -256,7 +257,7 @@ class RankSums:
             return
         index = FISHER.index(fisher)
         blocks = fisher_blocks(index, groups, self.count)
-        kind = [int(numerator == "gradient"), index, int(guarded)]
+        kind = [checks.NUMERATORS.index(numerator), index, int(guarded)]
         for group, members in self._routes:
             spread = sum(number in members for number in self._class_of)
             self._compare(group, [len(members), spread, blocks, *kind])
@@ -272,9 +273,10 @@ class RankSums:
         distributed.all_gather(all_of_them, mine, group=group)
         found = torch.stack(all_of_them).tolist()
         if any(theirs != found[0] for theirs in found):
+            words = {"numerator": checks.NUMERATORS, "fisher": FISHER}
             names = ("ways to be sharded", "sharded parameters", "Fisher blocks", "numerator", "fisher", "guarded")
             differ = [
-                f"{name}: {', '.join(map(str, values))}"
+                f"{name}: {', '.join(str(words[name][value]) if name in words else str(value) for value in values)}"
                 for name, values in zip(names, zip(*found, strict=True), strict=True)
                 if len(set(values)) > 1
             ]

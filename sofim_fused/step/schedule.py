@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from sofim_fused.backends import (
@@ -37,7 +38,7 @@ class Guard(NamedTuple):
 
 
 def plain(shares: Sequence[DeviceShare], groups: Sequence[Group]) -> None:
-    """``accumulate``, then ``apply``: 24 bytes per float32 parameter (gradient form 28; L2 decay 4 more)."""
+    """``accumulate``, then ``apply``: 24 bytes per float32 parameter (gradients read again: 28; L2 decay 4 more)."""
     decays = [share.hyper.refresh(groups) for share in shares]  # all of them before anything is written
     sums = [_swept(share, share.passes.accumulate, decay) for share, decay in zip(shares, decays, strict=True)]
     _apply(shares, sums, gradients_consumed=False)
@@ -46,7 +47,7 @@ def plain(shares: Sequence[DeviceShare], groups: Sequence[Group]) -> None:
 def after_backward(shares: Sequence[DeviceShare], groups: Sequence[Group], sums: Sequence[Sums]) -> None:
     """``apply`` alone, 12 bytes per float32 parameter, from the sums of ``accumulate`` in the backward pass.
 
-    In the gradient form, w was already updated by the gradient's term there; gradients are not read.
+    If the step has a term in the gradient, w was already updated by it there; gradients are not read.
     """
     for share in shares:
         share.hyper.refresh(groups)
@@ -134,13 +135,24 @@ def adaptive(
         else ScaledSums(*[scale.trace] * 3)
         for share, decay, scale in zip(shares, decays, scales, strict=True)
     ]
-    signal = None
+    signals = []
     for share, blocks, scale in zip(shares, reduce.scaled_totals(shares, swept), scales, strict=True):
         settings = share.hyper.settings
         update, signal = share.passes.solve_scaled(share.tensors.steps, settings, blocks, scale.skip)
+        assert signal is not None
+        signals.append(signal)
         if len(share.tensors):
             share.passes.apply_scaled(share.tensors, update, scale)
-    return seen[0], signal
+    return seen[0], _joined(shares, signals)
+
+
+def _joined(shares: Sequence[DeviceShare], signals: Sequence[Tensor]) -> Tensor:
+    """The signal of each Fisher block, on the first device: all shares have the same, unless blocks are parameters."""
+    if len(shares) == 1 or shares[0].hyper.fisher != "parameter":
+        return signals[0]
+    every = torch.cat([signal.to(signals[0].device) for signal in signals]).unbind()
+    ordinals = [ordinal for share in shares for ordinal in share.tensors.ordinals]
+    return torch.stack([every[place] for place in sorted(range(len(ordinals)), key=ordinals.__getitem__)])
 
 
 def adaptive_alone(tensors: StepTensors, passes: Passes, settings: Settings, decay: Decay) -> None:

@@ -65,7 +65,7 @@ def test_arguments_that_may_be_left_out() -> None:
     after = []
     for rest in ((), (None,), (None, None), (None, None, None), (1.0, 0.0, None)):
         optimizer, params = stepped(max_grad_norm=0.5)
-        norm, skipped = MODULE.Step()(optimizer.param_groups, optimizer.state, *rest)
+        norm, skipped, _ = MODULE.Step()(optimizer.param_groups, optimizer.state, *rest)
         assert skipped is False
         after.append([*params, norm])
     assert after[0][-1].dtype == torch.float64
@@ -81,7 +81,7 @@ def test_nothing_is_kept_alive() -> None:
 
     def once() -> None:
         step, packed = MODULE.Step(), MODULE.PackedStep(1024)
-        norm, _ = step(optimizer.param_groups, optimizer.state)
+        norm, _, _ = step(optimizer.param_groups, optimizer.state)
         ended.append(weakref.ref(norm))
         assert packed.gather(optimizer.param_groups, optimizer.state) is not None
         assert (packed.kinds, packed.device) == ([0], torch.device("cpu"))

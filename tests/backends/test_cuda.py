@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from sofim_fused import SOFIM, backends, native
 from sofim_fused.backends import cpu, cuda, reference, triton
 from tests.backends.support import launches, module
-from tests.support.problems import GUARDED, OPTIONS, give, mixed_problem, ready_problem, same_bits, snapshot
+from tests.support.problems import (
+    GUARDED,
+    NUMERATORS,
+    OPTIONS,
+    give,
+    mixed_problem,
+    ready_problem,
+    same_bits,
+    snapshot,
+)
 from tests.support.runs import EMULATED
 
 CPU = torch.device("cpu")
@@ -273,7 +282,7 @@ def test_operators_pass_pytorchs_own_checks() -> None:
     torch.library.opcheck(ops.dots.default, ([w], [g], [m], True))
     torch.library.opcheck(ops.accumulate.default, ([w], [g], [m], [count], [0], [0.9], [0.1], [0.01], True))
     case = Case.of([2, 1])
-    method = case.method("group", True, True)
+    method = case.method("group", "nesterov", True)
     sums = case.sums(True, True)
     torch.library.opcheck(ops.fold.default, (*sums, *method, None, 1))
     (blocks,), square = ops.fold(*sums, *method, None, 1)
@@ -324,9 +333,9 @@ class Case(NamedTuple):
         ]
         return [(a * b).sum(1) if there else None for a, b, there in pairs]
 
-    def method(self, fisher: str, gradient_form: bool, guarded: bool) -> tuple[Any, ...]:
+    def method(self, fisher: str, numerator: str, guarded: bool) -> tuple[Any, ...]:
         which = ["model", "group", "parameter"].index(fisher)
-        return (self.steps, self.hyper, self.sizes, which, gradient_form, guarded)
+        return (self.steps, self.hyper, self.sizes, which, NUMERATORS.index(numerator), guarded)
 
     def blocks_of(self, fisher: str) -> Tensor:
         """The Fisher block of each tensor."""
@@ -335,17 +344,19 @@ class Case(NamedTuple):
             return torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
         return torch.zeros(n, dtype=torch.int64) if fisher == "model" else torch.arange(n)
 
-    def expected(self, fisher: str, gradient_form: bool, gain: float, new_moment: Tensor) -> Tensor:
+    def expected(self, fisher: str, numerator: str, gain: float, new_moment: Tensor) -> Tensor:
         """The weights after the step, from the vectors themselves."""
         lr, beta, rho, decay, l2, sign = self.per_tensor()
         v = sign * gain * self.g + l2 * self.w
         count = torch.stack(self.steps).double()[:, None] + 1
         unbiased = new_moment / (1 - beta**count)
+        ahead = (beta * new_moment + (1 - beta) * v) / (1 - beta ** (count + 1))
+        right = {"moment": unbiased, "gradient": v, "nesterov": ahead}[numerator]
         blocks = self.blocks_of(fisher)
         total = torch.zeros(2, max(len(self.sizes), sum(self.sizes), 1), dtype=torch.float64)
-        total.index_add_(1, blocks, torch.stack([(unbiased * x / rho).sum(1) for x in (unbiased, v)]))
+        total.index_add_(1, blocks, torch.stack([(unbiased * x / rho).sum(1) for x in (unbiased, right)]))
         s, p = total[:, blocks].unsqueeze(-1)
-        direction = (v - unbiased * p / (1 + s)) / rho if gradient_form else unbiased / (rho * (1 + s))
+        direction = (right - unbiased * p / (1 + s)) / rho
         return self.w - lr * decay * self.w - lr * direction
 
 
@@ -353,14 +364,14 @@ SIZES = [[1], [0, 33, 2], [129, 70, 0, 71]]
 
 
 @emulated
-@pytest.mark.parametrize("gradient_form", [False, True], ids=["moment", "gradient"])
+@pytest.mark.parametrize("numerator", NUMERATORS)
 @pytest.mark.parametrize("fisher", ["model", "group", "parameter"])
 @pytest.mark.parametrize("guarded", [False, True], ids=["plain", "guarded"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_operators_from_sums_to_coefficients(sizes: list[int], guarded: bool, fisher: str, gradient_form: bool) -> None:
+def test_operators_from_sums_to_coefficients(sizes: list[int], guarded: bool, fisher: str, numerator: str) -> None:
     ops = torch.ops.sofim_fused_emulated
     case = Case.of(sizes, 0.0 if len(sizes) == 1 else 0.5)
-    method = case.method(fisher, gradient_form, guarded)
+    method = case.method(fisher, numerator, guarded)
     n, before = sum(sizes), [int(step) for step in case.steps]
     _, beta, _, _, l2, sign = case.per_tensor()
     sums = case.sums(bool(l2.any()), guarded)
@@ -377,7 +388,7 @@ def test_operators_from_sums_to_coefficients(sizes: list[int], guarded: bool, fi
         limits = [norm / 8, torch.tensor(2.0), torch.tensor(0.0), True]  # the gradients are twice too large
         gain = 0.25 * 0.5
     moment = beta * case.m + (1 - beta) * (sign * gain * case.g + l2 * case.w) if guarded else case.m
-    expected = case.expected(fisher, gradient_form, gain, moment)
+    expected = case.expected(fisher, numerator, gain, moment)
     coefficients, guard = ops.solve(blocks, square[0] if guarded else None, *method, *limits)
     by_weight, by_gradient, by_moment = coefficients.unsqueeze(-1)
     found = by_weight * case.w + by_gradient * gain * case.g + by_moment * moment
@@ -391,7 +402,7 @@ def test_operators_skip_a_step() -> None:
     ops = torch.ops.sofim_fused_emulated
     for found_inf, square in ((torch.tensor(1.0), 4.0), (None, float("inf"))):
         case = Case.of([2, 1])
-        method = case.method("model", False, True)
+        method = case.method("model", "moment", True)
         blocks, _ = ops.fold(*case.sums(False, True), *method, None, 1)
         before = [int(step) for step in case.steps]
         _, guard = ops.solve(blocks[0], torch.tensor(square).double(), *method, 1.0, None, found_inf, True)
@@ -405,7 +416,7 @@ def test_operators_without_tensors_give_zeros_and_the_norm() -> None:
     ops = torch.ops.sofim_fused_emulated
     for fisher, count in (("model", 1), ("group", 2), ("parameter", 0)):
         case = Case.of([0, 0])
-        method = case.method(fisher, True, True)
+        method = case.method(fisher, "gradient", True)
         blocks, squares = ops.fold(*case.sums(True, True), *method, torch.zeros(0, dtype=torch.int64), 2)
         assert torch.equal(blocks, torch.zeros(2, 9, count, dtype=torch.float64))
         assert torch.equal(squares, torch.zeros(2, dtype=torch.float64))
@@ -420,7 +431,7 @@ def test_operators_with_more_tensors_than_arguments_hold() -> None:
     ops = torch.ops.sofim_fused_emulated
     few, many = Case.of([1, 1]), Case.of([1, 5000])
     for case, expected in ((few, 1), (many, 1 + 2)):
-        method = case.method("parameter", False, False)
+        method = case.method("parameter", "moment", False)
         sums = case.sums(False, False)
         before = module().launches()
         blocks, _ = ops.fold(*sums, *method, None, 1)
@@ -429,7 +440,7 @@ def test_operators_with_more_tensors_than_arguments_hold() -> None:
         moment = coefficients[2, :, None] * case.m + coefficients[0, :, None] * case.w
         assert [int(step) for step in case.steps] == [i % 7 + 1 for i in range(sum(case.sizes))]
         torch._foreach_sub_(case.steps, 1)
-        torch.testing.assert_close(moment, case.expected("parameter", False, 1.0, case.m), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(moment, case.expected("parameter", "moment", 1.0, case.m), rtol=1e-12, atol=1e-12)
 
 
 @emulated
@@ -438,12 +449,13 @@ def test_operators_with_more_tensors_than_arguments_hold() -> None:
     [
         ({"mm": torch.zeros(3)}, "mm: float64 [3] on cpu is needed, this is Float [3] on cpu"),
         ({"gg": torch.zeros(2).double()}, "gg: float64 [3] on cpu is needed"),
-        ({"mg": None}, "mg: the gradient form needs it"),
+        ({"mg": None}, "mg: this numerator needs it"),
         ({"hyper": torch.zeros(2, 5).double()}, "hyper: float64 [2, 6] on cpu is needed"),
         ({"sizes": [2, 2]}, "sizes: they add up to more than the 3 steps"),
         ({"sizes": [2]}, "sizes: they add up to 2, but there are 3 steps"),
         ({"steps": [torch.tensor(0.0)] * 3}, "steps: one int64 each on cpu is needed, tensor 0 is not"),
         ({"fisher": 3}, "fisher: 0, 1 or 2 is needed, this is 3"),
+        ({"numerator": -1}, "numerator: 0, 1 or 2 is needed, this is -1"),
         ({"class_of": torch.zeros(3)}, "class_of: an int64 vector of 3 on cpu is needed"),
         ({"classes": 0}, "classes: 0, but one at least is needed"),
         ({"guarded": True, "gg": None}, "mg, gg: a guarded step needs both"),
@@ -452,9 +464,9 @@ def test_operators_with_more_tensors_than_arguments_hold() -> None:
 )
 def test_fold_refuses_what_does_not_fit(change: dict[str, Any], message: str) -> None:
     case = Case.of([2, 1])
-    names = ("steps", "hyper", "sizes", "fisher", "gradient_form", "guarded")
+    names = ("steps", "hyper", "sizes", "fisher", "numerator", "guarded")
     given = dict(zip(("mm", "mg", "mw", "gg", "gw", "ww"), case.sums(True, True), strict=True))
-    given |= dict(zip(names, case.method("model", True, False), strict=True)) | {"class_of": None, "classes": 1}
+    given |= dict(zip(names, case.method("model", "gradient", False), strict=True)) | {"class_of": None, "classes": 1}
     with pytest.raises(RuntimeError, match=re.escape(message)):
         torch.ops.sofim_fused_emulated.fold(**{**given, **change})
 
@@ -472,8 +484,8 @@ def test_fold_refuses_what_does_not_fit(change: dict[str, Any], message: str) ->
 )
 def test_solve_refuses_what_does_not_fit(change: dict[str, Any], message: str) -> None:
     case = Case.of([2, 1])
-    names = ("steps", "hyper", "sizes", "fisher", "gradient_form", "guarded")
-    given = dict(zip(names, case.method("model", True, True), strict=True))
+    names = ("steps", "hyper", "sizes", "fisher", "numerator", "guarded")
+    given = dict(zip(names, case.method("model", "gradient", True), strict=True))
     given |= {"blocks": torch.ones(9, 1).double(), "square": torch.ones(()).double(), "max_norm": 1.0}
     given |= {"grad_scale": None, "found_inf": None, "skip_nonfinite": False}
     with pytest.raises(RuntimeError, match=re.escape(message)):

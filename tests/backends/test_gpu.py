@@ -89,7 +89,7 @@ def test_a_captured_step_replays(backend: str, options: dict[str, Any]) -> None:
 
 IN_BACKWARD: list[dict[str, Any]] = [
     {"in_backward": True},
-    {"in_backward": True, "numerator": "gradient", "release_grads": True},
+    {"in_backward": True, "numerator": "nesterov", "release_grads": True},
 ]
 
 

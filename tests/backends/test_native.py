@@ -21,7 +21,7 @@ from sofim_fused.backends import Coefficients, Decay, GradientStep, StepTensors
 from sofim_fused.backends.reference import ReferencePasses
 from sofim_fused.backends.rounding import random_bits, round_stochastic
 from tests.backends.support import LEFT_TO_PYTHON, Subclass, Watching, set_grad
-from tests.support.problems import give, mixed_problem, same_bits, snapshot
+from tests.support.problems import give, give_state, mixed_problem, same_bits, snapshot
 
 CPU = torch.device("cpu")
 TILE = 32_768  # kTile in csrc/gather/tiling.h
@@ -454,6 +454,22 @@ def trained_states() -> dict[str, list[Tensor]]:
                     give(problem.params, grads)
                     optimizer.step()
                 states[f"{options} {decay} {dtypes} {state_dtype}"] = snapshot(optimizer)
+    for diagonal, rho in itertools.product(("row", "factored", "element"), (None, 0.5)):
+        for dtypes in ((torch.float32,), (torch.float64,), (torch.bfloat16, torch.float16)):
+            problem = mixed_problem(dtypes)
+            generator = torch.Generator().manual_seed(9)
+            large = [nn.Parameter(torch.rand(80, n, generator=generator).to(dtypes[0])) for n in (65, 2100)]
+            problem.groups[0]["params"] += large
+            problem.group_of[:0] = [0, 0]
+            for group in problem.groups:
+                group["rho"] = rho
+            options = {"diagonal": diagonal, "numerator": "nesterov", "max_grad_norm": 0.5 if rho else None}
+            optimizer = SOFIM(problem.groups, backend="cpu", **options)
+            give_state(optimizer)  # so that no step goes through PyTorch, which has other bits for each instruction set
+            for _, grads in zip(range(3), problem.gradients(), strict=False):
+                give(problem.params, grads)
+                optimizer.step()
+            states[f"{options} {dtypes}"] = snapshot(optimizer)
     return states
 
 

@@ -68,6 +68,40 @@ def test_a_moment_with_gaps() -> None:
     check_everything(t, optimizer)
 
 
+def test_running_means() -> None:
+    """Of diagonals that adapt: addresses, sizes, and what counts as a change."""
+    shapes = ((4, 5), (3,), (2, 3, 4, 5))
+    params = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    params[2].data = params[2].data.to(memory_format=torch.channels_last)
+    params.append(nn.Parameter(torch.ones(6, 4).t()))
+    give(params, [torch.ones_like(p) for p in params])
+    optimizer = made(params, diagonal="factored", rho=None, numerator="nesterov", beta2=0.5, eps=0.25)
+    t = new()
+    assert gathered(t, optimizer) == pack.EVERYTHING
+    assert (t.adaptive, t.rank_one, t.numerator) == (True, False, "nesterov")
+    assert t.settings.tolist() == [[0.5, 0.25]]
+    states = [optimizer.state[p] for p in params]
+    blocks = [[state["row_var"].data_ptr(), state["col_var"].data_ptr()] for state in (states[0], *states[2:])]
+    expected = [
+        [*blocks[0], 0, 0, 4, 5, 5],
+        [0, 0, states[1]["variance"].data_ptr(), 1, 1, 3, 3],
+        [*blocks[1], 0, 0, 2, 60, 60],
+        [*blocks[2], 0, 0, 4, 6, 1],
+    ]
+    assert t.means.tolist() == expected
+    assert [row[pack.KIND] >> 6 for row in t.rows.tolist()] == [0, 1, 0, 0]
+    assert pack.ELEMENT in {kind & ~pack.UNALIGNED for kind in t.kinds}
+    t.finish(False, False, False)
+    assert gathered(t, optimizer) == 0
+    states[0]["row_var"] = torch.zeros(4)
+    assert gathered(t, optimizer) == pack.POINTERS
+    optimizer.param_groups[0]["beta2"] = 0.75
+    assert gathered(t, optimizer) == pack.VALUES
+    before = [x._version for state in states for x in state.values()]
+    t.finish(True, True, True)
+    assert all(x._version > old for x, old in zip((x for s in states for x in s.values()), before, strict=True))
+
+
 VIEWS: dict[str, Callable[[Tensor, Tensor, SOFIM], None]] = {
     "conjugated gradient": lambda c, x, o: setattr(c.grad, "data", c.grad.data.conj()),  # type: ignore[union-attr]
     "conjugated moment": lambda c, x, o: setattr(o.state[c]["exp_avg"], "data", o.state[c]["exp_avg"].conj()),
@@ -268,6 +302,7 @@ CHANGES: dict[str, tuple[Callable[[SOFIM], object], int]] = {
     "L2 without decay": (_set_first(decoupled_weight_decay=False), 0),
     "fisher": (_set_all(fisher="parameter"), LAYOUT),
     "numerator": (_set_all(numerator="gradient"), LAYOUT),
+    "another numerator": (_set_all(numerator="nesterov"), LAYOUT),
     "a limit": (_set_all(max_grad_norm=1.0), LAYOUT),
     "skip_nonfinite": (_set_all(skip_nonfinite=True), LAYOUT),
     "a parameter's data": (lambda o: setattr(_first(o), "data", torch.ones(4, 4)), POINTERS),

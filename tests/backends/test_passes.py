@@ -10,11 +10,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from sofim_fused import SOFIM, backends
-from sofim_fused.backends import Coefficients, Decay, GradientStep, Passes, StepTensors, reference
+from sofim_fused.backends import Coefficients, Decay, GradientStep, Passes, StepTensors, reference, solve
 from sofim_fused.backends.reference import TILE, dot
 from sofim_fused.step import gather
 from tests.backends.support import Transfers
-from tests.support.problems import give, mixed_problem, same_bits, snapshot
+from tests.support.problems import NUMERATORS, give, mixed_problem, same_bits, snapshot
 from tests.support.runs import CPU_BACKENDS as BACKENDS
 from tests.support.runs import EMULATED, INTERPRETED, once
 
@@ -151,14 +151,16 @@ def test_bits_do_not_depend_on_the_number_of_threads(
     assert same_bits(results[0], results[2])
 
 
-def test_batches_and_tiles_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("diagonal", ["identity", "mixed"])
+def test_batches_and_tiles_of_any_size_give_the_same(diagonal: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """How many tensors the reference takes at once, and how sums are cut, shows in the last digits at most."""
     results = []
     for chunk, tile in ((reference.CHUNK, reference.TILE), (16, 4), (1, 2)):
         monkeypatch.setattr(reference, "CHUNK", chunk)
         monkeypatch.setattr(reference, "TILE", tile)
-        problem = mixed_problem(torch.float64, "l2")
-        optimizer = SOFIM(problem.groups, max_grad_norm=0.7, skip_nonfinite=True)
+        monkeypatch.setattr(solve, "TILE", tile)
+        problem = mixed_problem(torch.float64, "l2" if diagonal == "identity" else "none", diagonal=diagonal)
+        optimizer = SOFIM(problem.groups, max_grad_norm=0.7, skip_nonfinite=True, backend="reference")
         for _, grads in zip(range(4), problem.gradients(), strict=False):
             give(problem.params, grads)
             optimizer.step()
@@ -194,7 +196,7 @@ def test_dot_of_any_size(size: int) -> None:
 
 @once
 @pytest.mark.parametrize("fisher", ["model", "group", "parameter"])
-@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("numerator", NUMERATORS)
 @pytest.mark.parametrize("options", SCHEDULES, ids=["plain", "guarded"])
 def test_no_step_waits_for_a_gpu(options: dict[str, Any], numerator: str, fisher: str) -> None:
     """On fake tensors of a CUDA device, which have no values: gradients come and go, a learning rate changes, ρ lies on
@@ -234,9 +236,36 @@ def test_no_step_waits_for_a_gpu(options: dict[str, Any], numerator: str, fisher
             optimizer.skipped_steps.item()
 
 
+@once
+@pytest.mark.parametrize("rho", [None, 0.5], ids=["no-rank-one", "rank-one"])
+@pytest.mark.parametrize("options", SCHEDULES, ids=["plain", "guarded"])
+@pytest.mark.parametrize("diagonal", ["tensor", "row", "factored", "element"])
+def test_no_adaptive_step_waits_for_a_gpu(diagonal: str, options: dict[str, Any], rho: float | None) -> None:
+    with FakeTensorMode():
+        shapes = [((3, 4), torch.float32), ((5,), torch.bfloat16), ((), torch.float64), ((2, 40_000), torch.float32)]
+        params = [torch.nn.Parameter(torch.empty(shape, device="cuda", dtype=dtype)) for shape, dtype in shapes]
+        optimizer = SOFIM(
+            params,
+            lr=torch.full((), 0.1, device="cuda"),
+            rho=rho if rho is None else torch.full((), rho, device="cuda"),
+            diagonal=diagonal,  # type: ignore[arg-type]
+            numerator="nesterov",
+            weight_decay=0.1,
+            backend="reference",
+            **options,
+        )
+        with Transfers() as watch:
+            for step in range(4):
+                for i, p in enumerate(params):
+                    p.grad = None if step == i else torch.empty_like(p)
+                optimizer.step()
+        assert watch.seen == []
+        assert (optimizer.signal is None) == (rho is None)
+
+
 @pytest.mark.parametrize("options", SCHEDULES, ids=["plain", "guarded"])
 @pytest.mark.parametrize("fisher", ["model", "group", "parameter"])
-@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("numerator", NUMERATORS)
 def test_fisher_blocks_span_devices(
     numerator: str, fisher: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,5 +283,31 @@ def test_fisher_blocks_span_devices(
         if options:
             assert optimizer.grad_norm is not None
             results[-1].append(optimizer.grad_norm)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("rank_one", [True, False], ids=["rank-one", "no-rank-one"])
+@pytest.mark.parametrize("options", SCHEDULES, ids=["plain", "guarded"])
+@pytest.mark.parametrize("fisher", ["model", "group", "parameter"])
+def test_adaptive_fisher_blocks_span_devices(
+    fisher: str, options: dict[str, Any], rank_one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for shares in (1, 2):
+        problem = mixed_problem(torch.float64, "decoupled", diagonal="mixed", rank_one=rank_one)
+        optimizer = SOFIM(problem.groups, numerator="nesterov", fisher=fisher, **options)
+        if shares == 2:
+            monkeypatch.setattr(gather, "by_device", lambda entries: [(CPU, entries[::2]), (CPU, entries[1::2])])
+        for _, grads in zip(range(6), problem.gradients(), strict=False):
+            give(problem.params, grads)
+            optimizer.step()
+        results.append([p.detach() for p in problem.params])
+        if options:
+            assert optimizer.grad_norm is not None
+            results[-1].append(optimizer.grad_norm)
+        assert (optimizer.signal is not None) == rank_one
+        if optimizer.signal is not None:
+            results[-1].append(optimizer.signal)
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)

@@ -172,6 +172,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"weight_decay": 0.1, "decoupled_weight_decay": False},
     {"numerator": "gradient", "weight_decay": 0.1 / LR},
     {"numerator": "gradient", "weight_decay": 0.1, "decoupled_weight_decay": False, "max_grad_norm": LIMIT},
+    {"numerator": "nesterov", "weight_decay": 0.1, "decoupled_weight_decay": False},
 ]
 
 
@@ -198,14 +199,15 @@ def expected(options: dict[str, Any], make: Callable[[Values], Shared], steps: i
     decay, limit = options.get("weight_decay", 0.0), options.get("max_grad_norm")
     l2, decoupled = (decay, 0.0) if options.get("decoupled_weight_decay") is False else (0.0, decay)
 
-    def sums(m: Tensor, w: Tensor, g: Tensor, c: float) -> tuple[float, float]:
-        return float(c * c * (m * m).sum() / RHO), float(c * (m * (g + l2 * w)).sum() / RHO)
+    def right(m: Tensor, w: Tensor, g: Tensor) -> Tensor:
+        ahead = (MOMENTUM * m + (1 - MOMENTUM) * (g + l2 * w)) / (1 - MOMENTUM ** (step + 1))
+        return {"moment": c * m, "gradient": g + l2 * w, "nesterov": ahead}[options.get("numerator", "moment")]
+
+    def sums(m: Tensor, w: Tensor, g: Tensor) -> tuple[float, float]:
+        return float(c * c * (m * m).sum() / RHO), float(c * (m * right(m, w, g)).sum() / RHO)
 
     def update(w: Tensor, m: Tensor, g: Tensor, s: float, cross: float) -> None:
-        if options.get("numerator") == "gradient":
-            w.copy_((1 - LR * decoupled) * w - LR / RHO * (g + l2 * w - m * cross / (1 + s)))
-        else:
-            w.copy_((1 - LR * decoupled) * w - LR / RHO * m / (1 + s))
+        w.copy_((1 - LR * decoupled) * w - LR / RHO * (right(m, w, g) - c * m * cross / (1 + s)))
 
     for step in range(1, steps + 1):
         given = gradients(shared, step)
@@ -219,19 +221,19 @@ def expected(options: dict[str, Any], make: Callable[[Values], Shared], steps: i
         if limit is None:
             for w, m, g in members:
                 m.mul_(MOMENTUM).add_((1 - MOMENTUM) * (g + l2 * w))
-                norm, product = sums(m, w, g, c)
+                norm, product = sums(m, w, g)
                 s, cross = s + norm, cross + product
             for w, m, g in members:
-                update(w, c * m, g, s, cross)
+                update(w, m, g, s, cross)
             continue
         norm = float(sum((g * g).sum() for g in grads)) ** 0.5
         members = [(w, m, g * min(1.0, limit / norm)) for w, m, g in members]
         for w, m, g in members:
-            norm, product = sums(MOMENTUM * m + (1 - MOMENTUM) * (g + l2 * w), w, g, c)
+            norm, product = sums(MOMENTUM * m + (1 - MOMENTUM) * (g + l2 * w), w, g)
             s, cross = s + norm, cross + product
         for w, m, g in members:
             m.mul_(MOMENTUM).add_((1 - MOMENTUM) * (g + l2 * w))
-            update(w, c * m, g, s, cross)
+            update(w, m, g, s, cross)
     return shared
 
 
@@ -249,7 +251,9 @@ def taken(run: Run, shared: Shared, steps: int, **options: Any) -> list[Tensor]:
 
 
 @pytest.mark.covering(2)
-@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "clipped", "l2", "gradient", "gradient-l2-clipped"])
+@pytest.mark.parametrize(
+    "options", OPTIONS, ids=["plain", "clipped", "l2", "gradient", "gradient-l2-clipped", "nesterov-l2"]
+)
 @pytest.mark.parametrize(("make", "dtype"), NAMED)
 def test_tensors_that_share_memory_are_taken_in_turn(
     make: Callable[[Values], Shared], dtype: torch.dtype, options: dict[str, Any], run: Run

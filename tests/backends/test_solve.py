@@ -14,12 +14,13 @@ from sofim_fused import backends
 from sofim_fused.backends import FISHER, GuardSettings, Passes, Settings, Sums
 from sofim_fused.backends.reference import ReferencePasses
 from sofim_fused.step.hyperparameters import Hyperparameters
+from tests.support.problems import NUMERATORS
 from tests.support.runs import CPU_BACKENDS
 
 CPU = torch.device("cpu")
 BACKENDS = [name for name in CPU_BACKENDS if name != "reference"]
 SIZES = [2, 0, 3]  # tensors per group
-FORMS = list(product(("moment", "gradient"), FISHER))
+FORMS = list(product(NUMERATORS, FISHER))
 GROUPS: list[dict[str, Any]] = [
     {"lr": 0.1, "momentum": 0.9, "rho": 0.5, "weight_decay": 0.0, "decoupled_weight_decay": True, "maximize": False},
     {"lr": 0.1, "momentum": 0.9, "rho": 0.5, "weight_decay": 0.1, "decoupled_weight_decay": False, "maximize": False},
@@ -172,7 +173,7 @@ def test_a_rank_without_tensors(backend: str) -> None:
     for numerator, fisher in FORMS:
         settings = settings_of(numerator, fisher, sizes=[0, 0, 0])
         blocks, squares = passes.fold([], settings, backends.no_sums(CPU), True)
-        rows = 9 if numerator == "gradient" else 6
+        rows = 6 if numerator == "moment" else 9
         assert torch.equal(blocks, torch.zeros(1, rows, (1, 3, 0)[settings.fisher], dtype=torch.float64))
         assert torch.equal(squares, torch.zeros(1, dtype=torch.float64))
         square = torch.tensor(16.0, dtype=torch.float64)
@@ -202,6 +203,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "sizes: 4 tensors in groups, but 5 steps": ("fold", {"sizes": [2, 0, 2]}),
     "sizes: a group cannot have -1 tensors": ("fold", {"sizes": [2, -1, 4]}),
     "fisher: 0, 1 or 2 is needed": ("fold", {"fisher": 3}),
+    "numerator: 0, 1 or 2 is needed": ("solve", {"numerator": 3}),
     "steps: 0-dimensional int64 tensors on the CPU are needed": ("fold", {"steps": [torch.tensor(0.0)] * 5}),
     "class_of: 2 is not from 0 to 1": ("fold", {"class_of": torch.tensor([0, 1, 2, 0, 1]), "classes": 2}),
     "classes: 1 or more are needed": ("fold", {"classes": 0}),
@@ -218,7 +220,7 @@ def test_the_operators_refuse_what_does_not_fit(text: str) -> None:
     name, changes = REFUSED[text]
     steps = new_steps(5)
     settings = settings_of("gradient", "model")
-    shared = {"steps": steps, "hyper": settings.hyper, "sizes": SIZES, "fisher": 0, "gradient_form": True}
+    shared = {"steps": steps, "hyper": settings.hyper, "sizes": SIZES, "fisher": 0, "numerator": 1}
     arguments = {
         "fold": {**sums_of(5)._asdict(), **shared, "guarded": True, "class_of": None, "classes": 1},
         "solve": {

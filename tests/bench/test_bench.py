@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench import step, timing
 from bench.shapes import MODELS, elements, grid
-from bench.step import GUARDED, HOST, MEMORY, PASSES, PLAIN, SIXTEEN_BIT, TABLES, TARGETS, Recipe, Workload
+from bench.step import ADAPTIVE, GUARDED, HOST, MEMORY, PASSES, PLAIN, SIXTEEN_BIT, TABLES, TARGETS, Recipe, Workload
 from bench.timing import MIN_ROUNDS, WARMUP_ROUNDS, Timing, compare, copy_bandwidth, orders
 from examples.models import LeNet5
 from sofim_fused import SOFIM
@@ -162,6 +162,7 @@ COMPARISONS = {
     "plain": (PLAIN, torch.float32),
     "guarded": (GUARDED, torch.float32),
     "sixteen_bit": (SIXTEEN_BIT, torch.bfloat16),
+    "adaptive": (ADAPTIVE, torch.float32),
     "host": (HOST, torch.float32),
     "memory": (MEMORY, torch.float32),
 }
@@ -182,8 +183,10 @@ def after(recipe: Recipe, work: Workload, steps: int = 3) -> list[Tensor]:
 
 
 def other_way(recipe: Recipe) -> Recipe:
-    """The same update by the reference backend, or by SGD tensor by tensor."""
-    other = {"backend": "reference"} if recipe.optimizer is SOFIM else {"foreach": False, "fused": False}
+    """The same update by the reference backend, or by another optimizer tensor by tensor."""
+    other: dict[str, Any] = {"backend": "reference"} if recipe.optimizer is SOFIM else {"foreach": False}
+    if "fused" in recipe.options:
+        other["fused"] = False
     return recipe._replace(options={**recipe.options, **other})
 
 
@@ -312,7 +315,11 @@ def test_the_runner_writes_every_table(
     path = tmp_path / "step.json"
     step.main(["--models", "lenet-5", "--seconds", "0.05", "--threads", "1", "--json", str(path)])
     record = json.loads(path.read_text())
-    assert list(record["tables"]) == list(TABLES) == [*("plain", "passes", "guarded", "sixteen_bit", "host", "memory")]
+    assert (
+        list(record["tables"])
+        == list(TABLES)
+        == [*("plain", "passes", "guarded", "adaptive", "sixteen_bit", "host", "memory")]
+    )
     document = path.with_suffix(".md").read_text()
     printed = capsys.readouterr().out
     for key, rows in record["tables"].items():

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 from bench import kernels as report
+from bench import kernels_adaptive as adaptive
 from bench import kernels_cuda as cuda
 from tests.support.runs import INTERPRETED
 
@@ -61,6 +62,33 @@ def test_kernels_for_sums_are_compiled(target: str) -> None:
         assert row.registers > 16
         assert (row.kind, row.read, row.written) == (report.SUMS, None, None)
         assert case.name in report.as_text([row])
+
+
+ADAPTIVE = {(label, case.name): case for label, case in adaptive.cases(report.KINDS, report.SUMS)}
+
+
+def test_kernels_of_adaptive_diagonals_are_as_they_should_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes of a sweep as docs/method.md has them; slots for sums of tiles are counted and limited."""
+    commit = report.examined_adaptive(ADAPTIVE["fp32", "commit_scaled (blocks)"], "fp32", "sm_90")
+    assert (commit.wrong, commit.read, commit.written) == ([], 12, 8)
+    adapt = report.examined_adaptive(ADAPTIVE[report.SUMS, "adapt"], report.SUMS, "sm_90")
+    assert (adapt.wrong, adapt.read) == ([], None)
+    monkeypatch.setattr(adaptive, "MOST_SLOTS", 0.1)
+    squares = report.examined_adaptive(ADAPTIVE["fp32", "squares (matrices)"], "fp32", "sm_90")
+    assert (squares.wrong, squares.read, squares.written) == (
+        ["slots take 0.125 bytes per parameter, 0.1 are allowed"],
+        4,
+        0.125,
+    )
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1), (1, 10**7), (2, 4097), (5, 129), (129, 1), (513, 25), (129, 129), (50_257, 768), (768, 50_257)],
+    ids=str,
+)
+def test_slots_take_little(shape: tuple[int, int]) -> None:
+    assert adaptive.slots_of(shape) <= adaptive.MOST_SLOTS
 
 
 MASK = [
@@ -317,7 +345,16 @@ def test_names_of_kernels_are_read() -> None:
         ("4copyILi32764E", (some, "arguments to a table")),
     ):
         assert cuda.described(start + middle + end) == expected
-    for name in ("fold", "solve"):
+    scaled = "NS0_9ArgumentsINS0_10ScaledTaskELi32764EEE"
+    for middle, expected in (
+        ("17accumulate_scaledILb0EEEv", (some, "accumulate_scaled")),
+        ("13update_scaledILNS0_10ScaledPassE1ELb1EEEv", (fp32, "apply_scaled")),
+        ("13update_scaledILNS0_10ScaledPassE2ELb0EEEv", (some, "commit_scaled")),
+        ("7squaresE", (some, "squares")),
+        ("13finish_scaledE", (some, "fold_scaled and solve_scaled")),
+    ):
+        assert cuda.described(start + middle + scaled) == expected
+    for name in ("fold", "solve", "adapt", "fold_scaled", "solve_scaled"):
         entry = f"{start}{len(name)}{name}ENS0_9ArgumentsINS0_11AlgebraTaskELi32764EEE"
         assert cuda.described(entry) == (some, name)
 

@@ -18,6 +18,7 @@ from tests.distributed.support import (
     fsdp,
     fsdp1,
     grouped,
+    loss_of,
     mesh_of,
     needs_ranks,
     restore,
@@ -205,3 +206,63 @@ def test_a_checkpoint_of_four_ranks_goes_on_on_two(four: Ranks, two: Ranks, tmp_
     path = str(tmp_path / "saved")
     before, after = four.run(begin, path), two.run(resume, path)
     assert mean_losses(after) == pytest.approx(mean_losses(before), rel=1e-5)
+
+
+def taken_over(rank: int, spread_by: Any, diagonal: Any) -> tuple[float, float]:
+    """AdamW for a few steps, then SOFIM from its state; beside the same in one process."""
+    world = distributed.get_world_size()
+    alone, spread = Net(12), spread_by(Net(12), world)
+    parts, part = (
+        (1, 0) if spread_by is on_tensor_parallel else (2, rank // 2) if spread_by is on_two_axes else (world, rank)
+    )
+    first, second = (torch.optim.AdamW(model.parameters(), lr=0.02) for model in (alone, spread))
+    for model, optimizer, mine in ((alone, first, (0, 1)), (spread, second, (part, parts))):
+        for step in range(4):
+            optimizer.zero_grad()
+            loss_of(model, step, *mine).backward()
+            optimizer.step()
+    before = farthest(spread, alone)
+    ours = [SOFIM.from_adamw(optimizer, diagonal=diagonal) for optimizer in (first, second)]
+    train(alone, ours[0], range(4, STEPS))
+    train(spread, ours[1], range(4, STEPS), part, parts)
+    return before, farthest(spread, alone)
+
+
+@pytest.mark.parametrize(
+    ("spread_by", "diagonal"),
+    [(on_fsdp, "tensor"), (on_fsdp, "factored"), (on_tensor_parallel, "row"), (on_tensor_parallel, "factored")],
+)
+def test_adamw_s_second_moments_are_reduced_over_ranks(spread_by: Any, diagonal: str, two: Ranks) -> None:
+    for before, after in two.run(taken_over, spread_by, diagonal):
+        assert before <= CLOSE
+        assert after <= 10 * CLOSE
+
+
+def test_adamw_s_second_moments_on_two_axes(four: Ranks) -> None:
+    assert max(after for _, after in four.run(taken_over, on_two_axes, "factored")) <= 10 * CLOSE
+
+
+def groups_apart(rank: int) -> list[float]:
+    """Each rank has parameters of one group alone, and only one of the groups has a finite ρ."""
+    tensors = [nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)), nn.Parameter(torch.linspace(0, 2, 12).view(4, 3))]
+    groups = [
+        {"params": [p] if owner == rank else [], "rho": rho}
+        for owner, (p, rho) in enumerate(zip(tensors, (None, 0.3), strict=True))
+    ]
+    settings: dict[str, Any] = {**COMMON, "diagonal": "row", "fisher": "group"}
+    optimizer = SOFIM(groups, shard_group=distributed.group.WORLD, **settings)
+    alone = nn.Parameter(tensors[rank].detach().clone())
+    twin = SOFIM([alone], **settings, rho=groups[rank]["rho"])
+    for _ in range(3):
+        tensors[rank].grad = tensors[rank].detach().sin()
+        alone.grad = alone.detach().sin()
+        optimizer.step()
+        twin.step()
+    return [(tensors[rank] - alone).abs().max().item(), len([] if optimizer.signal is None else optimizer.signal)]
+
+
+def test_ranks_with_groups_of_their_own(two: Ranks) -> None:
+    """All of them send what the term of rank one needs, or none of them does."""
+    for distance, blocks in two.run(groups_apart):
+        assert distance <= CLOSE
+        assert blocks == 2

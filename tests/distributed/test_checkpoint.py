@@ -26,8 +26,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+ADAPTIVE: dict[str, dict[str, Any]] = {
+    "factored": {"diagonal": "factored", "numerator": "nesterov"},
+    "row, with a term of rank one": {"diagonal": "row", "rho": 0.5, "fisher": "group"},
+    "element, guarded": {"diagonal": "element", "max_grad_norm": 0.1, "skip_nonfinite": True},
+}
+
+
 def made(model: nn.Module, options: dict[str, Any]) -> SOFIM:
-    return SOFIM(model.parameters(), **{"lr": 0.1, "rho": 1.0, **options})
+    return SOFIM(model.parameters(), **{"lr": 0.1, **options})
 
 
 def bits(model: nn.Module, optimizer: SOFIM) -> list[Tensor]:
@@ -62,19 +69,38 @@ def trained(model: nn.Module, optimizer: SOFIM, early: bool, rank: int = 0, part
     return bits(model, optimizer)
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("kind", [*OPTIONS, *ADAPTIVE])
 @pytest.mark.parametrize("narrow", [False, True])
 def test_a_state_dict_before_the_first_step_changes_nothing(kind: str, narrow: bool) -> None:
     """Torch takes a step with lr=0 and gradients of zero there, to have the state made."""
-    if narrow and OPTIONS[kind].get("in_backward") and "numerator" in OPTIONS[kind]:
+    options = (OPTIONS | ADAPTIVE)[kind]
+    if narrow and options.get("in_backward") and "numerator" in options:
         narrow = False  # refused for 16-bit parameters
     results = []
     for early in (False, True):
         model = Net()
         if narrow:
             model = nn.Sequential(Cast(), model.bfloat16(), Widen())  # type: ignore[assignment]
-        results.append(trained(model, made(model, OPTIONS[kind]), early))
+        results.append(trained(model, made(model, options), early))
     assert same(*results)
+
+
+@pytest.mark.parametrize("kind", ADAPTIVE)
+def test_a_state_dict_before_the_first_step_has_the_means_of_squares(kind: str) -> None:
+    """So that a checkpoint can be loaded into an optimizer that has taken no step."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, other = Net(), Net()
+    optimizer, fresh = (made(net, ADAPTIVE[kind]) for net in (model, other))
+    early = get_optimizer_state_dict(other, fresh)["state"]
+    expected = {"factored": {"row_var", "col_var"}, "row": {"row_var"}, "element": {"variance"}}
+    found = set(early["first.weight"]) - {"exp_avg", "step"}  # type: ignore[index,call-overload]
+    assert found == expected[ADAPTIVE[kind]["diagonal"]]
+    trained(model, optimizer, False)
+    other.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(other, fresh, get_optimizer_state_dict(model, optimizer))
+    assert same(bits(other, fresh), bits(model, optimizer))
+    assert same(trained(other, fresh, False), trained(model, optimizer, False))
 
 
 class Cast(nn.Module):

@@ -64,6 +64,7 @@ def against_one_process(rank: int, layout: str, options: dict[str, Any], steps: 
 FORMS = [(numerator, fisher) for numerator in ("moment", "gradient") for fisher in ("model", "group", "parameter")]
 # All of it on two ranks; on four, which take turns on few cores, each form with one kind of step.
 CASES = [(2, *form, kind) for form in FORMS for kind in KINDS]
+CASES += [(2, "nesterov", "model", "plain"), (2, "nesterov", "group", "l2"), (2, "nesterov", "parameter", "guarded")]
 CASES += [(4, *form, list(KINDS)[(i + i // 3) % 3]) for i, form in enumerate(FORMS)]
 
 

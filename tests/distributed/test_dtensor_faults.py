@@ -255,6 +255,20 @@ def test_ranks_with_different_groups_raise(two: Ranks) -> None:
         assert "the ranks of a process group have different sums to add up (Fisher blocks: 3, 4)" in text
 
 
+def different_numerators(rank: int) -> None:
+    (p,) = list(Net().parameters())[:1]
+    numerator = ("gradient", "nesterov")[rank]  # of which there are as many sums
+    optimizer = SOFIM([p], numerator=numerator, shard_group=distributed.group.WORLD)  # type: ignore[arg-type]
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+def test_ranks_with_different_numerators_raise(two: Ranks) -> None:
+    for good, text in two.outcomes(different_numerators):
+        assert not good
+        assert "different sums to add up (numerator: gradient, nesterov)" in text
+
+
 def different_shards(rank: int) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 

@@ -115,7 +115,7 @@ def sharded_later(rank: int, options: dict[str, Any], begun: bool) -> float:
         {"max_grad_norm": 0.3},
         {"numerator": "gradient", "fisher": "parameter", "backend": "reference"},
         {"in_backward": True},
-        {"in_backward": True, "numerator": "gradient"},
+        {"in_backward": True, "numerator": "nesterov"},
         {"in_backward": True, "release_grads": True, "backend": "reference"},
     ],
     ids=str,

@@ -21,7 +21,7 @@ from torch.optim import SGD, Optimizer
 
 from examples import data, train
 from examples.models import LeNet5
-from sofim_fused import SOFIM
+from sofim_fused import SOFIM, AdaSOFIM
 from tests.examples.support import assert_equal, checkpoint, history
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ def test_run_writes_plot_history_and_table(
     assert content["settings"]["data"] == "digits"
     assert content["settings"]["epochs"] == 3
     assert content["settings"]["batch_size"] == train.DEFAULTS["digits"].batch_size
-    assert list(content["runs"]) == ["sofim", "sgd"]
+    assert list(content["runs"]) == ["sofim", "sgd", "adasofim"]
     for name, kept in content["runs"].items():
         assert kept["diverged_in"] is None
         assert [row["epoch"] for row in kept["history"]] == [1, 2, 3]
@@ -106,6 +106,7 @@ def test_log_is_plain_and_states_the_settings(tmp_path: Path, capsys: pytest.Cap
         ["momentum", str(defaults.momentum)],
         ["rho", str(defaults.rho)],
         ["sgd", "lr", str(defaults.sgd_lr)],
+        ["ada", "lr", str(defaults.ada_lr)],
         ["sgd", "momentum", "0.9"],
     ):
         assert stated in words
@@ -153,8 +154,8 @@ def test_evaluation_takes_every_batch_and_no_dropout() -> None:
     assert accuracy * 1437 == pytest.approx((logits.argmax(1) == images.train_labels).sum().item())
 
 
-def test_one_optimizer_alone_gives_what_it_gives_beside_the_other(tmp_path: Path, three_epochs: dict[str, Any]) -> None:
-    for name in ("sofim", "sgd"):
+def test_one_optimizer_alone_gives_what_it_gives_beside_others(tmp_path: Path, three_epochs: dict[str, Any]) -> None:
+    for name in train.LABELS:
         assert run(tmp_path / name, "--epochs", "3", "--optimizer", name) == 0
         alone = checkpoint(tmp_path / name)
         assert list(alone["runs"]) == [name]
@@ -163,7 +164,7 @@ def test_one_optimizer_alone_gives_what_it_gives_beside_the_other(tmp_path: Path
 
 
 def test_optimizers_are_what_the_settings_say(tmp_path: Path) -> None:
-    options = ["--lr", "0.25", "--momentum", "0.8", "--rho", "2", "--sgd-lr", "0.125"]
+    options = ["--lr", "0.25", "--momentum", "0.8", "--rho", "2", "--sgd-lr", "0.125", "--ada-lr", "0.5"]
     settings, out, resume = train.parse([*options, "--out", str(tmp_path)])
     assert (out, resume) == (tmp_path, False)
     params = [nn.Parameter(torch.zeros(2))]
@@ -175,6 +176,9 @@ def test_optimizers_are_what_the_settings_say(tmp_path: Path) -> None:
     assert isinstance(sgd, SGD)
     wanted = {"lr": 0.125, "momentum": 0.9, "dampening": 0, "weight_decay": 0}
     assert {key: sgd.param_groups[0][key] for key in wanted} == wanted
+    ada = train.new_optimizer("adasofim", params, settings)
+    assert isinstance(ada, AdaSOFIM)
+    assert (ada.param_groups[0]["lr"], ada.param_groups[0]["diagonal"]) == (0.5, "factored")
 
 
 @pytest.mark.parametrize("name", train.DEFAULTS)
@@ -193,7 +197,7 @@ def test_defaults_by_data_set(name: str, capsys: pytest.CaptureFixture[str]) -> 
 # Same start, same batches
 
 
-def test_both_optimizers_start_alike_and_see_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_optimizers_start_alike_and_see_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def always_sgd(_: str, params: Iterable[nn.Parameter], __: train.Settings) -> Optimizer:
         return SGD(params, lr=0.02, momentum=0.9)
 
@@ -201,6 +205,7 @@ def test_both_optimizers_start_alike_and_see_the_same_batches(tmp_path: Path, mo
     assert run(tmp_path, "--epochs", "2") == 0
     runs = checkpoint(tmp_path)["runs"]
     assert_equal(runs["sofim"], runs["sgd"])
+    assert_equal(runs["adasofim"], runs["sgd"])
 
 
 def test_batch_order_is_a_function_of_seed_and_epoch() -> None:
@@ -217,7 +222,7 @@ def test_initial_weights_are_a_function_of_the_seed() -> None:
     vectors: list[torch.Tensor] = []
     for seed in ("0", "1"):
         settings, _, _ = train.parse(["--seed", seed])
-        for name in ("sofim", "sgd"):
+        for name in ("sofim", "adasofim"):
             torch.manual_seed(len(vectors))
             model = train.new_run(name, settings, images, torch.device("cpu")).model
             vectors.append(nn.utils.parameters_to_vector(model.parameters()))
@@ -262,7 +267,7 @@ def test_resumed_run_equals_uninterrupted_run(
 
 @pytest.mark.parametrize(
     ("victim", "step", "done"),
-    [("sofim", 1, [0, 0]), ("sofim", 15, [2, 0]), ("sgd", 1, [3, 0]), ("sgd", 12, [3, 1])],
+    [("sofim", 1, [0, 0, 0]), ("sofim", 15, [2, 0, 0]), ("sgd", 1, [3, 0, 0]), ("adasofim", 12, [3, 3, 1])],
 )
 def test_interrupted_epoch_is_all_that_is_lost(
     tmp_path: Path,
@@ -297,7 +302,7 @@ def test_interrupted_epoch_is_all_that_is_lost(
         assert not (tmp_path / "checkpoint.pt").exists()
         return
     runs = checkpoint(tmp_path)["runs"]
-    assert [runs["sofim"]["epochs_done"], runs["sgd"]["epochs_done"]] == done
+    assert [runs[name]["epochs_done"] for name in train.LABELS] == done
     assert run(tmp_path, "--epochs", "3", "--resume") == 0
     assert_equal(checkpoint(tmp_path), three_epochs)
 
@@ -351,8 +356,9 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         (["--momentum", "0.5"], "momentum was 0.9 and is 0.5 now"),
         (["--rho", "7"], "rho was {rho} and is 7.0 now"),
         (["--sgd-lr", "0.5"], "sgd_lr was {sgd_lr} and is 0.5 now"),
+        (["--ada-lr", "0.5"], "ada_lr was {ada_lr} and is 0.5 now"),
         (["--batch-size", "128"], "batch_size was 256 and is 128 now"),
-        (["--optimizer", "sgd"], "optimizers was ['sofim', 'sgd'] and is ['sgd'] now"),
+        (["--optimizer", "sgd"], "optimizers was ['sofim', 'sgd', 'adasofim'] and is ['sgd'] now"),
         (["--data", "svhn"], "data was 'digits' and is 'svhn' now"),
         (["--root", "images"], "root was None and is 'images' now"),
         (["--device", "cuda"], "device was 'cpu' and is 'cuda' now"),
@@ -453,6 +459,7 @@ def test_divergence_ends_the_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["--lr", "nan"], "argument --lr: 'nan' is no finite number from 0 on"),
         (["--lr", "inf"], "argument --lr: 'inf' is no finite number from 0 on"),
         (["--sgd-lr", "-0.1"], "argument --sgd-lr: '-0.1' is no finite number from 0 on"),
+        (["--ada-lr", "x"], "argument --ada-lr: 'x' is no finite number from 0 on"),
         (["--momentum", "1"], "argument --momentum: '1' is no finite number from 0 on and below 1"),
         (["--rho", "0"], "argument --rho: '0' is not above 0"),
         (["--rho", "much"], "argument --rho: 'much' is no finite number from 0 on"),

@@ -18,7 +18,7 @@ from tests.support.problems import Problem, give, give_state, mixed_problem, sam
 from tests.support.runs import Run, once
 
 DOUBLE = (torch.float64, torch.complex128)
-NUMERATORS = ["moment", "gradient"]
+NUMERATORS = ["moment", "gradient"]  # whose steps differ in what they do when; the values of all: test_steps.py
 FISHERS = ["model", "group", "parameter"]
 EXACT = ("cpu", "reference")  # backends that take a step in parts to the bit
 

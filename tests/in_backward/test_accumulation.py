@@ -37,6 +37,7 @@ def accumulated(pair: Pair, batches: Sequence[Sequence[Tensor | None]]) -> None:
         ("moment", False, torch.float64),
         ("moment", False, NARROW),
         ("gradient", False, torch.float32),
+        ("nesterov", False, (torch.float32, torch.complex64)),
         ("moment", True, torch.float64),
         ("moment", True, (torch.float32, torch.complex64)),
     ],

@@ -65,7 +65,7 @@ def test_small_gradients_are_taken_together(
 
 
 @on_cpu
-@pytest.mark.parametrize("numerator", NUMERATORS)
+@pytest.mark.parametrize("numerator", [*NUMERATORS, "nesterov"])
 def test_large_gradients_do_not_wait(numerator: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(in_backward, "BATCH", 100)
     sizes = [30, 200, 5, 60, 60, 1, 100, 3]

@@ -52,15 +52,17 @@ def test_a_group_cannot_set_it(name: str, run: Run) -> None:
 
 
 @on_cpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_gradient_form_with_narrow_parameters(dtype: torch.dtype, run: Run) -> None:
+@pytest.mark.parametrize(("numerator", "dtype"), [("gradient", torch.bfloat16), ("nesterov", torch.float16)], ids=str)
+def test_a_term_in_the_gradient_with_narrow_parameters(numerator: str, dtype: torch.dtype, run: Run) -> None:
     """At construction, in a group that comes later, and after a cast."""
     wide, narrow = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3, dtype=dtype))
-    message = r"parameter {} .*\(shape \(3,\), .*16, cpu\): in_backward=True with numerator='gradient' would round"
+    message = (
+        rf"parameter {{}} .*\(shape \(3,\), .*16, cpu\): in_backward=True with numerator='{numerator}' would round"
+    )
     with pytest.raises(ValueError, match=message.format("1 of group 0")):
-        made([wide, narrow], run, numerator="gradient")
+        made([wide, narrow], run, numerator=numerator)
     assert hooks([wide, narrow]) == [0, 0]
-    optimizer = made([wide], run, numerator="gradient")
+    optimizer = made([wide], run, numerator=numerator)
     with pytest.raises(ValueError, match=message.format("0 of group 1")):
         optimizer.add_param_group({"params": [narrow]})
     assert len(optimizer.param_groups) == 1
@@ -68,9 +70,9 @@ def test_the_gradient_form_with_narrow_parameters(dtype: torch.dtype, run: Run) 
     optimizer.step()  # and it works as before
 
     later = nn.Parameter(torch.ones(3))
-    optimizer = made([later], run, numerator="gradient")
+    optimizer = made([later], run, numerator=numerator)
     later.data = later.data.to(dtype)
-    with pytest.raises(ValueError, match=r"parameter 0 \(shape.*numerator='gradient' would round it twice"):
+    with pytest.raises(ValueError, match=rf"parameter 0 \(shape.*numerator='{numerator}' would round it twice"):
         backward([later], [torch.ones(3, dtype=dtype)])
     assert not optimizer.state
     assert later.tolist() == [1.0] * 3

@@ -14,7 +14,6 @@ from sofim_fused import SOFIM, in_backward
 from tests.in_backward.support import (
     FISHERS,
     NARROW,
-    NUMERATORS,
     Pair,
     Reluctant,
     backward,
@@ -22,7 +21,7 @@ from tests.in_backward.support import (
     in_backward_of,
     on_cpu,
 )
-from tests.support.problems import same_bits
+from tests.support.problems import NUMERATORS, same_bits
 from tests.support.runs import INTERPRETED, Run, once
 
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -100,6 +99,7 @@ class Watching(TorchDispatchMode):
     [
         ("moment", NARROW, {"state_dtype": torch.bfloat16}),
         ("gradient", (torch.complex64, torch.float64, torch.float32), {}),
+        ("nesterov", (torch.float32, torch.complex64, torch.float64), {}),
     ],
     ids=NUMERATORS,
 )

@@ -33,8 +33,10 @@ def test_folders_of_csrc_include_what_is_below() -> None:
 FLOORS = (
     {"info"},
     {""},  # sofim_fused itself
+    {"adasofim"},
     {"optimizer"},
-    {"in_backward", "from_sgd"},
+    {"in_backward", "from_sgd", "from_adamw"},
+    {"from_torch"},
     {"step.plan", "step.schedule"},
     {"step.reduce"},
     {"step.gather", "step.hyperparameters"},

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sofim_fused import SOFIM
+from sofim_fused.checks import STATE, VARIANCES
+from sofim_fused.step import gather
 from tests.in_backward.support import backward
 from tests.support.problems import give, same_bits, snapshot
 
@@ -40,6 +42,11 @@ KINDS: dict[str, Callable[[], tuple[list[dict[str, Any]], dict[str, Any]]]] = {
     "tensors": lambda: (
         _two_groups(F32, rho=torch.tensor(0.5)),
         {"lr": torch.tensor([0.1]), "fisher": "parameter", "backend": "reference"},
+    ),
+    "factored": lambda: (_two_groups(F32, BF16), {"diagonal": "factored", "numerator": "nesterov"}),
+    "elements": lambda: (
+        _two_groups(F32, torch.float64),
+        {"diagonal": "element", "rho": 0.5, "fisher": "group", "max_grad_norm": 1.0},
     ),
     "in-backward": lambda: (_two_groups(F32, BF16), {"in_backward": True}),
     "released": lambda: (
@@ -148,16 +155,20 @@ def check_valid(optimizer: SOFIM, params: list[Tensor]) -> None:
         assert isinstance(group, dict)
         assert math.isfinite(number(group["lr"]))  # its range is for the next step to judge, as is momentum's
         assert math.isfinite(group["momentum"])
-        assert 1e-30 <= number(group["rho"]) < math.inf
+        adapts = group["diagonal"] != "identity"
+        assert (adapts and group["rho"] is None) or 1e-30 <= number(group["rho"]) < math.inf
+        assert 0 <= group["beta2"] < 1
+        assert 1e-18 <= group["eps"] < math.inf
+        assert not (adapts and group["weight_decay"] and not group["decoupled_weight_decay"])
         assert 0 <= group["weight_decay"] < math.inf
-        assert group["numerator"] in ("moment", "gradient")
+        assert group["numerator"] in ("moment", "gradient", "nesterov")
         assert group["fisher"] in ("model", "group", "parameter")
         assert all(type(group[name]) is bool for name in ("maximize", "decoupled_weight_decay", "skip_nonfinite"))
         assert group["max_grad_norm"] is None or group["max_grad_norm"] > 0
         assert all(group[name] == optimizer.param_groups[0][name] == optimizer.defaults[name] for name in WHOLE)
         for p in group["params"]:
             known = optimizer.state.get(p)
-            if known is None:
+            if known is None or not any(name in known for name in STATE):  # other entries are a user's own
                 continue
             assert type(known["step"]) is Tensor
             assert known["step"].shape == ()
@@ -167,6 +178,13 @@ def check_valid(optimizer: SOFIM, params: list[Tensor]) -> None:
             if "kahan" in known:
                 assert p.dtype.itemsize == 2
                 check_like(known["kahan"], p, p.dtype)
+            means = gather.variance_shapes(p, group["diagonal"])
+            assert {name for name in VARIANCES if name in known} == set(means)
+            for name, shape in means.items():
+                assert type(known[name]) is Tensor
+                assert (known[name].shape, known[name].dtype) == (shape, gather.variance_dtype(p))
+                assert not bool((known[name] < 0).any())
+                assert not bool(known[name].isinf().any())
 
 
 def number(x: Any) -> float:
@@ -186,7 +204,7 @@ def moderate(optimizer: SOFIM) -> bool:
     sizes = [
         size
         for group in optimizer.param_groups
-        for size in (number(group["lr"]), number(group["weight_decay"]), 1e-6 / number(group["rho"]))
+        for size in (number(group["lr"]), number(group["weight_decay"]), 1e-6 / number(group["rho"] or 1.0))
     ]
     tensors = known_tensors(optimizer)
     largest = [x.abs().max().item() for x in tensors if x.dtype.is_floating_point or x.dtype.is_complex]
@@ -200,7 +218,7 @@ def check_steps(its: Subject) -> None:
     with torch.no_grad():
         for mine, theirs in zip(its.params, params_of(twin), strict=True):
             theirs.copy_(mine)
-    counts = {p: int(optimizer.state[p]["step"]) if p in optimizer.state else 0 for p in its.params}
+    counts = {p: int(optimizer.state.get(p, {}).get("step", 0)) for p in its.params}
     tame = moderate(optimizer)
     for made in (optimizer, twin):
         step(made, list(its.grads))
@@ -215,5 +233,5 @@ def known_tensors(optimizer: SOFIM) -> list[Tensor]:
     found = []
     for p in params_of(optimizer):
         known = optimizer.state.get(p, {})
-        found += [p.detach(), *(known[name] for name in ("exp_avg", "step", "kahan") if name in known)]
+        found += [p.detach(), *(known[name] for name in ("exp_avg", "step", "kahan", *VARIANCES) if name in known)]
     return found

@@ -67,9 +67,10 @@ def follow(
 ) -> None:
     """Hold SOFIM's path to SGD's.
 
-    With the same buffers a step of SOFIM is SGD's divided by 1 + ‖m̂‖²/ρ. Gradients do not depend on the weights, and L2
-    decay, the only feedback, shrinks what they differ by. So after all steps the paths are apart by less than
-    max ‖m̂‖²/ρ times SGD's length of path, and by the rounding of each step, some ulp of weights and steps.
+    With the same buffers a step of SOFIM is SGD's divided by 1 + ‖m̂‖²/ρ (with ``nesterov``, its part along m̂ is).
+    Gradients do not depend on the weights, and L2 decay, the only feedback, shrinks what they differ by. So after all
+    steps the paths are apart by less than max ‖m̂‖²/ρ times SGD's length of path, and by the rounding of each step, some
+    ulp of weights and steps.
     """
     length, ratio, size = 0.0, 0.0, 0.0
     for _ in range(steps):
@@ -113,6 +114,11 @@ RUNNING: dict[str, Callable[[], tuple[torch.optim.SGD, torch.optim.SGD, Iterator
     "negative dampening": lambda: running(one_group(), momentum=0.5, dampening=-1.0),
     "L2": lambda: running(one_group(), momentum=0.9, weight_decay=0.1),
     "maximize": lambda: running(one_group(), momentum=0.9, weight_decay=0.1, maximize=True),
+    "nesterov": lambda: running(one_group(), momentum=0.9, weight_decay=0.1, nesterov=True),
+    "nesterov, maximize": lambda: running(one_group(), 1, momentum=0.5, maximize=True, nesterov=True),
+    "nesterov, a group without momentum": lambda: running(
+        [{**two_groups()[0], "momentum": 0.0}, {"params": vectors(7)}], momentum=0.9, nesterov=True
+    ),
     "two groups": lambda: running(two_groups()),
     "groups with and without": lambda: running([{**two_groups()[0], "momentum": 0.0}, two_groups()[1]]),
     "lr as a tensor": lambda: running(two_groups(), lr=torch.tensor([0.05], dtype=torch.float64)),

@@ -403,6 +403,9 @@ VALUES: dict[str, dict[str, Any]] = {
     "gradient": {"numerator": "gradient", "fisher": "parameter"},
     "group": {"fisher": "group", "weight_decay": 1e-3, "decoupled_weight_decay": False, "maximize": True},
     "guarded": {"max_grad_norm": math.inf, "skip_nonfinite": True},
+    "factored": {"diagonal": "factored", "numerator": "nesterov"},
+    "row": {"diagonal": Word("row"), "rho": 0.5, "beta2": np.float32(0.5), "eps": Fraction(1, 1024)},
+    "element, kahan": {"diagonal": "element", "rho": torch.tensor(0.5)},
     "numpy": {
         "lr": np.float64(0.25),
         "momentum": np.float32(0.5),
@@ -412,6 +415,8 @@ VALUES: dict[str, dict[str, Any]] = {
     },
     "fractions": {"lr": Fraction(1, 4), "momentum": Fraction(1, 2), "rho": 2, "weight_decay": Fraction(1, 8)},
     "strings": {"numerator": Word("gradient"), "fisher": np.str_("group")},
+    "a diagonal that adapts": {"diagonal": "factored", "beta2": 0.5, "eps": 1e-6},
+    "of other types": {"diagonal": Word("row"), "beta2": np.float32(0.5), "eps": np.float64(1e-6), "rho": Fraction(1)},
 }
 PLAIN = (bool, int, float, str, type(None))
 
@@ -545,7 +550,8 @@ def test_every_value_passes_through_torch_s_checkpoints(kind: str, options: str)
         step(made)
     optimizer.zero_grad()
     saved = through_a_file(get_optimizer_state_dict(net, optimizer, options=StateDictOptions(**OPTIONS[options])))
-    other = SOFIM(other_net.parameters())
+    # torch makes the state before it loads: this optimizer has to have the same.
+    other = SOFIM(other_net.parameters(), diagonal=VALUES[kind].get("diagonal", "identity"))
     set_optimizer_state_dict(other_net, other, saved, options=StateDictOptions(**LOADED[options]))
     other_net.load_state_dict(net.state_dict())
     same_group(other.param_groups[0], twin.param_groups[0])

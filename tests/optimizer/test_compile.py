@@ -20,7 +20,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "gradient": {"numerator": "gradient", "weight_decay": 0.01, "decoupled_weight_decay": False},
     "guarded": GUARDED,
-    "bf16-moment": {"state_dtype": torch.bfloat16, "fisher": "parameter", "weight_decay": 0.1},
+    "factored": {"diagonal": "factored", "numerator": "nesterov", "rho": 0.5, **GUARDED},
+    "nesterov": {"numerator": "nesterov", "state_dtype": torch.bfloat16, "fisher": "parameter", "weight_decay": 0.1},
 }
 pytestmark = pytest.mark.skipif(EMULATED or INTERPRETED, reason="slow enough without a compiler")
 
@@ -48,7 +49,9 @@ def loss_of(model: nn.Module, count: int) -> Tensor:
     return (model(inputs) - targets).square().mean()
 
 
-@pytest.mark.parametrize(("backend", "kind"), [*(("cpu", kind) for kind in KINDS), ("reference", "guarded")])
+@pytest.mark.parametrize(
+    ("backend", "kind"), [*(("cpu", kind) for kind in KINDS), ("reference", "guarded"), ("reference", "factored")]
+)
 def test_a_step_is_one_graph(backend: str, kind: str) -> None:
     """Without a break (``fullgraph`` raises at one), and without being compiled anew for a new learning rate alone.
 
@@ -79,7 +82,7 @@ def test_a_training_step(kind: str) -> None:
     """Its graph breaks where torch's own ``zero_grad`` and ``backward`` do, and at hooks that are not to be traced."""
     options = {
         **KINDS,
-        "in-backward": {"in_backward": True, "numerator": "gradient"},
+        "in-backward": {"in_backward": True, "numerator": "nesterov"},
         "released": {"in_backward": True, "release_grads": True},
     }[kind]
 

@@ -96,6 +96,23 @@ def test_a_group_added_later_follows_sgd_s_arguments() -> None:
     assert [added[name] for name in ("momentum", "weight_decay", "decoupled_weight_decay")] == [0.8, 0.03, False]
 
 
+def test_nesterov_becomes_the_numerator() -> None:
+    """Of the whole optimizer, groups that are added later included, unless another is passed."""
+    for nesterov, options, numerator in (
+        (True, {}, "nesterov"),
+        (False, {}, "moment"),
+        (True, {"numerator": "gradient"}, "gradient"),
+        (False, {"numerator": "nesterov"}, "nesterov"),
+    ):
+        theirs = SGD(one_group(), lr=0.1, momentum=0.9, nesterov=nesterov)
+        ours = SOFIM.from_sgd(theirs, **options)
+        ours.add_param_group({"params": vectors(3)})
+        assert [group["numerator"] for group in ours.param_groups] == [numerator] * 2
+        assert "nesterov" not in ours.param_groups[0]
+    theirs.param_groups[0].update(momentum=0.0, nesterov=True)  # there is no look-ahead without momentum
+    assert SOFIM.from_sgd(theirs).param_groups[0]["numerator"] == "moment"
+
+
 def test_backend_switches_of_sgd_are_not_taken_over() -> None:
     for switch in ({"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}):
         theirs = SGD(vectors(3), momentum=0.9, **switch)
@@ -324,6 +341,14 @@ def _in_group(**values: Any) -> Callable[[torch.optim.SGD], None]:
     return lambda optimizer: optimizer.param_groups[1].update(values)
 
 
+def _in_each_group(**values: Any) -> Callable[[torch.optim.SGD], None]:
+    def put(optimizer: torch.optim.SGD) -> None:
+        for group in optimizer.param_groups:
+            group.update(values)
+
+    return put
+
+
 def _buffer(value: Any) -> Callable[[torch.optim.SGD], None]:
     def put(optimizer: torch.optim.SGD) -> None:
         optimizer.state[of(optimizer)[2]]["momentum_buffer"] = value
@@ -363,11 +388,18 @@ REFUSED: list[tuple[str, Spoil, dict[str, Any], type[Exception], str]] = [
     ("an unknown option", _nothing, {"damping": 1.0}, TypeError, r"damping"),
     ("differentiable", _nothing, {"differentiable": True}, ValueError, r"differentiable=True"),
     (
-        "nesterov",
+        "nesterov in one of two groups",
         _in_group(nesterov=True, dampening=0.0),
         {},
         ValueError,
-        r"parameter group 1 of the SGD optimizer: nesterov=True: .*set group\['nesterov'\] = False first",
+        r"parameter group 0 of the SGD optimizer: nesterov=False, but another has True, .*set group",
+    ),
+    (
+        "nesterov with dampening",
+        _in_each_group(nesterov=True),
+        {},
+        ValueError,
+        r"parameter group 1 of the SGD optimizer: dampening=0\.25 with nesterov=True, .*set group\['dampening'\] = 0",
     ),
     (
         "SGD's differentiable",
@@ -496,6 +528,10 @@ def test_what_must_not_be_refused() -> None:
     for optimizer in (theirs, twin):
         optimizer.param_groups[0]["nesterov"] = False
     follow(SOFIM.from_sgd(theirs, rho=LARGE), twin, grads)
+    theirs, twin, grads = running(two_groups(), momentum=0.9)
+    for group in theirs.param_groups:
+        group["nesterov"] = True  # with dampening
+    follow(SOFIM.from_sgd(theirs, rho=LARGE, numerator="moment"), twin, grads)
     assert SOFIM.from_sgd(SGD(vectors(3), lr=1, momentum=0, dampening=1.0)).param_groups[0]["lr"] == 1.0
     unused = SGD(vectors(3), lr=Fraction(1, 2), momentum=Fraction(1, 2))
     assert SOFIM.from_sgd(unused, steps=7).param_groups[0]["lr"] == 1.0

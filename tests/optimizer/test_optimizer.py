@@ -515,7 +515,7 @@ def test_a_first_step_in_inference_mode_spoils_no_later_one(options: dict[str, A
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}], ids=["plain", "guarded"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("numerator", ["moment", "gradient", "nesterov"])
 def test_a_gradient_in_the_parameter_s_memory(numerator: str, weight_decay: float, options: dict[str, Any]) -> None:
     """As autograd leaves it where a backward pass returns a saved weight: read before that memory is written to."""
     alias, apart = (nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))

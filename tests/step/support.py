@@ -39,6 +39,12 @@ def full_weight(optimizer: SOFIM, p: Tensor) -> Tensor:
     return real64(p) if kahan is None else real64(p) + real64(kahan)
 
 
+def variances_of(optimizer: SOFIM, p: Tensor) -> dict[str, Tensor]:
+    """The running means of g² of a parameter, in float64, as the oracle has them."""
+    known = optimizer.state.get(p, {})
+    return {name: real64(known[name]) for name in ("row_var", "col_var", "variance") if name in known}
+
+
 def weight_bound(weight: Tensor, dtype: torch.dtype, kahan: bool) -> Tensor:
     exact = 1e-6 * (weight + 0.1)
     if dtype not in EPSILON:

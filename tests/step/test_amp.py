@@ -16,11 +16,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sofim_fused import SOFIM
 from sofim_fused.step import gather, schedule
 from tests.backends.support import Transfers
-from tests.support.problems import GUARDED, Problem, give, give_state, mixed_problem, ready_problem, same_bits, snapshot
+from tests.support.problems import (
+    GUARDED,
+    NUMERATORS,
+    Problem,
+    give,
+    give_state,
+    mixed_problem,
+    ready_problem,
+    same_bits,
+    snapshot,
+)
 from tests.support.runs import GPU_BACKENDS, Run, on_gpu, once
 
 CPU = torch.device("cpu")
-NUMERATORS = ["moment", "gradient"]
 ONLY_MEASURED: dict[str, Any] = {"max_grad_norm": float("inf")}  # a guarded step that leaves gradients as they are
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from sofim_fused import SOFIM
-from tests.support.problems import Problem, give, mixed_problem, same_bits, snapshot
+from tests.support.problems import NUMERATORS, Problem, give, mixed_problem, same_bits, snapshot
 
 BAD = [float("nan"), float("inf"), float("-inf")]
 
 
 @pytest.mark.parametrize("decay", ["none", "decoupled", "l2"])
-@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("numerator", NUMERATORS)
 def test_clipping_equals_clip_grad_norm(numerator: str, decay: str) -> None:
     """PyTorch's divides by norm + 1e-6, hence the tolerance."""
     inside, before = mixed_problem(torch.float32, decay), mixed_problem(torch.float32, decay)
@@ -80,7 +80,7 @@ def warmed_up(problem: Problem, **options: Any) -> tuple[SOFIM, list[Tensor | No
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}], ids=["alone", "clipping"])
-@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("numerator", NUMERATORS)
 @pytest.mark.parametrize(
     ("dtype", "state_dtype"),
     [
@@ -120,7 +120,7 @@ def test_a_bad_element_anywhere_changes_nothing(
     assert int(optimizer.skipped_steps) == count
 
 
-@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("numerator", NUMERATORS)
 def test_a_skipped_first_step_leaves_no_trace(numerator: str) -> None:
     """The moment starts at zero, not at whatever the memory held, and the first real step counts as the first."""
     problem, other = mixed_problem(torch.float32), mixed_problem(torch.float32)

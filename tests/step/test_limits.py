@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sofim_fused import SOFIM
-from tests.support.problems import give
+from tests.support.problems import NUMERATORS, give
 
 SCHEDULES: list[dict[str, Any]] = [{}, {"skip_nonfinite": True}]
 
@@ -93,7 +93,7 @@ def test_the_trust_region_holds_where_the_moment_cancels(
 
 
 @pytest.mark.parametrize("options", SCHEDULES, ids=["plain", "guarded"])
-@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("numerator", NUMERATORS)
 def test_extreme_settings_leave_zero_gradients_alone(numerator: str, options: dict[str, Any]) -> None:
     """Coefficients beyond float32's range: infinity times a zero moment would be NaN."""
     for settings in ({"lr": 1e10, "rho": 1e-30}, {"momentum": 1 - 1e-12, "rho": 1e-30, "lr": 1e20}):
@@ -105,7 +105,7 @@ def test_extreme_settings_leave_zero_gradients_alone(numerator: str, options: di
 
 
 @pytest.mark.parametrize("options", SCHEDULES, ids=["plain", "guarded"])
-@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("numerator", NUMERATORS)
 def test_an_infinite_weight_stays_the_only_one(numerator: str, options: dict[str, Any]) -> None:
     """In a group without L2 decay its value is nobody's business, though another group's weights are read."""
     masked, other = torch.nn.Parameter(torch.tensor([1.0, -float("inf")])), torch.nn.Parameter(torch.ones(3))
@@ -163,7 +163,7 @@ def close(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
     return all(torch.allclose(a, b, rtol=1e-11, atol=1e-13) for a, b in zip(left, right, strict=True))
 
 
-FORMS = list(product(["moment", "gradient"], ["model", "group", "parameter"]))
+FORMS = list(product(NUMERATORS, ["model", "group", "parameter"]))
 
 
 @pytest.mark.parametrize("decoupled", [True, False])
@@ -206,7 +206,7 @@ def test_splitting_a_tensor_matters_only_to_fisher_parameter(
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.5}], ids=["plain", "guarded"])
-@pytest.mark.parametrize("numerator", ["moment", "gradient"])
+@pytest.mark.parametrize("numerator", NUMERATORS)
 def test_rotating_the_space_rotates_the_weights(numerator: str, options: dict[str, Any]) -> None:
     """With one block over the model the method knows lengths and angles only."""
     rotation, _ = torch.linalg.qr(torch.randn(9, 9, generator=torch.Generator().manual_seed(2), dtype=torch.float64))

@@ -82,6 +82,13 @@ class Bounds:
             bound = bound + 2.0**-7 * self.oracle.exact[i].abs()  # stochastic: up to one ulp
         return bound + 1e-37
 
+    def _terms(self, i: int, h: Hyper) -> Tensor:
+        """The terms of what F⁻¹ is applied to, unless that is the moment."""
+        if self.case.numerator != "nesterov":
+            return self.seen[i]
+        later = 1 - h.momentum ** (self.oracle.steps[i] + 1)
+        return (h.momentum * self.moments[i] + (1 - h.momentum) * self.seen[i]) / later
+
     def weights(self) -> dict[int, Tensor]:
         bounds = {}
         for block in {self.oracle.blocks[i] for i in self.present}:
@@ -97,15 +104,16 @@ class Bounds:
             for i, h, c in zip(members, hypers, scale, strict=True)
         )
         largest = sum(x.square().sum().item() / h.rho for x, h in zip(hats, hypers, strict=True))
-        cross = sum((x * self.seen[i]).sum().item() / h.rho for i, x, h in zip(members, hats, hypers, strict=True))
-        gradient = sum(self.seen[i].square().sum().item() / h.rho for i, h in zip(members, hypers, strict=True))
-        right = math.sqrt(square) / (1 + square) if self.case.numerator == "moment" else math.sqrt(gradient)
+        terms = [self._terms(i, h) for i, h in zip(members, hypers, strict=True)]
+        norm = math.sqrt(sum(r.square().sum().item() / h.rho for r, h in zip(terms, hypers, strict=True)))
+        cross = sum((x * r).sum().item() / h.rho for x, r, h in zip(hats, terms, hypers, strict=True))
+        right = math.sqrt(square) / (1 + square) if self.case.numerator == "moment" else norm
         bounds = {}
-        for i, hat, h in zip(members, hats, hypers, strict=True):
+        for i, hat, h, term in zip(members, hats, hypers, terms, strict=True):
             p = self.problem.params[i]
             moving = h.lr * hat / (h.rho * (1 + square))
-            if self.case.numerator == "gradient":
-                moving = moving * cross + h.lr * self.seen[i] / h.rho
+            if self.case.numerator != "moment":
+                moving = moving * cross + h.lr * term / h.rho
             rounding = rounding_of(p, h.momentum) + 2.0**-45 * largest / (1 + square)  # of sums that cancel
             shrunk = abs(1 - h.lr * h.weight_decay) if h.decoupled else 1.0
             after = self.oracle.weights[i].abs()

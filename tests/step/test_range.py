@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sofim_fused import SOFIM
 from sofim_fused.backends.rounding import round_stochastic
-from tests.support.problems import same_bits
+from tests.support.problems import NUMERATORS, same_bits
 from tests.support.runs import CPU_BACKENDS
 
 SIZES = (2, 1, 2)  # of three parameters, the last of them in a group of its own
@@ -39,7 +39,7 @@ STEPS = 3
 
 backends = pytest.mark.parametrize("backend", CPU_BACKENDS)
 schedules = pytest.mark.parametrize("schedule", SCHEDULES)
-numerators = pytest.mark.parametrize("numerator", ["moment", "gradient"])
+numerators = pytest.mark.parametrize("numerator", NUMERATORS)
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,16 @@ def solved(setting: Setting, grads: Sequence[Tensor]) -> list[list[Expected]]:
         v = [Fraction(gain) * x for x in g]
         moment = [beta * m + (1 - beta) * x for m, x in zip(moment, v, strict=True)]
         correction = 1 / (1 - beta**t)
+        by_moment, by_gradient = {
+            "moment": (correction, Fraction(0)),
+            "gradient": (Fraction(0), Fraction(1)),
+            "nesterov": (beta / (1 - beta ** (t + 1)), (1 - beta) / (1 - beta ** (t + 1))),
+        }[setting.numerator]
         blocks = []
         for block in range(max(owner) + 1):
             inside = [i for i, place in enumerate(owner) if place == block]
             hat = [correction * moment[i] for i in inside]
-            right = hat if setting.numerator == "moment" else [v[i] for i in inside]
+            right = [by_moment * moment[i] + by_gradient * v[i] for i in inside]
             along = sum(h * r for h, r in zip(hat, right, strict=True)) / (rho + sum(h * h for h in hat))
             x = [(r - h * along) / rho for h, r in zip(hat, right, strict=True)]
             product = sum(h * y for h, y in zip(hat, x, strict=True))
@@ -121,9 +126,9 @@ def solved(setting: Setting, grads: Sequence[Tensor]) -> list[list[Expected]]:
                 coefficient = lr * correction / (rho + sum(h * h for h in hat))
                 blocks.append(Expected(change, float(coefficient), 0.0, m, float(coefficient) * m, gain))
             else:
-                factor = float(lr / rho)
-                terms = factor * norm_of(right)
-                blocks.append(Expected(change, float(abs(lr * correction * along / rho)), factor, m, terms, gain))
+                factor, coefficient = float(lr / rho * by_gradient), lr * (correction * along - by_moment) / rho
+                terms = factor * norm_of([v[i] for i in inside])
+                blocks.append(Expected(change, float(abs(coefficient)), factor, m, terms, gain))
         steps.append(blocks)
     return steps
 
@@ -305,20 +310,21 @@ def test_coefficients_end_where_float32_does(schedule: str, backend: str) -> Non
 
 
 @backends
+@pytest.mark.parametrize("numerator", ["gradient", "nesterov"])
 @pytest.mark.parametrize("schedule", ["plain", "guarded", "in-backward"])
-def test_the_gradient_form_ends_where_its_terms_do(schedule: str, backend: str) -> None:
+def test_the_gradient_form_ends_where_its_terms_do(schedule: str, numerator: str, backend: str) -> None:
     """η·g/ρ is one of two terms of which, with a large gradient, little is left: it has to fit into the dtype.
 
     Long before that, what is left is rounding. Clipping helps.
     """
     for exponent, finite in ((18, True), (19, False)):
-        setting = Setting(exponent, "gradient", rho=1e-20)
+        setting = Setting(exponent, numerator, rho=1e-20)
         (change,) = Model(setting, schedule, backend, torch.float32).step(gradients(exponent)[0])
         assert bool(change.isfinite().all()) == finite
         if finite:
             (exact,) = expected(setting)[0]
             assert distance(change, exact.change) <= rounding(exact)
-    clipped = Setting(19, "gradient", rho=1e-20)
+    clipped = Setting(19, numerator, rho=1e-20)
     (change,) = Model(clipped, "clipped", backend, torch.float32).step(gradients(19)[0])
     assert change.isfinite().all()
 

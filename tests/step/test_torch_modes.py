@@ -43,7 +43,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "plain passes": {},
     "guarded passes": {"numerator": "gradient", "fisher": "group", **GUARDED},
     "in_backward": {"in_backward": True},
-    "in_backward passes": {"in_backward": True, "numerator": "gradient"},
+    "in_backward passes": {"in_backward": True, "numerator": "nesterov"},
 }
 
 

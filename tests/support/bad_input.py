@@ -95,6 +95,9 @@ A_NUMBER = "pass a float or a one-element tensor"
 ONE_ELEMENT = "pass a real one with one element"
 A_MOMENTUM = "it must be at least 0 and less than 1"
 A_RHO = "it must be at least 1e-30 and finite"
+AN_EPS = "it must be at least 1e-18 and less than 1e+18"
+DIAGONALS = "take one of 'identity', 'tensor', 'row', 'factored', 'element'"
+NOTHING_LEFT = "leaves out the term of rank one, and with diagonal='identity' nothing would be left: pass a number"
 A_FLAG = "pass True or False"
 MOMENT_TYPES = "pass torch.float32, torch.bfloat16 or None (by parameter)"
 FISHERS = "take one of 'model', 'group', 'parameter'"
@@ -128,13 +131,37 @@ ARGUMENTS = [
         f"rho is a tensor (shape (3,), float32, meta): {ONE_ELEMENT}",
         "`rho` is three numbers on a device whose memory is not looked at",
     ),
+    Argument({"rho": None}, ValueError, f"rho=None {NOTHING_LEFT}"),
+    Argument({"diagonal": "rows"}, ValueError, f"diagonal='rows': {DIAGONALS}"),
+    Argument({"diagonal": None}, ValueError, f"diagonal=None: {DIAGONALS}"),
+    Argument(
+        {"diagonal": np.array(["row", "tensor"])}, ValueError, f"diagonal=array … {DIAGONALS}", "`diagonal` is an array"
+    ),
+    Argument({"diagonal": "factored", "rho": INF}, ValueError, "rho=inf: pass None, which leaves out the term of rank"),
+    Argument({"diagonal": "row", "rho": 0.0}, ValueError, f"rho=0.0: {A_RHO}"),
+    Argument(
+        {"diagonal": "row", "decoupled_weight_decay": False, "weight_decay": 0.1},
+        ValueError,
+        "decoupled_weight_decay=False with diagonal='row': the diagonal would divide the decay by the size of the "
+        "gradients, … take decoupled_weight_decay=True",
+    ),
+    Argument({"beta2": 1.0}, ValueError, f"beta2=1.0: {A_MOMENTUM}"),
+    Argument({"beta2": NAN}, ValueError, f"beta2=nan: {A_MOMENTUM}"),
+    Argument({"beta2": torch.tensor(0.9)}, TypeError, "beta2=tensor(0.9 … : pass a float"),
+    Argument({"eps": 0.0}, ValueError, f"eps=0.0: {AN_EPS}"),
+    Argument({"eps": -1e-8}, ValueError, f"eps=-1e-08: {AN_EPS}"),
+    Argument({"eps": INF}, ValueError, f"eps=inf: {AN_EPS}"),
+    Argument({"eps": 1e300}, ValueError, f"eps=1e+300: {AN_EPS}"),
+    Argument({"eps": "1e-8"}, TypeError, "eps='1e-8': pass a float"),
     Argument({"weight_decay": -1e-4}, ValueError, f"weight_decay=-0.0001: {NOT_NEGATIVE}"),
     Argument({"weight_decay": NAN}, ValueError, f"weight_decay=nan: {NOT_NEGATIVE}"),
     Argument({"weight_decay": "no"}, TypeError, "weight_decay='no': pass a float"),
     Argument({"decoupled_weight_decay": 1}, TypeError, f"decoupled_weight_decay=1: {A_FLAG}"),
     Argument({"maximize": "yes"}, TypeError, f"maximize='yes': {A_FLAG}"),
     Argument({"skip_nonfinite": None}, TypeError, f"skip_nonfinite=None: {A_FLAG}"),
-    Argument({"numerator": "momentum"}, ValueError, "numerator='momentum': take one of 'moment', 'gradient'"),
+    Argument(
+        {"numerator": "momentum"}, ValueError, "numerator='momentum': take one of 'moment', 'gradient', 'nesterov'"
+    ),
     Argument({"fisher": "layer"}, ValueError, f"fisher='layer': {FISHERS}"),
     Argument({"fisher": None}, ValueError, f"fisher=None: {FISHERS}"),
     Argument({"fisher": np.array(["model", "group"])}, ValueError, f"fisher=array … {FISHERS}", "`fisher` is an array"),
@@ -186,6 +213,12 @@ ARGUMENTS = [
         {"in_backward": True, "skip_nonfinite": True},
         ValueError,
         f"in_backward=True with skip_nonfinite=True {NO_NORM}",
+    ),
+    Argument(
+        {"in_backward": True, "diagonal": "row", "rho": 0.5},
+        ValueError,
+        "in_backward=True with diagonal='row' and rho=0.5 is impossible: the term of rank one needs all gradients … "
+        "Pass rho=None, or leave out in_backward",
     ),
     Argument(
         {"differentiable": True},
@@ -433,6 +466,22 @@ PARAMETERS = [
         _of_groups,
     ),
     _given(
+        "a group whose `diagonal` adapts beside one whose `diagonal` does not",
+        lambda: [{"params": one()}, {"params": one(), "diagonal": "factored"}],
+        ValueError,
+        "parameter group 1: diagonal='factored', but group 0 has 'identity': the diagonals of one optimizer all adapt, "
+        "or none does; make two optimizers",
+        _of_groups,
+    ),
+    _given(
+        "`rho=None` in one of two groups that share a Fisher matrix",
+        lambda: [{"params": one(), "diagonal": "row", "rho": 1.0}, {"params": one(), "diagonal": "row"}],
+        ValueError,
+        "parameter group 1: rho=None, but group 0 has 1.0: the term of rank one spans the whole model; take "
+        "fisher='group', or None in all groups",
+        _of_groups,
+    ),
+    _given(
         "a bfloat16 moment for a float64 parameter",
         lambda: [{"params": _double(), "state_dtype": torch.bfloat16}],
         ValueError,
@@ -492,6 +541,15 @@ ADDED = [
         "it twice … take numerator='moment', leave out in_backward, or keep the weights in float32",
         in_backward=True,
         numerator="gradient",
+    ),
+    _added(
+        "of 16-bit parameters, with `in_backward=True` and the look-ahead",
+        lambda _: {"params": [torch.ones(2, dtype=torch.float16).requires_grad_()]},
+        ValueError,
+        "parameter 0 of group 1 (shape (2,), float16, cpu): in_backward=True with numerator='nesterov' would round it "
+        "twice … take numerator='moment', leave out in_backward, or keep the weights in float32",
+        in_backward=True,
+        numerator="nesterov",
     ),
 ]
 
@@ -830,6 +888,74 @@ MET = [
         make=_double,
     ),
     _met(
+        "a `diagonal` that adapts, written into a group after a first step",
+        _set(diagonal="factored", rho=None),
+        ValueError,
+        "state of parameter 0 (shape (4,), float32, cpu) has no running means of g², but diagonal='factored' needs "
+        "variance: set the diagonal that it was made with, or delete the parameter's state to start it anew (del "
+        "optimizer.state[param])",
+    ),
+    _met(
+        "another `diagonal` that adapts, written into a group after a first step",
+        _set(diagonal="row"),
+        ValueError,
+        f"state of parameter 0 … variance is shape (4,), float32, cpu, expected shape (), float32, cpu for "
+        f"diagonal='row': {REPLACED}",
+        diagonal="factored",
+    ),
+    _met(
+        "means of rows that are gone",
+        _lost("row_var"),
+        ValueError,
+        f"{STATE} … has col_var, but diagonal='factored' needs row_var and col_var: set the diagonal that it was made "
+        "with, or delete the parameter's state",
+        diagonal="factored",
+    ),
+    _met(
+        "means of rows of another shape",
+        _entry("row_var", torch.ones(3)),
+        ValueError,
+        f"{STATE} … row_var is shape (3,), float32, cpu, expected shape (2,), float32, cpu for diagonal='factored': "
+        f"{REPLACED}",
+        diagonal="factored",
+    ),
+    _met(
+        "means of columns in float64",
+        _entry("col_var", torch.ones(3).double()),
+        ValueError,
+        f"{STATE} … col_var is shape (3,), float64, cpu, expected shape (3,), float32, cpu for diagonal='factored': "
+        f"{REPLACED}",
+        diagonal="factored",
+    ),
+    _met(
+        "means of columns that are a list",
+        _entry("col_var", [1.0] * 3),
+        TypeError,
+        f"{STATE} … col_var is of type list, not a tensor: {REPLACED}",
+        diagonal="factored",
+    ),
+    _met(
+        "a mean of squares whose elements share memory",
+        _entry("variance", torch.ones(1).expand(2, 3)),
+        ValueError,
+        f"{STATE} … variance has strides (0, 0), with which elements may share memory (as after expand()): {REPLACED}",
+        diagonal="element",
+    ),
+    _met(
+        "a mean of squares in its parameter's memory",
+        lambda optimizer, params: optimizer.state[params[1]].__setitem__("variance", params[1].data),
+        ValueError,
+        f"{STATE} … variance shares memory with the parameter: {REPLACED}",
+        diagonal="element",
+    ),
+    _met(
+        "an infinite `rho`, written into a group whose `diagonal` adapts",
+        _set(rho=INF),
+        ValueError,
+        "parameter group 0: rho=inf: pass None, which leaves out the term of rank one and its sums",
+        diagonal="factored",
+    ),
+    _met(
         "a learning rate that a schedule made NaN",
         _set(lr=NAN),
         ValueError,
@@ -840,7 +966,7 @@ MET = [
         "an unknown numerator, written into a group",
         _set(numerator="momentum"),
         ValueError,
-        "parameter group 0: numerator='momentum': take one of 'moment', 'gradient'",
+        "parameter group 0: numerator='momentum': take one of 'moment', 'gradient', 'nesterov'",
     ),
     _met(
         "`skip_nonfinite`, written into one of two groups",
@@ -894,10 +1020,10 @@ MET = [
 Spoil = Callable[[dict[str, Any]], Any]
 
 
-def _loaded(what: str, spoil: Spoil, error: type[Exception], text: str) -> Row:
+def _loaded(what: str, spoil: Spoil, error: type[Exception], text: str, **options: Any) -> Row:
     def case(_: str) -> Case:
         params = two()
-        optimizer = SOFIM([{"params": params[0]}, {"params": params[1], "lr": 0.1}])
+        optimizer = SOFIM([{"params": params[0]}, {"params": params[1], "lr": 0.1}], **options)
         give_ones(params)
         optimizer.step()
         spoiled = copy.deepcopy(optimizer.state_dict())
@@ -940,6 +1066,11 @@ def _with(*path_and_value: Any) -> Spoil:
     return spoil
 
 
+def _adapting(state_dict: dict[str, Any]) -> None:
+    for group in state_dict["param_groups"]:
+        group.update(diagonal="factored", rho=None)
+
+
 def _one_group(state_dict: dict[str, Any]) -> None:
     state_dict["param_groups"].pop()
 
@@ -972,7 +1103,8 @@ STATE_DICTS = [
         _another(torch.optim.Adam),
         ValueError,
         "state_dict: parameter group 0 lacks momentum, rho: it comes from another optimizer (it has betas, as Adam and "
-        "its variants): start SOFIM without it",
+        "its variants): if it is of a torch.optim.AdamW or Adam, load it into one, and convert that with "
+        "SOFIM.from_adamw(); else start SOFIM without it",
     ),
     _loaded("of a list", lambda _: [1], TypeError, f"state_dict is of type list: {OURS}"),
     _loaded("of a number", lambda _: 5, TypeError, f"state_dict is of type int: {OURS}"),
@@ -1086,6 +1218,42 @@ STATE_DICTS = [
         _without("state", 1, "step"),
         ValueError,
         f"{STATE_1} has the entries ['exp_avg'] and lacks step: {ANOTHERS}",
+    ),
+    _loaded(
+        "of the paper's form, with a `diagonal` that adapts",
+        _adapting,
+        ValueError,
+        f"{STATE_0} lacks variance, which diagonal='factored' needs (without them, its first steps would be ten times "
+        "too long): set the group's diagonal to the one that it was saved with",
+    ),
+    _loaded(
+        "without means of rows",
+        _without("state", 1, "row_var"),
+        ValueError,
+        f"{STATE_1} lacks row_var, which diagonal='factored' needs",
+        diagonal="factored",
+    ),
+    _loaded(
+        "with means of rows for another model",
+        _with("state", 1, "row_var", torch.ones(3)),
+        ValueError,
+        f"{STATE_1}: row_var has the shape (3,), expected (2,): {OTHER_MODEL}, or with another diagonal than "
+        "'factored'",
+        diagonal="factored",
+    ),
+    _loaded(
+        "with means of squares that are negative",
+        _with("state", 1, "row_var", torch.tensor([1.0, -1.0])),
+        ValueError,
+        f"{STATE_1}: row_var has negative elements, which no mean of squares has: it is damaged",
+        diagonal="factored",
+    ),
+    _loaded(
+        "with means of columns that are complex",
+        _with("state", 1, "col_var", torch.ones(3) * 1j),
+        ValueError,
+        f"{STATE_1}: col_var is complex64: {OTHER_MODEL}",
+        diagonal="factored",
     ),
     _loaded(
         "with a moment that is a list",

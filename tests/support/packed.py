@@ -121,8 +121,8 @@ def check_everything(t: Any, optimizer: SOFIM, tile: int = TILE) -> None:
     assert t.hyper.dtype == torch.float64
     assert t.hyper.tolist() == hyper
     whole = optimizer.param_groups[0]
-    assert t.gradient_form is (whole["numerator"] == "gradient")
-    assert (t.fisher, t.max_grad_norm) == (whole["fisher"], whole["max_grad_norm"])
+    assert (t.numerator, t.fisher) == (whole["numerator"], whole["fisher"])
+    assert t.max_grad_norm == whole["max_grad_norm"]
     assert t.skip_nonfinite is whole["skip_nonfinite"]
     assert t.l2 is any(g["weight_decay"] and not g["decoupled_weight_decay"] for g in present)
     assert t.decoupled is any(g["weight_decay"] and g["decoupled_weight_decay"] for g in present)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +38,13 @@ LAYOUTS: dict[str, Callable[[torch.dtype], Tensor]] = {
     "empty": lambda dtype: torch.empty(0, 3, dtype=dtype),
     "one-element": lambda dtype: torch.empty(1, 1, dtype=dtype),
 }
+# What matters besides if rows and columns do.
+ROWS_AND_COLUMNS: dict[str, Callable[[torch.dtype], Tensor]] = {
+    "one-row": lambda dtype: torch.empty(1, 6, dtype=dtype),
+    "one-column": lambda dtype: torch.empty(6, 1, dtype=dtype),
+    "no-columns": lambda dtype: torch.empty(2, 0, dtype=dtype),
+    "permuted": lambda dtype: torch.empty(3, 2, 4, dtype=dtype).permute(2, 0, 1),
+}
 
 
 def make_parameter(
@@ -44,7 +52,7 @@ def make_parameter(
 ) -> torch.nn.Parameter:
     """A parameter of a layout, filled with normal values."""
     with torch.device(device):
-        x = LAYOUTS[layout](dtype)
+        x = {**LAYOUTS, **ROWS_AND_COLUMNS}[layout](dtype)
     x.copy_(torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.real.dtype))
     if x.is_complex():
         x.imag.copy_(torch.randn(x.shape, generator=generator, dtype=torch.float64))
@@ -106,6 +114,8 @@ def mixed_problem(
     seed: int = 0,
     layouts: Sequence[str] = (),
     device: str = "cpu",
+    diagonal: str = "identity",
+    rank_one: bool = True,
 ) -> Problem:
     """Three groups of different hyperparameters over all layouts.
 
@@ -113,8 +123,10 @@ def mixed_problem(
         dtype: of all parameters, or several that the parameters take in turn.
         decay: ``"none"``, ``"decoupled"`` or ``"l2"`` weight decay, different in each group.
         seed: of values and gradients.
-        layouts: a choice of :data:`LAYOUTS`; all by default.
+        layouts: a choice of :data:`LAYOUTS` and :data:`ROWS_AND_COLUMNS`; all of the former by default.
         device: where the parameters lie.
+        diagonal: of all groups; ``"mixed"``: another one of those that adapt in each.
+        rank_one: whether ``rho`` is finite.
     """
     generator = torch.Generator().manual_seed(seed)
     dtypes = [dtype] if isinstance(dtype, torch.dtype) else list(dtype)
@@ -128,20 +140,36 @@ def mixed_problem(
         Hyper(0.03, 0.5, 1.5, 3 * weight_decay, decay != "l2", maximize=True),
         Hyper(0.08, 0.0, 0.4, weight_decay / 2, decay != "l2"),
     ]
+    if diagonal != "identity":
+        kinds = ("factored", "element", "row") if diagonal == "mixed" else (diagonal,) * 3
+        hypers = [
+            replace(
+                hyper, diagonal=kind, beta2=beta2, eps=eps, rho=hyper.rho / 2 if rank_one else math.inf, decoupled=True
+            )
+            for hyper, kind, beta2, eps in zip(hypers, kinds, (0.95, 0.99, 0.7), (1e-8, 0.05, 1e-3), strict=True)
+        ]
     group_of = [min(i * 3 // len(params), 2) for i in range(len(params))]
     groups = [
         {
             "params": [p for p, g in zip(params, group_of, strict=True) if g == index],
             "lr": hyper.lr,
             "momentum": hyper.momentum,
-            "rho": hyper.rho,
+            "rho": None if math.isinf(hyper.rho) else hyper.rho,
             "weight_decay": hyper.weight_decay,
             "decoupled_weight_decay": hyper.decoupled,
             "maximize": hyper.maximize,
+            **({} if diagonal == "identity" else {name: getattr(hyper, name) for name in ("diagonal", "beta2", "eps")}),
         }
         for index, hyper in enumerate(hypers)
     ]
     return Problem(groups, [hypers[g] for g in group_of], group_of, generator)
+
+
+def shrink_a_column(grads: Sequence[Tensor | None]) -> None:
+    """Make the first column of each matrix so small that its share of g² is below the floor."""
+    for g in grads:
+        if g is not None and g.dim() >= 2 and g.numel():
+            g[:, 0] *= 2.0**-10
 
 
 def give(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
@@ -168,7 +196,7 @@ def snapshot(optimizer: SOFIM) -> list[Tensor]:
         for p in group["params"]:
             tensors.append(p.detach().clone())
             known = optimizer.state.get(p, {})
-            tensors += [known[name].clone() for name in sorted(known)]
+            tensors += [known[name].clone() for name in sorted(known) if isinstance(known[name], Tensor)]
     return tensors
 
 
@@ -185,9 +213,11 @@ def _bytes(x: Tensor) -> bytes:
     return bytes(x.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
 
 
+NUMERATORS = ("moment", "gradient", "nesterov")
+
 # Kinds of steps.
 GUARDED: dict[str, Any] = {"max_grad_norm": 0.5, "skip_nonfinite": True}
-OPTIONS: list[dict[str, Any]] = [{}, {"numerator": "gradient"}, GUARDED, {"numerator": "gradient", **GUARDED}]
+OPTIONS: list[dict[str, Any]] = [{}, {"numerator": "gradient"}, GUARDED, {"numerator": "nesterov", **GUARDED}]
 
 
 def ready_problem(

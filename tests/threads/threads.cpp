@@ -8,10 +8,12 @@
 #include <atomic>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "cpu/adaptive.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "step/solve.h"
@@ -143,6 +145,67 @@ struct Tensors {
   }
 };
 
+// Tensors with running means, for a step whose diagonal adapts.
+struct AdaptiveTensors : Tensors {
+  struct Shape {
+    int64_t rows, columns, inner;
+  };
+  std::vector<VarianceRow> variances;
+  std::vector<Mix> mixes;
+
+  // Of each shape one tensor with means over rows and columns, one over rows, one over all, and one of elements.
+  AdaptiveTensors(const Kind& kind, const std::vector<Shape>& shapes) : Tensors(kind, sizes_of(shapes)) {
+    memory.reserve(memory.size() + 2 * records.size());
+    const Type type = kind.w == Type::float64 ? Type::float64 : Type::float32;
+    const auto means = [&](int64_t count) {
+      memory.emplace_back(count * bytes_of(type) + 1);  // zeros
+      return static_cast<void*>(memory.back().data());
+    };
+    for (size_t i = 0; i < records.size(); ++i) {
+      const Shape& shape = shapes[i / 4];
+      VarianceRow row;
+      row.columns = row.inner = records[i].numel;
+      row.by_element = i % 4 == 3;
+      if (i % 4 >= 2) row.whole = means(row.by_element ? records[i].numel : 1);
+      if (i % 4 < 2) {
+        row.count = shape.rows;
+        row.columns = shape.columns;
+        row.inner = shape.inner;
+        row.rows = means(shape.rows);
+      }
+      if (i % 4 == 0) row.cols = means(shape.columns);
+      variances.push_back(row);
+      mixes.push_back({0.9, 1e-8, 10.0});
+    }
+  }
+
+  static std::vector<int64_t> sizes_of(const std::vector<Shape>& shapes) {
+    std::vector<int64_t> sizes;
+    for (const Shape& shape : shapes) sizes.insert(sizes.end(), 4, shape.rows * shape.columns);
+    return sizes;
+  }
+
+  // Two steps: with a guard and a term of rank one, and with neither.
+  void step() {
+    Mode mode;
+    mode.cross = mode.gradient = true;
+    AdaptiveSweeps sweeps;
+    sweeps.begin(records.data(), variances.data(), tiling, mixes.data());
+    sums.assign(1, sweeps.squares());
+    sweeps.set_gain(0.5);
+    for (const ScaledProducts& p : sweeps.enter(mode)) sums.insert(sums.end(), {p.mm, p.mg, p.trace});
+    sweeps.apply(mode);
+    sweeps.begin(records.data(), variances.data(), tiling, mixes.data());
+    mode.updates = true;
+    sweeps.enter(mode);
+  }
+};
+
+// The last one has several tiles for its sums of squares; it is for one kind of tensors alone, as it takes seconds.
+const std::vector<AdaptiveTensors::Shape> kShapes = {{1, 1, 1},   {3, 11, 11},  {0, 3, 0},
+                                                     {17, 1, 1},  {20, 70, 35}, {90, 91, 1}};
+const std::vector<AdaptiveTensors::Shape> kLargeShapes = {{3, 44000, 44000}};
+
 const std::vector<int64_t> kSizes = {1, 33, 8191, kTile + 5, 0, 17, 20000, 2048, 2};
 
 int compared() {
@@ -161,6 +224,22 @@ int compared() {
         ++wrong;
         printf("%s: %s with %d threads gives other bits than with one\n", kind.name, call.name, threads);
       }
+    }
+  }
+  for (size_t i = 0; i <= std::size(kKinds); ++i) {
+    const Kind& kind = kKinds[i % std::size(kKinds)];
+    const auto& shapes = i < std::size(kKinds) ? kShapes : kLargeShapes;
+    at::number_of_threads = 1;
+    AdaptiveTensors alone(kind, shapes);
+    alone.step();
+    for (const int threads : {2, 5}) {
+      at::number_of_threads = threads;
+      AdaptiveTensors together(kind, shapes);
+      together.step();
+      ++tried;
+      if (together == alone) continue;
+      ++wrong;
+      printf("%s: a diagonal that adapts has other bits with %d threads than with one\n", kind.name, threads);
     }
   }
   // Two optimizers at once, as threads of Python's may have them.
@@ -219,6 +298,7 @@ extern "C" const char* __tsan_default_options() { return "suppress_equal_address
 extern "C" void __tsan_on_report(void*) { ++reports; }
 
 int main(int count, char** arguments) {
+  use_kernels(&kernels());
   if (count == 1) return compared();
   if (count > 2 || std::string(arguments[1]) != "--races") return 2;
   return raced();

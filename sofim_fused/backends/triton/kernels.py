@@ -38,6 +38,12 @@ _SUMS_ONLY = tl.constexpr(SUMS_ONLY)
 _PLAIN = tl.constexpr(PLAIN)
 _GUARDED = tl.constexpr(GUARDED)
 
+# What F⁻¹ is applied to, in the order of sofim_fused.checks.NUMERATORS. All but the moment have P and a term in the
+# gradient.
+MOMENT, GRADIENT, NESTEROV = range(3)
+_MOMENT = tl.constexpr(MOMENT)
+_NESTEROV = tl.constexpr(NESTEROV)
+
 # Rows of the sums, in the order of all backends.
 SUMS = 6
 _SUMS = tl.constexpr(SUMS)
@@ -499,6 +505,13 @@ def _correction(momentum, update):
 
 
 @triton.jit
+def _look_ahead(momentum, correction):
+    """What the new moment and the gradient are multiplied by in the look-ahead of Nesterov's method."""
+    later = (1.0 - momentum) + momentum / correction  # 1 - β^(t+1)
+    return momentum / later, (1.0 - momentum) / later
+
+
+@triton.jit
 def _finite(x):
     """Clamp to float32: a larger coefficient would become infinite, and its product with a zero moment NaN."""
     return tl.where(x > _FLOAT32_MAX, _FLOAT32_MAX, tl.where(x < -_FLOAT32_MAX, -_FLOAT32_MAX, x))
@@ -523,7 +536,7 @@ def _located(rows, hyper, at, mask, HYPERS: tl.constexpr):
 @triton.jit
 def _parts(
     rows, hyper, mm_row, mg_row, mw_row, gg_row, gw_row, ww_row, at, mask,
-    FINISH: tl.constexpr, L2: tl.constexpr, CROSS: tl.constexpr, HYPERS: tl.constexpr,
+    FINISH: tl.constexpr, L2: tl.constexpr, NUMERATOR: tl.constexpr, HYPERS: tl.constexpr,
 ):  # fmt: skip
     """What tensors add to their Fisher block. Masked tensors have zero sums and add nothing.
 
@@ -543,10 +556,13 @@ def _parts(
         l2 = tl.load(group + _L2, mask=mask, other=0.0)
     if FINISH == _PLAIN:
         s0 = square * mm
-        if CROSS:
+        if NUMERATOR != _MOMENT:
             mv = sign * _load_cg(mg_row + at, mask)
             if L2:
                 mv += _decayed(l2, _load_cg(mw_row + at, mask))
+            if NUMERATOR == _NESTEROV:
+                by_moment, by_gradient = _look_ahead(beta, correction)
+                mv = by_moment * mm + by_gradient * mv
             p0 = rate * mv
     else:
         one_minus_beta = 1.0 - beta
@@ -559,25 +575,36 @@ def _parts(
             mv0 = _decayed(l2, _load_cg(mw_row + at, mask))
             vv0 = _decayed(l2 * l2, _load_cg(ww_row + at, mask))
             vv1 = 2.0 * sign * _decayed(l2, _load_cg(gw_row + at, mask))
-        s0 = square * (beta * beta * mm + 2.0 * beta * one_minus_beta * mv0 + one_minus_beta * one_minus_beta * vv0)
-        s1 = square * (2.0 * beta * one_minus_beta * mv1 + one_minus_beta * one_minus_beta * vv1)
-        s2 = square * (one_minus_beta * one_minus_beta * vv2)
+        mm0 = beta * beta * mm + 2.0 * beta * one_minus_beta * mv0 + one_minus_beta * one_minus_beta * vv0
+        mm1 = 2.0 * beta * one_minus_beta * mv1 + one_minus_beta * one_minus_beta * vv1
+        mm2 = one_minus_beta * one_minus_beta * vv2
+        s0 = square * mm0
+        s1 = square * mm1
+        s2 = square * mm2
         still = beta * tl.sqrt(mm) + one_minus_beta * tl.sqrt(vv0)
         moving = one_minus_beta * tl.sqrt(vv2)
         most0 = square * still * still
         most1 = square * 2.0 * still * moving
         most2 = square * moving * moving
-        if CROSS:
-            p0 = rate * (beta * mv0 + one_minus_beta * vv0)
-            p1 = rate * (beta * mv1 + one_minus_beta * vv1)
-            p2 = rate * (one_minus_beta * vv2)
+        if NUMERATOR != _MOMENT:
+            p0 = beta * mv0 + one_minus_beta * vv0
+            p1 = beta * mv1 + one_minus_beta * vv1
+            p2 = one_minus_beta * vv2
+            if NUMERATOR == _NESTEROV:
+                by_moment, by_gradient = _look_ahead(beta, correction)
+                p0 = by_moment * mm0 + by_gradient * p0
+                p1 = by_moment * mm1 + by_gradient * p1
+                p2 = by_moment * mm2 + by_gradient * p2
+            p0 *= rate
+            p1 *= rate
+            p2 *= rate
     return s0, s1, s2, most0, most1, most2, p0, p1, p2
 
 
 @triton.jit
 def _fold(
     rows, hyper, mm, mg, mw, gg, gw, ww, class_of, which, begin, end,
-    FINISH: tl.constexpr, L2: tl.constexpr, CROSS: tl.constexpr, CLASSES: tl.constexpr, HYPERS: tl.constexpr,
+    FINISH: tl.constexpr, L2: tl.constexpr, NUMERATOR: tl.constexpr, CLASSES: tl.constexpr, HYPERS: tl.constexpr,
 ):  # fmt: skip
     """The total of ``_parts`` over the tensors from ``begin`` to ``end``, with ``CLASSES`` those of class ``which``."""
     lanes = tl.arange(0, _SOLVE_BLOCK)
@@ -589,10 +616,10 @@ def _fold(
         if CLASSES:
             mask = mask & (tl.load(class_of + at, mask=mask, other=-1) == which)
         a0, a1, a2, b0, b1, b2, c0, c1, c2 = _parts(
-            rows, hyper, mm, mg, mw, gg, gw, ww, at, mask, FINISH, L2, CROSS, HYPERS
+            rows, hyper, mm, mg, mw, gg, gw, ww, at, mask, FINISH, L2, NUMERATOR, HYPERS
         )
         s0 += a0
-        if CROSS:
+        if NUMERATOR != _MOMENT:
             p0 += c0
         if FINISH == _GUARDED:
             s1 += a1
@@ -600,7 +627,7 @@ def _fold(
             most0 += b0
             most1 += b1
             most2 += b2
-            if CROSS:
+            if NUMERATOR != _MOMENT:
                 p1 += c1
                 p2 += c2
     return (
@@ -616,7 +643,7 @@ def _polynomial(constant, linear, square, gain):
 
 
 @triton.jit
-def _at_gain(s0, s1, s2, most0, most1, most2, p0, p1, p2, gain, FINISH: tl.constexpr, CROSS: tl.constexpr):
+def _at_gain(s0, s1, s2, most0, most1, most2, p0, p1, p2, gain, FINISH: tl.constexpr, NUMERATOR: tl.constexpr):
     """S and P of Fisher blocks from ``_parts``, with the clip factor ``gain``."""
     s = s0
     p = p0
@@ -624,7 +651,7 @@ def _at_gain(s0, s1, s2, most0, most1, most2, p0, p1, p2, gain, FINISH: tl.const
         s = _polynomial(s0, s1, s2, gain)
         floor = _CANCELLED * _polynomial(most0, most1, most2, gain)
         s = tl.where(s < floor, floor, s)
-        if CROSS:
+        if NUMERATOR != _MOMENT:
             p = _polynomial(p0, p1, p2, gain)
     return s, p
 
@@ -632,7 +659,7 @@ def _at_gain(s0, s1, s2, most0, most1, most2, p0, p1, p2, gain, FINISH: tl.const
 @triton.jit
 def _solve(
     rows, hyper, coefs, tensors, at, mask, s, p, skip,
-    L2: tl.constexpr, CROSS: tl.constexpr, HYPERS: tl.constexpr,
+    L2: tl.constexpr, NUMERATOR: tl.constexpr, HYPERS: tl.constexpr,
 ):  # fmt: skip
     """The Sherman-Morrison step of tensors, from S and P of their block; counts one more update unless ``skip``."""
     group, steps, correction = _located(rows, hyper, at, mask, HYPERS)
@@ -640,12 +667,18 @@ def _solve(
     rho = tl.load(group + _RHO, mask=mask, other=1.0)
     shrink = correction / (rho * (1.0 + s))
     by_weight = 1.0 - lr * tl.load(group + _WEIGHT_DECAY, mask=mask, other=0.0)
-    if CROSS:
+    if NUMERATOR != _MOMENT:
+        rate = lr / rho
+        if NUMERATOR == _NESTEROV:
+            ahead, share = _look_ahead(tl.load(group + _MOMENTUM, mask=mask, other=0.0), correction)
+            rate *= share
+            by_moment = lr * (shrink * p - ahead / rho)
+        else:
+            by_moment = lr * shrink * p
         if L2:
-            by_weight -= _decayed(tl.load(group + _L2, mask=mask, other=0.0), lr / rho)
-        by_gradient = _finite(-(lr / rho) * tl.load(group + _SIGN, mask=mask, other=0.0))
+            by_weight -= _decayed(tl.load(group + _L2, mask=mask, other=0.0), rate)
+        by_gradient = _finite(-rate * tl.load(group + _SIGN, mask=mask, other=0.0))
         tl.store(coefs + _BY_GRADIENT * tensors + at, by_gradient, mask=mask)
-        by_moment = lr * shrink * p
     else:
         by_moment = -lr * shrink
     tl.store(coefs + _BY_WEIGHT * tensors + at, by_weight, mask=mask)
@@ -675,7 +708,7 @@ def _guard(square, limit, grad_scale, found_inf, skip_nonfinite, CLIP: tl.conste
 @triton.jit
 def _finish(
     rows, bounds, hyper, sums, coefs, outcome, tensors, blocks,
-    FINISH: tl.constexpr, L2: tl.constexpr, CROSS: tl.constexpr, PER_TENSOR: tl.constexpr, CLIP: tl.constexpr,
+    FINISH: tl.constexpr, L2: tl.constexpr, NUMERATOR: tl.constexpr, PER_TENSOR: tl.constexpr, CLIP: tl.constexpr,
     SKIP: tl.constexpr,
 ):  # fmt: skip
     """The coefficients of every tensor, from the sums of all."""
@@ -707,28 +740,28 @@ def _finish(
             at = (start + lanes).to(tl.int64)
             mask = at < tensors
             s0, s1, s2, most0, most1, most2, p0, p1, p2 = _parts(
-                rows, groups, mm, mg, mw, gg, gw, ww, at, mask, FINISH, L2, CROSS, _HYPERS
+                rows, groups, mm, mg, mw, gg, gw, ww, at, mask, FINISH, L2, NUMERATOR, _HYPERS
             )
-            s, p = _at_gain(s0, s1, s2, most0, most1, most2, p0, p1, p2, gain, FINISH, CROSS)
-            _solve(rows, groups, coefs, tensors, at, mask, s, p, skip, L2, CROSS, _HYPERS)
+            s, p = _at_gain(s0, s1, s2, most0, most1, most2, p0, p1, p2, gain, FINISH, NUMERATOR)
+            _solve(rows, groups, coefs, tensors, at, mask, s, p, skip, L2, NUMERATOR, _HYPERS)
     else:
         for block in range(blocks):
             begin = tl.load(bounds + block)
             end = tl.load(bounds + block + 1)
             s0, s1, s2, most0, most1, most2, p0, p1, p2 = _fold(
-                rows, groups, mm, mg, mw, gg, gw, ww, rows, 0, begin, end, FINISH, L2, CROSS, False, _HYPERS
+                rows, groups, mm, mg, mw, gg, gw, ww, rows, 0, begin, end, FINISH, L2, NUMERATOR, False, _HYPERS
             )
-            s, p = _at_gain(s0, s1, s2, most0, most1, most2, p0, p1, p2, gain, FINISH, CROSS)
+            s, p = _at_gain(s0, s1, s2, most0, most1, most2, p0, p1, p2, gain, FINISH, NUMERATOR)
             for start in range(begin, end, _SOLVE_BLOCK):
                 at = (start + lanes).to(tl.int64)
-                _solve(rows, groups, coefs, tensors, at, at < end, s, p, skip, L2, CROSS, _HYPERS)
+                _solve(rows, groups, coefs, tensors, at, at < end, s, p, skip, L2, NUMERATOR, _HYPERS)
 
 
 @triton.jit
 def _first_sweep(
     tile, rows, tile_of, bounds, hyper, work, counters, outcome, tensors, tiles, blocks,
     PASS: tl.constexpr, FINISH: tl.constexpr, KINDS: tl.constexpr, N_KINDS: tl.constexpr, L2: tl.constexpr,
-    CROSS: tl.constexpr, STEP: tl.constexpr, PER_TENSOR: tl.constexpr, CLIP: tl.constexpr, SKIP: tl.constexpr,
+    NUMERATOR: tl.constexpr, STEP: tl.constexpr, PER_TENSOR: tl.constexpr, CLIP: tl.constexpr, SKIP: tl.constexpr,
     SIZE: tl.constexpr,
 ):  # fmt: skip
     """One tile of a pass with sums, and what follows the last tile. True for the program that did the latter."""
@@ -737,13 +770,13 @@ def _first_sweep(
     slots = coefs + _COEFFICIENTS * tensors + _EXTRAS
     tensor = _tile(
         tile, rows, tile_of, hyper, coefs, slots, tensors, tiles,
-        PASS, KINDS, N_KINDS, L2, CROSS, STEP, False, SIZE,
+        PASS, KINDS, N_KINDS, L2, NUMERATOR != _MOMENT, STEP, False, SIZE,
     )  # fmt: skip
     row = rows + tensor * _COLUMNS
     done = False
     if _is_last(counters + tensor, tl.maximum((tl.load(row + _NUMEL) + SIZE - 1) // SIZE, 1)):
         _add_up(slots, sums, row, tensor, tensors, tiles, _MM, SIZE)
-        if CROSS or PASS == _DOTS:
+        if NUMERATOR != _MOMENT or PASS == _DOTS:
             _add_up(slots, sums, row, tensor, tensors, tiles, _MG, SIZE)
             if L2:
                 _add_up(slots, sums, row, tensor, tensors, tiles, _MW, SIZE)
@@ -757,7 +790,7 @@ def _first_sweep(
             if done:
                 _finish(
                     rows, bounds, hyper, sums, coefs, outcome, tensors, blocks,
-                    FINISH, L2, CROSS, PER_TENSOR, CLIP, SKIP,
+                    FINISH, L2, NUMERATOR, PER_TENSOR, CLIP, SKIP,
                 )  # fmt: skip
     return done
 
@@ -792,13 +825,13 @@ def _second_sweep(
 def first(
     rows, tile_of, bounds, hyper, work, counters, outcome, tensors, tiles, blocks,
     PASS: tl.constexpr, FINISH: tl.constexpr, KINDS: tl.constexpr, N_KINDS: tl.constexpr, L2: tl.constexpr,
-    CROSS: tl.constexpr, STEP: tl.constexpr, PER_TENSOR: tl.constexpr, CLIP: tl.constexpr, SKIP: tl.constexpr,
+    NUMERATOR: tl.constexpr, STEP: tl.constexpr, PER_TENSOR: tl.constexpr, CLIP: tl.constexpr, SKIP: tl.constexpr,
     SIZE: tl.constexpr,
 ):  # fmt: skip
     """``accumulate`` or ``dots``: one program per tile."""
     _first_sweep(
         tl.program_id(0), rows, tile_of, bounds, hyper, work, counters, outcome, tensors, tiles, blocks,
-        PASS, FINISH, KINDS, N_KINDS, L2, CROSS, STEP, PER_TENSOR, CLIP, SKIP, SIZE,
+        PASS, FINISH, KINDS, N_KINDS, L2, NUMERATOR, STEP, PER_TENSOR, CLIP, SKIP, SIZE,
     )  # fmt: skip
 
 
@@ -819,7 +852,7 @@ def second(
 def single(
     rows, tile_of, bounds, hyper, work, counters, outcome, tensors, tiles, blocks,
     FIRST: tl.constexpr, SECOND: tl.constexpr, FINISH: tl.constexpr, KINDS: tl.constexpr, N_KINDS: tl.constexpr,
-    L2: tl.constexpr, CROSS: tl.constexpr, GRADIENT: tl.constexpr, PER_TENSOR: tl.constexpr, CLIP: tl.constexpr,
+    L2: tl.constexpr, NUMERATOR: tl.constexpr, GRADIENT: tl.constexpr, PER_TENSOR: tl.constexpr, CLIP: tl.constexpr,
     SKIP: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """A whole step: both sweeps, and between them a barrier that every program has to reach.
@@ -836,7 +869,7 @@ def single(
     for tile in range(program, tiles, programs):
         done = _first_sweep(
             tile, rows, tile_of, bounds, hyper, work, counters, outcome, tensors, tiles, blocks,
-            FIRST, FINISH, KINDS, N_KINDS, L2, CROSS, False, PER_TENSOR, CLIP, SKIP, SIZE,
+            FIRST, FINISH, KINDS, N_KINDS, L2, NUMERATOR, False, PER_TENSOR, CLIP, SKIP, SIZE,
         )  # fmt: skip
         if done:
             tl.debug_barrier()
@@ -857,18 +890,18 @@ def single(
 # The kernels between the sweeps, for steps that run pass by pass. Arrays:
 #   rows     int64 [tensors, COLUMNS], of which STEP and GROUP are used    hyper    float64 [groups, 6], up to SIGN
 #   mm ... ww  float64 [tensors], those that are needed                    bounds   int32 [blocks + 1]
-#   totals   float64 [classes, k, blocks], in solve [k, blocks]: S and, in the gradient form (CROSS), P; if guarded
+#   totals   float64 [classes, k, blocks], in solve [k, blocks]: S and, unless NUMERATOR is MOMENT, P; if guarded
 #            their polynomials in the clip factor: S, S if nothing cancelled, and P
 
 
 @triton.jit
 def _store_total(
-    out, block, mask, blocks, s0, s1, s2, most0, most1, most2, p0, p1, p2, FINISH: tl.constexpr, CROSS: tl.constexpr
+    out, block, mask, blocks, s0, s1, s2, most0, most1, most2, p0, p1, p2, FINISH: tl.constexpr, NUMERATOR: tl.constexpr
 ):
     """Write the values of Fisher blocks, one below the other in the rows of ``out``."""
     tl.store(out + block, s0, mask=mask)
     if FINISH == _PLAIN:
-        if CROSS:
+        if NUMERATOR != _MOMENT:
             tl.store(out + blocks + block, p0, mask=mask)
     else:
         tl.store(out + blocks + block, s1, mask=mask)
@@ -876,20 +909,20 @@ def _store_total(
         tl.store(out + 3 * blocks + block, most0, mask=mask)
         tl.store(out + 4 * blocks + block, most1, mask=mask)
         tl.store(out + 5 * blocks + block, most2, mask=mask)
-        if CROSS:
+        if NUMERATOR != _MOMENT:
             tl.store(out + 6 * blocks + block, p0, mask=mask)
             tl.store(out + 7 * blocks + block, p1, mask=mask)
             tl.store(out + 8 * blocks + block, p2, mask=mask)
 
 
 @triton.jit
-def _load_total(totals, block, mask, blocks, FINISH: tl.constexpr, CROSS: tl.constexpr):
+def _load_total(totals, block, mask, blocks, FINISH: tl.constexpr, NUMERATOR: tl.constexpr):
     """Read what ``_store_total`` wrote; zeros for values that were not written."""
     s0 = tl.load(totals + block, mask=mask, other=0.0)
     zero = tl.zeros_like(s0)
     s1, s2, most0, most1, most2, p0, p1, p2 = zero, zero, zero, zero, zero, zero, zero, zero
     if FINISH == _PLAIN:
-        if CROSS:
+        if NUMERATOR != _MOMENT:
             p0 = tl.load(totals + blocks + block, mask=mask, other=0.0)
     else:
         s1 = tl.load(totals + blocks + block, mask=mask, other=0.0)
@@ -897,7 +930,7 @@ def _load_total(totals, block, mask, blocks, FINISH: tl.constexpr, CROSS: tl.con
         most0 = tl.load(totals + 3 * blocks + block, mask=mask, other=0.0)
         most1 = tl.load(totals + 4 * blocks + block, mask=mask, other=0.0)
         most2 = tl.load(totals + 5 * blocks + block, mask=mask, other=0.0)
-        if CROSS:
+        if NUMERATOR != _MOMENT:
             p0 = tl.load(totals + 6 * blocks + block, mask=mask, other=0.0)
             p1 = tl.load(totals + 7 * blocks + block, mask=mask, other=0.0)
             p2 = tl.load(totals + 8 * blocks + block, mask=mask, other=0.0)
@@ -907,7 +940,7 @@ def _load_total(totals, block, mask, blocks, FINISH: tl.constexpr, CROSS: tl.con
 @triton.jit(do_not_specialize=["tensors", "blocks"])
 def fold(
     rows, bounds, hyper, mm, mg, mw, gg, gw, ww, class_of, totals, squares, tensors, blocks,
-    FINISH: tl.constexpr, L2: tl.constexpr, CROSS: tl.constexpr, PER_TENSOR: tl.constexpr, CLASSES: tl.constexpr,
+    FINISH: tl.constexpr, L2: tl.constexpr, NUMERATOR: tl.constexpr, PER_TENSOR: tl.constexpr, CLASSES: tl.constexpr,
     HYPERS: tl.constexpr,
 ):  # fmt: skip
     """From sums to totals per Fisher block: one program per class of tensors.
@@ -917,7 +950,7 @@ def fold(
     """
     which = tl.program_id(0)
     lanes = tl.arange(0, _SOLVE_BLOCK)
-    k: tl.constexpr = (2 if CROSS else 1) if FINISH == _PLAIN else (9 if CROSS else 6)
+    k: tl.constexpr = (1 if NUMERATOR == _MOMENT else 2) if FINISH == _PLAIN else (6 if NUMERATOR == _MOMENT else 9)
     out = totals + which.to(tl.int64) * k * blocks
     square = tl.zeros([_SOLVE_BLOCK], tl.float64)
     if FINISH == _GUARDED:
@@ -936,22 +969,22 @@ def fold(
             if CLASSES:
                 mask = mask & (tl.load(class_of + at, mask=mask, other=-1) == which)
             s0, s1, s2, most0, most1, most2, p0, p1, p2 = _parts(
-                rows, hyper, mm, mg, mw, gg, gw, ww, at, mask, FINISH, L2, CROSS, HYPERS
+                rows, hyper, mm, mg, mw, gg, gw, ww, at, mask, FINISH, L2, NUMERATOR, HYPERS
             )
-            _store_total(out, at, inside, blocks, s0, s1, s2, most0, most1, most2, p0, p1, p2, FINISH, CROSS)
+            _store_total(out, at, inside, blocks, s0, s1, s2, most0, most1, most2, p0, p1, p2, FINISH, NUMERATOR)
     else:
         for block in range(blocks):
             s0, s1, s2, most0, most1, most2, p0, p1, p2 = _fold(
                 rows, hyper, mm, mg, mw, gg, gw, ww, class_of, which, tl.load(bounds + block),
-                tl.load(bounds + block + 1), FINISH, L2, CROSS, CLASSES, HYPERS,
+                tl.load(bounds + block + 1), FINISH, L2, NUMERATOR, CLASSES, HYPERS,
             )  # fmt: skip
-            _store_total(out, block, True, blocks, s0, s1, s2, most0, most1, most2, p0, p1, p2, FINISH, CROSS)
+            _store_total(out, block, True, blocks, s0, s1, s2, most0, most1, most2, p0, p1, p2, FINISH, NUMERATOR)
 
 
 @triton.jit(do_not_specialize=["tensors", "blocks"])
 def solve(
     rows, hyper, totals, square, grad_scale, found_inf, coefs, outcome, skipped, limit: tl.float64, tensors, blocks,
-    FINISH: tl.constexpr, CROSS: tl.constexpr, FISHER: tl.constexpr, CLIP: tl.constexpr, SCALED: tl.constexpr,
+    FINISH: tl.constexpr, NUMERATOR: tl.constexpr, FISHER: tl.constexpr, CLIP: tl.constexpr, SCALED: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr, FOUND: tl.constexpr, HYPERS: tl.constexpr,
 ):  # fmt: skip
     """From totals to coefficients, float64 ``[COEFFICIENTS, tensors]``: one program per ``SOLVE_BLOCK`` tensors.
@@ -985,6 +1018,6 @@ def solve(
         block = tl.load(rows + at * _COLUMNS + _GROUP, mask=mask, other=0)
     elif FISHER == _BY_PARAMETER:
         block = at
-    s0, s1, s2, most0, most1, most2, p0, p1, p2 = _load_total(totals, block, mask, blocks, FINISH, CROSS)
-    s, p = _at_gain(s0, s1, s2, most0, most1, most2, p0, p1, p2, gain, FINISH, CROSS)
-    _solve(rows, hyper, coefs, tensors, at, mask, s, p, skip, True, CROSS, HYPERS)
+    s0, s1, s2, most0, most1, most2, p0, p1, p2 = _load_total(totals, block, mask, blocks, FINISH, NUMERATOR)
+    s, p = _at_gain(s0, s1, s2, most0, most1, most2, p0, p1, p2, gain, FINISH, NUMERATOR)
+    _solve(rows, hyper, coefs, tensors, at, mask, s, p, skip, True, NUMERATOR, HYPERS)

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sofim_fused import checks
+from sofim_fused.backends import addresses
 from sofim_fused.backends.interface import Sums
+from sofim_fused.backends.solve import on_device_of
 from sofim_fused.backends.triton import pack
 from sofim_fused.backends.triton.workspace import Located, Workspace
 
@@ -36,7 +39,8 @@ class KernelConfig:
         second: the pass of the second sweep.
         finish: what follows the sums.
         l2: some tensor has L2 weight decay.
-        cross: the gradient form of the step, or sums for it.
+        numerator: ``kernels.MOMENT``, ``GRADIENT`` or ``NESTEROV``; with a pass alone ``GRADIENT`` stands for sums of
+            products with g, and for an update that reads g.
         per_tensor: each tensor is a Fisher block.
         clip: gradients are multiplied by a factor: clipped or unscaled.
         skip: the step may be skipped.
@@ -47,10 +51,15 @@ class KernelConfig:
     second: int = 0
     finish: int = 0
     l2: bool = False
-    cross: bool = False
+    numerator: int = 0
     per_tensor: bool = False
     clip: bool = False
     skip: bool = False
+
+    @property
+    def reads_gradient(self) -> bool:
+        """Whether the update has a term in the gradient, for which products with it are summed."""
+        return checks.reads_gradient(checks.NUMERATORS[self.numerator])
 
     @property
     def double(self) -> bool:
@@ -82,7 +91,7 @@ def launch_first(kernels: ModuleType, workspace: Workspace, config: KernelConfig
         *workspace.arguments(),
         PASS=config.first,
         FINISH=config.finish,
-        CROSS=config.cross,
+        NUMERATOR=config.numerator,
         STEP=with_step,
         PER_TENSOR=config.per_tensor,
         **config.common(kernels),
@@ -101,7 +110,7 @@ def launch_second(kernels: ModuleType, workspace: Workspace, config: KernelConfi
         workspace.tensors,
         workspace.tiles,
         PASS=config.second,
-        GRADIENT=config.cross,
+        GRADIENT=config.reads_gradient,
         **config.common(kernels),
     )
 
@@ -115,8 +124,8 @@ def launch_single(kernels: ModuleType, workspace: Workspace, config: KernelConfi
         FIRST=config.first,
         SECOND=config.second,
         FINISH=config.finish,
-        CROSS=config.cross,
-        GRADIENT=config.cross,
+        NUMERATOR=config.numerator,
+        GRADIENT=config.reads_gradient,
         PER_TENSOR=config.per_tensor,
         launch_cooperative_grid=True,
         **config.common(kernels, waits=True),
@@ -129,24 +138,25 @@ class SolveConfig:
 
     Attributes:
         fisher: ``kernels.MODEL``, ``GROUP`` or ``PARAMETER``: what a Fisher block is.
-        cross: the gradient form of the step.
+        numerator: ``kernels.MOMENT``, ``GRADIENT`` or ``NESTEROV``.
         guarded: the step may clip, unscale or skip.
     """
 
     fisher: int
-    cross: bool
+    numerator: int
     guarded: bool
 
     @property
     def rows(self) -> int:
         """How many values a Fisher block has: S and P, or the polynomials of S, of its scale, and of P."""
-        return (9 if self.cross else 6) if self.guarded else (2 if self.cross else 1)
+        crosses = checks.reads_gradient(checks.NUMERATORS[self.numerator])
+        return (9 if crosses else 6) if self.guarded else (2 if crosses else 1)
 
     def common(self, kernels: ModuleType) -> dict[str, Any]:
         """Arguments of both kernels."""
         return {
             "FINISH": kernels.GUARDED if self.guarded else kernels.PLAIN,
-            "CROSS": self.cross,
+            "NUMERATOR": self.numerator,
             "num_warps": kernels.SOLVE_BLOCK // 32,
             "enable_fp_fusion": False,
         }
@@ -265,6 +275,16 @@ def run(kernel: Any, programs: int, *arguments: Tensor | float, **constants: Any
             f"Triton could not compile or load a kernel ({_first_line(error)}): TRITON_CACHE_DIR has to be a folder "
             "that can be written to; empty it if it is damaged, or take backend='cuda' or 'reference'"
         ) from error
+
+
+def number(value: Tensor | float | None, like: Tensor) -> Tensor | None:
+    """A number, or a one-element tensor, as kernels read it: a float32 or float64 tensor on ``like``'s device."""
+    if value is None:
+        return None
+    ready = isinstance(value, Tensor) and value.device == like.device and addresses.plain(value)
+    if ready and value.dtype in (torch.float32, torch.float64):  # type: ignore[union-attr]
+        return value.detach()  # type: ignore[union-attr]
+    return on_device_of(like, value)
 
 
 def programs_per_multiprocessor(config: KernelConfig, hip: bool) -> int:

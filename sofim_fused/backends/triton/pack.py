@@ -38,18 +38,26 @@ HYPERS = 9
 ``WEIGHT_DECAY`` is decoupled weight decay, ``L2`` the other kind; one of the two is 0. ``SIGN`` is -1 with
 ``maximize``, else 1. The moment is ``m' = DECAY_M·m + DECAY_G·g + DECAY_W·w``."""
 
+ROW_VAR, COL_VAR, WHOLE, BY_ELEMENT, COUNT, COLUMNS_OF_ROW, INNER = range(7)
+"""Columns of ``means``, int64 ``[n, 7]``, of steps with a diagonal that adapts: running means of g².
+
+``ROW_VAR``, ``COL_VAR``, ``WHOLE``: addresses of ``row_var``, ``col_var`` and ``variance``, or 0; ``col_var`` is in the
+order in which memory has a row's columns. ``BY_ELEMENT``: 1 if each element has its own variance, in the order of w.
+``COUNT`` rows of ``COLUMNS_OF_ROW`` elements; one row without ``row_var``. ``INNER``: how many elements with the same
+index of dimension 0 follow each other in memory."""
+
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-WIDE, ROUNDS, KEEPS, UNALIGNED = 1 << 2, 1 << 3, 1 << 4, 1 << 5
+WIDE, ROUNDS, KEEPS, UNALIGNED, ELEMENT = 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 6
 """A tensor's kind, which says how it is stored: the dtype of w (:data:`TYPES`, two bits; complex numbers are stored as
 real ones), and one bit each for: a float32 gradient of a 16-bit w; a bfloat16 moment; lost bits are kept; some address
-among those of w, g, m and kahan is not a multiple of 16."""
+among those of w, g, m, kahan and the variances of elements is not a multiple of 16; each element has a variance."""
 
 POINTERS, VALUES, LAYOUT = 1, 2, 4
 EVERYTHING = POINTERS | VALUES | LAYOUT
 """What ``PackedStep.gather`` returns: bits for what differs from the last time.
 
 ``POINTERS``: anything in ``rows``. ``VALUES``: anything in ``hyper``, bit for bit. ``LAYOUT``: a column of ``rows``
-that holds no address, the number of groups, the device, ``gradient_form``, ``fisher``, ``skip_nonfinite``, ``l2``,
+that holds no address, the number of groups, the device, ``numerator``, ``fisher``, ``skip_nonfinite``, ``l2``,
 ``decoupled``, or whether there is a ``max_grad_norm``."""
 
 
@@ -183,16 +191,16 @@ def _placed(
     if m.is_contiguous():
         flat = w.is_contiguous() and g.is_contiguous() and (kahan is None or kahan.is_contiguous())
     else:
-        flat = _dense(m) and all(_in_order(x, m.stride()) for x in (w, g, kahan) if x is not None)
+        flat = dense(m) and all(in_order(x, m.stride()) for x in (w, g, kahan) if x is not None)
     if flat and not (w.is_neg() or g.is_neg() or m.is_neg()):
         return address(w), address(g), address(m), 0 if kahan is None else address(kahan)
-    order = m.stride() if _dense(m) else _contiguous(m.shape)
+    order = m.stride() if dense(m) else contiguous(m.shape)
 
     def copy_of(x: Tensor) -> Tensor:
         return torch.empty_strided(x.shape, order, dtype=x.dtype, device=x.device).copy_(x.detach())
 
     def ready(x: Tensor) -> bool:
-        return _in_order(x, order) and not x.is_neg() and _dense(x)
+        return in_order(x, order) and not x.is_neg() and dense(x)
 
     def written(x: Tensor, moment: bool) -> int:
         if ready(x):
@@ -208,12 +216,12 @@ def _placed(
     return at_w, address(kept[-1]), at_m, at_kahan
 
 
-def _in_order(x: Tensor, strides: Sequence[int]) -> bool:
+def in_order(x: Tensor, strides: Sequence[int]) -> bool:
     """Whether a tensor has these strides; dimensions of size 1 are ignored."""
     return all(size < 2 or a == b for size, a, b in zip(x.shape, x.stride(), strides, strict=True))
 
 
-def _dense(x: Tensor) -> bool:
+def dense(x: Tensor) -> bool:
     """Whether elements fill a contiguous range of memory, in any order of dimensions."""
     if x.is_contiguous():
         return True
@@ -225,7 +233,7 @@ def _dense(x: Tensor) -> bool:
     return True
 
 
-def _contiguous(shape: Sequence[int]) -> list[int]:
+def contiguous(shape: Sequence[int]) -> list[int]:
     """The strides of a contiguous tensor."""
     strides: list[int] = []
     reach = 1

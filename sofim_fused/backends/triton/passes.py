@@ -11,7 +11,6 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable imports the compiler: seconds
 
 from sofim_fused import native
-from sofim_fused.backends import addresses
 from sofim_fused.backends.interface import (
     Coefficients,
     Decay,
@@ -24,9 +23,8 @@ from sofim_fused.backends.interface import (
     Sums,
     fisher_blocks,
 )
-from sofim_fused.backends.reference import TorchAdaptivePasses
-from sofim_fused.backends.solve import on_device_of
 from sofim_fused.backends.triton import pack
+from sofim_fused.backends.triton.adaptive import TritonAdaptive
 from sofim_fused.backends.triton.launch import (
     KernelConfig,
     SolveConfig,
@@ -37,12 +35,13 @@ from sofim_fused.backends.triton.launch import (
     launch_fold,
     launch_second,
     launch_solve,
+    number,
 )
 from sofim_fused.backends.triton.step import TritonStep
 from sofim_fused.backends.triton.workspace import Located, Workspace
 
 
-class TritonPasses(TorchAdaptivePasses):
+class TritonPasses(TritonAdaptive):
     """See :class:`sofim_fused.backends.interface.Passes`. Each optimizer has its own instance, with a workspace.
 
     Args:
@@ -53,6 +52,7 @@ class TritonPasses(TorchAdaptivePasses):
     name = "triton"
 
     def __init__(self, kernels: ModuleType, emulated: bool = False) -> None:
+        super().__init__()
         self.emulated = emulated
         self._kernels = kernels
         self._workspace: Workspace | None = None
@@ -82,7 +82,7 @@ class TritonPasses(TorchAdaptivePasses):
         class_of: Tensor | None = None,
         classes: int = 1,
     ) -> tuple[Tensor, Tensor]:
-        config = SolveConfig(settings.fisher, settings.gradient_form, guarded)
+        config = SolveConfig(settings.fisher, settings.numerator, guarded)
         blocks = fisher_blocks(settings.fisher, len(settings.sizes), len(steps))
         totals = settings.hyper.new_empty(classes, config.rows, blocks)
         squares = settings.hyper.new_empty(classes)
@@ -103,7 +103,7 @@ class TritonPasses(TorchAdaptivePasses):
         square: Tensor | None,
     ) -> tuple[Coefficients, Tensor | None, Tensor | None]:
         hyper = settings.hyper
-        config = SolveConfig(settings.fisher, settings.gradient_form, guard is not None)
+        config = SolveConfig(settings.fisher, settings.numerator, guard is not None)
         found = hyper.new_empty(self._kernels.COEFFICIENTS, len(steps))
         asked: dict[str, Any] = {}
         with device_scope(hyper.device):
@@ -113,8 +113,8 @@ class TritonPasses(TorchAdaptivePasses):
                     "outcome": hyper.new_empty(2),
                     "skipped": hyper.new_empty(1, dtype=torch.int8),
                     "max_norm": guard.max_norm,
-                    "grad_scale": _number(guard.grad_scale, hyper),
-                    "found_inf": _number(guard.found_inf, hyper),
+                    "grad_scale": number(guard.grad_scale, hyper),
+                    "found_inf": number(guard.found_inf, hyper),
                     "skip_nonfinite": guard.skip_nonfinite,
                 }
             located = self._located(steps, settings)
@@ -154,7 +154,12 @@ class TritonPasses(TorchAdaptivePasses):
             launch_first(
                 k,
                 workspace,
-                KernelConfig(tuple(packed.kinds), first=which, l2=l2, cross=decay.cross and not dots),
+                KernelConfig(
+                    tuple(packed.kinds),
+                    first=which,
+                    l2=l2,
+                    numerator=k.GRADIENT if decay.cross and not dots else k.MOMENT,
+                ),
                 with_step=gradient_step is not None,
             )
             packed.finish(gradient_step is not None, not dots, False)
@@ -172,7 +177,7 @@ class TritonPasses(TorchAdaptivePasses):
                 tuple(packed.kinds),
                 second=which,
                 l2=decay is not None and decay.weight is not None,
-                cross=update.gradient is not None,
+                numerator=self._kernels.MOMENT if update.gradient is None else self._kernels.GRADIENT,
                 clip=update.gain is not None,
                 skip=update.skip is not None,
             )
@@ -217,16 +222,6 @@ class TritonPasses(TorchAdaptivePasses):
         workspace.load(packed.rows, hyper, None)
         workspace.renew_work()  # so that sums which were returned keep their values
         return packed, workspace
-
-
-def _number(value: Tensor | float | None, like: Tensor) -> Tensor | None:
-    """A number, or a one-element tensor, as kernels read it: a float32 or float64 tensor on ``like``'s device."""
-    if value is None:
-        return None
-    ready = isinstance(value, Tensor) and value.device == like.device and addresses.plain(value)
-    if ready and value.dtype in (torch.float32, torch.float64):  # type: ignore[union-attr]
-        return value.detach()  # type: ignore[union-attr]
-    return on_device_of(like, value)
 
 
 def passes_for(device: torch.device) -> TritonPasses | str:

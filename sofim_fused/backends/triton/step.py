@@ -9,13 +9,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, MutableMapping
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from sofim_fused import checks
 from sofim_fused.backends import triton
+from sofim_fused.backends.interface import GuardSettings
 from sofim_fused.backends.triton import launch, pack
+from sofim_fused.backends.triton.adaptive_step import AdaptiveStep
 from sofim_fused.backends.triton.launch import KernelConfig, capturing, device_scope
 from sofim_fused.backends.triton.workspace import Workspace
 
@@ -41,8 +44,12 @@ class PackedStep(Protocol):
         scalars: (group, column, tensor) for each ``lr`` and ``rho`` that is a tensor on a device other than the CPU;
             ``hyper`` has NaN there.
         device: of all tensors; ``None`` if there are none.
-        gradient_form, fisher, max_grad_norm, skip_nonfinite: settings of the whole optimizer.
+        numerator, fisher, max_grad_norm, skip_nonfinite: settings of the whole optimizer.
         l2, decoupled: whether some tensor that takes part has a group with such a weight decay.
+        adaptive: whether diagonals adapt; then there are also
+        means: int64 ``[n, 7]`` on the CPU, the running means of g² (:data:`sofim_fused.backends.triton.pack.ROW_VAR`);
+        settings: float64 ``[number of parameter groups, 2]`` on the CPU, beta2 and eps; and
+        rank_one: whether F has its term of rank one.
     """
 
     size: int
@@ -52,12 +59,16 @@ class PackedStep(Protocol):
     hyper: Tensor
     scalars: list[tuple[int, int, Tensor]]
     device: torch.device | None
-    gradient_form: bool
+    numerator: str
     fisher: str
     max_grad_norm: float | None
     skip_nonfinite: bool
     l2: bool
     decoupled: bool
+    adaptive: bool
+    means: Tensor
+    settings: Tensor
+    rank_one: bool
 
     def gather(self, param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any]) -> int | None:
         """Gather the tensors of a step from an optimizer's groups and state, which it does not change.
@@ -101,6 +112,7 @@ class TritonStep:
         self._cooperates = True
         self._changed = 0  # what has changed since the workspace was filled
         self._scaling = (False, False)  # whether there is a grad_scale, a found_inf
+        self._adaptive = AdaptiveStep()
 
     def __call__(
         self,
@@ -109,7 +121,7 @@ class TritonStep:
         grad_scale: Any = None,
         found_inf: Any = None,
         _counter: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor] | Literal[True] | None:
+    ) -> Any:
         if not (pack.readable(grad_scale) and pack.readable(found_inf)):
             return None
         if not isinstance(found_inf, Tensor):
@@ -125,6 +137,8 @@ class TritonStep:
         if packed.device.type != ("cpu" if self._emulated else "cuda"):
             packed.finish(False, False, False)
             return None
+        if packed.adaptive:
+            return self._take_adaptive(grad_scale, found_inf)
         scaling = (grad_scale is not None, found_inf is not None)
         if scaling != self._scaling:
             self._scaling = scaling
@@ -143,6 +157,20 @@ class TritonStep:
         norm, skipped = workspace.outcome.unbind()
         return norm, skipped.view(torch.int64)
 
+    def _take_adaptive(self, grad_scale: Tensor | float | None, found_inf: Tensor | float | None) -> Any:
+        packed, taken = self._packed, None
+        assert packed.device is not None
+        if not capturing():  # a graph has the passes in pure PyTorch
+            guard = GuardSettings(packed.max_grad_norm, grad_scale, found_inf, packed.skip_nonfinite)
+            asked = guard.has_gain or guard.may_skip
+            with device_scope(packed.device):
+                taken = self._adaptive.take(packed, self._changed, _bounds(packed), guard if asked else None)
+        if taken is None:
+            packed.finish(False, False, False)
+        else:
+            self._changed = 0
+        return taken
+
     def _new_config(self, guarded: bool) -> KernelConfig:
         k, packed = self._kernels, self._packed
         return KernelConfig(
@@ -151,7 +179,7 @@ class TritonStep:
             second=k.COMMIT if guarded else k.APPLY,
             finish=k.GUARDED if guarded else k.PLAIN,
             l2=packed.l2,
-            cross=packed.gradient_form,
+            numerator=checks.NUMERATORS.index(packed.numerator),
             per_tensor=packed.fisher == "parameter",
             clip=packed.max_grad_norm is not None or self._scaling[0],
             skip=packed.skip_nonfinite or self._scaling[1],

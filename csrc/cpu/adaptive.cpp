@@ -1,0 +1,284 @@
+#include "cpu/adaptive.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace sofim {
+namespace {
+
+// The size of a tile whose squares are summed, and its columns where these have sums of their own: few enough for a
+// core's nearest cache, and enough for memory to be read in order.
+constexpr int64_t kSquares = 131072;
+constexpr int64_t kStrip = 2048;
+// Rows and columns that are worth waking up another thread for.
+constexpr size_t kFactorGrain = 4096;
+
+// Adds `count` vectors of n numbers to the first one.
+void add_up(double* at, int64_t n, int64_t count) {
+  for (int64_t k = 1; k < count; ++k) {
+    const double* const more = at + k * n;
+    for (int64_t i = 0; i < n; ++i) at[i] += more[i];
+  }
+}
+
+double elements(int64_t count) { return static_cast<double>(std::max<int64_t>(count, 1)); }
+
+}  // namespace
+
+void AdaptiveSweeps::begin(Row* rows, const VarianceRow* variances, const Tiling& tiling, const Mix* mixes) {
+  rows_ = rows;
+  variances_ = variances;
+  tiling_ = &tiling;
+  mixes_ = mixes;
+  gain_ = 1.0;
+  const size_t n = tiling.size();
+  scales_.resize(n);
+  traces_.assign(n, 0.0);
+  squared_.clear();
+  grids_.clear();
+  sums_at_.clear();
+  tiles_.clear();
+  for (size_t i = 0; i < n; ++i) {
+    const VarianceRow& variance = variances[i];
+    Scale& scale = scales_[i] = Scale();
+    scale.count = variance.count;
+    scale.inner = variance.inner;
+    if (variance.by_element) {
+      scale.variance = variance.whole;
+      scale.beta2 = mixes[i].beta2;
+      scale.eps = mixes[i].eps;
+      scale.root = mixes[i].root_of_correction;
+    }
+    rows[i].scale = &scale;
+  }
+}
+
+double AdaptiveSweeps::squares() {
+  for (size_t i = 0; i < tiling_->size(); ++i) add_grid(i);
+  sum_squares();
+  double sum = 0.0;
+  for (size_t k = 0; k < squared_.size(); ++k) {
+    const double* row = sums_.data() + sums_at_[k];
+    double total = 0.0;
+    for (size_t place = 0; place < grids_[k].row_places(); ++place) total += row[place];
+    sum += total;
+  }
+  return sum;
+}
+
+std::vector<ScaledProducts> AdaptiveSweeps::enter(Mode mode) {
+  const size_t n = tiling_->size();
+  const bool are_squared = squared_.size() == n;
+  if (!are_squared) {
+    for (size_t i = 0; i < n; ++i) {
+      if (!variances_[i].by_element && !is_small(i)) add_grid(i);
+    }
+    sum_squares();
+  }
+  // Factors are kept if they are used outside of the thread that computes them.
+  std::vector<size_t>& kept = factors_at_;
+  kept.assign(n, 0);
+  size_t places = 0;
+  const auto keep = [&](size_t i) {
+    kept[i] = places;
+    places += factors_of(i);
+  };
+  if (mode.updates) {
+    for (const size_t i : squared_) keep(i);
+  } else {
+    for (size_t i = 0; i < n; ++i) keep(i);
+  }
+  factors_.resize(places);
+  adapt_all();
+  mode.enters = true;
+  mode.prefetch = is_large(*tiling_);
+  mode.backwards = true;
+  mode.scaled = gain_ != 1.0;
+  mode.gain = gain_;
+  const Kernels& kernels = kernels_in_use();
+  const int width = mode.updates ? 0 : kScaledSums;
+  scratch_.resize(static_cast<size_t>(tiling_->tiles() * width));
+  for_each_tile(*tiling_, mode.backwards, [&](size_t i, int64_t tile, int64_t begin, int64_t size) {
+    double* const sums = scratch_.data() + tile * width;
+    if (are_squared || variances_[i].by_element || !is_small(i)) return kernels.scaled(rows_[i], mode, begin, size, sums);
+    static thread_local std::vector<double> memory;
+    const Grid grid = grid_of(i);
+    memory.resize(std::max(memory.size(), grid.places() + factors_of(i)));
+    for (int64_t outer = 0; outer < grid.outer; ++outer) sum_squares(i, grid, {0, outer, 0, 0, 0}, memory.data());
+    void* const factors = mode.updates ? memory.data() + grid.places() : factors_.data() + kept[i];
+    traces_[i] = adapt(i, grid, memory.data(), factors, scales_[i]);
+    kernels.scaled(rows_[i], mode, begin, size, sums);
+  });
+  std::vector<ScaledProducts> products(mode.updates ? 0 : n);
+  for (size_t i = 0; i < products.size(); ++i) {
+    ScaledProducts& p = products[i];
+    p.trace = traces_[i];
+    for (int64_t tile = tiling_->first(i); tile < tiling_->first(i + 1); ++tile) {
+      const double* sums = scratch_.data() + tile * width;
+      p.mm += sums[kScaledMM];
+      if (mode.cross) p.mg += sums[kScaledMG];
+      if (variances_[i].by_element) p.trace += sums[kTrace];
+    }
+  }
+  return products;
+}
+
+void AdaptiveSweeps::apply(Mode mode) {
+  mode.updates = true;
+  mode.prefetch = is_large(*tiling_);
+  mode.scaled = gain_ != 1.0;
+  mode.gain = gain_;
+  sweep(kernels_in_use().scaled, rows_, *tiling_, mode, nullptr, 0);
+}
+
+bool AdaptiveSweeps::is_small(size_t i) const { return rows_[i].numel > 0 && rows_[i].numel <= kTile; }
+
+size_t AdaptiveSweeps::factors_of(size_t i) const {
+  const VarianceRow& variance = variances_[i];
+  const int64_t count = variance.count + (variance.cols == nullptr ? 0 : variance.columns) + kScalePadding;
+  return static_cast<size_t>(rows_[i].w_type == Type::float64 ? count : (count + 1) / 2);
+}
+
+AdaptiveSweeps::Grid AdaptiveSweeps::grid_of(size_t i) const {
+  const VarianceRow& variance = variances_[i];
+  const int64_t numel = rows_[i].numel;
+  Grid grid;
+  grid.rows = variance.count;
+  grid.inner = variance.inner;
+  grid.by_column = variance.cols != nullptr;
+  if (grid.inner == 1 && variance.count > 1) {
+    grid.swapped = grid.by_column = true;
+    grid.rows = variance.columns;
+    grid.inner = variance.count;
+  } else if (grid.inner > 0) {
+    grid.outer = variance.columns / grid.inner;
+  }
+  grid.band = grid.rows;
+  grid.strip = grid.inner;
+  if (numel <= kSquares) return grid;
+  grid.strip = std::min(grid.inner, grid.by_column ? kStrip : kSquares);
+  grid.band = std::max<int64_t>(kSquares / grid.strip, 1);
+  grid.strips = (grid.inner + grid.strip - 1) / grid.strip;
+  grid.bands = (grid.rows + grid.band - 1) / grid.band;
+  return grid;
+}
+
+void AdaptiveSweeps::add_grid(size_t i) {
+  const Grid grid = grid_of(i);
+  const size_t place = grids_.size();
+  int64_t before = 0;
+  if (!tiles_.empty()) {
+    const Grid& last = grids_[tiles_.back().place];
+    before = tiles_.back().before + last.band * last.strip;
+  }
+  for (int64_t outer = 0; outer < grid.outer; ++outer) {
+    for (int64_t band = 0; band < grid.bands; ++band) {
+      for (int64_t strip = 0; strip < grid.strips; ++strip) {
+        tiles_.push_back({place, outer, band, strip, before});
+        before += grid.band * grid.strip;
+      }
+    }
+  }
+  sums_at_.push_back(place == 0 ? 0 : sums_at_.back() + grids_.back().places());
+  squared_.push_back(i);
+  grids_.push_back(grid);
+}
+
+void AdaptiveSweeps::sum_squares() {
+  if (squared_.empty()) return;
+  sums_.resize(sums_at_.back() + grids_.back().places());
+  if (tiles_.empty()) return;
+  const Grid& last = grids_[tiles_.back().place];
+  const int64_t elements = tiles_.back().before + last.band * last.strip;
+  const int64_t parts = parts_of(elements);
+  const auto run = [&](int64_t begin, int64_t end) {
+    const auto boundary = [&](int64_t part) {
+      if (part == parts) return tiles_.end();
+      return std::lower_bound(tiles_.begin(), tiles_.end(), elements / parts * part,
+                              [](const Tile& tile, int64_t element) { return tile.before < element; });
+    };
+    for (auto tile = boundary(begin); tile != boundary(end); ++tile) {
+      const size_t k = tile->place;
+      sum_squares(squared_[k], grids_[k], *tile, sums_.data() + sums_at_[k]);
+    }
+  };
+  if (parts == 1) return run(0, 1);
+  at::parallel_for(0, parts, 1, run);
+}
+
+void AdaptiveSweeps::sum_squares(size_t i, const Grid& grid, const Tile& tile, double* sums) const {
+  const Row& row = rows_[i];
+  const int64_t first = tile.band * grid.band, column = tile.strip * grid.strip;
+  const int64_t at = (tile.outer * grid.rows + first) * grid.inner + column;
+  const int64_t bytes = row.g_type == Type::float64 ? 8 : is_narrow(row.g_type) ? 2 : 4;
+  SquaresTile part;
+  part.g = static_cast<const char*>(row.g) + at * bytes;
+  part.type = row.g_type;
+  part.rows = std::min(grid.band, grid.rows - first);
+  part.columns = std::min(grid.strip, grid.inner - column);
+  part.stride = grid.inner;
+  part.readable = row.numel - at;
+  part.by_row = sums + (tile.outer * grid.strips + tile.strip) * grid.rows + first;
+  part.prefetch = is_large(*tiling_);
+  part.by_col = nullptr;
+  if (grid.by_column) {
+    part.by_col = sums + grid.row_places() + (tile.band * grid.outer + tile.outer) * grid.padded() + column;
+  }
+  kernels_in_use().squares(part);
+}
+
+void AdaptiveSweeps::adapt_all() {
+  size_t work = 0;
+  for (const size_t i : squared_) work += factors_of(i);
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const size_t i = squared_[k];
+      if (variances_[i].by_element) continue;
+      traces_[i] = adapt(i, grids_[k], sums_.data() + sums_at_[k], factors_.data() + factors_at_[i], scales_[i]);
+    }
+  };
+  const int64_t n = static_cast<int64_t>(squared_.size());
+  if (work < kFactorGrain || n < 2) return run(0, n);
+  at::parallel_for(0, n, 1, run);
+}
+
+double AdaptiveSweeps::adapt(size_t i, const Grid& grid, double* sums, void* factors, Scale& scale) const {
+  const Kernels& kernels = kernels_in_use();
+  const VarianceRow& variance = variances_[i];
+  const bool wide = rows_[i].w_type == Type::float64;
+  double *by_row = sums, *by_column = sums + grid.row_places();
+  add_up(by_row, grid.rows, grid.outer * grid.strips);
+  if (grid.by_column) add_up(by_column, grid.outer * grid.padded(), grid.bands);
+  int64_t inner = grid.inner, padded = grid.padded();
+  if (grid.swapped) {
+    std::swap(by_row, by_column);
+    inner = variance.columns;
+  }
+  const auto factor = [&](int64_t place) {
+    return static_cast<void*>(static_cast<char*>(factors) + place * (wide ? 8 : 4));
+  };
+  const auto running_column = [&](int64_t place) {
+    return static_cast<void*>(static_cast<char*>(variance.cols) + place * (wide ? 8 : 4));
+  };
+  Means rows{variance.rows == nullptr ? variance.whole : variance.rows, factors,  by_row, variance.count, wide,
+             elements(variance.columns),                                mixes_[i]};
+  rows.mix.gain = gain_;
+  scale.rows = factors;
+  const double trace = kernels.rows(rows);
+  if (variance.cols == nullptr) return trace * static_cast<double>(variance.columns);
+  scale.cols = factor(variance.count);
+  Means columns{running_column(0), factor(variance.count), by_column, inner, wide, elements(variance.count), rows.mix};
+  double sum = 0.0;
+  for (int64_t j = 0; j < variance.columns; j += inner, columns.totals += padded) {
+    columns.running = running_column(j);
+    sum += kernels.columns(columns);
+  }
+  columns.running = running_column(0);
+  columns.count = variance.columns;
+  columns.totals = by_column;
+  return trace * kernels.shares(columns, sum / elements(variance.columns));
+}
+
+}  // namespace sofim
