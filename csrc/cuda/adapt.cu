@@ -1,5 +1,5 @@
-// From sums of g² to running means and to D⁻¹: factors per row and per column, in one launch for all tensors. Each block
-// has kAdaptRows rows of one tensor, or its columns; the last one of a tensor computes its Σs.
+// From sums of g² to running means and to D⁻¹: factors per row and per column, in one launch for all tensors. Each
+// block has kAdaptRows rows of one tensor, or its columns; the last one of a tensor computes its Σs.
 #include "cuda/kernels.cuh"
 
 namespace sofim::cuda {
@@ -34,7 +34,8 @@ struct Adapting {
 
   // A running mean, as it is stored.
   __device__ __forceinline__ double mean(const void* means, int64_t i) const {
-    return row.float64 ? static_cast<const double*>(means)[i] : static_cast<double>(static_cast<const float*>(means)[i]);
+    if (row.float64) return static_cast<const double*>(means)[i];
+    return static_cast<double>(static_cast<const float*>(means)[i]);
   }
   // The same after a sum of g² has entered it, unless the step is skipped.
   __device__ __forceinline__ double entered(void* means, int64_t i, double sum, double count) const {
