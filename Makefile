@@ -24,7 +24,7 @@ KERNEL_TESTS := tests/step/test_matrix.py tests/step/test_adaptive.py tests/step
     $(filter-out %_changes.py %_edits.py,$(wildcard tests/in_backward/test_*.py))
 INTERPRETER_TESTS := $(KERNEL_TESTS) $(wildcard tests/backends/test_triton*.py) tests/backends/test_solve.py
 EMULATED := build/emulated
-EMULATED_TESTS := $(KERNEL_TESTS) tests/backends/test_cuda.py tests/backends/test_cuda_adaptive.py tests/backends/test_solve.py
+EMULATED_TESTS := $(KERNEL_TESTS) $(wildcard tests/backends/test_cuda*.py) tests/backends/test_solve.py
 CUDA_SYNTAX := build/cuda-syntax
 THREADS := build/threads
 AGAINST = build/against/$(subst ==,-,$(TORCH))

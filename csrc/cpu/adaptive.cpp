@@ -3,7 +3,6 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <cmath>
 #include <utility>
 
 namespace sofim {
@@ -50,7 +49,7 @@ void AdaptiveSweeps::begin(Row* rows, const VarianceRow* variances, const Tiling
       scale.variance = variance.whole;
       scale.beta2 = mixes[i].beta2;
       scale.eps = mixes[i].eps;
-      scale.root = std::sqrt(mixes[i].correction);
+      scale.root = mixes[i].root_of_correction;
     }
     rows[i].scale = &scale;
   }
@@ -265,7 +264,7 @@ double AdaptiveSweeps::adapt(size_t i, const Grid& grid, double* sums, void* fac
   };
   Means rows{variance.rows == nullptr ? variance.whole : variance.rows, factors,  by_row, variance.count, wide,
              elements(variance.columns),                                mixes_[i]};
-  rows.mix.gain_squared = gain_ * gain_;
+  rows.mix.gain = gain_;
   scale.rows = factors;
   const double trace = kernels.rows(rows);
   if (variance.cols == nullptr) return trace * static_cast<double>(variance.columns);

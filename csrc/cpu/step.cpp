@@ -4,6 +4,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "gather/cpu_tensor.h"
@@ -137,7 +138,7 @@ void Step::adaptive_step(bool is_guarded) {
   LastCorrection correction;
   for (size_t i = 0; i < n; ++i) {
     const AdaptiveHyper& hyper = param_groups_.adaptive(i);
-    mixes_[i] = {hyper.beta2, hyper.eps, correction.of(hyper.beta2, tensors_.updates(i) + 1)};
+    mixes_[i] = {hyper.beta2, hyper.eps, std::sqrt(correction.of(hyper.beta2, tensors_.updates(i) + 1))};
   }
   sweeps_.begin(&tensors_.record(0), tensors_.variances(), tensors_.tiling(), mixes_.data());
   if (is_guarded) {

@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 3) adapt(const __grid_constant__ Arg
     task.eps[tensor] = eps;
     task.root[tensor] = sqrt(correction);
   }
-  const Adapting adapting{row, {beta2, eps, correction, guard.gain * guard.gain}, guard.skip, task.wide || row.float64};
+  const Adapting adapting{row, {beta2, eps, sqrt(correction), guard.gain}, guard.skip, task.wide || row.float64};
   const uint32_t of_rows = row_blocks(row.rows), blocks = of_rows + (row.cols > 0 ? 1 : 0);
   __syncthreads();
   const double each[1] = {part < of_rows ? adapting.rows(part) : adapting.columns(shared)};

@@ -395,12 +395,6 @@ bool ParamGroups::add_param(PyObject* param, const Group& group, size_t index, S
   const bool narrow = w.scalar_type() == at::kBFloat16 || w.scalar_type() == at::kHalf, keeps = group.kahan && narrow;
   const bool adapts = group.diagonal != Diagonal::identity;
   const Entries entries(known, keeps, adapts);
-  if (!adapts && PyDict_GET_SIZE(known) > 2 + keeps) {  // running means are those of another diagonal
-    const Names& n = names();
-    for (PyObject* name : {n.row_var, n.col_var, n.variance}) {
-      if (item(known, name) != nullptr) return false;
-    }
-  }
   if (!is_tensor(entries.exp_avg) || !is_tensor(entries.step) || (keeps && !is_tensor(entries.kahan))) return false;
   const at::Tensor none;
   const at::Tensor& m = THPVariable_Unpack(entries.exp_avg);

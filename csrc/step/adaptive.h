@@ -24,20 +24,21 @@ constexpr double kColumnFloor = 0.1;
 // How a new mean of g² enters a running one, and how that becomes s.
 struct Mix {
   double beta2, eps;
-  double correction;          // 1/(1 - β₂^t)
-  double gain_squared = 1.0;  // of the gain that gradients are multiplied by
+  double root_of_correction;  // 1/√(1 - β₂^t)
+  double gain = 1.0;          // what gradients are multiplied by
 
   // The new running mean, after a sum of g² over `count` elements. It saturates at the largest number of the dtype in
   // which it is stored: from infinity it could never decay, and no later step would move. A NaN stays one.
   template <class V>
   SOFIM_HD V enter(V running, V total, V count, V largest) const {
-    const V mean = Ops<V>::divide(total, count) * V(gain_squared);
+    // With an infinite norm the gain is zero, and so are the gradients that enter m.
+    const V mean = gain == 0.0 ? V(0.0) : Ops<V>::divide(total, count) * V(gain) * V(gain);
     return Ops<V>::at_most(V(beta2) * running + V(1.0 - beta2) * mean, largest);
   }
 
   template <class V>
   SOFIM_HD V root(V running) const {
-    return Ops<V>::root(running * V(correction)) + V(eps);
+    return Ops<V>::root(running) * V(root_of_correction) + V(eps);  // not √(c₂v): the largest v has to stay finite
   }
 };
 
@@ -79,7 +80,7 @@ struct AdaptiveBlock {
     plain_square += mm;
   }
 
-  // q, how much of the gradients points in one direction; 0 of a block without elements.
+  // q, how much of the gradients points in one direction. A block without elements has none.
   SOFIM_HD double signal() const { return trace == 0.0 ? 0.0 : plain_square / trace; }
 };
 

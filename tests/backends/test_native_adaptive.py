@@ -218,7 +218,6 @@ def test_version_counters_of_running_means_are_raised() -> None:
         ("eps", 1e18),
         ("rho", float("inf")),
         ("diagonal", "row"),
-        ("diagonal", "identity"),
         ("weight_decay", -1.0),
     ],
     ids=str,
@@ -236,15 +235,6 @@ def test_what_is_wrong_is_left_to_python_to_refuse(name: str, value: Any) -> Non
     with pytest.raises((ValueError, TypeError)):
         optimizer.step()
     assert same_bits(before, snapshot(optimizer))
-
-
-def test_an_identity_does_not_take_over_running_means() -> None:
-    optimizer, _ = adaptive()
-    optimizer.param_groups[0].update(diagonal="identity", rho=1.0)
-    assert not isinstance(MODULE, str)
-    assert MODULE.Step()(optimizer.param_groups, optimizer.state) is None
-    with pytest.raises(ValueError, match="has col_var and row_var"):
-        optimizer.step()
 
 
 def test_shared_running_means_are_left_to_python() -> None:
