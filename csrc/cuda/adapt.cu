@@ -1,5 +1,5 @@
-// From sums of g² to running means and to D⁻¹: factors per row and per column, in one launch for all tensors. Each block
-// has kAdaptRows rows of one tensor, or its columns; the last one of a tensor computes its Σs.
+// From sums of g² to running means and to D⁻¹: factors per row and per column, in one launch for all tensors. Each
+// block has kAdaptRows rows of one tensor, or its columns; the last one of a tensor computes its Σs.
 #include "cuda/kernels.cuh"
 
 namespace sofim::cuda {
@@ -34,7 +34,8 @@ struct Adapting {
 
   // A running mean, as it is stored.
   __device__ __forceinline__ double mean(const void* means, int64_t i) const {
-    return row.float64 ? static_cast<const double*>(means)[i] : static_cast<double>(static_cast<const float*>(means)[i]);
+    if (row.float64) return static_cast<const double*>(means)[i];
+    return static_cast<double>(static_cast<const float*>(means)[i]);
   }
   // The same after a sum of g² has entered it, unless the step is skipped.
   __device__ __forceinline__ double entered(void* means, int64_t i, double sum, double count) const {
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 3) adapt(const __grid_constant__ Arg
     task.eps[tensor] = eps;
     task.root[tensor] = sqrt(correction);
   }
-  const Adapting adapting{row, {beta2, eps, correction, guard.gain * guard.gain}, guard.skip, task.wide || row.float64};
+  const Adapting adapting{row, {beta2, eps, sqrt(correction), guard.gain}, guard.skip, task.wide || row.float64};
   const uint32_t of_rows = row_blocks(row.rows), blocks = of_rows + (row.cols > 0 ? 1 : 0);
   __syncthreads();
   const double each[1] = {part < of_rows ? adapting.rows(part) : adapting.columns(shared)};

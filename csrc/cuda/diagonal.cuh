@@ -1,4 +1,4 @@
-// D⁻¹ of the elements of a chunk, where it is a factor per row times a factor per column: it is never a tensor in memory.
+// D⁻¹ of the elements of a chunk, where it is a factor per row times a factor per column: never a tensor in memory.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -114,8 +114,7 @@ struct alignas(16) SquaresRow {
 };
 
 constexpr int kColumns = 512;  // of a tile at most: each lane adds up sixteen of them
-constexpr int kRows = 64;      // of a tile with that many columns
-constexpr int kTurns = 8;      // a warp's rows, one after the other
+constexpr int kTurns = 8;      // a warp's rows in a tile, one after the other: 64 rows with that many columns
 constexpr uint32_t kGroup = 32;  // tiles whose column sums one block adds up
 
 // Plans the tiles of g, of so many rows and columns; all but its place among others, and where results go.

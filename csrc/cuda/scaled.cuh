@@ -144,7 +144,8 @@ struct ScaledChunk {
   template <class T, int size>
   __device__ __forceinline__ void sweep(double (&sum)[kScaledSums]) const {
     constexpr bool kIs32 = std::is_same_v<T, float>;
-    const Type w_type = kIs32 && all32 ? Type::float32 : row.w_type, g_type = kIs32 && all32 ? Type::float32 : row.g_type;
+    const Type w_type = kIs32 && all32 ? Type::float32 : row.w_type;
+    const Type g_type = kIs32 && all32 ? Type::float32 : row.g_type;
     const bool keeps = kIs32 && narrow && row.kahan != nullptr;
     const T half_eps = w_type == Type::float16 ? T(1) / 2048 : T(1) / 256;
     const auto given = [&](const double* from, T missing) {

@@ -1,5 +1,5 @@
-// The operators of a step with a diagonal that adapts. sofim_fused/backends/interface.py documents them (AdaptivePasses);
-// fake implementations are in sofim_fused/backends/operators.py.
+// The operators of a step with a diagonal that adapts. sofim_fused/backends/interface.py documents them
+// (AdaptivePasses); fake implementations are in sofim_fused/backends/operators.py.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
@@ -59,8 +59,8 @@ class Copies {
 };
 
 Diagonal diagonal_of(int64_t kind) {
-  TORCH_CHECK(kind > 0 && kind <= static_cast<int64_t>(Diagonal::element), "sofim_fused: kinds: 1 to 4 are needed, this is ",
-              kind);
+  TORCH_CHECK(kind > 0 && kind <= static_cast<int64_t>(Diagonal::element), "sofim_fused: kinds: 1 to 4 are needed, ",
+              "this is ", kind);
   return static_cast<Diagonal>(kind);
 }
 bool has_rows(Diagonal diagonal) { return diagonal == Diagonal::row || diagonal == Diagonal::factored; }
@@ -265,7 +265,8 @@ std::tuple<Tensor, Tensor, Tensor> squares(TensorList grads, at::IntArrayRef kin
     TORCH_CHECK(grads[i].device() == device && device.type() == kDevice, "sofim_fused: gradient ", i, ": it is on ",
                 grads[i].device(), ", ", device, " is needed");
     const Diagonal diagonal = diagonal_of(kinds[i]);
-    const bool in_place = grads[i].is_non_overlapping_and_dense() && !grads[i].is_neg() && is_matrix(grads[i], diagonal);
+    const bool in_place =
+        grads[i].is_non_overlapping_and_dense() && !grads[i].is_neg() && is_matrix(grads[i], diagonal);
     const Tensor g = in_place ? grads[i] : copies.contiguous(grads[i], false);
     const int64_t columns = columns_of(g);
     plan.add(g.const_data_ptr(), type_of(g), diagonal, g.dim() > 0 ? g.size(0) : 1, columns);
@@ -277,9 +278,9 @@ std::tuple<Tensor, Tensor, Tensor> squares(TensorList grads, at::IntArrayRef kin
   const DeviceScope on(device);
   const Tensor counters = at::zeros({plan.counters()}, options.dtype(at::kInt));
   const Tensor numbers = at::empty({plan.numbers()}, options);
-  SquaresTask task =
-      plan.place(static_cast<uint32_t*>(counters.mutable_data_ptr()), numbers.mutable_data_ptr<double>(),
-                 total.mutable_data_ptr<double>(), by_row.mutable_data_ptr<double>(), by_col.mutable_data_ptr<double>());
+  const auto at = [](const Tensor& x) { return x.mutable_data_ptr<double>(); };
+  SquaresTask task = plan.place(static_cast<uint32_t*>(counters.mutable_data_ptr()), at(numbers), at(total), at(by_row),
+                                at(by_col));
   const Tensor table = table_of<SquaresTask>(bytes_of(plan.rows()), device, on.stream());
   task.rows = table.defined() ? static_cast<const SquaresRow*>(table.const_data_ptr()) : nullptr;
   check(launch_squares(task, plan.rows().data(), on.stream()));

@@ -122,7 +122,9 @@ at::Tensor ScaledStep::run(const ParamGroups& param_groups, const Packed& packed
   if (memory.stream != on.stream() || size_of(memory.counters) != counters) {
     memory.counters = at::zeros({counters}, doubles.dtype(at::kInt));
   }
-  if (memory.stream != on.stream() || size_of(memory.numbers) != numbers) memory.numbers = at::empty({numbers}, doubles);
+  if (memory.stream != on.stream() || size_of(memory.numbers) != numbers) {
+    memory.numbers = at::empty({numbers}, doubles);
+  }
   if (memory.stream != on.stream() || size_of(memory.factors) != factors_) {
     memory.factors = at::empty({factors_}, doubles);
   }
@@ -136,7 +138,8 @@ at::Tensor ScaledStep::run(const ParamGroups& param_groups, const Packed& packed
   auto* const counter = static_cast<uint32_t*>(memory.counters.mutable_data_ptr());
 
   double* const for_squares = taken(squares_.numbers());
-  double *const total = taken(n), *const row_sums = taken(squares_.all_rows()), *const col_sums = taken(squares_.all_cols());
+  double* const total = taken(n);
+  double *const row_sums = taken(squares_.all_rows()), *const col_sums = taken(squares_.all_cols());
   SquaresTask squares = squares_.place(counter, for_squares, total, row_sums, col_sums);
   bool all_by_element = true;
   double* factor = static_cast<double*>(memory.factors.mutable_data_ptr());

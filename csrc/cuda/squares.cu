@@ -1,8 +1,9 @@
 // The sweep squares: sums of g² over tensors, rows and columns. Nothing but g is read, once.
 //
-// A block works on a tile, kColumns columns and kRows rows of a matrix at most. A warp adds up a row at a time, or
-// several if they are short, and each of its lanes sixteen columns. Sums of one tile alone are final; others go to
-// slots, which the last block of a row of tiles, or of kGroup tiles above each other, adds up in their order.
+// A block works on a tile of a matrix, 64 rows of kColumns columns, or more rows if they are short. A warp adds up a
+// row at a time, or several if they are short, and each of its lanes sixteen columns. Sums of one tile alone are final;
+// others go to slots, which the last block of a row of tiles, or of kGroup tiles above each other, adds up in their
+// order.
 #include "cuda/kernels.cuh"
 
 namespace sofim::cuda {
