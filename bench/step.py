@@ -513,6 +513,14 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="MODEL",
         help=f"some of {', '.join(CPU_MODELS)}, and grid: equal tensors by number and size (default: all but grid)",
     )
+    parser.add_argument(
+        "--tables",
+        nargs="+",
+        choices=list(TABLES),
+        default=list(TABLES),
+        metavar="TABLE",
+        help=f"some of {', '.join(TABLES)} (default: all)",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each comparison (default: %(default)g)")
     parser.add_argument("--json", type=Path, help="file for the results (default: bench/results/step_cpu.json)")
@@ -531,11 +539,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "python -m bench.step",
         f"--device {options.device}",
         *([] if options.models == list(CPU_MODELS) else [f"--models {shlex.join(options.models)}"]),
+        *([] if options.tables == list(TABLES) else [f"--tables {shlex.join(options.tables)}"]),
         f"--threads {options.threads}",
         f"--seconds {options.seconds:g}",
     ]
     run = Run(models, options.seconds, options.threads)
-    measure(run, TABLES, " ".join(command), options.threads, path, INTRODUCTION)
+    measure(
+        run, {name: TABLES[name] for name in options.tables}, " ".join(command), options.threads, path, INTRODUCTION
+    )
 
 
 if __name__ == "__main__":

@@ -307,6 +307,16 @@ def test_memory_is_that_of_state_and_peak() -> None:
     assert state <= growth < 1.1 * state
 
 
+def test_step_times_some_tables(tmp_path: Path) -> None:
+    path = tmp_path / "some.json"
+    step.main(
+        ["--models", "lenet-5", "--tables", "adaptive", "--seconds", "0.01", "--threads", "1", "--json", str(path)]
+    )
+    record = json.loads(path.read_text())
+    assert list(record["tables"]) == ["adaptive"]
+    assert "--models lenet-5 --tables adaptive --threads 1" in record["command"]
+
+
 def test_the_runner_writes_every_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
