@@ -412,7 +412,11 @@ class InBackward:
             if is_adaptive(self._frozen):
                 settings_of_all = self._hyperparameters(device, ordinals).settings
                 places = [self._position[ordinal][1] for ordinal in ordinals]
-                chosen = settings_of_all._replace(group_of=self._chosen(settings_of_all.group_of, places))
+                sizes = [0] * len(settings_of_all.sizes)
+                for entry in entries:
+                    sizes[entry.group] += 1
+                group_of = self._chosen(settings_of_all.group_of, places)
+                chosen = settings_of_all._replace(sizes=sizes, group_of=group_of)
                 del self._waiting[device]  # after a failure up to here, another try is possible
                 schedule.adaptive_alone(tensors, passes, chosen, decay)
                 bump_versions(entry.param for entry in entries)

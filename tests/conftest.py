@@ -13,6 +13,7 @@ from sofim_fused import native
 from tests.support.covering import chosen
 from tests.support.runs import (
     ALL_ON_GPU,
+    EMULATED,
     GPU_BACKENDS,
     INTERPRETED,
     RUNS,
@@ -78,7 +79,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
         "covering(strength): on a CPU a selection of cases, in which any so many values meet that meet in all;"
-        " two at most in Triton's interpreter",
+        " two at most in Triton's interpreter and in the emulator",
     )
 
 
@@ -99,7 +100,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out: set[pytest.Item] = set()
         for covering in tests.values():
             marker: Any = covering[0].get_closest_marker("covering")
-            strength = min(marker.args[0], 2) if INTERPRETED else marker.args[0]  # which takes seconds per case
+            strength = min(marker.args[0], 2) if INTERPRETED or EMULATED else marker.args[0]
             kept = chosen([values_of(item) for item in covering], strength)
             left_out |= {*covering} - {covering[place] for place in kept}
         _leave_out(config, items, left_out, COVERED)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench import step, timing
-from bench.shapes import MODELS, elements, grid
+from bench.shapes import CPU_MODELS, MODELS, elements, grid
 from bench.step import ADAPTIVE, GUARDED, HOST, MEMORY, PASSES, PLAIN, SIXTEEN_BIT, TABLES, TARGETS, Recipe, Workload
 from bench.timing import MIN_ROUNDS, WARMUP_ROUNDS, Timing, compare, copy_bandwidth, orders
 from examples.models import LeNet5
@@ -283,7 +283,7 @@ def test_targets_name_what_is_measured() -> None:
     for (table, provider), by_model in TARGETS.items():
         assert table in TABLES
         assert provider in measured[table]
-        assert set(by_model) <= set(MODELS)
+        assert set(by_model) <= set(CPU_MODELS)
     for table, (recipes, _) in COMPARISONS.items():
         assert TABLES[table].baseline in {*recipes, ""}
 
