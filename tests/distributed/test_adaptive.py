@@ -63,7 +63,7 @@ def on_two_axes(model: nn.Module, world: int) -> nn.Module:
 
 
 def on_hybrid(model: nn.Module, world: int) -> nn.Module:
-    return fsdp(model, mesh_of((2, world // 2), ("replicate", "shard")), ("first", "second"))
+    return fsdp(model, mesh_of((2, world // 2), ("copies", "parts")), ("first", "second"))
 
 
 def distance(rank: int, spread_by: Any, options: dict[str, Any]) -> float:
