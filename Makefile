@@ -22,7 +22,9 @@ ONE_SET = SOFIM_INSTRUCTION_SETS=$$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && 
 KERNEL_TESTS := tests/step/test_matrix.py tests/step/test_adaptive.py tests/step/test_amp.py tests/step/test_torch_modes.py \
     tests/backends/test_passes.py tests/backends/test_shared_memory.py \
     $(filter-out %_changes.py %_edits.py,$(wildcard tests/in_backward/test_*.py))
-INTERPRETER_TESTS := $(KERNEL_TESTS) $(wildcard tests/backends/test_triton*.py) tests/backends/test_solve.py
+# Many steps each, which take long there; test_triton_adaptive.py has the edges of these kernels.
+INTERPRETER_TESTS := $(filter-out tests/step/test_adaptive.py,$(KERNEL_TESTS)) $(wildcard tests/backends/test_triton*.py) \
+    tests/backends/test_solve.py
 EMULATED := build/emulated
 EMULATED_TESTS := $(KERNEL_TESTS) $(wildcard tests/backends/test_cuda*.py) tests/backends/test_solve.py
 CUDA_SYNTAX := build/cuda-syntax
