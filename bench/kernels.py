@@ -65,8 +65,8 @@ PARAMETERS = 100_000_000
 SGD_BYTES = 20  # float32 SGD with momentum in one sweep: reads g, m, w; writes m, w
 NARROWEST = 128  # bits of an access in the hot path
 # Instructions for a tile, in kernels of about a hundred accesses each. With room for one block less nothing is spilled,
-# and on an H200 steps with bfloat16 weights took no less time. The guarded step of 16-bit weights in one launch spills 3
-# on sm_90 since its coefficients include those of the look-ahead; no GPU has timed that yet.
+# and on an H200 steps with bfloat16 weights took no less time. The guarded step of 16-bit weights in one launch spills
+# three on sm_90 since its coefficients include those of the look-ahead; no GPU has timed that yet.
 SPILLS = {SHIPPED["AnyWeights"]: 16, SHIPPED["NarrowWeights"]: 4}
 
 # A multiprocessor of sm_80 to sm_100; what is reserved of shared memory per program is in the compiler's figure.
