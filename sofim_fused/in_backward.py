@@ -273,13 +273,10 @@ class InBackward:
         """Copy the settings for all gradients of this step, as they are at its first gradient."""
         optimizer = self._optimizer
         groups = optimizer.param_groups
-        may = self._native is not None and not is_adaptive(groups)
-        native = (
-            may and not self._hooks_are_gone() and self._native.freeze_settings(groups, self.release)  # type: ignore[union-attr]
-        )
+        native = not self._hooks_are_gone() and self._freeze_natively()
         if not native and self._are_others():
             self._find_parameters()
-            native = may and self._native is not None and self._native.freeze_settings(groups, self.release)
+            native = self._freeze_natively()
         if not self._met and not self._removed:  # the module may have been wrapped after the optimizer was made
             check_not_replicated(param for group in groups for param in group["params"])
             self._met = True
@@ -298,6 +295,13 @@ class InBackward:
             {**group, "params": list(group["params"]), "lr": _value(group["lr"]), "rho": _value(group["rho"])}
             for group in groups
         ]
+
+    def _freeze_natively(self) -> bool:
+        """Copy the settings in the native part, which takes steps with the paper's diagonal alone in parts."""
+        groups = self._optimizer.param_groups
+        if self._native is None or is_adaptive(groups):
+            return False
+        return self._native.freeze_settings(groups, self.release)
 
     def _take_with_checks(self, param: Tensor, ordinal: int, again: bool) -> None:
         """Take a gradient that the native part cannot take, such as a parameter's first one, or raise an error."""

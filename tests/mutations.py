@@ -79,8 +79,8 @@ MUTATIONS = [
     Mutation(
         "test",
         "sofim_fused/backends/solve.py",
-        "return hyper.momentum / later, (1 - hyper.momentum) / later",
-        "return hyper.momentum * correction, (1 - hyper.momentum) / later",
+        "return momentum / later, (1 - momentum) / later",
+        "return momentum * correction, (1 - momentum) / later",
         r"FAILED tests/step/test_matrix\.py::test_follows_the_oracle",
         ("ARGS=-x -k 'reference and nesterov' tests/step/test_matrix.py",),
     ),

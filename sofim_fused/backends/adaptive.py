@@ -39,9 +39,11 @@ from sofim_fused.backends.interface import (
 from sofim_fused.backends.solve import (
     added_up,
     advance,
+    by_class,
     correction,
     finite,
     guard_of,
+    look_ahead,
     ordered_sum,
     per_tensor,
 )
@@ -109,8 +111,7 @@ class TorchAdaptive:
         cross = corrections * (m * sums.mm + g * sums.mg)
         rows = torch.stack((sums.trace, square / hyper.rho, cross / hyper.rho, square)).unsqueeze(0)
         if class_of is not None and classes > 1:
-            mine = class_of == torch.arange(classes, device=class_of.device).unsqueeze(1)  # [classes, n]
-            rows = torch.where(mine.unsqueeze(1), rows, 0.0)  # a product with zero would keep NaN
+            rows = by_class(rows, class_of, classes)
         return added_up(rows, settings)
 
     def solve_scaled(
@@ -160,8 +161,8 @@ def numerator_terms(settings: Settings, momentum: Tensor, correction: Tensor, si
         return correction, torch.zeros_like(correction)
     if kind == "gradient":
         return torch.zeros_like(correction), sign
-    ahead = 1 / (1 - momentum + momentum / correction)  # 1/(1 - β^(t+1)), without cancellation
-    return momentum * ahead, (1 - momentum) * ahead * sign
+    m, g = look_ahead(momentum, correction)
+    return m, g * sign
 
 
 class _Mix(NamedTuple):

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from sofim_fused.backends.interface import (
-    NUMERATORS,
     Coefficients,
     Decay,
     GradientStep,
@@ -268,12 +267,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
         if not (self._adapts and steps):
             return super().solve_scaled(steps, settings, blocks, skip)
         coefficients, signal = self._ops.solve_scaled(blocks, skip, list(steps), *_fields(settings))
-        weight, gradient, moment = coefficients.unbind()
-        return Coefficients(
-            moment=moment,
-            weight=weight if settings.scales_weight else None,
-            gradient=None if NUMERATORS[settings.numerator] == "moment" else gradient,
-        ), None if blocks is None else signal
+        return settings.coefficients(coefficients), None if blocks is None else signal
 
     def native_step(self) -> NativeStep:
         return self._new_step()

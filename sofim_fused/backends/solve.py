@@ -62,9 +62,8 @@ class TorchSolve:
         rows = rows.unsqueeze(0)
         squares = None if sums.gg is None else sums.gg.unsqueeze(0)
         if class_of is not None and classes > 1:
-            mine = class_of == torch.arange(classes, device=class_of.device).unsqueeze(1)  # [classes, n]
-            rows = torch.where(mine.unsqueeze(1), rows, 0.0)  # a product with zero would keep NaN
-            squares = None if squares is None else torch.where(mine, squares, 0.0)
+            rows = by_class(rows, class_of, classes)
+            squares = None if squares is None else by_class(squares, class_of, classes)
         blocks = added_up(rows, settings)
         # A plain step has no use for the second result, which can be anything of that shape.
         return blocks, squares.sum(-1) if guarded and squares is not None else blocks.sum((1, 2))
@@ -113,10 +112,16 @@ def correction(steps: Sequence[Tensor], momentum: Tensor) -> Tensor:
     return torch.expm1(counts * momentum.log()).neg_().reciprocal_()
 
 
-def look_ahead(hyper: Hyper, correction: Tensor) -> tuple[Tensor, Tensor]:
+def by_class(parts: Tensor, class_of: Tensor, classes: int) -> Tensor:
+    """Tensors' parts, ``[1, ..., n]``, apart by class: ``[classes, ..., n]``, 0 where a tensor is of another class."""
+    numbers = torch.arange(classes, device=class_of.device).view(-1, *[1] * (parts.dim() - 1))
+    return torch.where(class_of == numbers, parts, 0.0)  # a product with zero would keep NaN
+
+
+def look_ahead(momentum: Tensor, correction: Tensor) -> tuple[Tensor, Tensor]:
     """A and b of ``numerator="nesterov"`` per tensor: what the new moment and the gradient are multiplied by."""
-    later = (1 - hyper.momentum) + hyper.momentum / correction
-    return hyper.momentum / later, (1 - hyper.momentum) / later
+    later = (1 - momentum) + momentum / correction
+    return momentum / later, (1 - momentum) / later
 
 
 # Plain step: m is already updated, and its sums are known.
@@ -131,7 +136,7 @@ def plain_rows(hyper: Hyper, sums: Sums, correction: Tensor, settings: Settings)
         mv = hyper.sign * sums.mg
         mr = mv if sums.mw is None else mv + _decayed(hyper.l2, sums.mw)
         if NUMERATORS[settings.numerator] == "nesterov":
-            by_moment, by_gradient = look_ahead(hyper, correction)
+            by_moment, by_gradient = look_ahead(hyper.momentum, correction)
             mr = by_moment * sums.mm + by_gradient * mr
         rows.append(weight * mr)
     return torch.stack(rows)
@@ -171,7 +176,7 @@ def guarded_rows(hyper: Hyper, sums: Sums, correction: Tensor, settings: Setting
         mr = [beta * a + one_minus_beta * b for a, b in zip(mv, vv, strict=True)]
         if NUMERATORS[settings.numerator] == "nesterov":
             mm[0] = mm[0] + beta.square() * sums.mm
-            by_moment, by_gradient = look_ahead(hyper, correction)
+            by_moment, by_gradient = look_ahead(hyper.momentum, correction)
             mr = [by_moment * a + by_gradient * b for a, b in zip(mm, mr, strict=True)]
         rows += [weight * x for x in mr]
     return torch.stack(rows)
@@ -245,7 +250,7 @@ def coefficients(settings: Settings, hyper: Hyper, blocks: Tensor, correction: T
         return Coefficients(moment=finite(-hyper.lr * shrink), weight=weight)
     moment = hyper.lr * shrink * per_tensor(cross[0], settings)
     if NUMERATORS[settings.numerator] == "nesterov":
-        by_moment, _ = look_ahead(hyper, correction)
+        by_moment, _ = look_ahead(hyper.momentum, correction)
         moment = hyper.lr * (shrink * per_tensor(cross[0], settings) - by_moment / hyper.rho)
     return Coefficients(finite(moment), *_gradient_step(settings, hyper, correction))
 
@@ -259,7 +264,7 @@ def gradient_step(settings: Settings, steps: Sequence[Tensor]) -> GradientStep:
 def _gradient_step(settings: Settings, hyper: Hyper, correction: Tensor) -> GradientStep:
     rate = hyper.lr / hyper.rho
     if NUMERATORS[settings.numerator] == "nesterov":
-        rate = rate * look_ahead(hyper, correction)[1]
+        rate = rate * look_ahead(hyper.momentum, correction)[1]
     weight = 1 - hyper.lr * hyper.weight_decay - _decayed(hyper.l2, rate) if settings.scales_weight else None
     return GradientStep(weight=weight, gradient=finite(-rate * hyper.sign))
 

@@ -110,7 +110,7 @@ def adaptive(
         rank one.
     """
     decays = [share.hyper.refresh(groups) for share in shares]
-    squares = [_squares(share, guard is not None) for share in shares]
+    squares = [_squares(share.tensors, share.passes, guard is not None) for share in shares]
     square, found = (None, None) if guard is None else reduce.square_of(shares, squares, guard.found_inf)
     if guard is not None:
         guard = guard._replace(found_inf=found)
@@ -157,18 +157,14 @@ def _joined(shares: Sequence[DeviceShare], signals: Sequence[Tensor]) -> Tensor:
 
 def adaptive_alone(tensors: StepTensors, passes: Passes, settings: Settings, decay: Decay) -> None:
     """The step of some tensors of one device, by which no other tensor's is affected: F has no term of rank one."""
-    squares = _squares_of(tensors, passes, False)
+    squares = _squares(tensors, passes, False)
     scales, _ = passes.adapt(tensors, settings, squares, None, None)
     update, _ = passes.solve_scaled(tensors.steps, settings, None, None)
     passes.commit_scaled(tensors, decay, update, scales)
 
 
-def _squares(share: DeviceShare, all_of_them: bool) -> Squares:
+def _squares(tensors: StepTensors, passes: Passes, all_of_them: bool) -> Squares:
     """The sums of g², or nothing, if each element has its own variance and they are not needed for a norm."""
-    return _squares_of(share.tensors, share.passes, all_of_them)
-
-
-def _squares_of(tensors: StepTensors, passes: Passes, all_of_them: bool) -> Squares:
     if len(tensors) and (all_of_them or not all(variance.by_element for variance in tensors.variances)):
         return passes.squares(tensors)
     sums = no_sums(tensors.device).mm

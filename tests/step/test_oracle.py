@@ -143,13 +143,13 @@ MUTATIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 
 LookAhead = tuple[Tensor, Tensor]
-LOOK_AHEADS: dict[str, Callable[[LookAhead, solve.Hyper, Tensor], LookAhead]] = {
-    "the moment's share missing": lambda right, hyper, correction: (0 * right[0], right[1]),
-    "the gradient's share missing": lambda right, hyper, correction: (right[0], 0 * right[1]),
-    "bias correction missing": lambda right, hyper, correction: (hyper.momentum, 1 - hyper.momentum),
-    "bias correction of this step, not of the next": lambda right, hyper, correction: (
-        hyper.momentum * correction,
-        (1 - hyper.momentum) * correction,
+LOOK_AHEADS: dict[str, Callable[[LookAhead, Tensor, Tensor], LookAhead]] = {
+    "the moment's share missing": lambda right, momentum, correction: (0 * right[0], right[1]),
+    "the gradient's share missing": lambda right, momentum, correction: (right[0], 0 * right[1]),
+    "bias correction missing": lambda right, momentum, correction: (momentum, 1 - momentum),
+    "bias correction of this step, not of the next": lambda right, momentum, correction: (
+        momentum * correction,
+        (1 - momentum) * correction,
     ),
 }
 
@@ -182,7 +182,7 @@ def test_it_notices_a_wrong_update(
 def test_it_notices_a_wrong_look_ahead(mutation: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong = solve.look_ahead, LOOK_AHEADS[mutation]
     monkeypatch.setattr(
-        solve, "look_ahead", lambda hyper, correction: wrong(right(hyper, correction), hyper, correction)
+        solve, "look_ahead", lambda momentum, correction: wrong(right(momentum, correction), momentum, correction)
     )
     assert deviation("nesterov", options) > 1e3
     assert deviation("gradient", options) <= 1

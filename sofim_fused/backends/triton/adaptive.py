@@ -148,8 +148,6 @@ class TritonAdaptive(TorchAdaptivePasses):
         found = settings.hyper.new_empty(k.COEFFICIENTS, len(steps))
         signal = None if blocks is None else settings.hyper.new_empty(blocks.shape[1])
         with device_scope(settings.hyper.device):
-            if sum(settings.sizes) != len(steps):  # some tensors of all, in the backward pass
-                settings = settings._replace(sizes=[len(steps)])
             located = self._located(steps, settings)
             launch_solve_scaled(k, located, settings, blocks, skip, found, signal)
         torch.autograd.graph.increment_version(list(steps))
