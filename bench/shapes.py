@@ -113,7 +113,7 @@ def _transformer_layer(width: int) -> list[Shape]:
 
 
 # Besides what bench.step runs on a CPU, models that would take it minutes and many GB.
-GPU_MODELS: dict[str, Callable[[], list[Shape]]] = {**MODELS, "vit-b": vit_b, "lm-1b": lm_1b}
+GPU_MODELS: dict[str, Callable[[], list[Shape]]] = {**CPU_MODELS, "vit-b": vit_b, "lm-1b": lm_1b}
 
 
 def miniature(shapes: Sequence[Shape], dimension: int, tensors: int) -> list[Shape]:

@@ -47,7 +47,7 @@ NO_TESTS = 5  # pytest's exit code
 MATRIX = "tests/step/test_matrix.py"
 # Of the matrix: enough to see whether to go on; and what compute-sanitizer watches, all storage types in each case.
 SMOKE = "follows_the_oracle and float32 and decoupled or 16_bit and complex64 and True-none"
-WATCHED = "16_bit and complex64 and True-none and (plain- or skip-)"
+WATCHED = "16_bit and complex64 and (True-none and (plain- or skip-) or mixed and nesterov and None-False)"
 
 
 class Part(NamedTuple):

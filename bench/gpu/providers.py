@@ -103,6 +103,20 @@ def _torch(name: str, accesses: int, options: Mapping[str, Any], optimizer: str 
     return Provider(name, f"torch.optim:{optimizer}", options, moves=lambda w, m, kept: accesses * w, **more)
 
 
+def adaptive(backend: str, kind: str, form: Any = "step", **options: Any) -> Provider:
+    """A step of SOFIM with a diagonal that adapts and the look-ahead, without the term of rank one unless ``rho``."""
+    given = {"lr": 1e-6, "momentum": 0.9, "diagonal": "factored", "numerator": "nesterov", **options}
+
+    def moves(w: int, m: int, kept: int) -> int:
+        if given["diagonal"] == "element":  # a second moment for each element, and one sweep
+            return w + 2 * m + 2 * m + 2 * w + 2 * kept
+        again = w + m if "rho" in options else 0  # the moment is written in a sweep before the one of the weights
+        return w + w + 2 * m + 2 * w + 2 * kept + again
+
+    counted = None if backend == "reference" else moves
+    return Provider(f"SOFIM {backend}, {kind}", "sofim_fused:SOFIM", {**given, "backend": backend}, form, moves=counted)
+
+
 # SGD reads a gradient, a moment and a weight, and writes two of them; foreach takes three sweeps, and so does clipping.
 FUSED = {**SGD, "fused": True}
 SGD_FUSED = _torch(BASELINE, 5, FUSED)
@@ -175,17 +189,27 @@ def plan(backends: Sequence[str]) -> list[Group]:
     def each(kind: str, **options: Any) -> list[Provider]:
         return [sofim(name, kind, **options) for name in native]
 
+    def adapts(kind: str, **options: Any) -> list[Provider]:
+        return [adaptive(name, kind, **options) for name in native]
+
     both = [CLIPPED, *each(""), *each("guarded", **GUARD)]
+    factored = [*adapts("factored"), *adapts("factored, guarded", **GUARD)]
+    diagonals = [
+        *adapts("factored, rank one", rho=1.0),
+        *adapts("row", diagonal="row"),
+        *adapts("element", diagonal="element"),
+    ]
     narrow = [*each("no kahan", kahan=False), *each("bfloat16 moment, no kahan", state_dtype=BF16, kahan=False)]
     return [
         *(group for name in native for group in on(FIVE, CLIPPED, sofim(name), sofim(name, "guarded", **GUARD))),
+        *on(("lenet-5", "gpt2-small", "resnet-50", "1000x1K", "1000x32x32", "resnet-9"), ADAMW, *factored),
         *(Group(task, [*each(""), *each("in_backward", in_backward=True)]) for task in TASKS),
         *on(FIVE, SGD_GRAPH, *each("CUDA graph", form="graph", capturable=True)),
         *on(("lenet-5", "resnet-50", "gpt2-small"), SGD_COMPILED),
         *on(FIVE, *each("bfloat16 moment", state_dtype=BF16)),
         *on(("gpt2-small", "resnet-50", "lenet-5", "lm-1b"), *both, *narrow, dtype="bfloat16"),
         *on(("vit-b", "lm-1b"), *both),
-        *on(("resnet-9", "gpt2-small"), ADAMW),
+        *on(("lenet-5", "gpt2-small"), ADAMW, *diagonals),
         *on(("gpt2-small",), *PEERS),
         *on(FIVE[:3], *each("one launch", one_launch=True), *each("two launches", one_launch=False)),
         *on(FIVE, *each("gradient form", numerator="gradient"), SGD_FOREACH),

@@ -103,6 +103,7 @@ COLUMNS: Mapping[str, Callable[[Row], str]] = {
     "/ SGD fused": _number("ratio", "{:.3f}".format),
     "device, ms": _number("device", _digits, 1e3),
     "/ SGD fused (device)": _number("device_ratio", "{:.3f}".format),
+    "/ AdamW fused (device)": _number("to_adamw", "{:.3f}".format),
     "host, µs": _number("host", _digits, 1e6),
     "B/param.": _number("bytes_per_parameter", "{:.0f}".format),
     "GB/s": _number("gb_per_s", "{:.0f}".format),
@@ -122,6 +123,13 @@ LEGEND = (
 )
 
 
+def _to_adamw(row: Row, adamw: Row | None) -> float | None:
+    """A row's ratio to AdamW's, both as ratios to SGD fused: each was timed in turns with it, if in the same run."""
+    if adamw is None or adamw["run"] != row["run"] or not (row.get("device_ratio") and adamw.get("device_ratio")):
+        return None
+    return float(row["device_ratio"]) / float(adamw["device_ratio"])
+
+
 def markdown(found: Record) -> str:
     """The record as a document."""
     device = found.runs[-1]["device"]
@@ -138,8 +146,11 @@ def markdown(found: Record) -> str:
         table = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
         for row in (row for (other, _), row in found.rows.items() if other == title):
             copied_at = found.copies.get(row["run"])
-            share = row["gb_per_s"] / copied_at if copied_at and row.get("gb_per_s") else None
-            table.append("| " + " | ".join(_cell(show({**row, "share": share})) for show in COLUMNS.values()) + " |")
+            more = {
+                "share": row["gb_per_s"] / copied_at if copied_at and row.get("gb_per_s") else None,
+                "to_adamw": _to_adamw(row, found.rows.get((title, "AdamW fused"))),
+            }
+            table.append("| " + " | ".join(_cell(show({**row, **more})) for show in COLUMNS.values()) + " |")
         blocks += [f"### {title}", "\n".join(table)]
     return "\n\n".join(block for block in blocks if block) + "\n"
 

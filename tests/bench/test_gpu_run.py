@@ -60,7 +60,8 @@ def test_bytes_are_those_of_the_method() -> None:
         "AdamW fused": (28, 14), "FlashSGD": (None, None), "SOFIM cpu": (24, 22), "SOFIM cpu, guarded": (28, 24),
         "SOFIM cpu, gradient form": (28, 24), "SOFIM cpu, bfloat16 moment": (18, 16), "SOFIM cpu, no kahan": (24, 18),
         "SOFIM cpu, bfloat16 moment, no kahan": (18, 12), "SOFIM cpu, CUDA graph": (24, 22),
-        "SOFIM reference": (None, None),
+        "SOFIM cpu, factored": (24, 20), "SOFIM cpu, factored, guarded": (24, 20), "SOFIM cpu, row": (24, 20),
+        "SOFIM cpu, factored, rank one": (32, 26), "SOFIM cpu, element": (28, 26), "SOFIM reference": (None, None),
     }  # fmt: skip
     assert {name: (wide[name], narrow[name]) for name in expected} == expected
 
@@ -70,7 +71,10 @@ def test_the_plan_begins_with_what_tells_most_and_names_everything_once() -> Non
     assert [(group.model, group.providers[-1].name) for group in groups[:10]] == [
         (model, f"SOFIM {name}, guarded") for name in ("cuda", "triton") for model in providers.FIVE
     ]
-    assert [group.title for group in groups[10:13]] == list(providers.TASKS)
+    assert {(group.model, group.providers[0].name) for group in groups[10:16]} == {
+        (model, "AdamW fused") for model in (*providers.FIVE, "1000x32x32")
+    }
+    assert [group.title for group in groups[16:19]] == list(providers.TASKS)
     assert {group.model for group in groups} == {*GPU_MODELS, *providers.TASKS}
     named = [(group.title, p.name) for group in groups for p in group.providers if p.ours]
     assert len(set(named)) == len(named)
