@@ -156,6 +156,7 @@ CONTENDERS = {
     "row": _adapts("SOFIM, diagonal by rows, look-ahead", diagonal="row"),
     "element": _adapts("SOFIM, diagonal by elements, look-ahead", diagonal="element"),
     "sofim-1": Contender("SOFIM as published, ρ = 1", partial(_sofim, rho=1.0), 10.0, "sgd"),
+    "factored-95": _adapts("SOFIM, factored diagonal, look-ahead, β₂ = 0.95", diagonal="factored", beta2=0.95),
     "factored-moment": _adapts("SOFIM, factored diagonal", diagonal="factored", numerator="moment"),
     "factored-rho": _adapts("SOFIM, factored diagonal, look-ahead, ρ = 1/3", diagonal="factored", rho=1 / 3),
 }

@@ -19,6 +19,7 @@ STYLES = {
     "factored": ("tab:blue", "-"),
     "row": ("tab:blue", "--"),
     "element": ("tab:blue", ":"),
+    "factored-95": ("tab:blue", "-."),
     "factored-moment": ("tab:cyan", "-"),
     "factored-rho": ("tab:cyan", "--"),
     "adamw-99": ("tab:orange", "-"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,23 +22,23 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def start() -> tuple[list[dict[str, Any]], list[nn.Parameter]]:
+def start(device: str) -> tuple[list[dict[str, Any]], list[nn.Parameter]]:
     generator = torch.Generator().manual_seed(3)
-    params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+    params = [nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in SHAPES]
     return [{"params": params[:2]}, {"params": params[2:], "lr": 0.02, "beta2": 0.9}], params
 
 
-def gradients(count: int) -> list[list[torch.Tensor | None]]:
+def gradients(count: int, device: torch.device) -> list[list[torch.Tensor | None]]:
     generator = torch.Generator().manual_seed(4)
     steps: list[list[torch.Tensor | None]] = [
-        [torch.randn(shape, generator=generator) for shape in SHAPES] for _ in range(count)
+        [torch.randn(shape, generator=generator).to(device) for shape in SHAPES] for _ in range(count)
     ]
     steps[2][1] = None
     return steps
 
 
 def work(optimizer: SOFIM, params: list[nn.Parameter]) -> None:
-    for count, grads in enumerate(gradients(5)):
+    for count, grads in enumerate(gradients(5, params[0].device)):
         if count == 3:  # as schedulers do
             for group in optimizer.param_groups:
                 group["lr"] /= 2
@@ -54,12 +55,15 @@ def work(optimizer: SOFIM, params: list[nn.Parameter]) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_equals_a_plain_optimizer(case: str, release: bool, run: Run) -> None:
     tolerance = None if run.backend == "reference" else 1e-5  # others take these steps pass by pass
-    assert both_ways(run, start, work, release=release, tolerance=tolerance, rho=None, lr=0.01, **CASES[case])
+    assert both_ways(
+        run, partial(start, run.device), work, release=release, tolerance=tolerance, rho=None, lr=0.01, **CASES[case]
+    )
 
 
 def test_gradients_add_up_unless_they_are_released(run: Run) -> None:
     def accumulate(optimizer: SOFIM, params: list[nn.Parameter]) -> None:
-        for first, second in zip(gradients(4), gradients(4), strict=True):
+        device = params[0].device
+        for first, second in zip(gradients(4, device), gradients(4, device), strict=True):
             optimizer.zero_grad()
             with optimizer.accumulate_grads():
                 backward(params, first)
@@ -67,8 +71,10 @@ def test_gradients_add_up_unless_they_are_released(run: Run) -> None:
             optimizer.step()
 
     options = {"diagonal": "factored", "rho": None, "lr": 0.01}
-    assert both_ways(run, start, accumulate, tolerance=None if run.backend == "reference" else 1e-5, **options)
-    released = SOFIM(start()[0], in_backward=True, release_grads=True, backend=run.backend, **options)
+    assert both_ways(
+        run, partial(start, run.device), accumulate, tolerance=None if run.backend == "reference" else 1e-5, **options
+    )
+    released = SOFIM(start(run.device)[0], in_backward=True, release_grads=True, backend=run.backend, **options)
     with pytest.raises(ValueError, match="needs the square of the whole gradient"), released.accumulate_grads():
         pass
 
