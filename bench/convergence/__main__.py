@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -19,7 +18,7 @@ from rich.console import Console
 
 from bench import documents, language_model, report
 from bench.convergence import compare, convex, cost, regime, sensitivity
-from bench.convergence.contenders import CONTENDERS
+from bench.convergence.contenders import CONTENDERS, LINEUPS
 from bench.convergence.store import Store
 from bench.convergence.tasks import TASKS, Size
 from examples.train import UserError, usable_device
@@ -68,6 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", title="commands")
     one = commands.add_parser("compare", help="tune all optimizers on a task with equal effort, then compare them")
     one.add_argument("--task", choices=list(TASKS), required=True)
+    one.add_argument(
+        "--lineup",
+        choices=list(LINEUPS),
+        default="adaptive",
+        help="adaptive: diagonals that adapt beside AdamW and others of its kind (default); published: SOFIM as"
+        " published beside what its paper compares it with",
+    )
+    one.add_argument("--contenders", metavar="NAME,...", help="run only these of the line-up now (default: all)")
     one.add_argument("--seeds", type=int, default=SEEDS, help=f"runs of each after tuning (default: {SEEDS})")
     two = commands.add_parser("convex", help="distance to the minimiser of a convex loss")
     three = commands.add_parser("sensitivity", help="losses over learning rates, ρ, momentum and batch sizes")
@@ -99,6 +106,11 @@ def _workers(options: argparse.Namespace) -> int:
     return jobs or (1 if options.device != "cpu" else os.cpu_count() or 1)
 
 
+def _stem_of(plan: compare.Plan, options: argparse.Namespace) -> str:
+    prefix = "" if plan.lineup.name == "published" else f"{plan.lineup.name}-"
+    return _stem(prefix + plan.task.name, options)
+
+
 def _stem(name: str, options: argparse.Namespace) -> str:
     return name + ("-full" if options.full else "") + ("" if options.device == "cpu" else "-" + options.device)
 
@@ -123,18 +135,24 @@ def _machine(store: Store) -> str:
 
 
 def _compare(options: argparse.Namespace, console: Console) -> None:
-    (plan,) = compare.plans([options.task], options.full, options.seeds, options.device)
+    only = options.contenders.split(",") if options.contenders else []
+    known = LINEUPS[options.lineup].contenders
+    if unknown := [name for name in only if name not in known]:
+        raise UserError(f"--contenders: no {', '.join(unknown)} in this line-up; there are {', '.join(known)}")
+    if options.seeds < 1:
+        raise UserError(f"--seeds {options.seeds}: expected 1 at least")
+    (plan,) = compare.plans([options.task], options.full, options.seeds, options.device, options.lineup, only)
     store = _results(plan, options)
-    result = compare.run(plan, store, _workers(options), options.root, console)
+    compare.run(plan, store, _workers(options), options.root, console)
+    result = compare.comparison(plan._replace(only=()), store)
     _write_comparison(result, store, options)
     console.print(compare.ends(result), compare.speeds(result), sep="\n\n", highlight=False, markup=False)
 
 
 def _write_comparison(result: compare.Comparison, store: Store, options: argparse.Namespace) -> None:
-    name = result.plan.task.name
-    command = f"{COMMAND} compare --task {name}{_flags(options)}"
+    command = f"{COMMAND} compare --task {result.plan.task.name} --lineup {result.plan.lineup.name}{_flags(options)}"
     text = compare.markdown(result, _machine(store), command)
-    _write(options.out, _stem(name, options), text, compare.figure(result))
+    _write(options.out, _stem_of(result.plan, options), text, compare.figure(result))
 
 
 def _flags(options: argparse.Namespace) -> str:
@@ -165,22 +183,22 @@ def _regime(options: argparse.Namespace, console: Console, plans: Sequence[compa
 
 
 def _results(plan: compare.Plan, options: argparse.Namespace) -> Store:
-    return Store(options.out / f"{_stem(plan.task.name, options)}.jsonl")
+    return Store(options.out / f"{_stem_of(plan, options)}.jsonl")
 
 
 def _compared(options: argparse.Namespace) -> list[compare.Plan]:
-    """Tasks that have all results.
+    """Tasks on which SOFIM as published has all results.
 
     Raises:
         UserError: there are none.
     """
-    found = []
-    for plan in compare.plans(list(TASKS), options.full, SEEDS, options.device):
-        with contextlib.suppress(KeyError):
-            compare.comparison(plan, _results(plan, options))
-            found.append(plan)
+    found = [
+        plan
+        for plan in compare.plans(list(TASKS), options.full, SEEDS, options.device)
+        if any(e.contender.name == "sofim" for e in compare.comparison(plan, _results(plan, options)).entries)
+    ]
     if not found:
-        raise UserError("no task was compared yet: python -m bench.convergence compare --task ...")
+        raise UserError(f"no task was compared yet: {COMMAND} compare --lineup published --task ...")
     return found
 
 
@@ -230,16 +248,7 @@ def _write_cost(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace, console: Console) -> None:
-    done: list[compare.Comparison] = []
-
-    def write(plan: compare.Plan, store: Store) -> None:
-        result = compare.comparison(plan, store)
-        _write_comparison(result, store, options)
-        done.append(result)
-
-    for plan in compare.plans(list(TASKS), options.full, SEEDS, options.device):
-        store = _results(plan, options)
-        _redraw(plan.task.name, store, partial(write, plan, store), console)
+    done = _report_comparisons("published", options, console)
     if done:
         _write(options.out, _stem("summary", options), compare.summary(done), None)
         plans = [result.plan for result in done]
@@ -275,6 +284,22 @@ def _report(options: argparse.Namespace, console: Console) -> None:
     if options.out == RESULTS:
         DOCUMENT.write_text(documents.filled(DOCUMENT.read_text(), RESULTS))
         console.print(f"{DOCUMENT.name}: tables written")
+
+
+def _report_comparisons(lineup: str, options: argparse.Namespace, console: Console) -> list[compare.Comparison]:
+    """Write those of a line-up, and return those whose baseline is there."""
+    found = []
+    for plan in compare.plans(list(TASKS), options.full, SEEDS, options.device, lineup):
+        store = _results(plan, options)
+        result = compare.comparison(plan, store)
+        if result.entries:
+            _write_comparison(result, store, options)
+            console.print(f"{_stem_of(plan, options)}: written")
+        elif len(store):
+            console.print(f"{_stem_of(plan, options)}: no optimizer is complete, nothing written")
+        if result.baseline is not None:
+            found.append(result)
+    return found
 
 
 def _redraw(name: str, store: Store, write: Callable[[], None], console: Console) -> None:
