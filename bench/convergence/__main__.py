@@ -8,7 +8,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from bench import documents, language_model, report
-from bench.convergence import compare, convex, cost, regime, sensitivity
+from bench.convergence import adaptive, compare, convex, cost, plays, regime, sensitivity
 from bench.convergence.contenders import CONTENDERS, LINEUPS
 from bench.convergence.store import Store
 from bench.convergence.tasks import TASKS, Size
@@ -248,6 +247,7 @@ def _write_cost(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace, console: Console) -> None:
+    _write_adaptive(_report_comparisons("adaptive", options, console), options)
     done = _report_comparisons("published", options, console)
     if done:
         _write(options.out, _stem("summary", options), compare.summary(done), None)
@@ -302,6 +302,21 @@ def _report_comparisons(lineup: str, options: argparse.Namespace, console: Conso
     return found
 
 
+def _write_adaptive(done: Sequence[compare.Comparison], options: argparse.Namespace) -> None:
+    """What the tasks say together of the optimizers that adapt."""
+    if not done:
+        return
+    found = []
+    for result in done:
+        store = _results(result.plan, options)
+        found.append({e.contender.name: adaptive.ranges(result.plan, e.contender, store) for e in result.entries})
+    _write(options.out, _stem("adaptive-summary", options), adaptive.summary(done), None)
+    drawing = adaptive.rates_figure(done, found)
+    _write(options.out, _stem("adaptive-rates", options), adaptive.rates_markdown(done, found), drawing)
+    drawing = adaptive.memory_figure(done)
+    _write(options.out, _stem("adaptive-memory", options), adaptive.memory_markdown(done), drawing)
+
+
 def _redraw(name: str, store: Store, write: Callable[[], None], console: Console) -> None:
     if not len(store):
         return
@@ -326,6 +341,15 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Console], None]] = {
 # In miniature
 
 
+def _write_text(folder: Path) -> None:
+    """A text in the place of the plays, which would have to be fetched."""
+    folder.mkdir()
+    for part in plays.Plays._fields:
+        lines = 400 if part == "train" else 40
+        sentences = (f"{number} times {number} is {number * number}.\n" for number in range(lines))
+        (folder / f"{part}.txt").write_text(part + ":\n" + "".join(sentences))
+
+
 def quick(options: argparse.Namespace, console: Console) -> None:
     """All figures at sizes that say nothing of optimizers, but take the same way through the code.
 
@@ -334,24 +358,38 @@ def quick(options: argparse.Namespace, console: Console) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         options.out, options.full, options.device, options.seconds, options.threads = Path(folder), False, "cpu", 0.0, 1
-        plans = []
-        for name in ("digits-lenet5", "tabular-mlp", "text-transformer"):
-            task = TASKS[name]
-            # The transformer takes as long as all else together: there is nothing to choose from for it.
-            plan = compare.Plan(task, Size(2, 160), 2, "cpu", configurations=1 if name == "text-transformer" else 2)
-            store = Store(options.out / f"{name}.jsonl")
-            result = compare.run(plan, store, _workers(options), None, console)
+        plans = [
+            compare.Plan(TASKS["digits-lenet5"], Size(2, 160), 2, "cpu", configurations=2),
+            compare.Plan(TASKS["tabular-mlp"], Size(2, 160), 2, "cpu", configurations=2),
+            # The transformers take as long as all else together: there is nothing to choose from for them.
+            compare.Plan(TASKS["text-transformer"], Size(2, 160), 2, "cpu", configurations=1),
+        ]
+        adapts = LINEUPS["adaptive"]
+        text = options.out / "text"
+        _write_text(text)
+        adaptive_plans = [
+            compare.Plan(TASKS["tabular-mlp"], Size(2, 160), 2, "cpu", configurations=2, lineup=adapts),
+            compare.Plan(TASKS["plays-transformer"], Size(2, 32), 1, "cpu", configurations=1, lineup=adapts),
+        ]
+        done = []
+        for plan in (*plans, *adaptive_plans):
+            name, root = _stem_of(plan, options), text if plan.task.fresh else None
+            store = _results(plan, options)
+            result = compare.run(plan, store, _workers(options), root, console)
             count = len(store)
             for entry in result.entries:
                 first, last = (entry.outcomes[0].points[i].train_loss for i in (0, -1))
                 # L-BFGS takes differences of gradients of different batches: there it may well climb.
                 if entry.contender.gradients != "closure" and not last < first:
                     raise UserError(f"{entry.contender.label} on {name}: training loss went from {first} to {last}")
-            compare.run(plan, store, 1, None, console)
+            compare.run(plan, store, 1, root, console)
             if len(store) != count:
                 raise UserError(f"{name}: results were there and were computed again")
+            if result.missing:
+                raise UserError(f"{name}: {', '.join(one.name for one in result.missing)} should be complete")
             _write_comparison(result, store, options)
-            plans.append(plan)
+            done.append(result)
+        _write_adaptive(done[len(plans) :], options)
         _regime(options, console, plans)
         for found in _run_convex(options, console, convex.Plan(steps=10, epochs=1, seeds=1))["full"]:
             if not found.runs[0][-1] < found.runs[0][0]:
@@ -361,7 +399,7 @@ def quick(options: argparse.Namespace, console: Console) -> None:
         )
         _sensitivity(options, console, plan_)
         _cost(options, console, ["tabular-mlp"])
-        written = sorted(path.name for path in options.out.iterdir())
+        written = sorted(path.name for path in options.out.iterdir() if path.is_file())
         console.print(f"{len(CONTENDERS)} optimizers; written: {', '.join(written)}")
 
 

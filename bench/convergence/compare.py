@@ -145,10 +145,8 @@ def run(plan: Plan, store: Store, workers: int, root: Path | None, console: Cons
     plan.task.data(root, plan.size.examples)  # raises errors in the data before any run begins
     work = partial(record, root=root)
     title = plan.task.name
-    if workers == 1:
-        parts = [[contender] for contender in plan.contenders]
-    else:  # in one go: processes take a second to start
-        parts = [plan.contenders]
+    # Several processes do all in one go: each takes a second to start.
+    parts = [[contender] for contender in plan.contenders] if workers == 1 else [plan.contenders]
     for contenders in parts:
         tuning = [
             job for contender in contenders for settings in contender.grid for job in plan.tuning(contender, settings)
@@ -415,8 +413,8 @@ def summary(results: Sequence[Comparison]) -> str:
         [
             f"All optimizers beside {label}, from the results of each task ({', '.join(map(str, seeds))} seeds).",
             "### Test loss",
-            f"Lowest mean cross-entropy on test examples, minus {short}'s from the same start: mean over the seeds, with"
-            " its 95 % interval (Student's t); **bold** where that leaves out zero.",
+            f"Lowest mean cross-entropy on test examples, minus {short}'s from the same start: mean over the seeds,"
+            " with its 95 % interval (Student's t); **bold** where that leaves out zero.",
             table(["", *tasks], losses),
             "### Cost to the targets",
             "Gradient evaluations until the target for training loss / test loss / test accuracy is met, in ratio to"

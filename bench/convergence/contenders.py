@@ -24,7 +24,8 @@ HISTORY = 10  # of L-BFGS
 DECAY = 0.01  # of weights: the default of AdamW and of AdaSOFIM
 
 Settings = Mapping[str, Any]
-Numerator = Literal["moment", "gradient"]
+Numerator = Literal["moment", "gradient", "nesterov"]
+Diagonal = Literal["tensor", "row", "factored", "element"]
 Fisher = Literal["model", "group", "parameter"]
 
 
@@ -95,7 +96,7 @@ def _sofim(numerator: Numerator, fisher: Fisher, model: nn.Module, settings: Set
     return SOFIM(layers(model), lr=lr, momentum=momentum, rho=rho, numerator=numerator, fisher=fisher)
 
 
-def _adaptive(diagonal: str, numerator: str, model: nn.Module, settings: Settings) -> Optimizer:
+def _adaptive(diagonal: Diagonal, numerator: Numerator, model: nn.Module, settings: Settings) -> Optimizer:
     chosen = {"rho": None, "weight_decay": DECAY, **settings}
     return SOFIM(model.parameters(), diagonal=diagonal, numerator=numerator, **chosen)
 
@@ -207,7 +208,8 @@ def _all() -> Iterator[Contender]:
     # Optimizers whose steps are of Adam's size have the same twelve: its rates, with two decays of the mean of g².
     yield Contender("adamw-beta2", "AdamW", _adamw_beta2, _ADAPTIVE_GRID, rates="adam")
     yield Contender("nadam", "NAdam", _nadam, _ADAPTIVE_GRID, rates="adam")
-    for diagonal in ("tensor", "row", "factored", "element"):
+    diagonals: tuple[Diagonal, ...] = ("tensor", "row", "factored", "element")
+    for diagonal in diagonals:
         name, label = f"sofim-{diagonal}", f"SOFIM, {diagonal}"
         build = partial(_adaptive, diagonal, "nesterov")
         yield Contender(name, f"{label}, look-ahead", build, _ADAPTIVE_GRID, rates="adam")

@@ -189,7 +189,7 @@ HELD_OUT_WINDOWS = 1000  # of a play, evenly spaced
 def _plays(context: int, root: Path | None) -> Data:
     codes = torch.full((256,), len(LETTERS))
     codes[list(LETTERS.encode())] = torch.arange(len(LETTERS))
-    parts = []
+    parts: list[Split] = []
     for text in plays.load(plays.ROOT if root is None else root):
         windows = codes[text.long()]
         windows = windows[: len(windows) // (context + 1) * (context + 1)].view(-1, context + 1)
