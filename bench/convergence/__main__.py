@@ -24,7 +24,6 @@ from examples.train import UserError, usable_device
 
 RESULTS = report.RESULTS / "convergence"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "convergence.md"
-SEEDS = 5
 SENSITIVE = "fashion-mnist-lenet5"
 SENSITIVE_SIZE = Size(4, 4_000)
 COMMAND = "python -m bench.convergence"
@@ -70,11 +69,11 @@ def _parser() -> argparse.ArgumentParser:
         "--lineup",
         choices=list(LINEUPS),
         default="adaptive",
-        help="adaptive: diagonals that adapt beside AdamW and others of its kind (default); published: SOFIM as"
-        " published beside what its paper compares it with",
+        help="adaptive: diagonals that adapt beside AdamW and others of its kind (default); confirmation: AdaSOFIM's"
+        " form and AdamW from twenty more seeds; published: SOFIM as published beside what its paper compares it with",
     )
     one.add_argument("--contenders", metavar="NAME,...", help="run only these of the line-up now (default: all)")
-    one.add_argument("--seeds", type=int, default=SEEDS, help=f"runs of each after tuning (default: {SEEDS})")
+    one.add_argument("--seeds", type=int, metavar="N", help="runs of each after tuning (default: 5, or the line-up's)")
     two = commands.add_parser("convex", help="distance to the minimiser of a convex loss")
     three = commands.add_parser("sensitivity", help="losses over learning rates, ρ, momentum and batch sizes")
     four = commands.add_parser("cost", help="time of training steps on the CPU; needs an idle machine")
@@ -105,9 +104,9 @@ def _workers(options: argparse.Namespace) -> int:
     return jobs or (1 if options.device != "cpu" else os.cpu_count() or 1)
 
 
-def _stem_of(plan: compare.Plan, options: argparse.Namespace) -> str:
-    prefix = "" if plan.lineup.name == "published" else f"{plan.lineup.name}-"
-    return _stem(prefix + plan.task.name, options)
+def _stem_of(plan: compare.Plan, options: argparse.Namespace, lineup: str = "") -> str:
+    name = lineup or plan.lineup.name
+    return _stem(("" if name == "published" else f"{name}-") + plan.task.name, options)
 
 
 def _stem(name: str, options: argparse.Namespace) -> str:
@@ -138,7 +137,7 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
     known = LINEUPS[options.lineup].contenders
     if unknown := [name for name in only if name not in known]:
         raise UserError(f"--contenders: no {', '.join(unknown)} in this line-up; there are {', '.join(known)}")
-    if options.seeds < 1:
+    if options.seeds is not None and options.seeds < 1:
         raise UserError(f"--seeds {options.seeds}: expected 1 at least")
     (plan,) = compare.plans([options.task], options.full, options.seeds, options.device, options.lineup, only)
     store = _results(plan, options)
@@ -182,7 +181,7 @@ def _regime(options: argparse.Namespace, console: Console, plans: Sequence[compa
 
 
 def _results(plan: compare.Plan, options: argparse.Namespace) -> Store:
-    return Store(options.out / f"{_stem_of(plan, options)}.jsonl")
+    return Store(options.out / f"{_stem_of(plan, options, plan.lineup.shares)}.jsonl")
 
 
 def _compared(options: argparse.Namespace) -> list[compare.Plan]:
@@ -193,7 +192,7 @@ def _compared(options: argparse.Namespace) -> list[compare.Plan]:
     """
     found = [
         plan
-        for plan in compare.plans(list(TASKS), options.full, SEEDS, options.device)
+        for plan in compare.plans(list(TASKS), options.full, None, options.device)
         if any(e.contender.name == "sofim" for e in compare.comparison(plan, _results(plan, options)).entries)
     ]
     if not found:
@@ -248,6 +247,7 @@ def _write_cost(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace, console: Console) -> None:
     _write_adaptive(_report_comparisons("adaptive", options, console), options)
+    _report_comparisons("confirmation", options, console)
     done = _report_comparisons("published", options, console)
     if done:
         _write(options.out, _stem("summary", options), compare.summary(done), None)
@@ -289,13 +289,13 @@ def _report(options: argparse.Namespace, console: Console) -> None:
 def _report_comparisons(lineup: str, options: argparse.Namespace, console: Console) -> list[compare.Comparison]:
     """Write those of a line-up, and return those whose baseline is there."""
     found = []
-    for plan in compare.plans(list(TASKS), options.full, SEEDS, options.device, lineup):
+    for plan in compare.plans(list(TASKS), options.full, None, options.device, lineup):
         store = _results(plan, options)
         result = compare.comparison(plan, store)
         if result.entries:
             _write_comparison(result, store, options)
             console.print(f"{_stem_of(plan, options)}: written")
-        elif len(store):
+        elif len(store) and not plan.lineup.shares:
             console.print(f"{_stem_of(plan, options)}: no optimizer is complete, nothing written")
         if result.baseline is not None:
             found.append(result)

@@ -236,7 +236,7 @@ def markdown(result: Comparison, machine: str, command: str) -> str:
         " seeds. Mean ± standard deviation over these. \\*: at an edge of its grid."
     )
     if result.missing:
-        names = ", ".join(contender.label for contender in result.missing)
+        names = "; ".join(contender.label for contender in result.missing)
         introduction += f"\n\nNot in the tables, because their runs are not complete: {names}."
     return "\n\n".join(
         [introduction, "### Where they end", ends(result), "### What it takes to get there", speeds(result)]
@@ -492,14 +492,22 @@ def figure(result: Comparison) -> Figure:
 def plans(
     names: Sequence[str],
     full: bool,
-    seeds: int,
+    seeds: int | None,
     device: str,
     lineup: str = "published",
     only: Sequence[str] = (),
 ) -> list[Plan]:
-    """Of several tasks."""
+    """Of several tasks; with the line-up's own number of seeds unless it is given."""
     chosen = [TASKS[name] for name in names]
     return [
-        Plan(task, task.full if full else task.small, seeds, device, CONFIGURATIONS, LINEUPS[lineup], tuple(only))
+        Plan(
+            task,
+            task.full if full else task.small,
+            seeds or LINEUPS[lineup].seeds,
+            device,
+            CONFIGURATIONS,
+            LINEUPS[lineup],
+            tuple(only),
+        )
         for task in chosen
     ]

@@ -262,6 +262,8 @@ class Lineup:
         baseline: the one that the others' losses are compared with.
         first_seed: of the runs to compare by.
         timed: whether the runs' seconds say anything: not where other programs used the machine.
+        seeds: how many runs each has to compare by.
+        shares: the line-up whose tuning runs it shares, by being in the same file; empty: it has a file of its own.
     """
 
     name: str
@@ -269,6 +271,8 @@ class Lineup:
     baseline: str
     first_seed: int
     timed: bool
+    seeds: int = 5
+    shares: str = ""
 
 
 # What the paper compares itself with; and what someone who uses AdamW would compare. Each has seeds of its own.
@@ -295,6 +299,16 @@ LINEUPS = {
         baseline="adamw-beta2",
         first_seed=10,
         timed=False,
+    ),
+    # Differences that five seeds could not settle, from twenty others.
+    "confirmation": Lineup(
+        "confirmation",
+        ("adamw-beta2", "sofim-factored"),
+        baseline="adamw-beta2",
+        first_seed=30,
+        timed=False,
+        seeds=20,
+        shares="adaptive",
     ),
     "published": Lineup(
         "published",

@@ -519,7 +519,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert [p[:4] for p in resumed[key]["points"]] == [p[:4] for p in whole[key]["points"]]
     document = (tmp_path / "b" / "tabular-mlp.md").read_text()
     assert "| SGD-momentum |" in document
-    assert "Not in the tables, because their runs are not complete: SOFIM, per layer, SOFIM, per tensor," in document
+    assert "Not in the tables, because their runs are not complete: SOFIM, per layer; SOFIM, per tensor;" in document
     assert (tmp_path / "b" / "tabular-mlp.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -579,7 +579,7 @@ def test_what_is_not_complete_is_left_out_and_named(tmp_path: Path) -> None:
     assert result.baseline is result.entries[0]
     assert list(result.missing) == [sgd, nadam]
     text = compare.markdown(result, "a machine", "a command")
-    assert "Not in the tables, because their runs are not complete: SGD-momentum, NAdam." in text
+    assert "Not in the tables, because their runs are not complete: SGD-momentum; NAdam." in text
     # Nothing there is about time, because other programs used the machine.
     assert "minus AdamW's" in text
     assert "seconds per epoch" not in text
