@@ -3,7 +3,8 @@
     python3 -m bench.gpu.compare old=FOLDER new=FOLDER --rows "(lenet-5|1000x1K), float32.*: SOFIM cuda"
 
 Each folder holds a whole package ``sofim_fused`` with its native parts: two builds of one extension module cannot be
-loaded in one process. Prints medians over rounds, and the medians of the rounds' ratios to the first build.
+loaded in one process. Prints medians over rounds, and the medians of the rounds' ratios to the first build. At the end
+stands how fast each build's processes ran a loop in Python: where that differs, times with Python in them say nothing.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not Path(folder, "sofim_fused", "__init__.py").is_file():
             parser.error(f"{name}={folder}: there is no sofim_fused/__init__.py in that folder")
     found: dict[tuple[str, str], list[dict[str, record.Row]]] = {}  # by title and provider, round by round
+    python: dict[str, list[float]] = {name: [] for name in builds}
     with tempfile.TemporaryDirectory() as temporary:
         for turn in range(options.rounds):
             for name, folder in builds.items():
@@ -50,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 done = Command(command, environment).wait(options.seconds + 30)
                 if done.code != 0:
                     print(f"round {turn}, {name}: {done}")
-                for key, row in Record(path).rows.items():
+                results = Record(path)
+                python[name] += [line["ms"] for line in results.of("python")]
+                for key, row in results.rows.items():
                     if row["status"] == "measured":
                         found.setdefault(key, [{} for _ in range(options.rounds)])[turn][name] = row
     for (title, provider), rounds in found.items():
@@ -63,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if values and ratios:
                     told.append(f"{what} {median(values) * 1e6:.1f} µs ({median(ratios):.3f})")
             print(f"{title}: {provider}: {name}: {', '.join(told)}; {len([x for x in rounds if name in x])} rounds")
+    loops = ", ".join(f"{name} {median(times):.1f} ms" for name, times in python.items() if times)
+    print(f"a loop in Python: {loops or 'not timed'}")
     return 0 if found else 1
 
 

@@ -1,10 +1,10 @@
 """What runs on a GPU have found, as lines of JSON: whatever ends a run, and when, what was written stays.
 
-Every line has a ``kind``. A "run" has its command, date and device, hashes of the tested code ("code") and of the code
-that times it ("bench"), and the native backends whose tests it was asked for ("backends"). What follows belongs to it:
-"test" (name, outcome, seconds, and the part of the run that it ran in), "uncollected" (name of a test file, reason),
-"backend" (name, state), "copy" (the device's copy bandwidth), "row" (title, provider, status and times), "sanitizer"
-(name, outcome, detail), "part" (name, outcome, failed) and "note" (name).
+Every line has a ``kind``. A "run" has its command, date and device, hashes of the tested code ("code") and of the
+code that times it ("bench"), and the native backends whose tests it was asked for ("backends"). What follows belongs
+to it: "test" (name, outcome, seconds, and the part of the run that it ran in), "uncollected" (name of a test file,
+reason), "backend" (name, state), "copy" (the device's copy bandwidth), "python" (the speed of Python), "row" (title,
+provider, status and times), "sanitizer" (name, outcome, detail), "part" (name, outcome, failed) and "note" (name).
 """
 
 from __future__ import annotations

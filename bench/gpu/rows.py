@@ -117,12 +117,13 @@ class Rows:
         return found
 
     def copy(self) -> None:
-        """The rate of ``Tensor.copy_``, read and written; on a GPU from 1 GiB to 1 GiB."""
+        """The rate of ``Tensor.copy_``, read and written, on a GPU from 1 GiB to 1 GiB; and the speed of Python."""
         self.at("backend", "Tensor.copy_")
         source = torch.ones((1 << 28) if self.gpu else 1 << 20, device=self.device)
         target = torch.zeros_like(source)
         taken = self._compare({BASELINE: lambda: target.copy_(source)}, min(1.0, self.seconds))[BASELINE]
         record.add(self.path, "copy", gb_per_s=2 * source.nbytes / taken.step.median / 1e9)
+        record.add(self.path, "python", name="loop", ms=python_ms())
 
     def rows(self, group: Group) -> list[Row]:
         """Rows of a group, the baseline's first; those of providers that raise say what."""
@@ -214,6 +215,18 @@ class Rows:
         return compare_on_device(
             calls, BASELINE, seconds, stopwatch, during=during, min_sample=sample, min_rounds=rounds
         )
+
+
+def python_ms() -> float:
+    """Milliseconds of a loop in Python that calls nothing: tells whether this process runs as fast as another."""
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        total = 0
+        for i in range(200_000):
+            total += i
+        times.append((time.perf_counter() - began) * 1e3)
+    return min(times)
 
 
 def _event() -> Any:
