@@ -233,7 +233,7 @@ def rates_figure(results: Sequence[Comparison], found: Sequence[Mapping[str, Ran
             one = of_task[contender.name]
             first = widest - len(one.rates)  # grids with fewer rates have the upper ones
             for column, loss in enumerate(one.losses, first):
-                above = 100 * (loss / lowest - 1)
+                above = min(100 * (loss / lowest - 1), 1e6)
                 grid[row, column] = above
                 label = f"+{above:.1f}" if above < 10 else f"+{above:.0f}" if above < 1000 else "∞"
                 good = one.rates[column - first] in one.good
@@ -291,40 +291,37 @@ def memory_figure(results: Sequence[Comparison]) -> Figure:
     columns = min(3, len(results))
     lines = math.ceil(len(results) / columns)
     drawing = Figure(figsize=(5 * columns, 3.8 * lines + 1.2), layout="constrained")
-    panels = drawing.subplots(lines, columns, squeeze=False).flat
+    panels = drawing.subplots(lines, columns, squeeze=False).ravel()
     handles = {}
     for axes, result in zip(panels, results, strict=False):
         baseline = result.baseline
         assert baseline is not None
-        level, shown = _level(baseline), []
-        for entry in result.entries:
-            if _diverged(entry, baseline):
-                continue
+        level, shown, ends, last = _level(baseline), [], [], -1.0
+        for entry in sorted((e for e in result.entries if not _diverged(e, baseline)), key=floats):
             middle, half = percent(entry, baseline) if entry is not baseline else (0.0, 0.0)
             name = entry.contender.name
             colour, line, _ = STYLES[name]
             marker = "s" if name.startswith("sofim") else "o"
             error = half if math.isfinite(half) else 0.0
-            hollow = "none" if line != "-" else colour
-            bars = axes.errorbar(
-                4 * floats(entry), middle, yerr=error, fmt=marker, color=colour, markerfacecolor=hollow, capsize=2
-            )
+            hollow = colour if line in ("-", "-.") and name != "sofim-factored-rho" else "none"
+            last = max(4 * floats(entry), last + 0.16)  # so that none hides another
+            bars = axes.errorbar(last, middle, yerr=error, fmt=marker, color=colour, markerfacecolor=hollow, capsize=2)
             handles[entry.contender.label] = bars
-            shown.append(middle)
+            shown.append(middle + error)
+            ends.append(middle - error)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.axhspan(-100, GOAL, color="tab:green", alpha=0.08)
-        axes.axvline(4.4, color="black", linewidth=0.6, linestyle=":")
         # Those far above would press the others together.
-        top = max(5.0, min(30.0, 1.15 * float(np.percentile(shown, 85)))) if shown else 5.0
-        axes.set_ylim(min(-3.0, 1.4 * min(shown, default=0.0)), top)
+        axes.set_ylim(min(-3.0, 1.1 * min(ends)), max(5.0, min(30.0, 1.1 * float(np.percentile(shown, 85)))))
+        axes.set_xlim(0, None)
         axes.set(xlabel="state, bytes per parameter", ylabel=f"test loss above AdamW's ({level:.3f}), %")
         axes.set_title(result.plan.task.title, fontsize=10)
         axes.grid(alpha=0.3)
-    for axes in list(panels)[len(results) :]:
+    for axes in panels[len(results) :]:
         axes.axis("off")
     drawing.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize="small")
     drawing.suptitle(
         "Memory against loss: 95 % intervals of the differences by seed; green: at most 1 % above AdamW;"
-        " dotted: 0.55 of AdamW's state"
+        " marks at the same place are moved apart, to the right"
     )
     return drawing

@@ -140,9 +140,14 @@ def test_line_ups() -> None:
         assert lineup.baseline in lineup.contenders
         assert set(lineup.contenders) <= set(CONTENDERS)
         assert len(set(lineup.contenders)) == len(lineup.contenders)
-        seeds += plan_of(lineup=lineup, seeds=5).comparing
-    assert len(set(seeds)) == 10
-    assert set(plan_of(lineup=LINEUPS["adaptive"], seeds=5).comparing) == set(range(10, 15))
+        (plan,) = compare.plans(["tabular-mlp"], False, None, "cpu", name)
+        seeds += plan.comparing
+        if lineup.shares:
+            assert set(lineup.contenders) <= set(LINEUPS[lineup.shares].contenders)
+    assert len(set(seeds)) == len(seeds)
+    of = {name: compare.plans(["tabular-mlp"], False, None, "cpu", name)[0].comparing for name in LINEUPS}
+    assert of == {"adaptive": range(10, 15), "confirmation": range(30, 50), "published": range(5)}
+    assert compare.plans(["tabular-mlp"], False, 2, "cpu", "confirmation")[0].comparing == range(30, 32)
     known = {contender.rates for contender in CONTENDERS.values()}
     assert "" not in known
     assert {key for task in TASKS.values() for key in task.factors} <= known
@@ -521,6 +526,28 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "| SGD-momentum |" in document
     assert "Not in the tables, because their runs are not complete: SOFIM, per layer; SOFIM, per tensor;" in document
     assert (tmp_path / "b" / "tabular-mlp.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_confirmation_takes_the_choice_that_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs other seeds with the same settings, and its results lie in the same file."""
+    task = replace(TASKS["tabular-mlp"], small=Size(1, 64), tuning_seeds=1)
+    monkeypatch.setitem(TASKS, "tabular-mlp", task)
+    arguments = ["compare", "--task", "tabular-mlp", "--jobs", "1", "--out", str(tmp_path)]
+    chosen = ["--contenders", "adamw-beta2,sofim-factored"]
+    assert command.main([*arguments, *chosen, "--seeds", "1"]) == 0
+    store = Store(tmp_path / "adaptive-tabular-mlp.jsonl")
+    assert len(store) == 2 * CONFIGURATIONS + 2
+    assert command.main([*arguments, "--lineup", "confirmation", "--seeds", "2"]) == 0
+    added = set(Store(store.path)) - set(store)
+    jobs = [json.loads(key) for key in added]
+    assert sorted(job["seed"] for job in jobs) == [30, 30, 31, 31]
+    known = {json.dumps(job["settings"]) for job in map(json.loads, store) if job["held_out"] == "test"}
+    assert {json.dumps(job["settings"]) for job in jobs} == known
+    assert {path.name for path in tmp_path.glob("*.md")} == {
+        "adaptive-tabular-mlp.md",
+        "confirmation-tabular-mlp.md",
+    }
+    assert "then 2 other seeds" in (tmp_path / "confirmation-tabular-mlp.md").read_text()
 
 
 def test_a_failure_is_reported_and_what_was_done_is_kept(tmp_path: Path) -> None:
