@@ -47,12 +47,23 @@ class AdaptiveSweeps {
     int64_t before;  // elements of all tiles before this one
   };
 
+  // Tensors that go through the sums of squares and the sweep after them before the next ones do: the ends of their parts
+  // of all tensors, of squared_ and of tiles_.
+  struct Batch {
+    size_t tensors = 0, squared = 0, tiles = 0;
+    int64_t elements = 0;  // in squared_
+  };
+
   Grid grid_of(size_t i) const;
   // Adds a tensor to those that sum_squares() reads, with places for its sums.
   void add_grid(size_t i);
-  void sum_squares();
+  // Makes room for the sums of all that were added.
+  void place_sums();
+  // Those of tiles_ [first, last).
+  void sum_squares(size_t first, size_t last);
   void sum_squares(size_t i, const Grid& grid, const Tile& tile, double* sums) const;
-  void adapt_all();
+  // Those of squared_ [first, last).
+  void adapt(size_t first, size_t last);
   // Updates the running means of a tensor, and writes its factors; returns Σs. Adds up `sums` in their first places.
   double adapt(size_t i, const Grid& grid, double* sums, void* factors, Scale& scale) const;
   // How many numbers the factors of a tensor take, in units of a double.
@@ -73,6 +84,7 @@ class AdaptiveSweeps {
   std::vector<Grid> grids_;
   std::vector<size_t> sums_at_;
   std::vector<Tile> tiles_;
+  std::vector<Batch> batches_;  // one after the other
   std::vector<double> sums_, factors_, scratch_;
 };
 
