@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 namespace sofim {
@@ -36,6 +37,7 @@ void AdaptiveSweeps::begin(Row* rows, const VarianceRow* variances, const Tiling
   tiling_ = &tiling;
   mixes_ = mixes;
   gain_ = 1.0;
+  has_factors_ = false;
   const size_t n = tiling.size();
   scales_.resize(n);
   traces_.assign(n, 0.0);
@@ -63,20 +65,46 @@ double AdaptiveSweeps::squares() {
   place_sums();
   sum_squares(0, tiles_.size());
   double sum = 0.0;
-  for (size_t k = 0; k < squared_.size(); ++k) {
-    const double* row = sums_.data() + sums_at_[k];
-    double total = 0.0;
-    for (size_t place = 0; place < grids_[k].row_places(); ++place) total += row[place];
-    sum += total;
-  }
+  for (size_t i = 0; i < squared_.size(); ++i) sum += sum_of(i);
   return sum;
+}
+
+double AdaptiveSweeps::sum_of(size_t i) const {
+  const double* row = sums_.data() + sums_at_[i];
+  double total = 0.0;
+  for (size_t place = 0; place < grids_[i].row_places(); ++place) total += row[place];
+  return total;
+}
+
+void AdaptiveSweeps::take_factors(const double* traces) {
+  const size_t n = tiling_->size();
+  size_t places = 0;
+  factors_at_.clear();
+  for (size_t i = 0; i < n; ++i) {
+    factors_at_.push_back(places);
+    places += factors_of(i);
+  }
+  factors_.resize(places);
+  for (size_t i = 0; i < n; ++i) {
+    const VarianceRow& variance = variances_[i];
+    if (variance.by_element) continue;
+    const size_t size = rows_[i].w_type == Type::float64 ? 8 : 4, rows = static_cast<size_t>(variance.count) * size;
+    char* const factors = reinterpret_cast<char*>(factors_.data() + factors_at_[i]);
+    memcpy(factors, variance.rows == nullptr ? variance.whole : variance.rows, rows);
+    scales_[i].rows = factors;
+    traces_[i] = traces[i];
+    if (variance.cols == nullptr) continue;
+    memcpy(factors + rows, variance.cols, static_cast<size_t>(variance.columns) * size);
+    scales_[i].cols = factors + rows;
+  }
+  has_factors_ = true;
 }
 
 std::vector<ScaledProducts> AdaptiveSweeps::enter(Mode mode) {
   const size_t n = tiling_->size();
-  const bool are_squared = n > 0 && squared_.size() == n;
+  const bool are_squared = n > 0 && squared_.size() == n, in_one_go = are_squared || has_factors_;
   batches_.assign(1, {});
-  if (!are_squared) {
+  if (!in_one_go) {
     const int64_t largest = kBatch * at::get_num_threads();
     for (size_t i = 0; i < n; ++i) {
       if (variances_[i].by_element || is_small(i)) continue;
@@ -96,18 +124,20 @@ std::vector<ScaledProducts> AdaptiveSweeps::enter(Mode mode) {
   batches_.back().tensors = n;
   // Factors are kept if they are used outside of the thread that computes them.
   std::vector<size_t>& kept = factors_at_;
-  kept.assign(n, 0);
-  size_t places = 0;
-  const auto keep = [&](size_t i) {
-    kept[i] = places;
-    places += factors_of(i);
-  };
-  if (mode.updates) {
-    for (const size_t i : squared_) keep(i);
-  } else {
-    for (size_t i = 0; i < n; ++i) keep(i);
+  if (!has_factors_) {
+    kept.assign(n, 0);
+    size_t places = 0;
+    const auto keep = [&](size_t i) {
+      kept[i] = places;
+      places += factors_of(i);
+    };
+    if (mode.updates) {
+      for (const size_t i : squared_) keep(i);
+    } else {
+      for (size_t i = 0; i < n; ++i) keep(i);
+    }
+    factors_.resize(places);
   }
-  factors_.resize(places);
   mode.enters = true;
   mode.prefetch = is_large(*tiling_);
   mode.backwards = true;
@@ -123,7 +153,7 @@ std::vector<ScaledProducts> AdaptiveSweeps::enter(Mode mode) {
     adapt(before.squared, batch.squared);
     const auto sweep = [&](size_t i, int64_t tile, int64_t begin, int64_t size) {
       double* const sums = scratch_.data() + tile * width;
-      if (are_squared || variances_[i].by_element || !is_small(i)) {
+      if (in_one_go || variances_[i].by_element || !is_small(i)) {
         return kernels.scaled(rows_[i], mode, begin, size, sums);
       }
       static thread_local std::vector<double> memory;
@@ -131,7 +161,7 @@ std::vector<ScaledProducts> AdaptiveSweeps::enter(Mode mode) {
       memory.resize(std::max(memory.size(), grid.places() + factors_of(i)));
       for (int64_t outer = 0; outer < grid.outer; ++outer) sum_squares(i, grid, {0, outer, 0, 0, 0}, memory.data());
       void* const factors = mode.updates ? memory.data() + grid.places() : factors_.data() + kept[i];
-      traces_[i] = adapt(i, grid, memory.data(), factors, scales_[i]);
+      traces_[i] = adapt(i, grid, memory.data(), factors);
       kernels.scaled(rows_[i], mode, begin, size, sums);
     };
     for_each_tile(*tiling_, before.tensors, batch.tensors, mode.backwards, sweep);
@@ -273,7 +303,7 @@ void AdaptiveSweeps::adapt(size_t first, size_t last) {
     for (size_t k = static_cast<size_t>(begin); k < static_cast<size_t>(end); ++k) {
       const size_t i = squared_[k];
       if (variances_[i].by_element) continue;
-      traces_[i] = adapt(i, grids_[k], sums_.data() + sums_at_[k], factors_.data() + factors_at_[i], scales_[i]);
+      traces_[i] = adapt(i, grids_[k], sums_.data() + sums_at_[k], factors_.data() + factors_at_[i]);
     }
   };
   const int64_t begin = static_cast<int64_t>(first), end = static_cast<int64_t>(last);
@@ -281,41 +311,39 @@ void AdaptiveSweeps::adapt(size_t first, size_t last) {
   at::parallel_for(begin, end, 1, run);
 }
 
-double AdaptiveSweeps::adapt(size_t i, const Grid& grid, double* sums, void* factors, Scale& scale) const {
-  const Kernels& kernels = kernels_in_use();
-  const VarianceRow& variance = variances_[i];
-  const bool wide = rows_[i].w_type == Type::float64;
+SquareSums AdaptiveSweeps::add_up(const Grid& grid, double* sums) {
   double *by_row = sums, *by_column = sums + grid.row_places();
-  add_up(by_row, grid.rows, grid.outer * grid.strips);
-  if (grid.by_column) add_up(by_column, grid.outer * grid.padded(), grid.bands);
-  int64_t inner = grid.inner, padded = grid.padded();
-  if (grid.swapped) {
-    std::swap(by_row, by_column);
-    inner = variance.columns;
+  sofim::add_up(by_row, grid.rows, grid.outer * grid.strips);
+  if (grid.by_column) {
+    const int64_t inner = grid.inner, padded = grid.padded();
+    sofim::add_up(by_column, grid.outer * padded, grid.bands);
+    for (int64_t outer = 1; outer < grid.outer; ++outer) {
+      std::copy_n(by_column + outer * padded, inner, by_column + outer * inner);
+    }
   }
-  const auto factor = [&](int64_t place) {
-    return static_cast<void*>(static_cast<char*>(factors) + place * (wide ? 8 : 4));
-  };
-  const auto running_column = [&](int64_t place) {
-    return static_cast<void*>(static_cast<char*>(variance.cols) + place * (wide ? 8 : 4));
-  };
-  Means rows{variance.rows == nullptr ? variance.whole : variance.rows, factors,  by_row, variance.count, wide,
-             elements(variance.columns),                                mixes_[i]};
-  rows.mix.gain = gain_;
+  if (grid.swapped) std::swap(by_row, by_column);
+  return {by_row, by_column};
+}
+
+double AdaptiveSweeps::adapt(size_t i, const Grid& grid, double* sums, void* factors) {
+  Mix mix = mixes_[i];
+  mix.gain = gain_;
+  return sofim::adapt(variances_[i], mix, rows_[i].w_type == Type::float64, add_up(grid, sums), factors, scales_[i]);
+}
+
+double adapt(const VarianceRow& variance, const Mix& mix, bool wide, const SquareSums& sums, void* factors,
+             Scale& scale) {
+  const Kernels& kernels = kernels_in_use();
+  const int64_t width = variance.columns;
+  const Means rows{variance.rows == nullptr ? variance.whole : variance.rows, factors, sums.rows, variance.count, wide,
+                   elements(width), mix};
   scale.rows = factors;
   const double trace = kernels.rows(rows);
-  if (variance.cols == nullptr) return trace * static_cast<double>(variance.columns);
-  scale.cols = factor(variance.count);
-  Means columns{running_column(0), factor(variance.count), by_column, inner, wide, elements(variance.count), rows.mix};
-  double sum = 0.0;
-  for (int64_t j = 0; j < variance.columns; j += inner, columns.totals += padded) {
-    columns.running = running_column(j);
-    sum += kernels.columns(columns);
-  }
-  columns.running = running_column(0);
-  columns.count = variance.columns;
-  columns.totals = by_column;
-  return trace * kernels.shares(columns, sum / elements(variance.columns));
+  if (variance.cols == nullptr) return trace * static_cast<double>(width);
+  void* const of_columns = static_cast<char*>(factors) + variance.count * (wide ? 8 : 4);
+  scale.cols = of_columns;
+  const Means columns{variance.cols, of_columns, sums.cols, width, wide, elements(variance.count), mix};
+  return trace * kernels.shares(columns, kernels.columns(columns) / elements(width));
 }
 
 }  // namespace sofim
