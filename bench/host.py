@@ -1,26 +1,29 @@
 """The host's time for a step, without its launches: ``python -m bench.host``.
 
-Times :meth:`SOFIM.step` on the Triton backend with tensors on the CPU, and with every launch replaced by a counter:
-checks, pointers, packing. Whole steps in one call need the native part; without it, steps run pass by pass, which is
-timed too. It does not include what a GPU adds: the launches and, if something changed, copies through pinned memory.
-Pass by pass a GPU adds more, because each of PyTorch's operators on small vectors is a launch as well.
+Times :meth:`SOFIM.step` on the Triton backend with tensors on the CPU, and a driver for Triton that counts launches
+instead of running them: checks, pointers, packing, and Triton's own code up to the launch. Whole steps in one call need
+the native part; without it, steps run pass by pass, which is timed too. It does not include what a GPU adds: the
+driver's part of a launch and, if something changed, copies through pinned memory. Pass by pass a GPU adds more, because
+each of PyTorch's operators on small vectors is a launch as well.
 
 If the CUDA backend was built for the emulator (``make emulated``), its steps are timed too, with launches that copy
-their arguments and run nothing. Tensors have one element each, so torch's fused SGD, which runs on the same list, has
-almost nothing to compute either. Gradients are kept from step to step, or created anew outside of the timed part.
+their arguments and run nothing. Tensors have one element each, so torch's fused SGD and AdamW, which run on the same
+list, have almost nothing to compute either. Gradients are kept from step to step, or created anew outside of the timed
+part.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,17 +38,58 @@ from sofim_fused.backends.triton.passes import TritonPasses
 RESULTS = Path(__file__).parent / "results" / "host"
 
 
-class Counter:
-    """Replaces a kernel, and counts its launches."""
+class CountingDriver:
+    """A driver for Triton that compiles for compute capability 9.0, and counts launches instead of running them.
+
+    Attributes:
+        launches: how many.
+        arguments: of the last one, constants included.
+    """
 
     def __init__(self) -> None:
         self.launches = 0
+        self.arguments: tuple[Any, ...] = ()
+        counting = self
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*args: object, **kwargs: object) -> None:
-            self.launches += 1
+        class Launcher:
+            """Takes a launch, as the part of it in C does."""
 
-        return launch
+            def __init__(self, source: object, metadata: object) -> None:
+                pass
+
+            def __call__(self, *launch: object) -> None:
+                counting.launches += 1
+                counting.arguments = launch[9:]  # after grid, stream, function, metadata and hooks
+
+        self.launcher_cls = Launcher
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 232_448},
+            load_binary=lambda name, kernel, shared, device: (1, 1, 0, 0, 1024),  # a module, a function, its limits
+            unload_module=lambda module: None,
+        )
+
+    def get_current_device(self) -> int:
+        """The only one."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """The default stream."""
+        return 0
+
+    def get_current_target(self) -> Any:
+        """What to compile for."""
+        return importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Inside, Triton launches by it."""
+        config = importlib.import_module("triton.runtime").driver
+        before = config.__dict__.copy()
+        config.set_active(self)
+        try:
+            yield
+        finally:
+            config.__dict__.update(before)
 
 
 @dataclass(frozen=True)
@@ -68,35 +112,27 @@ class ByPasses(TritonPasses):
         return lambda groups, state, grad_scale, found_inf, counter: None
 
 
-def counted(kernels: ModuleType) -> tuple[Any, Counter]:
-    """The kernels' constants, with one counter for every launch."""
-    counter = Counter()
-    names = ("first", "second", "single", "fold", "solve")
-    return SimpleNamespace(**{**vars(kernels), **dict.fromkeys(names, counter)}), counter
+FACTORED: Mapping[str, Any] = {"lr": 1e-4, "diagonal": "factored", "numerator": "nesterov"}
 
 
-def on_triton(count: int, kernels: ModuleType, passes: type[TritonPasses]) -> tuple[SOFIM, list[nn.Parameter], Counter]:
-    """An optimizer with state, whose launches are counted."""
-    spied, counter = counted(kernels)
+def on_triton(count: int, passes: type[TritonPasses], **options: Any) -> tuple[SOFIM, list[nn.Parameter]]:
+    """An optimizer with state on the Triton backend."""
+    kernels = importlib.import_module("sofim_fused.backends.triton.kernels")
     registered = backends._REGISTRY["triton"]
-    backends._REGISTRY["triton"] = lambda device: passes(spied, emulated=True)
+    backends._REGISTRY["triton"] = lambda device: passes(kernels, emulated=True)
     try:
-        params = [nn.Parameter(torch.ones(1)) for _ in range(count)]
-        optimizer = SOFIM(params, backend="triton")
-        renew(params)
-        optimizer.step()  # asks for the passes
+        return started(count, "triton", **options)
     finally:
         backends._REGISTRY["triton"] = registered
-    counter.launches = 0
-    return optimizer, params, counter
 
 
-def on_cuda(count: int) -> tuple[SOFIM, list[nn.Parameter]]:
-    """An optimizer on the emulated CUDA backend, with state."""
-    params = [nn.Parameter(torch.ones(1)) for _ in range(count)]
-    optimizer = SOFIM(params, backend="cuda")
-    renew(params)
-    optimizer.step()
+def started(count: int, backend: str, **options: Any) -> tuple[SOFIM, list[nn.Parameter]]:
+    """An optimizer of parameters with one element, after two steps."""
+    params = [nn.Parameter(torch.ones(1, 1)) for _ in range(count)]
+    optimizer = SOFIM(params, backend=backend, **options)
+    for _ in range(2):  # the first makes the state and asks for the passes, the second launches what later ones do
+        renew(params)
+        optimizer.step()
     return optimizer, params
 
 
@@ -108,36 +144,42 @@ def renew(params: list[nn.Parameter]) -> None:
 
 def measured(count: int, seconds: float) -> list[Row]:
     """Every provider and torch's fused SGD, in turns, with gradients kept and made anew."""
-    kernels = importlib.import_module("sofim_fused.backends.triton.kernels")
-    ways: dict[str, type[TritonPasses]] = {"Triton, by passes": ByPasses}
-    if not isinstance(native.cpu(), str):
-        ways["Triton, whole step"] = TritonPasses
+    driver = CountingDriver()
     providers: dict[str, Callable[[], object]] = {}
     params: dict[str, list[nn.Parameter]] = {}
-    counters = {}
-    for name, passes in ways.items():
-        optimizer, params[name], counters[name] = on_triton(count, kernels, passes)
-        providers[name] = optimizer.step
+
+    def add(name: str, optimizer: torch.optim.Optimizer, its_params: list[nn.Parameter]) -> None:
+        providers[name], params[name] = optimizer.step, its_params
+
     cuda = native.cuda()
     emulated = not isinstance(cuda, str) and cuda.emulated
-    if emulated:
-        optimizer, params["CUDA C++"] = on_cuda(count)
-        providers["CUDA C++"] = optimizer.step
-    params["SGD fused"] = [nn.Parameter(torch.ones(1)) for _ in range(count)]
-    renew(params["SGD fused"])
-    providers["SGD fused"] = torch.optim.SGD(params["SGD fused"], lr=0.1, momentum=0.9, fused=True).step
-    if emulated:
-        cuda.set_idle(True)  # type: ignore[union-attr]
-    rows = []
-    for gradients in ("kept", "made anew"):
-        before = {name: _renewing(params[name]) for name in providers} if gradients == "made anew" else None
-        timings = compare(providers, "SGD fused", seconds, before=before)
-        rows += [Row(count, gradients, name, *_microseconds(timing)) for name, timing in timings.items()]
-    if emulated:
-        cuda.set_idle(False)  # type: ignore[union-attr]
-    for name, counter in counters.items():
-        if not counter.launches:
-            raise RuntimeError(f"{name}: no step reached its launch")
+    with driver.installed():
+        add("Triton, by passes", *on_triton(count, ByPasses))
+        if not isinstance(native.cpu(), str):
+            add("Triton, whole step", *on_triton(count, TritonPasses))
+            add("Triton, factored", *on_triton(count, TritonPasses, **FACTORED))
+        for name in [name for name in providers if name.startswith("Triton")]:
+            driver.launches = 0
+            providers[name]()
+            if not driver.launches:
+                raise RuntimeError(f"{name}: no step reached its launch")
+        if emulated:
+            add("CUDA C++", *started(count, "cuda"))
+            add("CUDA C++, factored", *started(count, "cuda", **FACTORED))
+        for name, kind in (("AdamW fused", torch.optim.AdamW), ("SGD fused", torch.optim.SGD)):
+            theirs = [nn.Parameter(torch.ones(1, 1)) for _ in range(count)]
+            renew(theirs)
+            momentum = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+            add(name, kind(theirs, lr=0.1, fused=True, **momentum), theirs)  # type: ignore[arg-type]
+        if emulated:
+            cuda.set_idle(True)  # type: ignore[union-attr]
+        rows = []
+        for gradients in ("kept", "made anew"):
+            before = {name: _renewing(params[name]) for name in providers} if gradients == "made anew" else None
+            timings = compare(providers, "SGD fused", seconds, before=before)
+            rows += [Row(count, gradients, name, *_microseconds(timing)) for name, timing in timings.items()]
+        if emulated:
+            cuda.set_idle(False)  # type: ignore[union-attr]
     return rows
 
 

@@ -65,11 +65,11 @@ class Defaults(NamedTuple):
     ada_lr: float
 
 
-# digits: for SOFIM and SGD the best of 12 configurations on validation images, ten seeds each
+# digits: the best of 12 configurations each on validation images, ten seeds each
 # (bench/demo_defaults.py). fashion-mnist: from a coarse search by training loss. The others take
-# these values over, untuned. AdaSOFIM has its own default everywhere.
+# these values over, untuned. AdaSOFIM has its own default there.
 DEFAULTS = {
-    "digits": Defaults(25, 32, 0.2, 0.9, 1.0, 0.015, 0.004),
+    "digits": Defaults(25, 32, 0.2, 0.9, 1.0, 0.015, 0.003),
     "fashion-mnist": Defaults(6, 100, 0.5, 0.9, 1.0, 0.03, 0.004),
     "cifar10": Defaults(20, 100, 0.5, 0.9, 1.0, 0.03, 0.004),
     "cifar100": Defaults(20, 100, 0.5, 0.9, 1.0, 0.03, 0.004),

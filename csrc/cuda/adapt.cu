@@ -37,48 +37,68 @@ struct Adapting {
     if (row.float64) return static_cast<const double*>(means)[i];
     return static_cast<double>(static_cast<const float*>(means)[i]);
   }
-  // The same after a sum of g² has entered it, unless the step is skipped.
-  __device__ __forceinline__ double entered(void* means, int64_t i, double sum, double count) const {
-    if (skip) return mean(means, i);
+  // `old` after a sum of g² has entered it, unless the step is skipped.
+  __device__ __forceinline__ double entered(void* means, int64_t i, double old, double sum, double count) const {
+    if (skip) return old;
     if (count == 0.0) count = 1.0;  // of sums that are 0
-    const double entered = mix.enter(mean(means, i), sum, count, row.float64 ? DBL_MAX : static_cast<double>(FLT_MAX));
+    const double entered = mix.enter(old, sum, count, row.float64 ? DBL_MAX : static_cast<double>(FLT_MAX));
     if (row.float64) return static_cast<double*>(means)[i] = entered;
     return static_cast<double>(static_cast<float*>(means)[i] = static_cast<float>(entered));
+  }
+
+  // Calls take(i, mean) for each of the thread's means from `begin` to `end`. `sums`: what enters them before; nullptr:
+  // nothing does. A thread loads several together, and so waits for memory once.
+  template <class Take>
+  __device__ __forceinline__ void each(void* means, const double* sums, double count, int64_t begin, int64_t end,
+                                       const Take& take) const {
+    constexpr int kAtOnce = 8;
+    for (int64_t first = begin + threadIdx.x; first < end; first += kThreads * kAtOnce) {
+      double old[kAtOnce], sum[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int64_t i = first + j * kThreads;
+        old[j] = i < end ? mean(means, i) : 0.0;
+        sum[j] = i < end && sums != nullptr ? load_cg(sums + i) : 0.0;
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int64_t i = first + j * kThreads;
+        if (i < end) take(i, sums == nullptr ? old[j] : entered(means, i, old[j], sum[j], count));
+      }
+    }
   }
 
   // Σs over the thread's part of the rows of block `part`, without columns.
   __device__ __forceinline__ double rows(uint32_t part) const {
     const int64_t begin = part * kAdaptRows, end = begin + kAdaptRows < row.rows ? begin + kAdaptRows : row.rows;
     double sum = 0.0;
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-      const double s = mix.root(entered(row.row_var, i, load_cg(row.row_sums + i), row.row_count));
+    each(row.row_var, row.row_sums, row.row_count, begin, end, [&](int64_t i, double mean) {
+      const double s = mix.root(mean);
       set_factor(row.by_row, i, 1.0 / s, wide);
       sum += s;
-    }
+    });
     return sum;
   }
 
   // The same of all columns.
   __device__ __forceinline__ double columns(Shared& shared) const {
-    double each[1] = {};
-    for (int64_t i = threadIdx.x; i < row.cols; i += kThreads) {
-      each[0] += entered(row.col_var, i, load_cg(row.col_sums + i), row.col_count);
-    }
-    const double total = block_total(each, [](int) { return true; }, shared);
+    double part[1] = {};
+    each(row.col_var, row.col_sums, row.col_count, 0, row.cols, [&](int64_t, double mean) { part[0] += mean; });
+    const double total = block_total(part, [](int) { return true; }, shared);
     if (threadIdx.x == 0) shared.gain = total / static_cast<double>(row.cols);
     __syncthreads();
     const double of_all = shared.gain;
     double sum = 0.0;
-    for (int64_t i = threadIdx.x; i < row.cols; i += kThreads) {
-      const double share = column_share(mean(row.col_var, i), of_all);
+    each(row.col_var, nullptr, 0.0, 0, row.cols, [&](int64_t i, double mean) {
+      const double share = column_share(mean, of_all);
       set_factor(row.by_col, i, 1.0 / share, wide);
       sum += share;
-    }
+    });
     return sum;
   }
 };
 
-__global__ void __launch_bounds__(kThreads, 3) adapt(const __grid_constant__ Arguments<AdaptTask, kMost> a) {
+__global__ void __launch_bounds__(kThreads, 2) adapt(const __grid_constant__ Arguments<AdaptTask, kMost> a) {
   __shared__ Shared shared;
   const AdaptTask& task = a.task;
   const AdaptRow* const table = task.rows != nullptr ? task.rows : reinterpret_cast<const AdaptRow*>(a.more);

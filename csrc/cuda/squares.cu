@@ -54,20 +54,32 @@ struct Tile {
   template <class G, int size>
   __device__ __forceinline__ void sweep(Lane& mine, double* row_sums) const {
     constexpr int kPieces = kPerLane / size;
+    constexpr bool kAhead = sizeof(G) <= 4;  // loads of the next turn are on their way; of float64 registers hold one
     const int lanes = row.lanes, lane = static_cast<int>(threadIdx.x) % lanes, all = rows(), next = rows_at_once();
+    const int place = static_cast<int>(threadIdx.x) / lanes;
     const Type type = row.type;
-    const void* const from = row.g;
-    int64_t begin = (first_row + static_cast<int>(threadIdx.x) / lanes) * row.n_cols + first_col;
-#pragma unroll 1
-    for (int first = 0; first < all; first += next, begin += next * row.n_cols) {
-      const int at = first + static_cast<int>(threadIdx.x) / lanes;
+    const auto fetch = [&](int first, Elements<G, size>(&gs)[kPieces]) {
+      const int64_t begin = (first_row + first + place) * row.n_cols + first_col;
       const int limit = size > 1 || row.numel - begin > width ? width : static_cast<int>(row.numel - begin);
-      Elements<G, size> gs[kPieces];
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
         const int col = (piece * lanes + lane) * size;
         gs[piece] = {};
-        if (at < all && col < limit) load(gs[piece], from, begin + col, type);
+        if (first + place < all && col < limit) load(gs[piece], row.g, begin + col, type);
+      }
+    };
+    Elements<G, size> ahead[kPieces];
+    if constexpr (kAhead) fetch(0, ahead);
+#pragma unroll 1
+    for (int first = 0; first < all; first += next) {
+      const int at = first + place;
+      Elements<G, size> gs[kPieces];
+      if constexpr (kAhead) {
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) gs[piece] = ahead[piece];
+        fetch(first + next, ahead);
+      } else {
+        fetch(first, gs);
       }
       double sum = 0.0;
 #pragma unroll
@@ -157,6 +169,7 @@ __global__ void __launch_bounds__(kThreads, 2) squares(const __grid_constant__ A
   if (row.rows != nullptr && row.col_tiles > 1 && is_last_block(counters + 1 + tile.row_tile, row.col_tiles, shared)) {
     for (int at = threadIdx.x; at < tile.rows(); at += kThreads) {
       double sum = 0.0;
+#pragma unroll 8
       for (uint32_t i = 0; i < row.col_tiles; ++i) sum += load_cg(row.row_slots + i * row.n_rows + tile.first_row + at);
       row.rows[tile.first_row + at] = sum;
     }
@@ -170,6 +183,7 @@ __global__ void __launch_bounds__(kThreads, 2) squares(const __grid_constant__ A
       for (int col = threadIdx.x; col < tile.width; col += kThreads) {
         const int64_t at = tile.first_col + col;
         double sum = 0.0;
+#pragma unroll 8
         for (uint32_t i = from; i < to; i += step) sum += load_cg(row.col_slots + i * row.n_cols + at);
         result[at] = sum;
       }

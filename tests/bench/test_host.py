@@ -12,10 +12,10 @@ pytest.importorskip("triton")
 
 def test_all_ways_are_timed() -> None:
     rows = host.measured(2, seconds=0.01)
-    whole = [] if isinstance(native.cpu(), str) else ["Triton, whole step"]
+    whole = [] if isinstance(native.cpu(), str) else ["Triton, whole step", "Triton, factored"]
     cuda = native.cuda()
-    emulated = [] if isinstance(cuda, str) or not cuda.emulated else ["CUDA C++"]
-    expected = ["Triton, by passes", *whole, *emulated, "SGD fused"]
+    emulated = [] if isinstance(cuda, str) or not cuda.emulated else ["CUDA C++", "CUDA C++, factored"]
+    expected = ["Triton, by passes", *whole, *emulated, "AdamW fused", "SGD fused"]
     assert [(row.gradients, row.provider) for row in rows] == [
         (gradients, provider) for gradients in ("kept", "made anew") for provider in expected
     ]

@@ -363,10 +363,10 @@ def test_triton_s_cache_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch
     for error in errors:
         text = f"Triton could not compile or load a kernel ({str(error)[:10]}"
         with pytest.raises(RuntimeError, match=re.escape(text) + r".*TRITON_CACHE_DIR has to be a folder") as caught:
-            launch.run(Broken(error), 1)
+            launch.run(Broken(error), 1, torch.zeros(1))
         assert caught.value.__cause__ is error
     with pytest.raises(RuntimeError, match=r"^out of registers$"):  # other errors speak for themselves
-        launch.run(Broken(RuntimeError("out of registers")), 1)
+        launch.run(Broken(RuntimeError("out of registers")), 1, torch.zeros(1))
 
 
 def test_a_cache_that_keeps_triton_from_the_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,19 +262,56 @@ def launch_solve(
     )
 
 
-def run(kernel: Any, programs: int, *arguments: Tensor | float, **constants: Any) -> None:
+_compiled: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}
+"""Kernels, what they were compiled to, and the constants after their arguments, by all that Triton compiles for."""
+_HIP = torch.version.hip is not None
+
+
+def run(kernel: Any, programs: int, *arguments: Tensor | int | float, **constants: Any) -> None:
     """Launch a kernel; Triton compiles it first if it is not in Triton's cache.
+
+    Triton's ``kernel[grid](...)`` binds arguments by name in each launch, and compares all constants of modules that
+    the kernel and its functions use with those of its compilation: tens of microseconds in Python (``bench.host``).
+    So only the first launch of a kind goes there, and later ones to the compiled kernel. Kinds are told apart by all
+    that Triton compiles for.
+
+    Args:
+        kernel: a function with ``triton.jit``, in whose signature constants come last.
+        programs: how many.
+        arguments: of the kernel, in its order; the first is a tensor on the current device.
+        constants: its ``tl.constexpr`` arguments and options of the compiler, by name, always in the same order.
 
     Raises:
         RuntimeError: Triton's cache cannot be used; the message names the environment variable to set.
     """
+    first = arguments[0]
+    assert isinstance(first, Tensor)
+    kind = (id(kernel), first.device.index, *map(_kind, arguments), *constants.items())
+    if (known := _compiled.get(kind)) is not None:
+        _, compiled, rest = known
+        compiled[(programs, 1, 1)](*arguments, *rest)
+        return
     try:
-        kernel[(programs,)](*arguments, **constants)
+        compiled = kernel[(programs,)](*arguments, **constants)
     except (OSError, ValueError) as error:  # from the files of the cache
         raise RuntimeError(
             f"Triton could not compile or load a kernel ({_first_line(error)}): TRITON_CACHE_DIR has to be a folder "
             "that can be written to; empty it if it is damaged, or take backend='cuda' or 'reference'"
         ) from error
+    if compiled is not None:  # as in the interpreter
+        _compiled[kind] = kernel, compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+
+
+def _kind(argument: Tensor | float) -> Any:
+    """What Triton compiles for of an argument that is no constant."""
+    if isinstance(argument, Tensor):
+        aligned = argument.data_ptr() & 15 == 0
+        if _HIP:  # there offsets have 32 bits within small tensors
+            return argument.dtype, aligned, argument.untyped_storage().size() < 1 << 31
+        return argument.dtype, aligned
+    if isinstance(argument, float):
+        return float
+    return argument == 1, argument & 15 == 0, -(1 << 31) <= argument < 1 << 31, argument < 1 << 63
 
 
 def number(value: Tensor | float | None, like: Tensor) -> Tensor | None:
