@@ -292,7 +292,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapt(
       row_sums += each.variance.count;
       if (each.diagonal == Diagonal::factored) {
         const bool wide = each.wide;
-        TORCH_CHECK(heights[i] == each.variance.count && widths[i] * (heights[i] > 0) <= col_vars[i].numel(),
+        TORCH_CHECK(heights[i] == each.variance.count && (heights[i] == 0 || widths[i] == col_vars[i].numel()),
                     "sofim_fused: tensor ", i, ": heights and widths are not those of row_var and col_var");
         each.variance.columns = col_vars[i].numel();
         each.variance.cols = take("col_var", col_vars[i], each.variance.columns);
