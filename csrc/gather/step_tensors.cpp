@@ -81,19 +81,6 @@ bool shaped_like(const at::Tensor& x, const at::Tensor& w, int64_t from) {
   return std::equal(sizes.begin(), sizes.end(), x.sizes().begin());
 }
 
-// The strides of running means of columns whose order is that of a row of the dense tensor x; elements of a complex x are
-// pairs.
-c10::SmallVector<int64_t, 5> strides_of_columns(const at::Tensor& x) {
-  const int64_t unit = x.is_complex() ? 2 : 1;
-  c10::SmallVector<int64_t, 5> strides;
-  for (int64_t d = 1; d < x.dim(); ++d) {
-    const bool outside = x.size(0) > 1 && x.stride(d) > x.stride(0);
-    strides.push_back((outside ? x.stride(d) / x.size(0) : x.stride(d)) * unit);
-  }
-  if (unit == 2) strides.push_back(1);
-  return strides;
-}
-
 // The strides of running means of elements in the order of x; elements of a complex x are pairs.
 c10::SmallVector<int64_t, 5> strides_of_elements(const at::Tensor& x) {
   const int64_t unit = x.is_complex() ? 2 : 1;
@@ -149,6 +136,17 @@ inline bool same_sizes(const at::Tensor& a, const at::Tensor& b) {
 }
 
 }  // namespace
+
+c10::SmallVector<int64_t, 5> strides_of_columns(const at::Tensor& x) {
+  const int64_t unit = x.is_complex() ? 2 : 1;
+  c10::SmallVector<int64_t, 5> strides;
+  for (int64_t d = 1; d < x.dim(); ++d) {
+    const bool outside = x.size(0) > 1 && x.stride(d) > x.stride(0);
+    strides.push_back((outside ? x.stride(d) / x.size(0) : x.stride(d)) * unit);
+  }
+  if (unit == 2) strides.push_back(1);
+  return strides;
+}
 
 bool has_addresses(const at::Tensor& x) {
   const c10::DeviceType device = x.device().type();

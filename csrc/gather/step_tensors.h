@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 
 #include <cstdint>
 #include <vector>
@@ -14,6 +15,10 @@ namespace sofim {
 
 // Whether a tensor's elements have addresses: it is strided, has memory, and its device has pointers (not meta or MPS).
 bool has_addresses(const at::Tensor& x);
+
+// The strides of running means of columns whose order is that of a row of the dense tensor x; elements of a complex x are
+// pairs.
+c10::SmallVector<int64_t, 5> strides_of_columns(const at::Tensor& x);
 
 // The running means of g² of one tensor and its diagonal; nullptr or undefined: it has none of that kind.
 struct Variances {
