@@ -290,6 +290,7 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
     const auto address = [&](const at::Tensor& x, at::IntArrayRef strides) {
       if (has_strides(x, strides) || x.numel() == 0) return address_to_write(x);
       copied_.push_back({x, x.new_empty_strided(x.sizes(), strides).copy_(x.detach()), true});
+      record.copied = true;
       return address_to_write(copied_.back().copy);
     };
     const at::Tensor& order = made.defined() ? made : m;

@@ -91,6 +91,7 @@ class StepTensors {
   struct Range {
     uintptr_t begin, end;
   };
+
   // add(), with a row of zeros to fill.
   const char* fill(Row& record, const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
                    const at::Tensor& step, int64_t ordinal, const Variances* variances);
@@ -104,14 +105,14 @@ class StepTensors {
 
   const bool anywhere_;
   at::Device device_ = at::kCPU;
-  // At least as many as members_; the first known_ of them are those of the last step until add() replaces them. Their
-  // addresses are then only compared, never dereferenced.
+  // At least as many as members_. The first known_ of them are those of the last step until add() replaces them; their
+  // addresses are only compared, never dereferenced.
   std::vector<Row> records_;
   size_t known_ = 0;
   std::vector<Member> members_;
   std::vector<MeansOfMember> means_;    // as many as members_, or none
   std::vector<VarianceRow> variances_;  // the same
-  std::vector<VarianceRow> known_variances_;
+  std::vector<VarianceRow> known_variances_;  // those of the last step, replaced in the same way
   std::vector<at::Tensor> kept_;  // copies that are only read
   std::vector<Copied> copied_;
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> held_;
