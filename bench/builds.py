@@ -4,8 +4,9 @@
 
 Compiles the CPU part of the earlier revision and of this folder from nothing, two files at a time, and counts the user
 CPU-seconds of each compiler; then times whole steps of both on the shapes of models. Each build has a process of its
-own, and they take turns. Writes bench/results/builds.json and .md; ``--compile-only`` leaves out the steps, and keeps
-what these files say about them.
+own, and they take turns. Each round of a small model has new tensors, because a step takes up to a tenth longer or
+shorter depending on where they are in memory. Writes bench/results/builds.json and .md; ``--compile-only`` leaves out
+the steps, and keeps what these files say about them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import resource
 import shutil
 import subprocess
@@ -40,6 +42,7 @@ SCHEDULES: Mapping[str, Mapping[str, Any]] = {
     "clipping": {"max_grad_norm": 0.1},
 }
 OURS: Mapping[str, Any] = {"lr": 1e-2, "momentum": 0.9, "rho": 1.0}
+SMALL = 1 << 21  # a model with fewer elements is made anew in each round
 LIMITS = {"bfloat16 weights": 1.05, "float16 weights": 1.05}  # of a ratio; others: 1.03
 COMPILER = "SOFIM_BENCH_COMPILER"
 LOG = "SOFIM_BENCH_COMPILER_LOG"
@@ -124,7 +127,10 @@ class Worker:
 
 
 def work(package: str, threads: int) -> None:
-    """Answer jobs: {"model", "storage", "schedule"} prepares an optimizer, {"seconds"} takes steps and times one."""
+    """Answer jobs: {"model", "storage", "schedule", "round"} prepares an optimizer, {"seconds"} times a step.
+
+    Each round has its tensors at other addresses.
+    """
     import torch
 
     import sofim_fused
@@ -138,6 +144,11 @@ def work(package: str, threads: int) -> None:
         if "model" in job:
             dtype, options = STORAGE[job["storage"]]
             generator = torch.Generator().manual_seed(0)
+            gaps = random.Random(job["round"])
+            # While these are there, new tensors do not get the same memory again.
+            others = [step if job["round"] > 0 else None]
+            others += [torch.empty(gaps.randrange(1 << 20), dtype=torch.uint8) for _ in range(8)]
+            step = None
             params = []
             for shape in MODELS[job["model"]]():
                 values = torch.empty(shape).normal_(0, 0.02, generator=generator).to(getattr(torch, dtype))
@@ -148,6 +159,7 @@ def work(package: str, threads: int) -> None:
             step = sofim_fused.SOFIM(params, **OURS, **options, **SCHEDULES[job["schedule"]]).step
             for _ in range(3):
                 step()
+            del others
             answer: Any = True
         else:
             took: list[int] = []
@@ -164,14 +176,18 @@ def steps(
     workers: Mapping[str, Worker], models: Sequence[str], rounds: int, seconds: float
 ) -> Iterator[dict[str, Any]]:
     """Rows: the median time of a step in both builds, and the median of the rounds' ratios."""
+    from bench.shapes import MODELS, elements
+
     before, now = workers.values()
     for model in models:
         for storage in STORAGE:
             for schedule in SCHEDULES:
-                for worker in workers.values():
-                    worker.ask(model=model, storage=storage, schedule=schedule)
                 pairs = []
+                small = elements(MODELS[model]()) < SMALL
                 for turn in range(rounds):
+                    if turn == 0 or small:
+                        for worker in workers.values():
+                            worker.ask(model=model, storage=storage, schedule=schedule, round=turn)
                     order = (before, now) if turn % 2 == 0 else (now, before)
                     took = {id(worker): worker.ask(seconds=seconds) for worker in order}
                     pairs.append((took[id(before)], took[id(now)]))
@@ -251,8 +267,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         where = machine(options.threads)
         how = " --compile-only" if options.compile_only else f" --rounds {options.rounds} --seconds {options.seconds:g}"
+        many = "" if options.threads == parser.get_default("threads") else f" --threads {options.threads}"
         record: dict[str, Any] = {
-            "command": f"python -m bench.builds --before {options.before}{how}",
+            "command": f"python -m bench.builds --before {options.before}{how}{many}",
             "date": time.strftime("%Y-%m-%d"),
             "cpu": f"{where['cpu']}, {where['cores']} cores, {where['instruction_set']}",
             "torch": torch.__version__,

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <numeric>
 
 #include "cpu/kernels.h"
 #include "cpu/lanes.h"
@@ -249,16 +250,18 @@ SOFIM_HD double added_up(const Doubles& x) {
 template <class G>
 using Wide = std::conditional_t<std::is_same_v<G, double>, Doubles, Floats>;
 
-// The rows `first`, `first` + 1, ..., which share the reads and writes of the columns' sums. `lanes`: of the last
-// columns, which do not fill a vector.
+// The rows `first`, `first` + `gap`, ..., which share the reads and writes of the columns' sums. They are far from each
+// other, because more memory is read at a time from several places than from one. `lanes`: of the last columns, which do
+// not fill a vector.
 template <class G, int... r>
-SOFIM_NOINLINE void squares_of_rows(const SquaresTile& t, int64_t first, const Wide<G>& lanes,
+SOFIM_NOINLINE void squares_of_rows(const SquaresTile& t, int64_t first, int64_t gap, const Wide<G>& lanes,
                                     std::integer_sequence<int, r...>) {
   constexpr int rows = sizeof...(r);
   const G* const g = static_cast<const G*>(t.g) + first * t.stride;
+  const int64_t apart = gap * t.stride;
   Doubles sum[rows] = {((void)r, Doubles(0.0))...};
   const auto add = [&](int64_t column, auto values) SOFIM_INLINE {
-    const Doubles x[rows] = {widened(values(g + r * t.stride + column))...};
+    const Doubles x[rows] = {widened(values(g + r * apart + column))...};
     ((sum[r] = Ops<Doubles>::multiply_add(x[r], x[r], sum[r])), ...);
     if (t.by_col == nullptr) return;
     Doubles col = load(t.by_col + column);
@@ -266,13 +269,13 @@ SOFIM_NOINLINE void squares_of_rows(const SquaresTile& t, int64_t first, const W
     store(t.by_col + column, col);
   };
   const int64_t whole = t.columns / kLanes * kLanes, rest = t.columns - whole;
-  // Behind the end of a row, the same row of the next few.
-  const ptrdiff_t next = t.rows == 1 ? kAhead : kAhead - t.columns + rows * t.stride;
+  // Behind the end of a row, the one after it.
+  const ptrdiff_t next = t.rows == 1 ? kAhead : kAhead - t.columns + t.stride;
   for (int64_t column = 0; column < whole; column += kLanes) {
-    if (t.prefetch) (ask_for(g + r * t.stride + column, column + kAhead < t.columns ? kAhead : next), ...);
+    if (t.prefetch) (ask_for(g + r * apart + column, column + kAhead < t.columns ? kAhead : next), ...);
     add(column, [](const G* from) SOFIM_INLINE { return load(from); });
   }
-  if (rest > 0 && (first + rows - 1) * t.stride + whole + kLanes <= t.readable) {
+  if (rest > 0 && first * t.stride + (rows - 1) * apart + whole + kLanes <= t.readable) {
     add(whole, [&](const G* from) SOFIM_INLINE { return masked(load(from), lanes); });
   } else if (rest > 0) {
     add(whole, [&](const G* from) {
@@ -281,21 +284,48 @@ SOFIM_NOINLINE void squares_of_rows(const SquaresTile& t, int64_t first, const W
       return load(copy);
     });
   }
-  ((t.by_row[first + r] = added_up(sum[r])), ...);
+  ((t.by_row[first + r * gap] = added_up(sum[r])), ...);
 }
 
-// As many rows as have room for their sums in registers.
-constexpr int kRows = Doubles::kParts <= 2 ? 4 : 2;
+// Places from which a tile is read at a time; and how many of them have room for their sums in registers.
+constexpr int kPlaces = 4;
+constexpr int kRows = Doubles::kParts <= 2 ? kPlaces : 2;
 
+// Adds up the rows' sums, and the columns' in an order that kRows does not change.
 template <class G>
 void squares_of(const SquaresTile& t) {
+  if (t.rows < kPlaces && t.by_col == nullptr && t.columns >= kSplit) {  // long rows: each from its quarters
+    const int64_t quarter = t.columns / (kPlaces * kLanes) * kLanes;
+    for (int64_t row = 0; row < t.rows; ++row) {
+      double sums[kPlaces + 1] = {};
+      SquaresTile part = t;
+      part.g = static_cast<const G*>(t.g) + row * t.stride;
+      part.readable = t.readable - row * t.stride;
+      part.rows = kPlaces;
+      part.columns = part.stride = quarter;
+      part.by_row = sums;
+      squares_of<G>(part);
+      part.g = static_cast<const G*>(part.g) + kPlaces * quarter;
+      part.readable -= kPlaces * quarter;
+      part.rows = 1;
+      part.columns = t.columns - kPlaces * quarter;
+      part.by_row = sums + kPlaces;
+      squares_of<G>(part);
+      t.by_row[row] = std::accumulate(sums, sums + kPlaces + 1, 0.0);
+    }
+    return;
+  }
   if (t.by_col != nullptr) std::fill_n(t.by_col, (t.columns + kLanes - 1) / kLanes * kLanes, 0.0);
   const auto lanes = lanes_before<Wide<G>>(t.columns % kLanes);
-  int64_t row = 0;
-  for (; row + kRows <= t.rows; row += kRows) {
-    squares_of_rows<G>(t, row, lanes, std::make_integer_sequence<int, kRows>());
+  const int64_t gap = t.rows / kPlaces;
+  for (int64_t row = 0; row < gap; ++row) {
+    for (int place = 0; place < kPlaces; place += kRows) {
+      squares_of_rows<G>(t, row + place * gap, gap, lanes, std::make_integer_sequence<int, kRows>());
+    }
   }
-  for (; row < t.rows; ++row) squares_of_rows<G>(t, row, lanes, std::make_integer_sequence<int, 1>());
+  for (int64_t row = gap * kPlaces; row < t.rows; ++row) {
+    squares_of_rows<G>(t, row, 1, lanes, std::make_integer_sequence<int, 1>());
+  }
 }
 
 void run_squares(const SquaresTile& tile) {

@@ -10,8 +10,106 @@
 namespace sofim {
 namespace {
 
-// The passes, as over_tile() calls them: what they use, what they do to sixteen elements, and their sums, in the order
-// of Sum.
+// The pairs of blocks of a tile: the `count` blocks that start at `first` and `stride` elements apart, and those `gap`
+// elements after them. With `far`, memory is prefetched kAhead elements ahead; where that is `bend` or more elements
+// after the first, `skip` elements further.
+template <class Y>
+struct Pairs {
+  Block<Y> first;
+  int64_t gap, count, stride;
+  bool far;
+  int64_t bend;
+  ptrdiff_t skip;
+  uint32_t key;  // stretch_key()
+};
+
+// Calls `pass` for all blocks, and adds to `sums`. Not inlined, so that it is compiled once. What it takes is passed by
+// reference: for a tensor of a few hundred elements, a copy would take longer than the loop.
+//
+// over_blocks() for passes that are limited by the number of instructions: one counter leads to all addresses, because
+// pointers of their own for each tensor and each half would not fit into registers.
+template <class Y, class Pass>
+SOFIM_NOINLINE void over_pairs(const Pass& given, const Pairs<Y>& pairs, typename Pass::Sums& total) {
+  const Pass pass = given;  // local copies, which no store to a tensor can change
+  typename Pass::Sums sums = total;
+  const Use use = pass.use();
+  const Block<Y> first = pairs.first;
+  const bool far = pairs.far;
+  const int64_t gap = pairs.gap, stride = pairs.stride, end = pairs.count * stride;
+  Words places = keyed_places(pairs.key, first.index), other_places = keyed_places(pairs.key, first.index + gap);
+  const uint32_t step = static_cast<uint32_t>(stride) * kWeyl;
+  const auto block = [&](int64_t i) SOFIM_INLINE {
+    Block<Y> b = first;
+    b.advance(i);
+    return b;
+  };
+  const auto prefetch = [&](int64_t i) SOFIM_INLINE {
+    if (use.w) ask_for(first.w, i);
+    if (use.g) ask_for(first.g, i);
+    ask_for(first.m, i);
+  };
+  for (int64_t i = 0; i < end; i += stride) {
+    if (far) {
+      const int64_t ahead = i + kAhead < pairs.bend ? i + kAhead : i + kAhead + pairs.skip;
+      prefetch(ahead);
+      prefetch(ahead + gap);
+    }
+    pass(block(i), places, sums);
+    pass(block(i + gap), other_places, sums);
+    places = places + step;
+    other_places = other_places + step;
+  }
+  total = sums;
+}
+
+// Calls `pass` for every sixteen elements of a tile, and returns its sums. The tail, less than a pair of blocks, goes
+// through the same instructions on copies padded with zeros, which add nothing to a sum.
+template <class Y, class Pass>
+SOFIM_HD typename Pass::Sums over_tile(const Pass& pass, const Row& r, const Mode& mode, int64_t begin, int64_t size) {
+  constexpr int64_t kPair = 2 * kLanes;
+  typename Pass::Sums sums;
+  const int64_t count = size / kPair, half = count * kLanes;
+  Pairs<Y> pairs{
+      {static_cast<typename Y::W*>(r.w) + begin,
+       static_cast<const typename Y::G*>(r.g) + begin,
+       static_cast<typename Y::M*>(r.m) + begin,
+       r.kahan == nullptr ? nullptr : static_cast<typename Y::W*>(r.kahan) + begin,
+       begin},
+      kLanes, count, kPair, mode.prefetch, size, 0, Y::kRounds ? stretch_key(r.key, begin) : 0};
+  if (size >= kSplit) {
+    pairs.gap = half;
+    pairs.stride = kLanes;
+    pairs.bend = half;
+    // The distance from the end of either half to the start of that half in the next tile.
+    pairs.skip = size < kTile ? 0 : mode.backwards ? -3 * half : half;
+  }
+  if (count > 0) over_pairs(pass, pairs, sums);
+  const size_t rest = static_cast<size_t>(size - 2 * half);
+  if (rest == 0) return sums;
+  Block<Y>& block = pairs.first;
+  block.advance(2 * half);
+  const Use use = pass.use();
+  alignas(64) typename Y::W w[kPair] = {};
+  alignas(64) typename Y::G g[kPair] = {};
+  alignas(64) typename Y::M m[kPair] = {};
+  alignas(64) typename Y::W kahan[kPair] = {};
+  if (use.w) memcpy(w, block.w, rest * sizeof *w);
+  if (use.g) memcpy(g, block.g, rest * sizeof *g);
+  memcpy(m, block.m, rest * sizeof *m);
+  if (block.kahan != nullptr && use.writes_w) memcpy(kahan, block.kahan, rest * sizeof *kahan);
+  const Pairs<Y> tail{
+      {w, g, m, block.kahan == nullptr ? nullptr : kahan, block.index}, kLanes, 1, kPair, false, 0, 0, pairs.key};
+  over_pairs(pass, tail, sums);
+  if (use.writes_m) memcpy(block.m, m, rest * sizeof *m);
+  if (use.writes_w) {
+    memcpy(block.w, w, rest * sizeof *w);
+    if (block.kahan != nullptr) memcpy(block.kahan, kahan, rest * sizeof *kahan);
+  }
+  return sums;
+}
+
+// The passes, as over_tile() calls them: what they use, what they do to sixteen elements given their keyed_places(), and
+// their sums, in the order of Sum.
 
 // `cross`: includes the code for the sums of products with g and w, and for the gradient's part of the step.
 template <class Y, bool cross>
@@ -23,14 +121,14 @@ struct Accumulate {
 
   SOFIM_HD Use use() const { return {weights || step, true, true, step}; }
 
-  SOFIM_HD void operator()(const Block<Y>& b, Sums& sums) const {
+  SOFIM_HD void operator()(const Block<Y>& b, const Words& places, Sums& sums) const {
     const auto g = load(b.g);
-    const auto m = factors.store_moment(b.m, factors.moment(load(b.m), g, b.w), b.index);
+    const auto m = factors.store_moment(b.m, factors.moment(load(b.m), g, b.w), places);
     const auto wide = widened(m);
     sums[kMM].add(wide, wide);
     if constexpr (cross) {
       sums[kMG].add(wide, widened(g));
-      if (weights) sums[kMW].add(wide, widened(load(b.w)));
+      if (weights) sums[kMW].add(wide, load_widened(b.w));
       if (step) factors.update(b, g, g, true, false);
     }
   }
@@ -47,7 +145,7 @@ struct Apply {
 
   SOFIM_HD Use use() const { return {true, gradient, false, true}; }
 
-  SOFIM_HD void operator()(const Block<Y>& b, Sums&) const {
+  SOFIM_HD void operator()(const Block<Y>& b, const Words&, Sums&) const {
     const auto m = load(b.m);
     if constexpr (gradient) {
       factors.update(b, load(b.g), m, true, true);
@@ -67,13 +165,13 @@ struct Dots {
 
   SOFIM_HD Use use() const { return {weights, true, false, false}; }
 
-  SOFIM_HD void operator()(const Block<Y>& b, Sums& sums) const {
-    const Doubles m = widened(load(b.m)), g = widened(load(b.g));
+  SOFIM_HD void operator()(const Block<Y>& b, const Words&, Sums& sums) const {
+    const Doubles m = load_widened(b.m), g = load_widened(b.g);
     sums[kMM].add(m, m);
     sums[kMG].add(m, g);
     sums[kGG].add(g, g);
     if (weights) {
-      const Doubles w = widened(load(b.w));
+      const Doubles w = load_widened(b.w);
       sums[kMW].add(m, w);
       sums[kGW].add(g, w);
       sums[kWW].add(w, w);
@@ -92,11 +190,11 @@ struct Commit {
 
   SOFIM_HD Use use() const { return {true, true, true, true}; }
 
-  SOFIM_HD void operator()(const Block<Y>& b, Sums&) const {
+  SOFIM_HD void operator()(const Block<Y>& b, const Words& places, Sums&) const {
     auto v = load(b.g);
     if (scaled) v = v * typename Y::V(factors.gain);
     const auto m = factors.moment(load(b.m), v, b.w);
-    factors.store_moment(b.m, m, b.index);
+    factors.store_moment(b.m, m, places);
     factors.update(b, v, m, gradient, true);
   }
 

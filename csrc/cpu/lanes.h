@@ -296,6 +296,26 @@ SOFIM_HD void store_upper(BFloat16* to, const Words& x) {
 
 #endif
 
+// widened(load(from)). A conversion straight from memory needs no shuffle, which would compete with the sums for the same
+// unit of the processor.
+template <class T>
+SOFIM_HD Doubles load_widened(const T* from) {
+  return widened(load(from));
+}
+#if defined(CPU_CAPABILITY_AVX512)
+SOFIM_HD Doubles load_widened(const float* from) {
+  return Doubles(Doubles::Indices(), [=](auto i) SOFIM_INLINE {
+    return Doubles::Part(_mm512_cvtps_pd(_mm256_loadu_ps(from + 8 * i)));
+  });
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+SOFIM_HD Doubles load_widened(const float* from) {
+  return Doubles(Doubles::Indices(), [=](auto i) SOFIM_INLINE {
+    return Doubles::Part(_mm256_cvtps_pd(_mm_loadu_ps(from + 4 * i)));
+  });
+}
+#endif
+
 // A sum of float64 products in sixteen lanes, which are always added up in the same order.
 class LaneSums {
  public:

@@ -5,6 +5,7 @@
 
 #include <optional>
 
+#include "cpu/adaptive_ops.h"
 #include "cpu/parallel.h"
 #include "cpu/solve_ops.h"
 #include "gather/cpu_tensor.h"
@@ -26,13 +27,6 @@ void set_each(StepTensors& tensors, const char* name, const Vector& vector, Set 
   const Tensor values = vector->contiguous();
   const double* value = values.const_data_ptr<double>();
   for (size_t i = 0; i < tensors.size(); ++i) set(tensors.record(i), value[i]);
-}
-
-void set_update(StepTensors& tensors, Mode& mode, const Vector& moment, const Vector& weight, const Vector& gradient) {
-  mode.gradient = gradient.has_value();
-  set_each(tensors, "moment", moment, [](Row& r, double x) { r.update.moment = x; });
-  set_each(tensors, "weight", weight, [](Row& r, double x) { r.update.weight = x; });
-  set_each(tensors, "gradient", gradient, [](Row& r, double x) { r.update.gradient = x; });
 }
 
 // Chosen sums of all tensors: float64 [rows, tensors].
@@ -124,6 +118,13 @@ void commit(TensorList params, TensorList grads, TensorList exp_avgs, TensorList
 
 }  // namespace
 
+void set_update(StepTensors& tensors, Mode& mode, const Vector& moment, const Vector& weight, const Vector& gradient) {
+  mode.gradient = gradient.has_value();
+  set_each(tensors, "moment", moment, [](Row& r, double x) { r.update.moment = x; });
+  set_each(tensors, "weight", weight, [](Row& r, double x) { r.update.weight = x; });
+  set_each(tensors, "gradient", gradient, [](Row& r, double x) { r.update.gradient = x; });
+}
+
 TORCH_LIBRARY(sofim_fused, m) {
   for (const char* schema : schemas) m.def(schema);
 }
@@ -136,6 +137,13 @@ TORCH_LIBRARY_IMPL(sofim_fused, CPU, m) {
   m.impl("commit", commit);
   m.impl("fold", fold);
   m.impl("solve", solve);
+  m.impl("squares", squares);
+  m.impl("adapt", adapt);
+  m.impl("accumulate_scaled", accumulate_scaled);
+  m.impl("apply_scaled", apply_scaled);
+  m.impl("commit_scaled", commit_scaled);
+  m.impl("fold_scaled", fold_scaled);
+  m.impl("solve_scaled", solve_scaled);
 }
 
 }  // namespace sofim

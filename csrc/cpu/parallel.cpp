@@ -31,10 +31,11 @@ Kernel kernel_of(Pass pass) {
   return kernels.commit;
 }
 
-// Each thread gets consecutive tiles with about the same number of elements.
+// Each thread gets consecutive tiles of tensors [from, to) with about the same number of elements.
 template <class Call>
-void over_tiles(const Tiling& tiling, bool backwards, const Call& call) {
-  if (tiling.tiles() == 0) return;
+void over_tiles(const Tiling& tiling, size_t from, size_t to, bool backwards, const Call& call) {
+  const int64_t first = tiling.first(from), last = tiling.first(to);
+  if (first == last) return;
   const auto stretch = [&](int64_t begin, int64_t end) {
     if (begin >= end) return;
     const bool forwards = !backwards;
@@ -46,11 +47,11 @@ void over_tiles(const Tiling& tiling, bool backwards, const Call& call) {
       call(tensor, tile, (tile - tiling.first(tensor)) * kTile);
     }
   };
-  const int64_t elements = tiling.elements(), parts = parts_of(elements);
-  if (parts == 1) return stretch(0, tiling.tiles());
+  const int64_t before = tiling.before(from), elements = tiling.before(to) - before, parts = parts_of(elements);
+  if (parts == 1) return stretch(first, last);
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     const auto boundary = [&](int64_t part) {
-      return part == parts ? tiling.tiles() : tiling.tile_at(elements / parts * part);
+      return part == parts ? last : tiling.tile_at(before + elements / parts * part);
     };
     stretch(boundary(begin), boundary(end));
   });
@@ -100,14 +101,14 @@ std::vector<Products> run_pass(Pass pass, const Row* rows, const Tiling& tiling,
 }
 
 void sweep(Kernel kernel, const Row* rows, const Tiling& tiling, const Mode& mode, double* sums, int width) {
-  over_tiles(tiling, mode.backwards, [&](size_t tensor, int64_t tile, int64_t start) {
+  over_tiles(tiling, 0, tiling.size(), mode.backwards, [&](size_t tensor, int64_t tile, int64_t start) {
     const Row& row = rows[tensor];
     kernel(row, mode, start, std::min(kTile, row.numel - start), sums + tile * width);
   });
 }
 
-void for_each_tile(const Tiling& tiling, bool backwards, const TileFunction& call) {
-  over_tiles(tiling, backwards, [&](size_t tensor, int64_t tile, int64_t begin) {
+void for_each_tile(const Tiling& tiling, size_t from, size_t to, bool backwards, const TileFunction& call) {
+  over_tiles(tiling, from, to, backwards, [&](size_t tensor, int64_t tile, int64_t begin) {
     call(tensor, tile, begin, std::min(kTile, tiling.numel(tensor) - begin));
   });
 }

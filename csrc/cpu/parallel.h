@@ -28,9 +28,10 @@ std::vector<Products> run_pass(Pass pass, const Row* rows, const Tiling& tiling,
 // the pass before it has left in the cache. `sums` has room for `width` numbers per tile.
 void sweep(Kernel kernel, const Row* rows, const Tiling& tiling, const Mode& mode, double* sums, int width);
 
-// The same with a function of the tensor, the tile's number, its first element in the tensor, and its size.
+// The same for tensors [from, to), with a function of the tensor, the tile's number, its first element in the tensor, and
+// its size.
 using TileFunction = std::function<void(size_t tensor, int64_t tile, int64_t begin, int64_t size)>;
-void for_each_tile(const Tiling& tiling, bool backwards, const TileFunction& call);
+void for_each_tile(const Tiling& tiling, size_t from, size_t to, bool backwards, const TileFunction& call);
 
 // Among how many threads so many elements are divided.
 int64_t parts_of(int64_t elements);

@@ -4,10 +4,13 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
 #include <vector>
 
+#include "cpu/adaptive_ops.h"
 #include "gather/cpu_tensor.h"
+#include "step/adaptive.h"
 #include "step/solve.h"
 
 namespace sofim {
@@ -25,7 +28,9 @@ Tensor checked(const char* name, const Tensor& x, at::ScalarType dtype, at::IntA
 // The arguments of both operators that describe the tensors of a step.
 class Settings {
  public:
-  Settings(TensorList steps, const Tensor& hyper, at::IntArrayRef sizes, int64_t fisher, int64_t numerator)
+  // `columns`: of hyper, 6 or, with a diagonal that adapts, 8.
+  Settings(TensorList steps, const Tensor& hyper, at::IntArrayRef sizes, int64_t fisher, int64_t numerator,
+           int64_t columns = 6)
       : steps_(steps), sizes_(sizes), numerator_(numerator_of(numerator)) {
     int64_t n = 0;
     for (const int64_t size : sizes) {
@@ -41,9 +46,9 @@ class Settings {
                   "sofim_fused: steps: 0-dimensional int64 tensors on the CPU are needed");
     }
     const int64_t groups = static_cast<int64_t>(sizes.size());
-    const Tensor rows = checked("hyper", hyper, at::kDouble, {groups, 6});
+    const Tensor rows = checked("hyper", hyper, at::kDouble, {groups, columns});
     const double* row = rows.const_data_ptr<double>();
-    for (int64_t i = 0; i < groups; ++i, row += 6) hyper_.push_back({row[0], row[1], row[2], row[3], row[4], row[5]});
+    for (int64_t i = 0; i < groups; ++i, row += columns) hyper_.push_back({row[0], row[1], row[2], row[3], row[4], row[5]});
   }
 
   int64_t tensors() const { return static_cast<int64_t>(steps_.size()); }
@@ -142,6 +147,38 @@ double number(const char* name, const Vector& x, double otherwise) {
   return x ? *checked(name, *x, at::kDouble, {}).const_data_ptr<double>() : otherwise;
 }
 
+// Each tensor's class, or an undefined tensor if it was not given.
+Tensor checked_classes(const Vector& class_of, int64_t n, int64_t classes) {
+  TORCH_CHECK(classes >= 1, "sofim_fused: classes: 1 or more are needed");
+  if (!class_of) return Tensor();
+  Tensor numbers = checked("class_of", *class_of, at::kLong, {n});
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t number = numbers.const_data_ptr<int64_t>()[i];
+    TORCH_CHECK(number >= 0 && number < classes, "sofim_fused: class_of: ", number, " is not from 0 to ", classes - 1);
+  }
+  return numbers;
+}
+
+void write(Tensor& coefficients, int64_t i, const Update& update) {
+  const int64_t n = coefficients.size(1);
+  double* const to = coefficients.mutable_data_ptr<double>();
+  to[i] = update.weight;
+  to[n + i] = update.gradient;
+  to[2 * n + i] = update.moment;
+}
+
+void advance(TensorList steps, bool skip) {
+  for (const Tensor& step : steps) {
+    if (!skip) ++*step.mutable_data_ptr<int64_t>();
+    step.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+// The numbers of an AdaptiveBlock in the order in which they are stored.
+constexpr double AdaptiveBlock::* kNumbers[] = {&AdaptiveBlock::trace, &AdaptiveBlock::square, &AdaptiveBlock::cross,
+                                                &AdaptiveBlock::plain_square};
+constexpr int64_t kNumberCount = std::size(kNumbers);
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> fold(const Tensor& mm, const Vector& mg, const Vector& mw, const Vector& gg,
@@ -150,19 +187,10 @@ std::tuple<Tensor, Tensor> fold(const Tensor& mm, const Vector& mg, const Vector
                                 const Vector& class_of, int64_t classes) {
   const Settings settings(steps, hyper, sizes, fisher, numerator);
   const int64_t n = settings.tensors();
-  TORCH_CHECK(classes >= 1, "sofim_fused: classes: 1 or more are needed");
   TORCH_CHECK(mg || !(reads_gradient(settings.numerator()) || guarded), "sofim_fused: mg is needed");
   TORCH_CHECK(gg || !guarded, "sofim_fused: gg is needed");
-  Tensor numbers;
-  const int64_t* class_numbers = nullptr;
-  if (class_of) {
-    numbers = checked("class_of", *class_of, at::kLong, {n});
-    class_numbers = numbers.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < n; ++i) {
-      TORCH_CHECK(class_numbers[i] >= 0 && class_numbers[i] < classes, "sofim_fused: class_of: ", class_numbers[i],
-                  " is not from 0 to ", classes - 1);
-    }
-  }
+  const Tensor numbers = checked_classes(class_of, n, classes);
+  const int64_t* const class_numbers = numbers.defined() ? numbers.const_data_ptr<int64_t>() : nullptr;
   const Column columns[] = {{"mm", mm, n}, {"mg", mg, n}, {"mw", mw, n}, {"gg", gg, n}, {"gw", gw, n}, {"ww", ww, n}};
   std::vector<Products> products;
   products.reserve(n);
@@ -199,23 +227,61 @@ std::tuple<Tensor, Tensor> solve(const Tensor& blocks, const Vector& square, Ten
     totals = read_blocks<PlainBlock>(settings, blocks);
   }
   Tensor coefficients = cpu_tensor({3, n}, at::kDouble);
-  double* to = coefficients.mutable_data_ptr<double>();
   settings.each([&](int64_t i, const Hyper& h, double correction, int64_t block) {
-    const Update update = sherman_morrison(h, correction, totals[block], settings.numerator());
-    to[i] = update.weight;
-    to[n + i] = update.gradient;
-    to[2 * n + i] = update.moment;
+    write(coefficients, i, sherman_morrison(h, correction, totals[block], settings.numerator()));
   });
-  for (const Tensor& step : steps) {
-    if (!guard.skip) ++*step.mutable_data_ptr<int64_t>();
-    step.unsafeGetTensorImpl()->bump_version();
-  }
+  advance(steps, guard.skip);
   Tensor seen = cpu_tensor({3}, at::kDouble);
   double* numbers = seen.mutable_data_ptr<double>();
   numbers[0] = guard.norm;
   numbers[1] = guard.gain;
   numbers[2] = guard.skip ? 1.0 : 0.0;
   return {coefficients, seen};
+}
+
+Tensor fold_scaled(const Tensor& mm, const Tensor& mg, const Tensor& trace, TensorList steps, const Tensor& hyper,
+                   at::IntArrayRef sizes, int64_t fisher, int64_t numerator, const Vector& class_of, int64_t classes) {
+  const Settings settings(steps, hyper, sizes, fisher, numerator, 8);
+  const int64_t n = settings.tensors(), count = settings.blocks();
+  const Tensor numbers = checked_classes(class_of, n, classes);
+  const Column by_mm("mm", mm, n), by_mg("mg", mg, n), by_trace("trace", trace, n);
+  std::vector<AdaptiveBlock> blocks(classes * count);
+  settings.each([&](int64_t i, const Hyper& h, double correction, int64_t block) {
+    const int64_t of = numbers.defined() ? numbers.const_data_ptr<int64_t>()[i] : 0;
+    blocks[of * count + block].add(h, correction, {by_mm[i], by_mg[i], by_trace[i]}, settings.numerator());
+  });
+  Tensor result = cpu_tensor({classes, kNumberCount, count}, at::kDouble);
+  double* to = result.mutable_data_ptr<double>();
+  for (int64_t of = 0; of < classes; ++of) {
+    for (const auto number : kNumbers) {
+      for (int64_t b = 0; b < count; ++b) *to++ = blocks[of * count + b].*number;
+    }
+  }
+  return result;
+}
+
+std::tuple<Tensor, Tensor> solve_scaled(const Vector& blocks, const Vector& skip, TensorList steps,
+                                        const Tensor& hyper, at::IntArrayRef sizes, int64_t fisher,
+                                        int64_t numerator) {
+  const Settings settings(steps, hyper, sizes, fisher, numerator, 8);
+  const int64_t count = blocks ? settings.blocks() : 0;
+  std::vector<AdaptiveBlock> totals(count);
+  if (blocks) {
+    const Tensor values = checked("blocks", *blocks, at::kDouble, {kNumberCount, count});
+    const double* from = values.const_data_ptr<double>();
+    for (const auto number : kNumbers) {
+      for (AdaptiveBlock& block : totals) block.*number = *from++;
+    }
+  }
+  const bool skips = skip && *checked("skip", *skip, at::kBool, {}).const_data_ptr<bool>();
+  Tensor coefficients = cpu_tensor({3, settings.tensors()}, at::kDouble), signal = cpu_tensor({count}, at::kDouble);
+  settings.each([&](int64_t i, const Hyper& h, double correction, int64_t block) {
+    write(coefficients, i, scaled_update(h, correction, settings.numerator(), blocks ? &totals[block] : nullptr));
+  });
+  double* to = signal.mutable_data_ptr<double>();
+  for (const AdaptiveBlock& block : totals) *to++ = block.signal();
+  advance(steps, skips);
+  return {coefficients, signal};
 }
 
 }  // namespace sofim

@@ -100,50 +100,9 @@ SOFIM_NOINLINE void over_blocks(const Pass& given, const Run<B>& run, typename P
   total = sums;
 }
 
-// Calls `pass` for every sixteen elements of a tile, and returns its sums. The tail, less than a pair of blocks, goes
-// through the same instructions on copies padded with zeros, which add nothing to a sum.
-template <class Y, class Pass>
-SOFIM_HD typename Pass::Sums over_tile(const Pass& pass, const Row& r, const Mode& mode, int64_t begin, int64_t size) {
-  constexpr int64_t kPair = 2 * kLanes;
-  typename Pass::Sums sums;
-  const int64_t pairs = size / kPair, half = pairs * kLanes;
-  Run<Block<Y>> run{
-      {static_cast<typename Y::W*>(r.w) + begin,
-       static_cast<const typename Y::G*>(r.g) + begin,
-       static_cast<typename Y::M*>(r.m) + begin,
-       r.kahan == nullptr ? nullptr : static_cast<typename Y::W*>(r.kahan) + begin,
-       begin},
-      kLanes, pairs, kPair, mode.prefetch, begin + size, 0};
-  if (size >= kSplit) {
-    run.gap = half;
-    run.stride = kLanes;
-    run.bend = begin + half;
-    // The distance from the end of either half to the start of that half in the next tile.
-    run.skip = size < kTile ? 0 : mode.backwards ? -3 * half : half;
-  }
-  if (pairs > 0) over_blocks(pass, run, sums);
-  const size_t rest = static_cast<size_t>(size - 2 * half);
-  if (rest == 0) return sums;
-  Block<Y>& block = run.first;
-  block.advance(2 * half);
-  const Use use = pass.use();
-  alignas(64) typename Y::W w[kPair] = {};
-  alignas(64) typename Y::G g[kPair] = {};
-  alignas(64) typename Y::M m[kPair] = {};
-  alignas(64) typename Y::W kahan[kPair] = {};
-  if (use.w) memcpy(w, block.w, rest * sizeof *w);
-  if (use.g) memcpy(g, block.g, rest * sizeof *g);
-  memcpy(m, block.m, rest * sizeof *m);
-  if (block.kahan != nullptr && use.writes_w) memcpy(kahan, block.kahan, rest * sizeof *kahan);
-  const Run<Block<Y>> tail{
-      {w, g, m, block.kahan == nullptr ? nullptr : kahan, block.index}, kLanes, 1, kPair, false, 0, 0};
-  over_blocks(pass, tail, sums);
-  if (use.writes_m) memcpy(block.m, m, rest * sizeof *m);
-  if (use.writes_w) {
-    memcpy(block.w, w, rest * sizeof *w);
-    if (block.kahan != nullptr) memcpy(block.kahan, kahan, rest * sizeof *kahan);
-  }
-  return sums;
+// What the random bits of sixteen elements are a hash of: the key of the tensor's stretch, and their places.
+SOFIM_HD Words keyed_places(uint32_t stretch, int64_t index) {
+  return lane_places() + (stretch + static_cast<uint32_t>(index) * kWeyl);
 }
 
 // A tensor's factors in the type of computation, and the key of its random bits in this tile.
@@ -171,9 +130,13 @@ struct Factors {
 
   // Stores m' and returns it as stored.
   SOFIM_HD V store_moment(typename Y::M* to, const V& moment, int64_t index) const {
+    return store_moment(to, moment, keyed_places(stretch, index));
+  }
+
+  // The same, given keyed_places().
+  SOFIM_HD V store_moment(typename Y::M* to, const V& moment, const Words& places) const {
     if constexpr (Y::kRounds) {
-      const Words place = lane_places() + static_cast<uint32_t>(index) * kWeyl;
-      const Words random = random_bits(Words(stretch), place);
+      const Words random = random_bits(places, Words(0u));
       const Words rounded = rounded_stochastically(bits_of(moment), random);
       store_upper(to, rounded);
       return from_bits(rounded);

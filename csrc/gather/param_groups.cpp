@@ -258,17 +258,6 @@ bool ParamGroups::read_one(PyObject* param, PyObject* state, size_t group, int64
   return false;
 }
 
-void ParamGroups::hold() {
-  held_ = true;
-  for (const Objects& objects : objects_) {
-    for (PyObject* object :
-         {objects.w, objects.m, objects.kahan, objects.step, objects.rows, objects.cols, objects.whole}) {
-      Py_XINCREF(object);
-    }
-  }
-  tensors_.hold_gradients();  // a parameter may be assigned another one
-}
-
 void ParamGroups::clear() {
   clear_tensors();
   options_ = Options();
@@ -280,16 +269,6 @@ void ParamGroups::clear() {
 void ParamGroups::clear_tensors() {
   tensors_.clear();
   group_of_.clear();
-  if (held_) {
-    for (const Objects& objects : objects_) {
-      for (PyObject* object :
-           {objects.w, objects.m, objects.kahan, objects.step, objects.rows, objects.cols, objects.whole}) {
-        Py_XDECREF(object);
-      }
-    }
-    held_ = false;
-  }
-  objects_.clear();
 }
 
 bool ParamGroups::l2() const {
@@ -420,8 +399,6 @@ bool ParamGroups::add_param(PyObject* param, const Group& group, size_t index, S
   if (tensors_.add(w, g, m, kahan, t, ordinal, adapts ? &variances : nullptr) != nullptr) return false;
   tensors_.record(tensors_.size() - 1).decay = decay_of(group.hyper);
   group_of_.push_back(index);
-  objects_.push_back(
-      {param, entries.exp_avg, entries.kahan, entries.step, entries.rows, entries.cols, entries.whole});
   return true;
 }
 

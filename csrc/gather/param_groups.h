@@ -72,7 +72,7 @@ class ParamGroups {
   // After read_settings(): reads one parameter that has a gradient, in the place of the one before.
   bool read_one(PyObject* param, PyObject* state, size_t group, int64_t ordinal);
   // Keeps every tensor alive until clear().
-  void hold();
+  void hold() { tensors_.hold(); }
   // clear() drops everything that was read; clear_tensors() keeps the settings. Call them with Python's lock held.
   // Releasing tensors may run Python code, which must not call this object.
   void clear();
@@ -103,9 +103,6 @@ class ParamGroups {
   };
   struct Entries;
   class States;
-  struct Objects {
-    PyObject *w, *m, *kahan, *step, *rows, *cols, *whole;
-  };
 
   bool read_everything(PyObject* groups, PyObject* state, const std::vector<char>* consumed);
   bool read_group(PyObject* dict, Group& group);
@@ -122,8 +119,6 @@ class ParamGroups {
   std::vector<Group> settings_;
   std::vector<DeviceScalar> device_scalars_;
   std::vector<size_t> group_of_;
-  std::vector<Objects> objects_;
-  bool held_ = false;
 };
 
 }  // namespace sofim

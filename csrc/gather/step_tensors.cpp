@@ -81,19 +81,6 @@ bool shaped_like(const at::Tensor& x, const at::Tensor& w, int64_t from) {
   return std::equal(sizes.begin(), sizes.end(), x.sizes().begin());
 }
 
-// The strides of running means of columns whose order is that of a row of the dense tensor x; elements of a complex x are
-// pairs.
-c10::SmallVector<int64_t, 5> strides_of_columns(const at::Tensor& x) {
-  const int64_t unit = x.is_complex() ? 2 : 1;
-  c10::SmallVector<int64_t, 5> strides;
-  for (int64_t d = 1; d < x.dim(); ++d) {
-    const bool outside = x.size(0) > 1 && x.stride(d) > x.stride(0);
-    strides.push_back((outside ? x.stride(d) / x.size(0) : x.stride(d)) * unit);
-  }
-  if (unit == 2) strides.push_back(1);
-  return strides;
-}
-
 // The strides of running means of elements in the order of x; elements of a complex x are pairs.
 c10::SmallVector<int64_t, 5> strides_of_elements(const at::Tensor& x) {
   const int64_t unit = x.is_complex() ? 2 : 1;
@@ -150,29 +137,52 @@ inline bool same_sizes(const at::Tensor& a, const at::Tensor& b) {
 
 }  // namespace
 
+c10::SmallVector<int64_t, 5> strides_of_columns(const at::Tensor& x) {
+  const int64_t unit = x.is_complex() ? 2 : 1;
+  c10::SmallVector<int64_t, 5> strides;
+  for (int64_t d = 1; d < x.dim(); ++d) {
+    const bool outside = x.size(0) > 1 && x.stride(d) > x.stride(0);
+    strides.push_back((outside ? x.stride(d) / x.size(0) : x.stride(d)) * unit);
+  }
+  if (unit == 2) strides.push_back(1);
+  return strides;
+}
+
 bool has_addresses(const at::Tensor& x) {
   const c10::DeviceType device = x.device().type();
   return x.layout() == at::kStrided && device != at::kMeta && device != at::kMPS && has_memory(x);
 }
 
 void StepTensors::clear() {
-  records_.clear();
   members_.clear();
+  means_.clear();
   kept_.clear();
   copied_.clear();
   variances_.clear();
   held_.clear();
   tiling_.clear();
-  if (!unsure_.empty()) known_.clear();  // shares_memory() was not called, or found an overlap: check everything again
+  if (!unsure_.empty()) known_ = 0;  // shares_memory() was not called, or found an overlap: check everything again
   unsure_.clear();
 }
 
 const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
                              const at::Tensor& step, int64_t ordinal, const Variances* variances) {
-  records_.emplace_back();
-  const char* problem = fill(records_.back(), w, g, m, kahan, step, ordinal, variances);
-  if (problem != nullptr) records_.pop_back();
-  return problem;
+  Row record{};
+  if (const char* problem = fill(record, w, g, m, kahan, step, ordinal, variances)) return problem;
+  const size_t place = members_.size() - 1;
+  if (place == records_.size()) records_.emplace_back();
+  if (!is_known(record, place)) {
+    moved_ = true;
+    unsure_.push_back(place);
+  } else if (record.g != records_[place].g || record.g_type != records_[place].g_type) {  // another dtype ends elsewhere
+    unsure_.push_back(place);
+  }
+  records_[place] = record;
+  if (!variances_.empty()) {
+    if (place >= known_variances_.size()) known_variances_.resize(place + 1);
+    known_variances_[place] = variances_[place];
+  }
+  return nullptr;
 }
 
 const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor& g, const at::Tensor& m,
@@ -272,11 +282,13 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
       record.g = address_to_read(kept_.back());
     }
   }
+  record.copied = !in_place;
   record.numel = w.numel() * (w.is_complex() ? 2 : 1);
   if (variances != nullptr) {
     const auto address = [&](const at::Tensor& x, at::IntArrayRef strides) {
       if (has_strides(x, strides) || x.numel() == 0) return address_to_write(x);
       copied_.push_back({x, x.new_empty_strided(x.sizes(), strides).copy_(x.detach()), true});
+      record.copied = true;
       return address_to_write(copied_.back().copy);
     };
     const at::Tensor& order = made.defined() ? made : m;
@@ -299,34 +311,29 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
   record.aligned = (address(record.w) | address(record.g) | address(record.m) | address(record.kahan)) % 16 == 0;
   members_.push_back({w.unsafeGetTensorImpl(), g.unsafeGetTensorImpl(), m.unsafeGetTensorImpl(),
                       kahan.defined() ? kahan.unsafeGetTensorImpl() : nullptr,
-                      step.defined() ? step.unsafeGetTensorImpl() : nullptr,
-                      rows.defined() ? rows.unsafeGetTensorImpl() : nullptr,
+                      step.defined() ? step.unsafeGetTensorImpl() : nullptr});
+  if (variances != nullptr) {
+    means_.push_back({rows.defined() ? rows.unsafeGetTensorImpl() : nullptr,
                       cols.defined() ? cols.unsafeGetTensorImpl() : nullptr,
                       whole.defined() ? whole.unsafeGetTensorImpl() : nullptr});
+  }
   tiling_.add(record.numel);
-  const size_t place = members_.size() - 1;
-  if (place >= known_.size()) known_.resize(place + 1);
-  Known& known = known_[place];
-  bool same_variances = true;
-  if (variances != nullptr || place < known_variances_.size()) {
-    if (place >= known_variances_.size()) known_variances_.resize(place + 1);
-    const VarianceRow now = variances != nullptr ? variances_.back() : VarianceRow();
-    VarianceRow& before = known_variances_[place];
-    same_variances = now.rows == before.rows && now.cols == before.cols && now.whole == before.whole &&
-                     now.count == before.count && now.columns == before.columns && now.inner == before.inner;
-    before = now;
-  }
-  if (in_place && same_variances && known.w == record.w && known.m == record.m && known.kahan == record.kahan &&
-      known.step == record.step && known.numel == record.numel && known.w_type == record.w_type &&
-      known.m_type == record.m_type) {
-    if (known.g == record.g && known.g_type == record.g_type) return nullptr;  // another dtype ends elsewhere
-  } else {
-    moved_ = true;
-  }
-  known = {record.w,     record.g,      record.m,      record.kahan, record.step,
-           record.numel, record.w_type, record.g_type, record.m_type};
-  unsure_.push_back(place);
   return nullptr;
+}
+
+bool StepTensors::is_known(const Row& record, size_t place) const {
+  if (place >= known_) return false;
+  const Row& before = records_[place];
+  if (record.w != before.w || record.m != before.m || record.kahan != before.kahan || record.step != before.step ||
+      record.numel != before.numel || record.w_type != before.w_type || record.m_type != before.m_type ||
+      record.copied || before.copied) {
+    return false;
+  }
+  if (variances_.empty()) return known_variances_.empty();
+  if (place >= known_variances_.size()) return false;
+  const VarianceRow &now = variances_[place], &then = known_variances_[place];
+  return now.rows == then.rows && now.cols == then.cols && now.whole == then.whole && now.count == then.count &&
+         now.columns == then.columns && now.inner == then.inner;
 }
 
 StepTensors::Range StepTensors::range_of(const c10::TensorImpl* x) {
@@ -338,14 +345,15 @@ StepTensors::Range StepTensors::range_of(const c10::TensorImpl* x) {
 }
 
 bool StepTensors::shares_memory() {
-  if (known_.size() != records_.size()) {
-    known_.resize(records_.size());
+  if (known_ != size()) {
+    known_ = size();
     moved_ = true;
   }
   if (moved_) {
+    known_variances_.resize(variances_.size());
     overlap_ = sort_written();
     moved_ = false;
-    unsure_.resize(records_.size());
+    unsure_.resize(size());
     std::iota(unsure_.begin(), unsure_.end(), size_t{0});
   }
   if (overlap_) return true;
@@ -365,12 +373,15 @@ bool StepTensors::shares_memory() {
 
 bool StepTensors::sort_written() {
   sorted_.clear();
+  const auto add = [this](const c10::TensorImpl* x) {
+    const Range range = range_of(x);
+    if (range.begin < range.end) sorted_.push_back(range);
+  };
   for (const Member& member : members_) {
-    for (const c10::TensorImpl* x :
-         {member.w, member.m, member.kahan, member.step, member.rows, member.cols, member.whole}) {
-      const Range range = range_of(x);
-      if (range.begin < range.end) sorted_.push_back(range);
-    }
+    for (const c10::TensorImpl* x : {member.w, member.m, member.kahan, member.step}) add(x);
+  }
+  for (const MeansOfMember& means : means_) {
+    for (const c10::TensorImpl* x : {means.rows, means.cols, means.whole}) add(x);
   }
   std::sort(sorted_.begin(), sorted_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
   for (size_t i = 1; i < sorted_.size(); ++i) {
@@ -386,7 +397,7 @@ bool StepTensors::is_written(const Range& range) const {
 }
 
 void StepTensors::key_random_bits(int64_t ahead) {
-  for (size_t i = 0; i < records_.size(); ++i) {
+  for (size_t i = 0; i < size(); ++i) {
     if (records_[i].m_type == Type::bfloat16) {
       records_[i].key = tensor_key(records_[i].ordinal, updates(i) + ahead);
     }
@@ -394,7 +405,7 @@ void StepTensors::key_random_bits(int64_t ahead) {
 }
 
 void StepTensors::advance() {
-  for (Row& record : records_) ++*record.step;
+  for (size_t i = 0; i < size(); ++i) ++*records_[i].step;
   bump_steps();
 }
 
@@ -410,8 +421,8 @@ void StepTensors::bump_moments() {
 }
 
 void StepTensors::bump_variances() {
-  for (Member& member : members_) {
-    for (c10::TensorImpl* x : {member.rows, member.cols, member.whole}) {
+  for (const MeansOfMember& means : means_) {
+    for (c10::TensorImpl* x : {means.rows, means.cols, means.whole}) {
       if (x != nullptr) x->bump_version();
     }
   }
@@ -428,9 +439,16 @@ void StepTensors::write_back(bool weights, bool moments) {
   }
 }
 
-void StepTensors::hold_gradients() {
-  held_.reserve(members_.size());
-  for (const Member& member : members_) held_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(member.g));
+void StepTensors::hold() {
+  const auto add = [this](c10::TensorImpl* x) {
+    if (x != nullptr) held_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(x));
+  };
+  for (const Member& member : members_) {
+    for (c10::TensorImpl* x : {member.w, member.g, member.m, member.kahan, member.step}) add(x);
+  }
+  for (const MeansOfMember& means : means_) {
+    for (c10::TensorImpl* x : {means.rows, means.cols, means.whole}) add(x);
+  }
 }
 
 }  // namespace sofim

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 
 #include <cstdint>
 #include <vector>
@@ -14,6 +15,10 @@ namespace sofim {
 
 // Whether a tensor's elements have addresses: it is strided, has memory, and its device has pointers (not meta or MPS).
 bool has_addresses(const at::Tensor& x);
+
+// The strides of running means of columns whose order is that of a row of the dense tensor x; elements of a complex x are
+// pairs.
+c10::SmallVector<int64_t, 5> strides_of_columns(const at::Tensor& x);
 
 // The running means of g² of one tensor and its diagonal; nullptr or undefined: it has none of that kind.
 struct Variances {
@@ -47,7 +52,7 @@ class StepTensors {
   bool shares_memory();
 
   // The number of tensors.
-  size_t size() const { return records_.size(); }
+  size_t size() const { return members_.size(); }
   const Tiling& tiling() const { return tiling_; }
   const Row* records() const { return records_.data(); }
   Row& record(size_t i) { return records_[i]; }
@@ -73,13 +78,15 @@ class StepTensors {
   void bump_steps();
   // Copies what the passes wrote into copies back to the tensors; `moments` includes running means.
   void write_back(bool weights, bool moments);
-  // Keeps the gradients alive until clear().
-  void hold_gradients();
+  // Keeps the tensors and their gradients alive until clear(), to be called and released with Python's lock held.
+  void hold();
 
  private:
   struct Member {
     c10::TensorImpl *w, *g, *m, *kahan, *step;
-    c10::TensorImpl *rows, *cols, *whole;  // running means
+  };
+  struct MeansOfMember {
+    c10::TensorImpl *rows, *cols, *whole;  // nullptr: it has none of that kind
   };
   struct Copied {
     at::Tensor original, copy;
@@ -89,16 +96,12 @@ class StepTensors {
   struct Range {
     uintptr_t begin, end;
   };
-  // Where a tensor was in the last step; the addresses are only compared, never dereferenced.
-  struct Known {
-    const void *w, *g, *m, *kahan, *step;
-    int64_t numel;
-    Type w_type, g_type, m_type;
-  };
 
   // add(), with a row of zeros to fill.
   const char* fill(Row& record, const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
                    const at::Tensor& step, int64_t ordinal, const Variances* variances);
+  // Whether a tensor is where it was in the last step, apart from its gradient.
+  bool is_known(const Row& record, size_t place) const;
   static Range range_of(const c10::TensorImpl* x);
   // Sorts the ranges that are written; returns whether any two of them overlap.
   bool sort_written();
@@ -107,19 +110,22 @@ class StepTensors {
 
   const bool anywhere_;
   at::Device device_ = at::kCPU;
+  // At least as many as members_. The first known_ of them are those of the last step until add() replaces them; their
+  // addresses are only compared, never dereferenced.
   std::vector<Row> records_;
+  size_t known_ = 0;
   std::vector<Member> members_;
-  std::vector<VarianceRow> variances_;  // as many as records_, or none
+  std::vector<MeansOfMember> means_;    // as many as members_, or none
+  std::vector<VarianceRow> variances_;  // the same
+  std::vector<VarianceRow> known_variances_;  // those of the last step, replaced in the same way
   std::vector<at::Tensor> kept_;  // copies that are only read
   std::vector<Copied> copied_;
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> held_;
   Tiling tiling_;
-  std::vector<Known> known_;     // compared and replaced as tensors are added
-  std::vector<VarianceRow> known_variances_;
-  std::vector<size_t> unsure_;   // tensors whose gradients shares_memory() has to check
-  std::vector<Range> sorted_;    // the ranges that are written, as last sorted
-  bool moved_ = false;           // whether one of them has changed since
-  bool overlap_ = false;         // whether two of sorted_ overlap
+  std::vector<size_t> unsure_;  // tensors whose gradients shares_memory() has to check
+  std::vector<Range> sorted_;   // the ranges that are written, as last sorted
+  bool moved_ = false;          // whether one of them has changed since
+  bool overlap_ = false;        // whether two of sorted_ overlap
 };
 
 }  // namespace sofim

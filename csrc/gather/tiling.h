@@ -22,6 +22,8 @@ class Tiling {
   int64_t tiles() const { return first_.back(); }
   int64_t elements() const { return elements_.back(); }
   int64_t numel(size_t i) const { return elements_[i + 1] - elements_[i]; }
+  // The elements of all tensors before tensor i.
+  int64_t before(size_t i) const { return elements_[i]; }
   // The tiles of tensor i are [first(i), first(i + 1)).
   int64_t first(size_t i) const { return first_[i]; }
   // The first tile that begins at or after element `element` of all.

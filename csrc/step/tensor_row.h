@@ -49,6 +49,7 @@ struct Scale;  // cpu/kernels.h
 // The same with the tensor's own coefficients, for passes that run on the host.
 struct Row : TensorRow {
   uint32_t key;   // of the random bits that round m (tensor_key)
+  bool copied;    // some of the addresses are those of copies, which this step alone uses
   Decay decay;    // the first moment
   Update update;  // the weight
   const Scale* scale = nullptr;  // the diagonal, where that adapts

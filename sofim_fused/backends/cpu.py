@@ -24,4 +24,4 @@ def _loaded() -> OperatorPasses | str:
     if isinstance(module, str):
         return module
     register_fakes(NAMESPACE)
-    return OperatorPasses("cpu", module.Step, new_in_backward=module.Step)
+    return OperatorPasses("cpu", module.Step, new_in_backward=module.Step, any_order=True)

@@ -54,6 +54,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
         emulated: it exists only for tests.
         new_in_backward: makes an object that takes steps in parts.
         device: the kind of device for which the operators are registered.
+        any_order: sweeps with an adaptive diagonal take moments in any order of memory; others copy some of them.
     """
 
     def __init__(
@@ -64,12 +65,14 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
         emulated: bool = False,
         new_in_backward: Callable[[], NativeInBackward | None] = lambda: None,
         device: str = "CPU",
+        any_order: bool = False,
     ) -> None:
         self.name = name
         self.emulated = emulated
         self._new_step = new_step
         self._new_in_backward = new_in_backward
         self._namespace = namespace
+        self._any_order = any_order
         # Without these operators, the algebra, or a step with a diagonal that adapts, runs in pure PyTorch.
         self._solves, self._adapts = (
             all(torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{each}", device) for each in operators)
@@ -158,7 +161,8 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
     def squares(self, tensors: StepTensors) -> Squares:
         if not self._adapts:
             return super().squares(tensors)
-        return Squares(*self._ops.squares(tensors.grads, _kinds(tensors)))
+        grads = _in_order_of_moments(tensors) if self._any_order else tensors.grads
+        return Squares(*self._ops.squares(grads, _kinds(tensors)))
 
     def adapt(
         self,
@@ -198,7 +202,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
         return scales._replace(gain=gain, skip=skip), norm
 
     def accumulate_scaled(self, tensors: StepTensors, decay: Decay, scales: Scales) -> ScaledSums:
-        if not self._adapts or _rounds_copies(tensors):
+        if not self._adapts or (not self._any_order and _rounds_copies(tensors)):
             return super().accumulate_scaled(tensors, decay, scales)
         sums = self._ops.accumulate_scaled(
             tensors.params,
@@ -230,7 +234,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
         return None
 
     def commit_scaled(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients, scales: Scales) -> None:
-        if not self._adapts or _rounds_copies(tensors):
+        if not self._adapts or (not self._any_order and _rounds_copies(tensors)):
             return super().commit_scaled(tensors, decay, coefficients, scales)
         self._ops.commit_scaled(
             tensors.params,
@@ -304,6 +308,14 @@ def _rounds_copies(tensors: StepTensors) -> bool:
         m.dtype == torch.bfloat16 and variance.row_var is not None and not m.is_contiguous()
         for m, variance in zip(tensors.exp_avgs, tensors.variances, strict=True)
     )
+
+
+def _in_order_of_moments(tensors: StepTensors) -> list[Tensor]:
+    """The gradients, or copies laid out as the sweeps take them: sums then have the bits of a step in one call."""
+    return [
+        g if g.stride() == m.stride() else torch.empty_like(m, dtype=g.dtype).copy_(g)
+        for g, m in zip(tensors.grads, tensors.exp_avgs, strict=True)
+    ]
 
 
 def _by_element(tensors: StepTensors) -> list[Tensor]:

@@ -113,3 +113,43 @@ class Transfers(TorchDispatchMode):
         if len({x.device for x in given + made}) > 1:
             self.seen.append(str(func))
         return result
+
+
+def adaptive_operator_samples(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
+    """Every operator of a step whose diagonal adapts, with arguments: one tensor of each diagonal, in two groups."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(4, 3), (4, 3), (4, 3), (7,)]
+
+    def some() -> list[Tensor]:
+        return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+
+    def double(*values: float) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
+    w, g, m = some(), some(), some()
+    none = [torch.zeros(0, device=device)] * 4
+    kinds = [1, 2, 3, 4]
+    element = [*none[:3], torch.ones(7, device=device)]
+    row_vars = [none[0], torch.ones(4, device=device), torch.ones(4, device=device), none[0]]
+    col_vars = [*none[:2], torch.ones(3, device=device), none[0]]
+    variances = [torch.ones((), device=device), *none[:2], element[3]]
+    counts = [torch.tensor(2, device=device) for _ in shapes], [0, 1, 2, 3]
+    hyper = double(0.1, 0.9, 0.5, 0.01, 0.0, 1.0, 0.99, 1e-8).repeat(2, 1)
+    fours = double(0.1, 0.2, 0.3, 0.4)
+    settings = counts[0], hyper, [1, 3]
+    adapted = (*settings, kinds, [1, 4, 4, 1], [12, 3, 3, 7], row_vars, col_vars, variances)
+    sums = fours, double(*range(8)), double(*range(3))
+    factors = [0.9] * 4, [0.1] * 4
+    scales = (double(*range(9)), double(*range(3)), *[fours] * 4)
+    skip = torch.zeros((), dtype=torch.bool, device=device)
+    return [
+        ("squares", (g, kinds)),
+        ("adapt", (*adapted, *sums, False, None, None, None, None, False)),
+        ("adapt", (*adapted, *sums, True, fours[0], 0.5, fours[1], fours[2].clone(), True)),
+        ("accumulate_scaled", (w, g, m, element, kinds, *counts, *factors, *scales, None, None)),
+        ("apply_scaled", (w, g, m, none, element, kinds, fours, None, None, *scales, None, None)),
+        ("commit_scaled", (w, g, m, none, element, kinds, *counts, *factors, *[fours] * 3, *scales, fours[0], skip)),
+        ("fold_scaled", (fours, fours, fours, *settings, 1, 2, torch.tensor([0, 1, 0, 1], device=device), 2)),
+        ("solve_scaled", (None, None, *settings, 0, 2)),
+        ("solve_scaled", (double(*range(1, 9)).view(4, 2), skip, *settings, 1, 0)),
+    ]

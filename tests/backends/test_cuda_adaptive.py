@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sofim_fused import SOFIM, backends
 from sofim_fused.backends import StepTensors, Variance, operators
-from tests.backends.support import Watching, launches
+from tests.backends.support import Watching, adaptive_operator_samples, launches
 from tests.support.covering import chosen
 from tests.support.problems import GUARDED, same_bits, snapshot
 from tests.support.runs import EMULATED, INTERPRETED
@@ -195,58 +195,18 @@ def test_variances_saturate(dtype: torch.dtype) -> None:
             assert all(x.isfinite().all() for x in snapshot(optimizer) if x.is_floating_point())
 
 
-def operator_samples() -> list[tuple[str, tuple[Any, ...]]]:
-    """Every operator of such a step, with arguments: one tensor of each diagonal, in two groups."""
-    generator = torch.Generator().manual_seed(3)
-    shapes = [(4, 3), (4, 3), (4, 3), (7,)]
-
-    def some() -> list[Tensor]:
-        return [normal(shape, torch.float32, generator) for shape in shapes]
-
-    def double(*values: float) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=DEVICE)
-
-    w, g, m = some(), some(), some()
-    none = [torch.zeros(0, device=DEVICE)] * 4
-    kinds = [1, 2, 3, 4]
-    element = [*none[:3], torch.ones(7, device=DEVICE)]
-    row_vars = [none[0], torch.ones(4, device=DEVICE), torch.ones(4, device=DEVICE), none[0]]
-    col_vars = [*none[:2], torch.ones(3, device=DEVICE), none[0]]
-    variances = [torch.ones((), device=DEVICE), *none[:2], element[3]]
-    counts = [torch.tensor(2, device=DEVICE) for _ in shapes], [0, 1, 2, 3]
-    hyper = double(0.1, 0.9, 0.5, 0.01, 0.0, 1.0, 0.99, 1e-8).repeat(2, 1)
-    fours = double(0.1, 0.2, 0.3, 0.4)
-    settings = counts[0], hyper, [1, 3]
-    adapted = (*settings, kinds, [1, 4, 4, 1], [12, 3, 3, 7], row_vars, col_vars, variances)
-    sums = fours, double(*range(8)), double(*range(3))
-    factors = [0.9] * 4, [0.1] * 4
-    scales = (double(*range(9)), double(*range(3)), *[fours] * 4)
-    skip = torch.zeros((), dtype=torch.bool, device=DEVICE)
-    return [
-        ("squares", (g, kinds)),
-        ("adapt", (*adapted, *sums, False, None, None, None, None, False)),
-        ("adapt", (*adapted, *sums, True, fours[0], 0.5, fours[1], fours[2].clone(), True)),
-        ("accumulate_scaled", (w, g, m, element, kinds, *counts, *factors, *scales, None, None)),
-        ("apply_scaled", (w, g, m, none, element, kinds, fours, None, None, *scales, None, None)),
-        ("commit_scaled", (w, g, m, none, element, kinds, *counts, *factors, *[fours] * 3, *scales, fours[0], skip)),
-        ("fold_scaled", (fours, fours, fours, *settings, 1, 2, torch.tensor([0, 1, 0, 1], device=DEVICE), 2)),
-        ("solve_scaled", (None, None, *settings, 0, 2)),
-        ("solve_scaled", (double(*range(1, 9)).view(4, 2), skip, *settings, 1, 0)),
-    ]
-
-
 def namespace() -> Any:
     backends.choose("cuda", DEVICE)  # registers the fake implementations
     return torch.ops.sofim_fused_emulated if EMULATED else torch.ops.sofim_fused
 
 
 def test_the_operators_are_what_their_schemas_say() -> None:
-    for name, arguments in operator_samples():
+    for name, arguments in adaptive_operator_samples(DEVICE):
         # adapt and solve_scaled compute on steps and running means, which calls one after the other would change.
         checks = ("test_schema", "test_faketensor") if name in ("adapt", "solve_scaled") else None
         operator = getattr(namespace(), name).default
         torch.library.opcheck(operator, arguments, **({} if checks is None else {"test_utils": checks}))
-    assert {name for name, _ in operator_samples()} == set(operators.ADAPTIVE)
+    assert {name for name, _ in adaptive_operator_samples(DEVICE)} == set(operators.ADAPTIVE)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +226,7 @@ def test_the_operators_are_what_their_schemas_say() -> None:
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_operators_refuse_what_does_not_fit(name: str, place: int, value: Any, message: str) -> None:
-    arguments = list(next(each for other, each in operator_samples() if other == name))
+    arguments = list(next(each for other, each in adaptive_operator_samples(DEVICE) if other == name))
     arguments[place] = (
         [x.to(DEVICE) for x in value] if isinstance(value, list) and isinstance(value[0], Tensor) else value
     )

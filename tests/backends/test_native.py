@@ -458,7 +458,7 @@ def trained_states() -> dict[str, list[Tensor]]:
         for dtypes in ((torch.float32,), (torch.float64,), (torch.bfloat16, torch.float16)):
             problem = mixed_problem(dtypes)
             generator = torch.Generator().manual_seed(9)
-            large = [nn.Parameter(torch.rand(80, n, generator=generator).to(dtypes[0])) for n in (65, 2100)]
+            large = [nn.Parameter(torch.rand(80, n, generator=generator).to(dtypes[0])) for n in (65, 3100)]
             problem.groups[0]["params"] += large
             problem.group_of[:0] = [0, 0]
             for group in problem.groups:

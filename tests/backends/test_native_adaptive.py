@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sofim_fused import SOFIM, native
-from tests.support.problems import give, same_bits, snapshot
+from sofim_fused import SOFIM, backends, native
+from sofim_fused.backends import operators
+from tests.backends.support import adaptive_operator_samples
+from tests.support.problems import give, give_state, same_bits, snapshot
 
 MODULE = native.cpu()
 pytestmark = pytest.mark.skipif(isinstance(MODULE, str), reason=f"{MODULE}")
@@ -128,6 +130,88 @@ def test_steps_are_the_reference_s(diagonal: str, dtype: str) -> None:
             torch.testing.assert_close(optimizers[0].grad_norm, optimizers[1].grad_norm)
     # A first step is taken once there is state.
     assert [answer is None for answer in answers] == [True] + [False] * 13
+
+
+CASES = list(itertools.product(("moment", "gradient", "nesterov"), (None, 0.5), (False, True)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("diagonal", DIAGONALS)
+def test_a_step_by_passes_has_the_bits_of_one_in_one_call(diagonal: str, dtype: str) -> None:
+    """Weights, state, norm and signal, whatever the order of memory: a third of all cases for each dtype."""
+    torch_dtype, options, _ = DTYPES[dtype]
+    optimizers, params = [], []
+    for _ in range(2):
+        mine = made_parameters(torch_dtype)
+        if "state_dtype" in options:
+            mine = [p for p in mine if not p.is_complex()]
+        groups = [{"params": mine[::2]}, {"params": mine[1::2], "weight_decay": 0.1, "maximize": True, "beta2": 0.9}]
+        params.append(mine)
+        optimizers.append(SOFIM(groups, backend="cpu", diagonal=diagonal, lr=0.01, fisher="group", **options))
+        give_state(optimizers[-1])
+    answers = native_answers(optimizers[0])
+    optimizers[1]._step_in_one_call = lambda *_: None
+    first = list(DTYPES).index(dtype) + DIAGONALS.index(diagonal)
+    for number, (numerator, rho, guarded) in enumerate(CASES[first % 3 :: 3]):
+        for mine, optimizer in zip(params, optimizers, strict=True):
+            give(mine, gradients(mine, seed=number))
+            for group in optimizer.param_groups:
+                group.update(numerator=numerator, rho=rho, max_grad_norm=1.0 if guarded else None)
+            optimizer.grad_scale = torch.tensor(4.0) if guarded else None  # type: ignore[attr-defined]
+            optimizer.step()
+        whole, by_passes = (
+            [
+                *snapshot(optimizer),
+                *(
+                    x
+                    for x in (optimizer.signal if rho else None, optimizer.grad_norm if guarded else None)
+                    if x is not None
+                ),
+            ]
+            for optimizer in optimizers
+        )
+        assert same_bits(whole, by_passes), (numerator, rho, guarded)
+    assert None not in answers
+
+
+def test_operators_are_what_their_schemas_say() -> None:
+    backends.choose("cpu", torch.device("cpu"))  # registers the fake implementations
+    samples = adaptive_operator_samples(torch.device("cpu"))
+    for name, arguments in samples:
+        # adapt and solve_scaled compute on steps and running means, which calls one after the other would change.
+        checks = {"test_utils": ("test_schema", "test_faketensor")} if name in ("adapt", "solve_scaled") else {}
+        torch.library.opcheck(getattr(torch.ops.sofim_fused, name).default, arguments, **checks)
+    assert {name for name, _ in samples} == set(operators.ADAPTIVE)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "message"),
+    [
+        ("squares", 1, [1], "the lists differ in length; grads has 4"),
+        ("squares", 1, [0] * 4, "kinds: 1 to 4 are needed, this is 0"),
+        ("squares", 1, [3] * 4, "gradient 3: it has no rows"),
+        ("squares", 0, [torch.ones(2, 2, dtype=torch.int32)] * 4, "gradient 0: float32, float64"),
+        ("adapt", 2, [1, 1], "the lists differ in length; steps has 4"),
+        ("adapt", 4, [1, 4, 5, 1], "tensor 2: heights and widths"),
+        ("adapt", 6, [torch.ones(4).half()] * 4, "tensor 1: row_var: 4 float32"),
+        ("adapt", 10, torch.ones(8), "rows: 8 float64"),
+        ("accumulate_scaled", 3, [torch.ones(6)] * 4, "tensor 3: not the running means"),
+        ("accumulate_scaled", 9, torch.ones(3).double(), "rows: more factors are needed"),
+        ("accumulate_scaled", 9, torch.ones(10).double(), "rows and cols: 9 and 3 factors"),
+        ("apply_scaled", 6, torch.ones(3).double(), "moment: a float64 vector of 4"),
+        ("commit_scaled", 4, [torch.zeros(0)], "the lists differ in length; params has 4"),
+        ("solve_scaled", 1, torch.zeros(2, dtype=torch.bool), "skip: Bool"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_operators_refuse_what_does_not_fit(name: str, place: int, value: Any, message: str) -> None:
+    samples = adaptive_operator_samples(torch.device("cpu"))
+    arguments = list(next(each for other, each in samples if other == name))
+    arguments[place] = value
+    before = [x.clone() for x in arguments[0]] if isinstance(arguments[0], list) else []
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.sofim_fused, name)(*arguments)
+    assert same_bits(before, arguments[0] if before else [])
 
 
 @pytest.mark.parametrize("options", [{}, {"rho": 0.5, "fisher": "group"}, {"max_grad_norm": 0.5}], ids=str)

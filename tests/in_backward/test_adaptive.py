@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sofim_fused import SOFIM
-from tests.in_backward.support import backward, both_ways
+from tests.in_backward.support import EXACT, backward, both_ways
 from tests.support.runs import Run
 
 SHAPES = ((6, 5), (3, 2, 3, 3), (7,), ())
@@ -54,7 +54,7 @@ def work(optimizer: SOFIM, params: list[nn.Parameter]) -> None:
 @pytest.mark.parametrize("release", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_a_plain_optimizer(case: str, release: bool, run: Run) -> None:
-    tolerance = None if run.backend == "reference" else 1e-5  # others take these steps pass by pass
+    tolerance = None if run.backend in EXACT else 1e-5
     assert both_ways(
         run, partial(start, run.device), work, release=release, tolerance=tolerance, rho=None, lr=0.01, **CASES[case]
     )
@@ -72,7 +72,7 @@ def test_gradients_add_up_unless_they_are_released(run: Run) -> None:
 
     options = {"diagonal": "factored", "rho": None, "lr": 0.01}
     assert both_ways(
-        run, partial(start, run.device), accumulate, tolerance=None if run.backend == "reference" else 1e-5, **options
+        run, partial(start, run.device), accumulate, tolerance=None if run.backend in EXACT else 1e-5, **options
     )
     released = SOFIM(start(run.device)[0], in_backward=True, release_grads=True, backend=run.backend, **options)
     with pytest.raises(ValueError, match="needs the square of the whole gradient"), released.accumulate_grads():

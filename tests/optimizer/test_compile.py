@@ -21,6 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gradient": {"numerator": "gradient", "weight_decay": 0.01, "decoupled_weight_decay": False},
     "guarded": GUARDED,
     "factored": {"diagonal": "factored", "numerator": "nesterov", "rho": 0.5, **GUARDED},
+    "one sweep": {"diagonal": "row", "numerator": "gradient"},
     "nesterov": {"numerator": "nesterov", "state_dtype": torch.bfloat16, "fisher": "parameter", "weight_decay": 0.1},
 }
 pytestmark = pytest.mark.skipif(EMULATED or INTERPRETED, reason="slow enough without a compiler")
@@ -75,6 +76,26 @@ def test_a_step_is_one_graph(backend: str, kind: str) -> None:
             step()
         results.append(snapshot(optimizer))
     assert same_bits(*results)
+
+
+@pytest.mark.parametrize(
+    ("kind", "last"),
+    [("plain", "apply"), ("guarded", "commit"), ("factored", "apply_scaled"), ("one sweep", "commit_scaled")],
+)
+def test_the_graph_has_the_native_sweeps(kind: str, last: str) -> None:
+    seen: list[str] = []
+
+    def note(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    model, optimizer = made(backend="cpu", **KINDS[kind])
+    loss_of(model, 0).backward()
+    optimizer.step()
+    torch.compile(optimizer.step, fullgraph=True, backend=note)()
+    operators = [name.split(".")[1] for name in seen if name.startswith("sofim_fused.")]
+    assert operators[-1] == last
+    assert len(operators) == {"apply_scaled": 6, "commit_scaled": 4}.get(last, 4)
 
 
 @pytest.mark.parametrize("kind", ["gradient", "guarded", "in-backward", "released"])
