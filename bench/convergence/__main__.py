@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from bench import documents, language_model, report
-from bench.convergence import compare, convex, cost, regime, sensitivity
-from bench.convergence.contenders import CONTENDERS
+from bench.convergence import adaptive, compare, convex, cost, plays, regime, sensitivity
+from bench.convergence.contenders import CONTENDERS, LINEUPS
 from bench.convergence.store import Store
 from bench.convergence.tasks import TASKS, Size
 from examples.train import UserError, usable_device
 
 RESULTS = report.RESULTS / "convergence"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "convergence.md"
-SEEDS = 5
 SENSITIVE = "fashion-mnist-lenet5"
 SENSITIVE_SIZE = Size(4, 4_000)
 COMMAND = "python -m bench.convergence"
@@ -68,7 +65,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", title="commands")
     one = commands.add_parser("compare", help="tune all optimizers on a task with equal effort, then compare them")
     one.add_argument("--task", choices=list(TASKS), required=True)
-    one.add_argument("--seeds", type=int, default=SEEDS, help=f"runs of each after tuning (default: {SEEDS})")
+    one.add_argument(
+        "--lineup",
+        choices=list(LINEUPS),
+        default="adaptive",
+        help="adaptive: diagonals that adapt beside AdamW and others of its kind (default); confirmation: AdaSOFIM's"
+        " form and AdamW from twenty more seeds; published: SOFIM as published beside what its paper compares it with",
+    )
+    one.add_argument("--contenders", metavar="NAME,...", help="run only these of the line-up now (default: all)")
+    one.add_argument("--seeds", type=int, metavar="N", help="runs of each after tuning (default: 5, or the line-up's)")
     two = commands.add_parser("convex", help="distance to the minimiser of a convex loss")
     three = commands.add_parser("sensitivity", help="losses over learning rates, ρ, momentum and batch sizes")
     four = commands.add_parser("cost", help="time of training steps on the CPU; needs an idle machine")
@@ -99,6 +104,11 @@ def _workers(options: argparse.Namespace) -> int:
     return jobs or (1 if options.device != "cpu" else os.cpu_count() or 1)
 
 
+def _stem_of(plan: compare.Plan, options: argparse.Namespace, lineup: str = "") -> str:
+    name = lineup or plan.lineup.name
+    return _stem(("" if name == "published" else f"{name}-") + plan.task.name, options)
+
+
 def _stem(name: str, options: argparse.Namespace) -> str:
     return name + ("-full" if options.full else "") + ("" if options.device == "cpu" else "-" + options.device)
 
@@ -123,18 +133,24 @@ def _machine(store: Store) -> str:
 
 
 def _compare(options: argparse.Namespace, console: Console) -> None:
-    (plan,) = compare.plans([options.task], options.full, options.seeds, options.device)
+    only = options.contenders.split(",") if options.contenders else []
+    known = LINEUPS[options.lineup].contenders
+    if unknown := [name for name in only if name not in known]:
+        raise UserError(f"--contenders: no {', '.join(unknown)} in this line-up; there are {', '.join(known)}")
+    if options.seeds is not None and options.seeds < 1:
+        raise UserError(f"--seeds {options.seeds}: expected 1 at least")
+    (plan,) = compare.plans([options.task], options.full, options.seeds, options.device, options.lineup, only)
     store = _results(plan, options)
-    result = compare.run(plan, store, _workers(options), options.root, console)
+    compare.run(plan, store, _workers(options), options.root, console)
+    result = compare.comparison(plan._replace(only=()), store)
     _write_comparison(result, store, options)
     console.print(compare.ends(result), compare.speeds(result), sep="\n\n", highlight=False, markup=False)
 
 
 def _write_comparison(result: compare.Comparison, store: Store, options: argparse.Namespace) -> None:
-    name = result.plan.task.name
-    command = f"{COMMAND} compare --task {name}{_flags(options)}"
+    command = f"{COMMAND} compare --task {result.plan.task.name} --lineup {result.plan.lineup.name}{_flags(options)}"
     text = compare.markdown(result, _machine(store), command)
-    _write(options.out, _stem(name, options), text, compare.figure(result))
+    _write(options.out, _stem_of(result.plan, options), text, compare.figure(result))
 
 
 def _flags(options: argparse.Namespace) -> str:
@@ -165,22 +181,22 @@ def _regime(options: argparse.Namespace, console: Console, plans: Sequence[compa
 
 
 def _results(plan: compare.Plan, options: argparse.Namespace) -> Store:
-    return Store(options.out / f"{_stem(plan.task.name, options)}.jsonl")
+    return Store(options.out / f"{_stem_of(plan, options, plan.lineup.shares)}.jsonl")
 
 
 def _compared(options: argparse.Namespace) -> list[compare.Plan]:
-    """Tasks that have all results.
+    """Tasks on which SOFIM as published has all results.
 
     Raises:
         UserError: there are none.
     """
-    found = []
-    for plan in compare.plans(list(TASKS), options.full, SEEDS, options.device):
-        with contextlib.suppress(KeyError):
-            compare.comparison(plan, _results(plan, options))
-            found.append(plan)
+    found = [
+        plan
+        for plan in compare.plans(list(TASKS), options.full, None, options.device)
+        if any(e.contender.name == "sofim" for e in compare.comparison(plan, _results(plan, options)).entries)
+    ]
     if not found:
-        raise UserError("no task was compared yet: python -m bench.convergence compare --task ...")
+        raise UserError(f"no task was compared yet: {COMMAND} compare --lineup published --task ...")
     return found
 
 
@@ -230,16 +246,9 @@ def _write_cost(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace, console: Console) -> None:
-    done: list[compare.Comparison] = []
-
-    def write(plan: compare.Plan, store: Store) -> None:
-        result = compare.comparison(plan, store)
-        _write_comparison(result, store, options)
-        done.append(result)
-
-    for plan in compare.plans(list(TASKS), options.full, SEEDS, options.device):
-        store = _results(plan, options)
-        _redraw(plan.task.name, store, partial(write, plan, store), console)
+    _write_adaptive(_report_comparisons("adaptive", options, console), options)
+    _report_comparisons("confirmation", options, console)
+    done = _report_comparisons("published", options, console)
     if done:
         _write(options.out, _stem("summary", options), compare.summary(done), None)
         plans = [result.plan for result in done]
@@ -277,6 +286,37 @@ def _report(options: argparse.Namespace, console: Console) -> None:
         console.print(f"{DOCUMENT.name}: tables written")
 
 
+def _report_comparisons(lineup: str, options: argparse.Namespace, console: Console) -> list[compare.Comparison]:
+    """Write those of a line-up, and return those whose baseline is there."""
+    found = []
+    for plan in compare.plans(list(TASKS), options.full, None, options.device, lineup):
+        store = _results(plan, options)
+        result = compare.comparison(plan, store)
+        if result.entries:
+            _write_comparison(result, store, options)
+            console.print(f"{_stem_of(plan, options)}: written")
+        elif len(store) and not plan.lineup.shares:
+            console.print(f"{_stem_of(plan, options)}: no optimizer is complete, nothing written")
+        if result.baseline is not None:
+            found.append(result)
+    return found
+
+
+def _write_adaptive(done: Sequence[compare.Comparison], options: argparse.Namespace) -> None:
+    """What the tasks say together of the optimizers that adapt."""
+    if not done:
+        return
+    found = []
+    for result in done:
+        store = _results(result.plan, options)
+        found.append({e.contender.name: adaptive.ranges(result.plan, e.contender, store) for e in result.entries})
+    _write(options.out, _stem("adaptive-summary", options), adaptive.summary(done), None)
+    drawing = adaptive.rates_figure(done, found)
+    _write(options.out, _stem("adaptive-rates", options), adaptive.rates_markdown(done, found), drawing)
+    drawing = adaptive.memory_figure(done)
+    _write(options.out, _stem("adaptive-memory", options), adaptive.memory_markdown(done), drawing)
+
+
 def _redraw(name: str, store: Store, write: Callable[[], None], console: Console) -> None:
     if not len(store):
         return
@@ -301,6 +341,15 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Console], None]] = {
 # In miniature
 
 
+def _write_text(folder: Path) -> None:
+    """A text in the place of the plays, which would have to be fetched."""
+    folder.mkdir()
+    for part in plays.Plays._fields:
+        lines = 400 if part == "train" else 40
+        sentences = (f"{number} times {number} is {number * number}.\n" for number in range(lines))
+        (folder / f"{part}.txt").write_text(part + ":\n" + "".join(sentences))
+
+
 def quick(options: argparse.Namespace, console: Console) -> None:
     """All figures at sizes that say nothing of optimizers, but take the same way through the code.
 
@@ -309,24 +358,38 @@ def quick(options: argparse.Namespace, console: Console) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         options.out, options.full, options.device, options.seconds, options.threads = Path(folder), False, "cpu", 0.0, 1
-        plans = []
-        for name in ("digits-lenet5", "tabular-mlp", "text-transformer"):
-            task = TASKS[name]
-            # The transformer takes as long as all else together: there is nothing to choose from for it.
-            plan = compare.Plan(task, Size(2, 160), 2, "cpu", configurations=1 if name == "text-transformer" else 2)
-            store = Store(options.out / f"{name}.jsonl")
-            result = compare.run(plan, store, _workers(options), None, console)
+        plans = [
+            compare.Plan(TASKS["digits-lenet5"], Size(2, 160), 2, "cpu", configurations=2),
+            compare.Plan(TASKS["tabular-mlp"], Size(2, 160), 2, "cpu", configurations=2),
+            # The transformers take as long as all else together: there is nothing to choose from for them.
+            compare.Plan(TASKS["text-transformer"], Size(2, 160), 2, "cpu", configurations=1),
+        ]
+        adapts = LINEUPS["adaptive"]
+        text = options.out / "text"
+        _write_text(text)
+        adaptive_plans = [
+            compare.Plan(TASKS["tabular-mlp"], Size(2, 160), 2, "cpu", configurations=2, lineup=adapts),
+            compare.Plan(TASKS["plays-transformer"], Size(2, 32), 1, "cpu", configurations=1, lineup=adapts),
+        ]
+        done = []
+        for plan in (*plans, *adaptive_plans):
+            name, root = _stem_of(plan, options), text if plan.task.fresh else None
+            store = _results(plan, options)
+            result = compare.run(plan, store, _workers(options), root, console)
             count = len(store)
             for entry in result.entries:
                 first, last = (entry.outcomes[0].points[i].train_loss for i in (0, -1))
                 # L-BFGS takes differences of gradients of different batches: there it may well climb.
                 if entry.contender.gradients != "closure" and not last < first:
                     raise UserError(f"{entry.contender.label} on {name}: training loss went from {first} to {last}")
-            compare.run(plan, store, 1, None, console)
+            compare.run(plan, store, 1, root, console)
             if len(store) != count:
                 raise UserError(f"{name}: results were there and were computed again")
+            if result.missing:
+                raise UserError(f"{name}: {', '.join(one.name for one in result.missing)} should be complete")
             _write_comparison(result, store, options)
-            plans.append(plan)
+            done.append(result)
+        _write_adaptive(done[len(plans) :], options)
         _regime(options, console, plans)
         for found in _run_convex(options, console, convex.Plan(steps=10, epochs=1, seeds=1))["full"]:
             if not found.runs[0][-1] < found.runs[0][0]:
@@ -336,7 +399,7 @@ def quick(options: argparse.Namespace, console: Console) -> None:
         )
         _sensitivity(options, console, plan_)
         _cost(options, console, ["tabular-mlp"])
-        written = sorted(path.name for path in options.out.iterdir())
+        written = sorted(path.name for path in options.out.iterdir() if path.is_file())
         console.print(f"{len(CONTENDERS)} optimizers; written: {', '.join(written)}")
 
 

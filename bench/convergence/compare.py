@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
 
-from bench.convergence.contenders import CONFIGURATIONS, CONTENDERS, Contender, Settings, scaled
+from bench.convergence.contenders import CONFIGURATIONS, CONTENDERS, LINEUPS, Contender, Lineup, Settings, scaled
 from bench.convergence.pool import run_missing
 from bench.convergence.store import Store
 from bench.convergence.tasks import TASKS, Size, Targets, Task
@@ -25,7 +25,6 @@ from bench.convergence.training import Job, Outcome, Point, record
 __all__ = ["Comparison", "Plan", "figure", "markdown", "run", "summary"]
 
 FIRST_TUNING_SEED = 1000  # no seed is used for tuning and for comparing
-BASELINE = "sgd"
 STYLES = {
     "sofim": ("tab:blue", "-", 2.2),
     "sofim-group": ("tab:blue", "--", 1.2),
@@ -34,8 +33,19 @@ STYLES = {
     "sofim-gradient-group": ("tab:cyan", "--", 1.2),
     "sofim-gradient-parameter": ("tab:cyan", ":", 1.2),
     "sofim-factored": ("tab:blue", "-.", 2.2),
-    "sgd": ("tab:red", "-", 2.2),
+    "sofim-factored-moment": ("tab:blue", ":", 1.2),
+    "sofim-factored-rho": ("tab:cyan", "-.", 1.2),
+    "sofim-tensor": ("tab:gray", "-", 1.2),
+    "sofim-row": ("tab:olive", "-", 1.5),
+    "sofim-row-moment": ("tab:olive", ":", 1.2),
+    "sofim-element": ("tab:pink", "-", 1.5),
+    "sofim-element-moment": ("tab:pink", ":", 1.2),
+    "sgd": ("tab:red", "-", 1.5),
+    "sgd-nesterov": ("tab:red", "--", 1.2),
     "adamw": ("tab:orange", "-", 1.5),
+    "adamw-beta2": ("tab:orange", "-", 2.2),
+    "nadam": ("tab:orange", "--", 1.5),
+    "adafactor": ("black", "-", 1.2),
     "lbfgs": ("tab:green", "-", 1.5),
     "adahessian": ("tab:purple", "-", 1.5),
     "nystrom": ("tab:brown", "-", 1.5),
@@ -51,6 +61,8 @@ class Plan(NamedTuple):
         seeds: how many runs each optimizer has with the settings that were chosen.
         device: where it runs.
         configurations: how many settings of each optimizer's grid are tried, from the first on.
+        lineup: which optimizers.
+        only: those of them that are run; empty: all.
     """
 
     task: Task
@@ -58,12 +70,20 @@ class Plan(NamedTuple):
     seeds: int
     device: str
     configurations: int = CONFIGURATIONS
+    lineup: Lineup = LINEUPS["published"]
+    only: tuple[str, ...] = ()
 
     @property
     def contenders(self) -> list[Contender]:
-        """The optimizers that take part."""
-        scaled_ = (scaled(contender, self.task.factors) for contender in CONTENDERS.values())
+        """The optimizers that take part, in the order in which they are run."""
+        names = [name for name in self.lineup.contenders if not self.only or name in self.only]
+        scaled_ = (scaled(CONTENDERS[name], self.task.factors) for name in names)
         return [replace(contender, grid=contender.grid[: self.configurations]) for contender in scaled_]
+
+    @property
+    def comparing(self) -> range:
+        """The seeds of the runs to compare by."""
+        return range(self.lineup.first_seed, self.lineup.first_seed + self.seeds)
 
     def job(self, contender: Contender, settings: Settings, seed: int) -> Job:
         """A run to compare by."""
@@ -102,43 +122,57 @@ class Entry(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A plan and its results."""
+    """A plan and its results.
+
+    Attributes:
+        plan: what was compared.
+        entries: the optimizers all of whose runs are there.
+        missing: the other ones.
+    """
 
     plan: Plan
     entries: list[Entry]
+    missing: Sequence[Contender] = ()
+
+    @property
+    def baseline(self) -> Entry | None:
+        """What the others are compared with; ``None`` if its runs are missing."""
+        return next((entry for entry in self.entries if entry.contender.name == self.plan.lineup.baseline), None)
 
 
 def run(plan: Plan, store: Store, workers: int, root: Path | None, console: Console) -> Comparison:
-    """Run what the store does not have yet of a plan."""
+    """Run what the store does not have yet of a plan: one optimizer after the other, so that some are soon complete."""
     plan.task.data(root, plan.size.examples)  # raises errors in the data before any run begins
     work = partial(record, root=root)
-    tuning = [
-        job for contender in plan.contenders for settings in contender.grid for job in plan.tuning(contender, settings)
-    ]
-    run_missing({job.key: job for job in tuning}, work, store, workers, f"{plan.task.name}: tuning", console)
-    final = [
-        plan.job(contender, choice(plan, contender, store)[0], seed)
-        for contender in plan.contenders
-        for seed in range(plan.seeds)
-    ]
-    run_missing({job.key: job for job in final}, work, store, workers, f"{plan.task.name}: comparing", console)
+    title = plan.task.name
+    # Several processes do all in one go: each takes a second to start.
+    parts = [[contender] for contender in plan.contenders] if workers == 1 else [plan.contenders]
+    for contenders in parts:
+        tuning = [
+            job for contender in contenders for settings in contender.grid for job in plan.tuning(contender, settings)
+        ]
+        run_missing({job.key: job for job in tuning}, work, store, workers, f"{title}: tuning", console)
+        final = [
+            plan.job(contender, choice(plan, contender, store)[0], seed)
+            for contender in contenders
+            for seed in plan.comparing
+        ]
+        run_missing({job.key: job for job in final}, work, store, workers, f"{title}: comparing", console)
     return comparison(plan, store)
 
 
 def comparison(plan: Plan, store: Store) -> Comparison:
-    """From a store that has all of it. An optimizer that it has no run of was added later, and is left out.
-
-    Raises:
-        KeyError: it has some runs of an optimizer, and not all of them.
-    """
-    entries = []
+    """From what a store has: optimizers whose runs are not all there are left out, and listed."""
+    entries, missing = [], []
     for contender in plan.contenders:
-        if not any(job.key in store for settings in contender.grid for job in plan.tuning(contender, settings)):
-            continue
-        settings, loss = choice(plan, contender, store)
-        outcomes = [Outcome.of(store[plan.job(contender, settings, seed).key]) for seed in range(plan.seeds)]
-        entries.append(Entry(contender, settings, loss, outcomes))
-    return Comparison(plan, entries)
+        try:
+            settings, loss = choice(plan, contender, store)
+            outcomes = [Outcome.of(store[plan.job(contender, settings, seed).key]) for seed in plan.comparing]
+        except KeyError:
+            missing.append(contender)
+        else:
+            entries.append(Entry(contender, settings, loss, outcomes))
+    return Comparison(plan, entries, missing)
 
 
 def choice(plan: Plan, contender: Contender, store: Store) -> tuple[Settings, float]:
@@ -201,14 +235,17 @@ def markdown(result: Comparison, machine: str, command: str) -> str:
         f" epoch ({plan.task.tuning_seeds} seed{'s' * (plan.task.tuning_seeds > 1)} each), then {plan.seeds} other"
         " seeds. Mean ± standard deviation over these. \\*: at an edge of its grid."
     )
+    if result.missing:
+        names = "; ".join(contender.label for contender in result.missing)
+        introduction += f"\n\nNot in the tables, because their runs are not complete: {names}."
     return "\n\n".join(
         [introduction, "### Where they end", ends(result), "### What it takes to get there", speeds(result)]
     )
 
 
 def ends(result: Comparison) -> str:
-    """Settings, final figures, and differences from SGD."""
-    baseline = next((entry for entry in result.entries if entry.contender.name == BASELINE), None)
+    """Settings, final figures, and differences from the baseline."""
+    baseline = result.baseline
     rows = []
     for entry in result.entries:
         done = [outcome for outcome in entry.outcomes if not outcome.diverged]
@@ -230,22 +267,27 @@ def ends(result: Comparison) -> str:
         "validation loss",
         "training loss, last epoch",
         "lowest test loss",
-        "minus SGD's [95 %]",
+        f"minus {_short(result.plan.lineup)}'s [95 %]",
         "best test accuracy, %",
         "last, %",
     ]
     return table(heading, rows)
 
 
+def _short(lineup: Lineup) -> str:
+    """The baseline's name in a heading."""
+    return CONTENDERS[lineup.baseline].label.removesuffix("-momentum")
+
+
 def _difference(entry: Entry, baseline: Entry | None) -> str:
     assert baseline is not None
     if any(outcome.diverged for outcome in baseline.outcomes):
         return ""
-    middle, half = _paired(entry, baseline)
+    middle, half = paired(entry, baseline)
     return f"{middle:+.3f}" + (f" [{middle - half:+.3f}, {middle + half:+.3f}]" if math.isfinite(half) else "")
 
 
-def _paired(entry: Entry, baseline: Entry) -> tuple[float, float]:
+def paired(entry: Entry, baseline: Entry) -> tuple[float, float]:
     """The mean difference of lowest losses from the same start and batches, and half of its 95 % interval."""
     pairs = zip(entry.outcomes, baseline.outcomes, strict=True)
     differences = [lowest_loss(ours) - lowest_loss(theirs) for ours, theirs in pairs]
@@ -255,40 +297,56 @@ def _paired(entry: Entry, baseline: Entry) -> tuple[float, float]:
 
 
 def speeds(result: Comparison) -> str:
-    """Cost, and when each target was reached."""
+    """Cost, and when each target was reached; without seconds where the machine was not idle."""
     targets = milestones(result.plan.task.targets)
+    timed = result.plan.lineup.timed
     rows = []
     for entry in result.entries:
         outcomes = entry.outcomes
         begun = [outcome for outcome in outcomes if outcome.points]
         if not begun:
-            rows.append([entry.contender.label] + [""] * (3 + len(targets)))
+            rows.append([entry.contender.label] + [""] * (2 + timed + len(targets)))
             continue
         rows.append(
             [
                 entry.contender.label,
                 f"{mean(outcome.memory / outcome.parameters / 4 for outcome in begun):.2f}",
                 f"{mean(outcome.cost / outcome.steps for outcome in begun):.2f}",
-                f"{mean(outcome.points[-1].seconds / len(outcome.points) for outcome in begun):.2f}",
-                *(_reached(outcomes, met) for met in targets.values()),
+                *([f"{mean(_seconds_per_epoch(outcome) for outcome in begun):.2f}"] if timed else []),
+                *(_reached(outcomes, met, timed) for met in targets.values()),
             ]
         )
-    heading = ["", "state, floats per parameter", "gradient evaluations per step", "seconds per epoch", *targets]
+    heading = ["", "state, floats per parameter", "gradient evaluations per step"]
+    heading += (["seconds per epoch"] if timed else []) + list(targets)
     price = max(outcome.hessian_cost for entry in result.entries for outcome in entry.outcomes)
-    return table(heading, rows) + (
-        "\n\nTargets: epochs / gradient evaluations / seconds, means over the seeds that reached them; how many, where"
-        f" not all did. A Hessian-vector product counts as {price:.2f} gradient evaluations (the ratio of operations in"
-        " matrix products and convolutions). On a CPU seconds are the process's, which runs one thread."
+    notes = (
+        f"Targets: epochs / gradient evaluations{' / seconds' * timed}, means over the seeds that reached them; how"
+        " many, where not all did."
     )
+    if price:
+        notes += (
+            f" A Hessian-vector product counts as {price:.2f} gradient evaluations (the ratio of operations in matrix"
+            " products and convolutions)."
+        )
+    notes += (
+        " On a CPU seconds are the process's, which runs one thread."
+        if timed
+        else " There are no seconds, because other programs used the machine."
+    )
+    return f"{table(heading, rows)}\n\n{notes}"
 
 
-def _reached(outcomes: Sequence[Outcome], met: Callable[[Point], bool]) -> str:
+def _seconds_per_epoch(outcome: Outcome) -> float:
+    return outcome.points[-1].seconds / len(outcome.points)
+
+
+def _reached(outcomes: Sequence[Outcome], met: Callable[[Point], bool], timed: bool) -> str:
     times = [found for outcome in outcomes if (found := reached(outcome, met)) is not None]
     if not times:
         return "–"
     epochs, cost, seconds = (mean(values) for values in zip(*times, strict=True))
     some = "" if len(times) == len(outcomes) else f" ({len(times)} of {len(outcomes)})"
-    return f"{epochs:.1f} / {cost:,.0f} / {seconds:.1f}{some}"
+    return f"{epochs:.1f} / {cost:,.0f}" + (f" / {seconds:.1f}" if timed else "") + some
 
 
 def settings_of(entry: Entry) -> str:
@@ -323,14 +381,22 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def summary(results: Sequence[Comparison]) -> str:
-    """All tasks side by side: every optimizer beside SGD; nothing where it was not run."""
+    """All tasks side by side: every optimizer beside the baseline; nothing where it was not run.
+
+    Args:
+        results: of one line-up; each with its baseline.
+    """
     tasks = [result.plan.task.title for result in results]
     entries = [{entry.contender.name: entry for entry in result.entries} for result in results]
-    names = [name for name in CONTENDERS if name != BASELINE and any(name in of_task for of_task in entries)]
+    lineup = results[0].plan.lineup
+    names = [name for name in lineup.contenders if name != lineup.baseline and any(name in of for of in entries)]
     losses = [
         [
             CONTENDERS[name].label,
-            *(_relative_loss(of_task[name], of_task[BASELINE]) if name in of_task else "" for of_task in entries),
+            *(
+                _relative_loss(of_task[name], of_task[lineup.baseline]) if name in of_task else ""
+                for of_task in entries
+            ),
         ]
         for name in names
     ]
@@ -339,19 +405,20 @@ def summary(results: Sequence[Comparison]) -> str:
         cells = [CONTENDERS[name].label]
         for result, of_task in zip(results, entries, strict=True):
             met = list(milestones(result.plan.task.targets).values()) if name in of_task else []
-            cells.append(" / ".join(_relative_cost(of_task[name], of_task[BASELINE], target) for target in met))
+            cells.append(" / ".join(_relative_cost(of_task[name], of_task[lineup.baseline], target) for target in met))
         costs.append(cells)
     seeds = {result.plan.seeds for result in results}
+    label, short = CONTENDERS[lineup.baseline].label, _short(lineup)
     return "\n\n".join(
         [
-            f"All optimizers beside SGD-momentum, from the results of each task ({', '.join(map(str, seeds))} seeds).",
+            f"All optimizers beside {label}, from the results of each task ({', '.join(map(str, seeds))} seeds).",
             "### Test loss",
-            "Lowest mean cross-entropy on test examples, minus SGD's from the same start: mean over the seeds, with its"
-            " 95 % interval (Student's t); **bold** where that leaves out zero.",
+            f"Lowest mean cross-entropy on test examples, minus {short}'s from the same start: mean over the seeds,"
+            " with its 95 % interval (Student's t); **bold** where that leaves out zero.",
             table(["", *tasks], losses),
             "### Cost to the targets",
             "Gradient evaluations until the target for training loss / test loss / test accuracy is met, in ratio to"
-            " SGD's; means over the seeds. –: not by all seeds.",
+            f" {short}'s; means over the seeds. –: not by all seeds.",
             table(["", *tasks], costs),
         ]
     )
@@ -361,7 +428,7 @@ def _relative_loss(entry: Entry, baseline: Entry) -> str:
     if any(outcome.diverged for outcome in (*entry.outcomes, *baseline.outcomes)):
         return "diverged"
     text = _difference(entry, baseline)
-    middle, half = _paired(entry, baseline)
+    middle, half = paired(entry, baseline)
     return f"**{text}**" if abs(middle) > half else text
 
 
@@ -422,6 +489,25 @@ def figure(result: Comparison) -> Figure:
     return drawing
 
 
-def plans(names: Sequence[str], full: bool, seeds: int, device: str) -> list[Plan]:
-    """Of several tasks."""
-    return [Plan(TASKS[name], TASKS[name].full if full else TASKS[name].small, seeds, device) for name in names]
+def plans(
+    names: Sequence[str],
+    full: bool,
+    seeds: int | None,
+    device: str,
+    lineup: str = "published",
+    only: Sequence[str] = (),
+) -> list[Plan]:
+    """Of several tasks; with the line-up's own number of seeds unless it is given."""
+    chosen = [TASKS[name] for name in names]
+    return [
+        Plan(
+            task,
+            task.full if full else task.small,
+            seeds or LINEUPS[lineup].seeds,
+            device,
+            CONFIGURATIONS,
+            LINEUPS[lineup],
+            tuple(only),
+        )
+        for task in chosen
+    ]

@@ -26,7 +26,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.convergence.compare import STYLES, settings_of_grid, table
-from bench.convergence.contenders import CONFIGURATIONS, CONTENDERS, MOMENTUM, Contender, Settings, gradients_by, scaled
+from bench.convergence.contenders import (
+    CONFIGURATIONS,
+    CONTENDERS,
+    LINEUPS,
+    MOMENTUM,
+    Contender,
+    Settings,
+    gradients_by,
+    scaled,
+)
 from bench.convergence.pool import run_missing
 from bench.convergence.store import Store
 from examples.train import batch_order
@@ -39,9 +48,10 @@ PENALTY = 0.01
 # The grids are made for networks. With full gradients of this loss rates may be far higher; the factors bring the best
 # of each grid inside of it where they can.
 FACTORS: Mapping[Kind, Mapping[str, float]] = {
-    "full": {"sofim": 16, "sofim-gradient": 10, "sgd": 16, "adamw": 4, "lbfgs": 1, "adahessian": 2.5, "nystrom": 10},
-    "batches": {"sofim": 1, "sofim-gradient": 3, "sgd": 1, "adamw": 4, "lbfgs": 0.3, "adahessian": 2.5, "nystrom": 3},
+    "full": {"sofim": 16, "sofim-gradient": 10, "sgd": 16, "adam": 4, "lbfgs": 1, "adahessian": 2.5, "nystrom": 10},
+    "batches": {"sofim": 1, "sofim-gradient": 3, "sgd": 1, "adam": 4, "lbfgs": 0.3, "adahessian": 2.5, "nystrom": 3},
 }
+TAKING_PART = (*LINEUPS["published"].contenders, "sofim-factored")
 FLOOR = 1e-12  # distances below are rounding
 FEATURES, CLASSES = 65, 10
 
@@ -186,9 +196,13 @@ Result = Mapping[Kind, Sequence[Entry]]
 
 def run(plan: Plan, store: Store, workers: int, console: Console) -> Result:
     """Do what of a plan is not in the store."""
-    jobs = {job.key: job for contender in CONTENDERS.values() for job in _jobs(plan, contender)}
+    jobs = {job.key: job for contender in _contenders() for job in _jobs(plan, contender)}
     run_missing(jobs, descend, store, workers, "convex", console)
     return result(plan, store)
+
+
+def _contenders() -> list[Contender]:
+    return [CONTENDERS[name] for name in TAKING_PART]
 
 
 def _jobs(plan: Plan, contender: Contender) -> list[Job]:
@@ -216,9 +230,7 @@ def result(plan: Plan, store: Store) -> Result:
     Raises:
         KeyError: it has some runs of an optimizer, and not all of them.
     """
-    contenders = [
-        contender for contender in CONTENDERS.values() if any(job.key in store for job in _jobs(plan, contender))
-    ]
+    contenders = [contender for contender in _contenders() if any(job.key in store for job in _jobs(plan, contender))]
 
     def entry(contender: Contender, kind: Kind) -> Entry:
         contender = scaled(contender, FACTORS[kind])

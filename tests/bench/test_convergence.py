@@ -22,10 +22,19 @@ from bench import documents
 from bench.convergence import __main__ as command
 from bench.convergence import compare, regime, sensitivity
 from bench.convergence import store as store_module
-from bench.convergence.contenders import CONFIGURATIONS, CONTENDERS, PERIOD, gradients_by, layers, memory
+from bench.convergence.contenders import (
+    CONFIGURATIONS,
+    CONTENDERS,
+    LINEUPS,
+    PERIOD,
+    gradients_by,
+    layers,
+    memory,
+    scaled,
+)
 from bench.convergence.pool import run_missing
 from bench.convergence.store import Store
-from bench.convergence.tasks import CONTEXT, TASKS, Size, Split, Targets, docstrings
+from bench.convergence.tasks import CONTEXT, LETTERS, TASKS, Data, Size, Split, Targets, docstrings
 from bench.convergence.training import Job, Outcome, Point, hessian_cost, loss_of, prepare, train
 from bench.networks import CharacterTransformer
 from examples.train import batch_order
@@ -85,15 +94,65 @@ def test_sofim_has_a_group_per_layer() -> None:
     ]
     assert sum(p.numel() for group in groups for p in group["params"]) == sum(p.numel() for p in model.parameters())
     kinds = {name: CONTENDERS[name].build(model, CONTENDERS[name].grid[0]) for name in CONTENDERS if "sofim" in name}
-    assert {name: (o.defaults["numerator"], o.defaults["fisher"]) for name, o in kinds.items()} == {
-        "sofim": ("moment", "model"),
-        "sofim-group": ("moment", "group"),
-        "sofim-parameter": ("moment", "parameter"),
-        "sofim-gradient": ("gradient", "model"),
-        "sofim-gradient-group": ("gradient", "group"),
-        "sofim-gradient-parameter": ("gradient", "parameter"),
-        "sofim-factored": ("nesterov", "model"),
+    assert {
+        name: tuple(o.defaults[key] for key in ("diagonal", "numerator", "fisher")) for name, o in kinds.items()
+    } == {
+        "sofim": ("identity", "moment", "model"),
+        "sofim-group": ("identity", "moment", "group"),
+        "sofim-parameter": ("identity", "moment", "parameter"),
+        "sofim-gradient": ("identity", "gradient", "model"),
+        "sofim-gradient-group": ("identity", "gradient", "group"),
+        "sofim-gradient-parameter": ("identity", "gradient", "parameter"),
+        "sofim-tensor": ("tensor", "nesterov", "model"),
+        "sofim-row": ("row", "nesterov", "model"),
+        "sofim-row-moment": ("row", "moment", "model"),
+        "sofim-factored": ("factored", "nesterov", "model"),
+        "sofim-factored-moment": ("factored", "moment", "model"),
+        "sofim-element": ("element", "nesterov", "model"),
+        "sofim-element-moment": ("element", "moment", "model"),
+        "sofim-factored-rho": ("factored", "nesterov", "model"),
     }
+    assert {name for name, o in kinds.items() if o.defaults["rho"] is None} == {
+        name for name in kinds if name.startswith(("sofim-tensor", "sofim-row", "sofim-factored", "sofim-element"))
+    } - {"sofim-factored-rho"}
+
+
+def test_those_of_adams_kind_have_the_same_rates() -> None:
+    """Adafactor's are relative to the size of the weights; with ρ there are two more values of it, and fewer rates."""
+    adam = {name: c for name, c in CONTENDERS.items() if c.rates == "adam"}
+    same = {name for name, c in adam.items() if c.grid == CONTENDERS["adamw-beta2"].grid}
+    assert set(adam) - same == {"adamw", "sofim-factored-rho", "adafactor"}
+    assert {settings["beta2"] for settings in CONTENDERS["nadam"].grid} == {0.99, 0.999}
+    rates = [sorted({settings["lr"] for settings in CONTENDERS[name].grid}) for name in ("adamw", "adamw-beta2")]
+    assert rates[0] == rates[1]
+    assert CONTENDERS["sgd"].grid == CONTENDERS["sgd-nesterov"].grid
+    for name in same:
+        defaults = CONTENDERS[name].build(nn.Linear(2, 2), {"lr": 1e-3, "beta2": 0.99}).param_groups[0]
+        assert defaults["weight_decay"] == 0.01
+        assert defaults.get("decoupled_weight_decay", True)
+
+
+def test_line_ups() -> None:
+    """Contenders that exist, each with rates that the tasks can scale, and seeds that no other line-up has."""
+    seeds: list[int] = []
+    for name, lineup in LINEUPS.items():
+        assert lineup.name == name
+        assert lineup.baseline in lineup.contenders
+        assert set(lineup.contenders) <= set(CONTENDERS)
+        assert len(set(lineup.contenders)) == len(lineup.contenders)
+        (plan,) = compare.plans(["tabular-mlp"], False, None, "cpu", name)
+        seeds += plan.comparing
+        if lineup.shares:
+            assert set(lineup.contenders) <= set(LINEUPS[lineup.shares].contenders)
+    assert len(set(seeds)) == len(seeds)
+    of = {name: compare.plans(["tabular-mlp"], False, None, "cpu", name)[0].comparing for name in LINEUPS}
+    assert of == {"adaptive": range(10, 15), "confirmation": range(30, 50), "published": range(5)}
+    assert compare.plans(["tabular-mlp"], False, 2, "cpu", "confirmation")[0].comparing == range(30, 32)
+    known = {contender.rates for contender in CONTENDERS.values()}
+    assert "" not in known
+    assert {key for task in TASKS.values() for key in task.factors} <= known
+    twice = scaled(CONTENDERS["nadam"], {"adam": 2}).grid
+    assert [settings["lr"] for settings in twice] == [2 * settings["lr"] for settings in CONTENDERS["nadam"].grid]
 
 
 def test_edges_of_a_grid() -> None:
@@ -111,6 +170,14 @@ def test_memory_counts_each_tensor_once() -> None:
         "adamw": 2001,
         "sofim": 1002,
         "sofim-factored": 1112,
+        "sofim-factored-rho": 1112,
+        "sofim-tensor": 1003,
+        "sofim-row": 1012,
+        "sofim-element": 2002,
+        "sgd-nesterov": 1000,
+        "adamw-beta2": 2001,
+        "nadam": 2002,
+        "adafactor": 111,
         "adahessian": 3000,
         "nystrom": 10_000,
     }
@@ -277,6 +344,63 @@ def test_data_sets_that_are_not_here_take_the_same_way(
     tasks._loaded.cache_clear()
 
 
+def write_texts(folder: Path) -> None:
+    """Texts of one's own, in the place of the plays."""
+    folder.mkdir(exist_ok=True)
+    for part, letter in (("train", "x"), ("validation", "y"), ("test", "z")):
+        words = " ".join(f"{letter}{number * 7919 % 1000}" for number in range(3000))
+        (folder / f"{part}.txt").write_text(words)
+
+
+def test_plays_are_read_as_windows_of_letters(tmp_path: Path) -> None:
+    write_texts(tmp_path)
+    for name, width in (("plays-transformer", 96), ("plays-transformer-30m", 256)):
+        data = TASKS[name].load(tmp_path)
+        for part, letter in zip(data[:3], "xyz", strict=True):
+            assert part.inputs.shape[1] == width
+            assert torch.equal(part.inputs[:, 1:], part.targets[:, :-1])
+            seen = {LETTERS[code] for code in part.inputs.flatten().tolist()}
+            assert seen == set(f"{letter} 0123456789")
+    (tmp_path / "test.txt").write_bytes(b"short \xff")
+    with pytest.raises(ValueError, match="a part of the text has 7 bytes: expected 97 at least"):
+        TASKS["plays-transformer"].load(tmp_path)
+    (tmp_path / "test.txt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"test\.txt is empty"):
+        TASKS["plays-transformer"].load(tmp_path)
+    (tmp_path / "test.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="fetch"):
+        TASKS["plays-transformer"].load(tmp_path)
+
+
+def test_plays_are_as_large_as_they_are_called() -> None:
+    empty = Split(torch.empty(0), torch.empty(0))
+    data = Data(empty, empty, empty, 97)
+    for name, millions in (("plays-transformer", 0.36), ("plays-transformer-30m", 32.2)):
+        with torch.device("meta"):
+            model = TASKS[name].model(data)
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(1e6 * millions, rel=0.02)
+
+
+def test_fresh_examples_are_seen_once_before_any_is_seen_again(tmp_path: Path) -> None:
+    write_texts(tmp_path)
+    run = Job("plays-transformer", "sgd", {"lr": 0.1, "momentum": 0.9}, 3, "validation", 2, 50, 16)
+    training, data = prepare(run, tmp_path)
+    count = len(data.train.targets)
+    assert 100 < count < 200
+    whole = count // 50
+    epochs = [training.order(epoch, count).tolist() for epoch in range(1, 2 * whole + 1)]
+    assert {len(order) for order in epochs} == {50}
+    for turn in (epochs[:whole], epochs[whole:]):
+        assert len({index for order in turn for index in order}) == 50 * whole
+    assert epochs[0] != epochs[whole]
+    assert epochs[0] != prepare(replace(run, seed=4), tmp_path)[0].order(1, count).tolist()
+    outcome = training.outcome(data)
+    assert outcome.steps == 2 * math.ceil(50 / 16)
+    assert outcome.points[1].loss < outcome.points[0].loss
+    with pytest.raises(ValueError, match="examples of"):
+        prepare(replace(run, examples=count + 1), tmp_path)
+
+
 def test_more_examples_than_there_are() -> None:
     with pytest.raises(ValueError, match="tabular-mlp: 1000 training examples of 298 asked for"):
         train(Job("tabular-mlp", "sgd", CONTENDERS["sgd"].grid[0], 0, "test", 1, 1000, 16))
@@ -350,14 +474,13 @@ def test_a_broken_line_is_not_passed_over(tmp_path: Path) -> None:
 
 def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is run twice, and the results are those of a run that was left alone."""
-    arguments = ["compare", "--task", "tabular-mlp", "--seeds", "1"]
+    arguments = ["compare", "--task", "tabular-mlp", "--seeds", "1", "--lineup", "published"]
+    arguments += ["--contenders", "sofim,sgd"]
     script = (
-        "import sys\nfrom bench.convergence import __main__ as command, contenders, tasks\n"
+        "import sys\nfrom bench.convergence import __main__ as command, tasks\n"
         "from dataclasses import replace\n"
         "if __name__ == '__main__':\n"
         "    task = tasks.TASKS['tabular-mlp']\n"
-        "    for name in set(contenders.CONTENDERS) - {'sofim', 'sgd'}:\n"
-        "        del contenders.CONTENDERS[name]\n"
         "    tasks.TASKS['tabular-mlp'] = replace(task, small=tasks.Size(20, 200), tuning_seeds=1)\n"
         "    sys.exit(command.main(sys.argv[1:]))\n"
     )
@@ -390,7 +513,6 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [machine["threads"] for machine in Store(path).machines] == [1]  # of each process
 
     # The same here, without the time that processes take to start.
-    monkeypatch.setattr(compare, "CONTENDERS", {name: CONTENDERS[name] for name in ("sofim", "sgd")})
     monkeypatch.setitem(TASKS, "tabular-mlp", replace(TASKS["tabular-mlp"], small=Size(20, 200), tuning_seeds=1))
     for out in ("a", "b"):
         assert command.main([*arguments, "--jobs", "1", "--out", str(tmp_path / out)]) == 0
@@ -400,8 +522,32 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert set(resumed) == set(whole)
     for key in whole:
         assert [p[:4] for p in resumed[key]["points"]] == [p[:4] for p in whole[key]["points"]]
-    assert (tmp_path / "b" / "tabular-mlp.md").exists()
+    document = (tmp_path / "b" / "tabular-mlp.md").read_text()
+    assert "| SGD-momentum |" in document
+    assert "Not in the tables, because their runs are not complete: SOFIM, per layer; SOFIM, per tensor;" in document
     assert (tmp_path / "b" / "tabular-mlp.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_confirmation_takes_the_choice_that_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs other seeds with the same settings, and its results lie in the same file."""
+    task = replace(TASKS["tabular-mlp"], small=Size(1, 64), tuning_seeds=1)
+    monkeypatch.setitem(TASKS, "tabular-mlp", task)
+    arguments = ["compare", "--task", "tabular-mlp", "--jobs", "1", "--out", str(tmp_path)]
+    chosen = ["--contenders", "adamw-beta2,sofim-factored"]
+    assert command.main([*arguments, *chosen, "--seeds", "1"]) == 0
+    store = Store(tmp_path / "adaptive-tabular-mlp.jsonl")
+    assert len(store) == 2 * CONFIGURATIONS + 2
+    assert command.main([*arguments, "--lineup", "confirmation", "--seeds", "2"]) == 0
+    added = set(Store(store.path)) - set(store)
+    jobs = [json.loads(key) for key in added]
+    assert sorted(job["seed"] for job in jobs) == [30, 30, 31, 31]
+    known = {json.dumps(job["settings"]) for job in map(json.loads, store) if job["held_out"] == "test"}
+    assert {json.dumps(job["settings"]) for job in jobs} == known
+    assert {path.name for path in tmp_path.glob("*.md")} == {
+        "adaptive-tabular-mlp.md",
+        "confirmation-tabular-mlp.md",
+    }
+    assert "then 2 other seeds" in (tmp_path / "confirmation-tabular-mlp.md").read_text()
 
 
 def test_a_failure_is_reported_and_what_was_done_is_kept(tmp_path: Path) -> None:
@@ -447,11 +593,32 @@ def test_the_lowest_validation_loss_is_chosen(tmp_path: Path) -> None:
         assert value == 0.3
 
 
+def test_what_is_not_complete_is_left_out_and_named(tmp_path: Path) -> None:
+    plan, store = plan_of(lineup=LINEUPS["adaptive"], only=("adamw-beta2", "nadam", "sgd")), Store(tmp_path / "a.jsonl")
+    assert [c.name for c in plan.contenders] == ["adamw-beta2", "sgd", "nadam"]
+    fill(store, plan, lambda *_: outcome_of([0.5]))
+    adamw, sgd, nadam = plan.contenders
+    for contender, seeds in ((adamw, (10, 11, 12)), (sgd, (10, 11)), (nadam, (0, 1, 2))):
+        for seed in seeds:
+            store.add(plan.job(contender, contender.grid[0], seed).key, outcome_of([0.4])._asdict())
+    result = compare.comparison(plan, store)
+    assert [entry.contender for entry in result.entries] == [adamw]
+    assert result.baseline is result.entries[0]
+    assert list(result.missing) == [sgd, nadam]
+    text = compare.markdown(result, "a machine", "a command")
+    assert "Not in the tables, because their runs are not complete: SGD-momentum; NAdam." in text
+    # Nothing there is about time, because other programs used the machine.
+    assert "minus AdamW's" in text
+    assert "seconds per epoch" not in text
+    assert " 1.0 / 10 |" in text
+    assert compare.comparison(plan._replace(seeds=4), store).baseline is None
+
+
 def test_seeds_of_tuning_and_of_comparing_are_others() -> None:
     plan = plan_of(seeds=500)
     contender = CONTENDERS["sofim"]
     tuning = {run.seed for run in plan.tuning(contender, contender.grid[0])}
-    assert not tuning & set(range(plan.seeds))
+    assert not tuning & set(plan.comparing)
     assert {run.held_out for run in plan.tuning(contender, contender.grid[0])} == {"validation"}
     assert plan.job(contender, contender.grid[0], 0).held_out == "test"
 
@@ -496,6 +663,7 @@ def test_tables_of_a_comparison() -> None:
 
 def test_the_summary_is_beside_sgd() -> None:
     sgd = [outcome_of([0.5, 0.4]), outcome_of([0.5, 0.6])]
+    published = LINEUPS["published"].contenders
     others = {
         "sofim": [outcome_of([0.3, 0.4]), outcome_of([0.3, 0.2])],  # -0.1, -0.3
         "adamw": [outcome_of([0.501]), outcome_of([0.601])],  # 0.101, 0.101
@@ -504,14 +672,15 @@ def test_the_summary_is_beside_sgd() -> None:
     entries = [
         compare.Entry(contender, contender.grid[0], 0.0, others.get(name, sgd))
         for name, contender in CONTENDERS.items()
+        if name in published
     ]
     lines = compare.summary([compare.Comparison(plan_of(seeds=2), entries)]).splitlines()
-    losses = [line for line in lines if line.startswith("| ")][1 : len(CONTENDERS)]
+    losses = [line for line in lines if line.startswith("| ")][1 : len(published)]
     assert losses[0] == "| SOFIM | -0.200 [-1.471, +1.071] |"
     assert losses[1] == "| SOFIM, per layer | +0.000 [+0.000, +0.000] |"
     assert losses[6].startswith("| AdamW | **+0.101 [+0.10")
     assert losses[7] == "| L-BFGS | diverged |"
-    costs = [line for line in lines if line.startswith("| ")][len(CONTENDERS) + 1 :]
+    costs = [line for line in lines if line.startswith("| ")][len(published) + 1 :]
     # Training losses are one higher; targets 1.5, 0.5 and 90 %: after the first epoch, or not at all.
     assert costs[0] == "| SOFIM | 1.00 / 1.00 / – |"
     assert costs[6] == "| AdamW | – / – / – |"
@@ -555,6 +724,8 @@ def test_sensitivity_covers_what_it_says() -> None:
         ([], "name a figure"),
         (["convex", "--device", "tpu"], "--device tpu"),
         (["compare", "--task", "cifar10-lenet5", "--root", "/nowhere"], "no folder /nowhere"),
+        (["compare", "--task", "tabular-mlp", "--contenders", "sgd,adam"], "--contenders: no adam in this line-up"),
+        (["compare", "--task", "tabular-mlp", "--seeds", "0"], "--seeds 0: expected 1 at least"),
     ],
 )
 def test_what_a_user_must_put_right(
