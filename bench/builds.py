@@ -7,8 +7,8 @@ CPU-seconds of each compiler; then times whole steps of both on the shapes of mo
 own, and they take turns. Each round of a small model has new tensors, because a step takes up to a tenth longer or
 shorter depending on where they are in memory. The time of a step in a round is the tenth percentile: what else the
 machine does makes others longer. Writes bench/results/builds.json and .md; ``--compile-only`` leaves out the steps, and
-keeps what these files say about them, as ``--models`` does for other models. ``--folder`` keeps both builds, for another
-run over their steps.
+keeps what these files say about them, as ``--models`` does for other models. ``--folder`` keeps both builds, for
+another run over their steps.
 """
 
 from __future__ import annotations
