@@ -5,8 +5,10 @@
 Compiles the CPU part of the earlier revision and of this folder from nothing, two files at a time, and counts the user
 CPU-seconds of each compiler; then times whole steps of both on the shapes of models. Each build has a process of its
 own, and they take turns. Each round of a small model has new tensors, because a step takes up to a tenth longer or
-shorter depending on where they are in memory. Writes bench/results/builds.json and .md; ``--compile-only`` leaves out
-the steps, and keeps what these files say about them.
+shorter depending on where they are in memory. The time of a step in a round is the tenth percentile: what else the
+machine does makes others longer. Writes bench/results/builds.json and .md; ``--compile-only`` leaves out the steps, and
+keeps what these files say about them, as ``--models`` does for other models. ``--folder`` keeps both builds, for
+another run over their steps.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ SMALL = 1 << 21  # a model with fewer elements is made anew in each round
 LIMITS = {"bfloat16 weights": 1.05, "float16 weights": 1.05}  # of a ratio; others: 1.03
 COMPILER = "SOFIM_BENCH_COMPILER"
 LOG = "SOFIM_BENCH_COMPILER_LOG"
+COST = "compiler.json"
 SHIM = f"""#!{sys.executable}
 import json, os, resource, subprocess, sys
 code = subprocess.call([os.environ["{COMPILER}"], *sys.argv[1:]])
@@ -93,6 +96,13 @@ def built(place: Path) -> dict[str, float]:
             name = entry["set"][0].lower()
             seconds[name] = seconds.get(name, 0.0) + entry["seconds"]
     seconds["passes"] = sum(value for name, value in seconds.items() if name != "everything")
+    (place / COST).write_text(json.dumps(seconds))
+    return seconds
+
+
+def cost_of(place: Path) -> dict[str, float]:
+    """What built() returned in an earlier run."""
+    seconds: dict[str, float] = json.loads((place / COST).read_text())
     return seconds
 
 
@@ -145,15 +155,16 @@ def work(package: str, threads: int) -> None:
             dtype, options = STORAGE[job["storage"]]
             generator = torch.Generator().manual_seed(0)
             gaps = random.Random(job["round"])
-            # While these are there, new tensors do not get the same memory again.
+            # While these are there, new tensors do not get the same memory again, nor equal distances to each other.
             others = [step if job["round"] > 0 else None]
-            others += [torch.empty(gaps.randrange(1 << 20), dtype=torch.uint8) for _ in range(8)]
             step = None
             params = []
             for shape in MODELS[job["model"]]():
                 values = torch.empty(shape).normal_(0, 0.02, generator=generator).to(getattr(torch, dtype))
                 params.append(torch.nn.Parameter(values))
+                others.append(torch.empty(64 * gaps.randrange(1, 64), dtype=torch.uint8))
                 params[-1].grad = (values * 0.05).clone()
+                others.append(torch.empty(64 * gaps.randrange(1, 64), dtype=torch.uint8))
             # Earlier revisions take a dtype, not its name.
             options = {key: getattr(torch, value) for key, value in options.items()}
             step = sofim_fused.SOFIM(params, **OURS, **options, **SCHEDULES[job["schedule"]]).step
@@ -168,14 +179,14 @@ def work(package: str, threads: int) -> None:
                 began = time.perf_counter_ns()
                 step()
                 took.append(time.perf_counter_ns() - began)
-            answer = median(took) * 1e-9
+            answer = sorted(took)[len(took) // 10] * 1e-9
         print(json.dumps(answer), flush=True)
 
 
 def steps(
     workers: Mapping[str, Worker], models: Sequence[str], rounds: int, seconds: float
 ) -> Iterator[dict[str, Any]]:
-    """Rows: the median time of a step in both builds, and the median of the rounds' ratios."""
+    """Rows: the time of a step in both builds, a median over rounds, and the median of the rounds' ratios."""
     from bench.shapes import MODELS, elements
 
     before, now = workers.values()
@@ -204,6 +215,18 @@ def run(record: Mapping[str, Any]) -> str:
     return f"`{record['command']}`: {record['cpu']}, torch {record['torch']}; {record['date']}"
 
 
+def steps_run(record: Mapping[str, Any]) -> str:
+    """Where and when a record's steps were measured, apart from rows that say otherwise."""
+    return f"{run(record)}, {record['threads']} thread(s)"
+
+
+def other_models(earlier: Mapping[str, Any] | None, models: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of an earlier record that are of other models, with the run that measured them."""
+    if earlier is None:
+        return []
+    return [{"run": steps_run(earlier), **row} for row in earlier["steps"] if row["model"] not in models]
+
+
 def markdown(record: Mapping[str, Any]) -> str:
     """The results as a document."""
     cost: Mapping[str, Mapping[str, float]] = record["build"]
@@ -220,13 +243,20 @@ def markdown(record: Mapping[str, Any]) -> str:
         lines.append(f"| {label} | {a:.1f} | {b:.1f} | {b / a:.2f} |")
     lines += [
         "",
-        "Whole steps: medians over rounds in which both builds take turns; the ratio is their ratios' median, with",
-        f"the 20th and 80th percentile. {run(record)}, {record['threads']} thread(s).",
-        "",
-        "| parameters | storage | step | before, ms | now, ms | ratio | at most |",
-        "|---|---|---|---|---|---|---|",
+        "Whole steps: medians over rounds, in which both builds take turns; the ratio is their ratios' median, with",
+        "the 20th and 80th percentile.",
     ]
+    measured = None
     for row in record["steps"]:
+        if row.get("run", steps_run(record)) != measured:
+            measured = row.get("run", steps_run(record))
+            lines += [
+                "",
+                f"{measured}.",
+                "",
+                "| parameters | storage | step | before, ms | now, ms | ratio | at most |",
+                "|---|---|---|---|---|---|---|",
+            ]
         lines.append(
             f"| {row['model']} | {row['storage']} | {row['schedule']} | {row['before'] * 1e3:.4g}"
             f" | {row['now'] * 1e3:.4g}"
@@ -257,16 +287,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=0.15, help="for the steps of one build in a round")
+    parser.add_argument("--folder", type=Path, help="where to compile; what an earlier run left there is used again")
     parser.add_argument("--compile-only", action="store_true", help="keep the results of steps that are in --output")
     parser.add_argument("--output", type=Path, default=RESULTS / "builds.json")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        places = {
-            "before": sources_of(options.before, Path(folder, "before")),
-            "now": sources_of(None, Path(folder, "now")),
-        }
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        places = {"before": folder / "before", "now": folder / "now"}
+        again = all(place.exists() for place in places.values())
+        if not again:
+            folder.mkdir(exist_ok=True)
+            sources_of(options.before, places["before"])
+            sources_of(None, places["now"])
         where = machine(options.threads)
         how = " --compile-only" if options.compile_only else f" --rounds {options.rounds} --seconds {options.seconds:g}"
+        if len(options.models) < len(MODELS):
+            how += f" --models {' '.join(options.models)}"
         many = "" if options.threads == parser.get_default("threads") else f" --threads {options.threads}"
         record: dict[str, Any] = {
             "command": f"python -m bench.builds --before {options.before}{how}{many}",
@@ -274,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "cpu": f"{where['cpu']}, {where['cores']} cores, {where['instruction_set']}",
             "torch": torch.__version__,
             "threads": options.threads,
-            "build": {name: built(place) for name, place in places.items()},
+            "build": {name: cost_of(place) if again else built(place) for name, place in places.items()},
             "steps": [],
         }
         show = partial(print, flush=True)
@@ -283,16 +319,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.output.write_text(json.dumps(record, indent=1) + "\n")
             options.output.with_suffix(".md").write_text(markdown(record))
 
+        earlier = json.loads(options.output.read_text()) if options.output.exists() else None
+        kept = other_models(earlier, options.models)
         if options.compile_only:
-            record = with_steps_of(json.loads(options.output.read_text()) if options.output.exists() else None, record)
+            record = with_steps_of(earlier, record)
         write()
         if options.compile_only:
             show(markdown(record))
             return
+        record["steps"] += kept
         workers = {name: Worker(place, options.threads) for name, place in places.items()}
         try:
-            for row in steps(workers, options.models, options.rounds, options.seconds):
-                record["steps"].append(row)
+            for place, row in enumerate(steps(workers, options.models, options.rounds, options.seconds)):
+                record["steps"].insert(place, row)
                 write()  # what was measured stays, however the run ends
                 show(f"{row['model']:<12} {row['storage']:<18} {row['schedule']:<14} {row['ratio']:.3f}")
         finally:

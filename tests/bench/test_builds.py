@@ -54,6 +54,16 @@ def test_a_row_above_its_limit_is_missed() -> None:
     assert "| m | float32 | plain | 1 | 1.04 | 1.040 [1.000, 1.100] | 1.03: missed |" in text
 
 
+def test_a_run_over_some_models_keeps_the_rows_of_others() -> None:
+    """Under the command that measured them."""
+    rows = [{"model": "m", "ratio": 1.0}, {"model": "n", "ratio": 1.1}]
+    earlier = {"command": "c", "cpu": "p", "torch": "t", "date": "d", "threads": 2, "steps": rows}
+    kept = builds.other_models(earlier, ["m"])
+    assert kept == [{"model": "n", "ratio": 1.1, "run": "`c`: p, torch t; d, 2 thread(s)"}]
+    assert builds.other_models({**earlier, "command": "later", "steps": kept}, ["m"]) == kept
+    assert builds.other_models(None, ["m"]) == []
+
+
 def test_a_run_that_only_compiles_keeps_the_steps() -> None:
     """And says of both parts which command measured them."""
     cost = {"everything": 100.0, "passes": 80.0}
