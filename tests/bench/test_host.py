@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 def test_all_ways_are_timed() -> None:
     rows = host.measured(2, seconds=0.01)
+    assert len(host.measured(3, seconds=0.01)) == len(rows)  # with kernels that are compiled already
     whole = [] if isinstance(native.cpu(), str) else ["Triton, whole step", "Triton, factored"]
     cuda = native.cuda()
     emulated = [] if isinstance(cuda, str) or not cuda.emulated else ["CUDA C++", "CUDA C++, factored"]
