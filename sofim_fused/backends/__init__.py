@@ -34,7 +34,7 @@ from sofim_fused.backends.interface import (
 )
 from sofim_fused.backends.reference import ReferencePasses
 from sofim_fused.backends.shared_memory import apart
-from sofim_fused.backends.solve import gradient_step, no_sums, on_device_of
+from sofim_fused.backends.solve import gradient_step, no_sums, on_device_of, sum_of
 from sofim_fused.backends.triton.launch import capturing
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "on_device_of",
     "requested",
     "sum_dtype",
+    "sum_of",
 ]
 
 # Name, and a function that gives the backend's passes for a device or the reason why it cannot run there.

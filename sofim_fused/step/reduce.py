@@ -26,6 +26,7 @@ from sofim_fused.backends import (
     Sums,
     fisher_blocks,
     on_device_of,
+    sum_of,
 )
 from sofim_fused.dtensor import Groups, groups_with
 from sofim_fused.step.hyperparameters import Hyperparameters
@@ -104,22 +105,17 @@ def square_of(
         whole = total.new_zeros(rank_sums.classes, 2)
         classes = rank_sums.class_of(tuple(shares[0].tensors.ordinals))
         if classes is None:
-            whole[0, 0] = _in_order(total)
+            whole[0, 0] = sum_of(total)
         else:
             whole[:, 0].index_add_(0, classes, total)
         if found_inf is not None:
             whole[:, 1] = on_device_of(total, found_inf) != 0
         _, extra = rank_sums.total(whole.new_zeros(rank_sums.classes, 0), whole, shares[0].hyper.fisher)
         return extra[0], None if found_inf is None else extra[1]
-    total = _in_order(squares[0].total)
+    total = sum_of(squares[0].total)
     for theirs in squares[1:]:
-        total = total + _in_order(theirs.total).to(total.device)
+        total = total + sum_of(theirs.total).to(total.device)
     return total, found_inf
-
-
-def _in_order(numbers: Tensor) -> Tensor:
-    """The sum of a vector; on a CPU added up one by one, as in a native step, which then has the same bits."""
-    return numbers.cumsum(0)[-1] if numbers.device.type == "cpu" and len(numbers) else numbers.sum()
 
 
 def scaled_totals(shares: Sequence[DeviceShare], sums: Sequence[ScaledSums]) -> list[Tensor]:

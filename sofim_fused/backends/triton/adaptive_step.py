@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sofim_fused.backends.interface import FISHER, NUMERATORS, GuardSettings, ScaledSums, Settings, fisher_blocks
+from sofim_fused.backends.solve import sum_of
 from sofim_fused.backends.triton import pack
 from sofim_fused.backends.triton.adaptive import (
     WIDEST,
@@ -199,7 +200,7 @@ class _Tables:
         coefficients, extras = workspace.work[begin:end].view(k.COEFFICIENTS, n), workspace.work[end : end + k.EXTRAS]
         launch_squares(k, self.squares)
         squares = self.squares.squares()
-        square = None if guard is None else squares.total.sum()
+        square = None if guard is None else sum_of(squares.total)
         scales, factors, outcome = launch_adapt(k, self.adapt, settings, squares, guard, square, extras)
         clip, skip = scales.gain is not None, scales.skip is not None
 
