@@ -103,7 +103,7 @@ def _torch(name: str, accesses: int, options: Mapping[str, Any], optimizer: str 
     return Provider(name, f"torch.optim:{optimizer}", options, moves=lambda w, m, kept: accesses * w, **more)
 
 
-def adaptive(backend: str, kind: str, form: Any = "step", **options: Any) -> Provider:
+def adaptive(backend: str, kind: str, **options: Any) -> Provider:
     """A step of SOFIM with a diagonal that adapts and the look-ahead, without the term of rank one unless ``rho``."""
     given = {"lr": 1e-6, "momentum": 0.9, "diagonal": "factored", "numerator": "nesterov", **options}
 
@@ -114,7 +114,7 @@ def adaptive(backend: str, kind: str, form: Any = "step", **options: Any) -> Pro
         return w + w + 2 * m + 2 * w + 2 * kept + again
 
     counted = None if backend == "reference" else moves
-    return Provider(f"SOFIM {backend}, {kind}", "sofim_fused:SOFIM", {**given, "backend": backend}, form, moves=counted)
+    return Provider(f"SOFIM {backend}, {kind}", "sofim_fused:SOFIM", {**given, "backend": backend}, moves=counted)
 
 
 # SGD reads a gradient, a moment and a weight, and writes two of them; foreach takes three sweeps, and so does clipping.

@@ -3,12 +3,11 @@
 #include "cpu/adaptive_ops.h"
 
 #include <c10/util/Exception.h>
+#include <c10/util/accumulate.h>
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <limits>
-#include <numeric>
 #include <vector>
 
 #include "cpu/adaptive.h"
@@ -19,8 +18,6 @@ namespace {
 
 using at::Tensor;
 using at::TensorList;
-
-bool has_rows(Diagonal diagonal) { return diagonal == Diagonal::row || diagonal == Diagonal::factored; }
 
 Tensor doubles(const char* name, const Tensor& x, int64_t size) {
   TORCH_CHECK(x.device().is_cpu() && x.scalar_type() == at::kDouble && x.numel() == size, "sofim_fused: ", name, ": ",
@@ -36,22 +33,6 @@ Tensor dense(const Tensor& x) {
 // A new tensor of x's elements which has them in the order that `strides` say.
 Tensor in_order(const Tensor& x, at::IntArrayRef strides) {
   return x.new_empty_strided(x.sizes(), strides).copy_(x.detach());
-}
-
-Type type_of(size_t i, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return Type::float32;
-    case at::kDouble:
-      return Type::float64;
-    case at::kBFloat16:
-      return Type::bfloat16;
-    case at::kHalf:
-      return Type::float16;
-    default:
-      TORCH_CHECK(false, "sofim_fused: gradient ", i, ": float32, float64, bfloat16 or float16 is needed, this is ",
-                  x.scalar_type());
-  }
 }
 
 // Running means, as a kernel takes them: a tensor whose elements lie in the order of its strides, without gaps.
@@ -94,8 +75,7 @@ class Sweep {
     const Tensor rows32 = rows64.to(at::kFloat), cols32 = cols64.to(at::kFloat);
     int64_t row = 0, col = 0;
     const auto part = [](const char* name, const Tensor& of, int64_t& from, at::IntArrayRef sizes) {
-      int64_t size = 1;
-      for (const int64_t each : sizes) size *= each;
+      const int64_t size = c10::multiply_integers(sizes);
       TORCH_CHECK(from + size <= of.numel(), "sofim_fused: ", name, ": more factors are needed than there are");
       from += size;
       return of.narrow(0, from - size, size).view(sizes);
@@ -158,12 +138,6 @@ class Sweep {
 
 }  // namespace
 
-Diagonal diagonal_of(int64_t kind) {
-  TORCH_CHECK(kind > 0 && kind <= static_cast<int64_t>(Diagonal::element), "sofim_fused: kinds: 1 to 4 are needed, ",
-              "this is ", kind);
-  return static_cast<Diagonal>(kind);
-}
-
 std::tuple<Tensor, Tensor, Tensor> squares(TensorList grads, at::IntArrayRef kinds) {
   const size_t n = grads.size();
   TORCH_CHECK(kinds.size() == n, "sofim_fused: the lists differ in length; grads has ", n);
@@ -180,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor> squares(TensorList grads, at::IntArrayRef kin
     kept.push_back(dense(grads[i]));
     const Tensor& g = kept.back();
     rows[i].g = g.const_data_ptr();
-    rows[i].g_type = rows[i].w_type = type_of(i, g);
+    rows[i].g_type = rows[i].w_type = gradient_type(i, g);
     rows[i].numel = g.numel();
     tiling.add(g.numel());
     VarianceRow& variance = variances[i];
@@ -194,9 +168,7 @@ std::tuple<Tensor, Tensor, Tensor> squares(TensorList grads, at::IntArrayRef kin
     all_rows += variance.count;
     if (diagonal != Diagonal::factored) continue;
     variance.cols = &columns_wanted;
-    int64_t columns = 1;
-    for (const int64_t size : g.sizes().slice(1)) columns *= size;
-    all_cols += columns;
+    all_cols += c10::multiply_integers(g.sizes().slice(1));
   }
   Tensor total = cpu_tensor({static_cast<int64_t>(n)}, at::kDouble), by_row = cpu_tensor({all_rows}, at::kDouble),
          by_col = cpu_tensor({all_cols}, at::kDouble);
@@ -216,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> squares(TensorList grads, at::IntArrayRef kin
     const Tensor& g = kept[i];
     const at::IntArrayRef sizes = g.sizes().slice(1);
     if (variance.count == 0) {  // no element, but columns
-      const int64_t columns = std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<>());
+      const int64_t columns = c10::multiply_integers(sizes);
       std::fill_n(to_col + col, columns, 0.0);
       col += columns;
       continue;
@@ -238,7 +210,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapt(
   const int64_t count = static_cast<int64_t>(n);
   TORCH_CHECK(kinds.size() == n && heights.size() == n && widths.size() == n && row_vars.size() == n &&
                   col_vars.size() == n && variances.size() == n &&
-                  std::accumulate(sizes.begin(), sizes.end(), int64_t{0}) == count,
+                  c10::sum_integers(sizes) == count,
               "sofim_fused: the lists differ in length; steps has ", n);
   TORCH_CHECK(!guarded || square, "sofim_fused: square: a guarded step needs it");
   const Tensor settings = doubles("hyper", hyper, static_cast<int64_t>(sizes.size()) * 8),

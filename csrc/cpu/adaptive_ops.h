@@ -20,9 +20,6 @@ struct GivenScales {
   const Vector &gain, &skip;
 };
 
-// The diagonal of an index in `kinds`; throws c10::Error if there is none.
-Diagonal diagonal_of(int64_t kind);
-
 // Sets the coefficients of each tensor's update; without a vector, they keep the value that leaves w as it is. Throws
 // c10::Error for a vector of another length. (ops.cpp)
 void set_update(StepTensors& tensors, Mode& mode, const Vector& moment, const Vector& weight, const Vector& gradient);

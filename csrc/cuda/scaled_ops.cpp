@@ -58,13 +58,6 @@ class Copies {
   std::vector<Tensor> kept_;
 };
 
-Diagonal diagonal_of(int64_t kind) {
-  TORCH_CHECK(kind > 0 && kind <= static_cast<int64_t>(Diagonal::element), "sofim_fused: kinds: 1 to 4 are needed, ",
-              "this is ", kind);
-  return static_cast<Diagonal>(kind);
-}
-bool has_rows(Diagonal diagonal) { return diagonal == Diagonal::row || diagonal == Diagonal::factored; }
-
 // The elements of x[0].
 int64_t columns_of(const Tensor& x) {
   int64_t columns = 1;
@@ -228,22 +221,6 @@ class Sweep {
   Vector update_[3];
 };
 
-Type type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return Type::float32;
-    case at::kDouble:
-      return Type::float64;
-    case at::kBFloat16:
-      return Type::bfloat16;
-    case at::kHalf:
-      return Type::float16;
-    default:
-      TORCH_CHECK(false, "sofim_fused: gradients of float32, float64, bfloat16 or float16 are needed, this is ",
-                  x.scalar_type());
-  }
-}
-
 // A table in the device's memory with these bytes, if they do not fit into arguments with a task T; else undefined.
 template <class T>
 Tensor table_of(Bytes bytes, at::Device device, void* stream) {
@@ -269,7 +246,7 @@ std::tuple<Tensor, Tensor, Tensor> squares(TensorList grads, at::IntArrayRef kin
         grads[i].is_non_overlapping_and_dense() && !grads[i].is_neg() && is_matrix(grads[i], diagonal);
     const Tensor g = in_place ? grads[i] : copies.contiguous(grads[i], false);
     const int64_t columns = columns_of(g);
-    plan.add(g.const_data_ptr(), type_of(g), diagonal, g.dim() > 0 ? g.size(0) : 1, columns);
+    plan.add(g.const_data_ptr(), gradient_type(i, g), diagonal, g.dim() > 0 ? g.size(0) : 1, columns);
   }
   TORCH_CHECK(plan.fits(), "sofim_fused: more elements than a launch can have");
   Tensor total = at::empty({static_cast<int64_t>(n)}, options), by_row = at::empty({plan.all_rows()}, options),

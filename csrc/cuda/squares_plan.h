@@ -16,7 +16,7 @@ class SquaresPlan {
 
   // Adds a gradient of `n_rows` rows and `n_cols` columns, which follow each other in memory.
   void add(const void* g, Type type, Diagonal diagonal, int64_t n_rows, int64_t n_cols) {
-    const bool by_row = diagonal == Diagonal::row || diagonal == Diagonal::factored;
+    const bool by_row = has_rows(diagonal);
     SquaresRow row = by_row ? squares_row(g, type, n_rows, n_cols) : squares_row(g, type, n_rows * n_cols);
     row.first = static_cast<uint32_t>(tiles_);
     row.counters = static_cast<uint32_t>(counters_);

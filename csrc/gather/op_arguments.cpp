@@ -52,6 +52,19 @@ Numerator numerator_of(int64_t index) {
   return static_cast<Numerator>(index);
 }
 
+Diagonal diagonal_of(int64_t kind) {
+  TORCH_CHECK(kind > 0 && kind <= static_cast<int64_t>(Diagonal::element), "sofim_fused: kinds: 1 to 4 are needed, ",
+              "this is ", kind);
+  return static_cast<Diagonal>(kind);
+}
+
+Type gradient_type(size_t i, const Tensor& g) {
+  Type type;
+  TORCH_CHECK(!g.is_complex() && storage_type(g.scalar_type(), type), "sofim_fused: gradient ", i,
+              ": float32, float64, bfloat16 or float16 is needed, this is ", g.scalar_type());
+  return type;
+}
+
 StepTensors gathered(bool anywhere, TensorList params, TensorList grads, TensorList exp_avgs,
                      std::optional<TensorList> kahans, std::optional<Counts> counts) {
   const size_t n = params.size();

@@ -30,6 +30,12 @@ StepTensors gathered(bool anywhere, at::TensorList params, at::TensorList grads,
 // The numerator of an index; throws c10::Error if there is none.
 Numerator numerator_of(int64_t index);
 
+// The diagonal of an index in `kinds`; throws c10::Error if there is none.
+Diagonal diagonal_of(int64_t kind);
+
+// How gradient i is stored, a real tensor; throws c10::Error if no pass reads such a one.
+Type gradient_type(size_t i, const at::Tensor& g);
+
 // Sets how each gradient enters its moment.
 void set_decay(StepTensors& tensors, Floats moment, Floats gradient, std::optional<Floats> weight);
 

@@ -16,27 +16,6 @@
 namespace sofim {
 namespace {
 
-bool storage_type(at::ScalarType dtype, Type& type) {
-  switch (dtype) {
-    case at::kFloat:
-    case at::kComplexFloat:
-      type = Type::float32;
-      return true;
-    case at::kDouble:
-    case at::kComplexDouble:
-      type = Type::float64;
-      return true;
-    case at::kBFloat16:
-      type = Type::bfloat16;
-      return true;
-    case at::kHalf:
-      type = Type::float16;
-      return true;
-    default:
-      return false;
-  }
-}
-
 // Whether elements that correspond lie in the same order; size-1 dimensions are ignored.
 bool same_order(const at::Tensor& a, const at::Tensor& b) {
   const auto sizes = a.sizes(), left = a.strides(), right = b.strides();
@@ -100,7 +79,7 @@ bool has_strides(const at::Tensor& x, at::IntArrayRef strides) {
 // Whether a tensor has the running means that its diagonal needs, and no others.
 bool has_those_of(const Variances& given, const at::Tensor& w) {
   const auto defined = [](const at::Tensor* x) { return x != nullptr && x->defined(); };
-  const bool rows = w.dim() >= 2 && (given.diagonal == Diagonal::row || given.diagonal == Diagonal::factored);
+  const bool rows = w.dim() >= 2 && has_rows(given.diagonal);
   const bool cols = rows && given.diagonal == Diagonal::factored;
   if (defined(given.rows) != rows || defined(given.cols) != cols || defined(given.whole) == rows) return false;
   if (rows) {
@@ -146,6 +125,27 @@ c10::SmallVector<int64_t, 5> strides_of_columns(const at::Tensor& x) {
   }
   if (unit == 2) strides.push_back(1);
   return strides;
+}
+
+bool storage_type(at::ScalarType dtype, Type& type) {
+  switch (dtype) {
+    case at::kFloat:
+    case at::kComplexFloat:
+      type = Type::float32;
+      return true;
+    case at::kDouble:
+    case at::kComplexDouble:
+      type = Type::float64;
+      return true;
+    case at::kBFloat16:
+      type = Type::bfloat16;
+      return true;
+    case at::kHalf:
+      type = Type::float16;
+      return true;
+    default:
+      return false;
+  }
 }
 
 bool has_addresses(const at::Tensor& x) {

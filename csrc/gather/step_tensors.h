@@ -16,6 +16,9 @@ namespace sofim {
 // Whether a tensor's elements have addresses: it is strided, has memory, and its device has pointers (not meta or MPS).
 bool has_addresses(const at::Tensor& x);
 
+// How elements of a dtype are stored, those of a complex one as pairs. Returns false if no pass reads them.
+bool storage_type(at::ScalarType dtype, Type& type);
+
 // The strides of running means of columns whose order is that of a row of the dense tensor x; elements of a complex x are
 // pairs.
 c10::SmallVector<int64_t, 5> strides_of_columns(const at::Tensor& x);

@@ -13,6 +13,9 @@ namespace sofim {
 // The values of the option `diagonal`.
 enum class Diagonal : uint8_t { identity, tensor, row, factored, element };
 
+// Whether tensors of two dimensions or more have a running mean for each row.
+inline bool has_rows(Diagonal diagonal) { return diagonal == Diagonal::row || diagonal == Diagonal::factored; }
+
 // A parameter group's settings for a diagonal that adapts. Its Hyper has an infinite rho for None.
 struct AdaptiveHyper {
   double beta2 = 0.99, eps = 1e-8;

@@ -214,7 +214,7 @@ def test_the_operators_are_what_their_schemas_say() -> None:
     [
         ("squares", 1, [1], "the lists differ in length; grads has 4"),
         ("squares", 1, [0] * 4, "kinds: 1 to 4 are needed, this is 0"),
-        ("squares", 0, [torch.ones(2, 2, dtype=torch.int32)] * 4, "gradients of float32"),
+        ("squares", 0, [torch.ones(2, 2, dtype=torch.int32)] * 4, "gradient 0: float32, float64"),
         ("adapt", 2, [1, 1], "sizes: they add up to 2"),
         ("adapt", 6, [torch.ones(4).half()] * 4, "tensor 1: row_var: 4 float32 or float64"),
         ("adapt", 10, torch.ones(8), "rows: 8 contiguous float64"),

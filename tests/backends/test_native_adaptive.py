@@ -73,6 +73,20 @@ def _wide(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
+CASES = list(itertools.product(("moment", "gradient", "nesterov"), (None, 0.5), (False, True)))
+
+
+def take_step(
+    optimizer: SOFIM, params: list[nn.Parameter], seed: int, numerator: str, rho: float | None, guarded: bool
+) -> None:
+    """A step with other gradients and settings than the last one's."""
+    give(params, gradients(params, seed=seed))
+    for group in optimizer.param_groups:
+        group.update(numerator=numerator, rho=rho, max_grad_norm=1.0 if guarded else None)
+    optimizer.grad_scale = torch.tensor(4.0) if guarded else None  # type: ignore[attr-defined]
+    optimizer.step()
+
+
 def native_answers(optimizer: SOFIM) -> list[Any]:
     """What the native step answers from now on, call by call."""
     answers: list[Any] = []
@@ -99,15 +113,10 @@ def test_steps_are_the_reference_s(diagonal: str, dtype: str) -> None:
         params.append(mine)
         groups = [{"params": mine[::2]}, {"params": mine[1::2], "weight_decay": 0.1, "maximize": True, "beta2": 0.9}]
         optimizers.append(SOFIM(groups, backend=backend, diagonal=diagonal, lr=0.01, **options))
-    cases = itertools.product(("moment", "gradient", "nesterov"), (None, 0.5), (False, True))
     answers = native_answers(optimizers[0])
-    for number, (numerator, rho, guarded) in enumerate([("moment", None, False), *cases]):
+    for number, (numerator, rho, guarded) in enumerate([("moment", None, False), *CASES]):
         for mine, optimizer in zip(params, optimizers, strict=True):
-            give(mine, gradients(mine, seed=number))
-            for group in optimizer.param_groups:
-                group.update(numerator=numerator, rho=rho, max_grad_norm=1.0 if guarded else None)
-            optimizer.grad_scale = torch.tensor(4.0) if guarded else None  # type: ignore[attr-defined]
-            optimizer.step()
+            take_step(optimizer, mine, number, numerator, rho, guarded)
         for p, q in zip(*params, strict=True):
             ours, theirs = (
                 {"w": x.detach(), **optimizer.state[x]} for x, optimizer in zip((p, q), optimizers, strict=True)
@@ -132,9 +141,6 @@ def test_steps_are_the_reference_s(diagonal: str, dtype: str) -> None:
     assert [answer is None for answer in answers] == [True] + [False] * 13
 
 
-CASES = list(itertools.product(("moment", "gradient", "nesterov"), (None, 0.5), (False, True)))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("diagonal", DIAGONALS)
 def test_a_step_by_passes_has_the_bits_of_one_in_one_call(diagonal: str, dtype: str) -> None:
@@ -154,11 +160,7 @@ def test_a_step_by_passes_has_the_bits_of_one_in_one_call(diagonal: str, dtype: 
     first = list(DTYPES).index(dtype) + DIAGONALS.index(diagonal)
     for number, (numerator, rho, guarded) in enumerate(CASES[first % 3 :: 3]):
         for mine, optimizer in zip(params, optimizers, strict=True):
-            give(mine, gradients(mine, seed=number))
-            for group in optimizer.param_groups:
-                group.update(numerator=numerator, rho=rho, max_grad_norm=1.0 if guarded else None)
-            optimizer.grad_scale = torch.tensor(4.0) if guarded else None  # type: ignore[attr-defined]
-            optimizer.step()
+            take_step(optimizer, mine, number, numerator, rho, guarded)
         whole, by_passes = (
             [
                 *snapshot(optimizer),
