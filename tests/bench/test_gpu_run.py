@@ -556,7 +556,7 @@ def test_a_run_may_be_killed_at_any_time_and_goes_on(tmp_path: Path) -> None:
             break
         time.sleep(0.05)
     assert not tests.exists()
-    ended = begin("--continue", str(path), "--parts", "rows")
+    ended = begin("--continue", str(path), "--parts", "rows", "--each", "3")  # time to be ended between rows
     until(ended, '"row"')
     ended.send_signal(signal.SIGTERM)
     ended.communicate()
