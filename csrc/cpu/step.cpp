@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <unordered_map>
 
 #include "gather/cpu_tensor.h"
 
@@ -211,17 +212,20 @@ void Step::solve(const std::vector<PlainBlock>& blocks) {
 
 void Step::watch(PyObject* groups) {
   watched_.clear();
+  watched_group_.clear();
   ends_.clear();
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups); ++i) {
     PyObject* group = PyList_GET_ITEM(groups, i);
     for (Py_ssize_t j = 0; j < PyList_GET_SIZE(group); ++j) watched_.push_back(PyList_GET_ITEM(group, j));
     ends_.push_back(watched_.size());
+    watched_group_.resize(watched_.size(), static_cast<size_t>(i));
   }
 }
 
 bool Step::freeze_settings(PyObject* groups, bool release) {
   forget();
   release_ = release;
+  searched_ = false;
   return !busy_ && are_watched(groups) && hook_groups_.read_settings(groups) &&
          !hook_groups_.options().guarded();
 }
@@ -234,10 +238,34 @@ bool Step::fits(PyObject* param, size_t ordinal) const {
   return ordinal < records_.size() && records_[ordinal].fits(gradient_of(param));
 }
 
+void Step::serve_hooks(PyObject* state, PyObject* progress) {
+  Py_XSETREF(state_, Py_NewRef(state));
+  Py_XSETREF(progress_, Py_NewRef(progress));
+}
+
+void Step::leave_hooks() {
+  Py_CLEAR(state_);
+  Py_CLEAR(progress_);
+}
+
+bool Step::take_from_hook(PyObject* param, size_t ordinal) {
+  const auto place = static_cast<Py_ssize_t>(ordinal);
+  const auto nothing_taken = [&] {
+    return progress_ != nullptr && place < PyByteArray_GET_SIZE(progress_) && ordinal < watched_group_.size() &&
+           PyByteArray_AS_STRING(progress_)[place] == 0;
+  };
+  if (!nothing_taken() || !take(param, state_, watched_group_[ordinal], static_cast<int64_t>(ordinal), false)) {
+    return false;
+  }
+  if (nothing_taken()) PyByteArray_AS_STRING(progress_)[place] = kWhole;  // otherwise another thread has ended the step
+  if (release_) drop_gradient(param);
+  return true;
+}
+
 bool Step::take(PyObject* param, PyObject* state, size_t group, int64_t ordinal, bool again) {
   if (busy_ || modes_are_set()) return false;
   const Busy busy(*this);
-  if (!hook_groups_.read_one(param, state, group, ordinal)) return false;
+  if (!hook_groups_.read_one(param, state, group, ordinal, place_in_state(param, state, ordinal))) return false;
   const Numerator numerator = hook_groups_.options().numerator;
   if (reads_gradient(numerator) && is_narrow(hook_groups_.tensors().records()[0].w_type)) return false;
   const at::Tensor& grad = gradient_of(param);
@@ -271,6 +299,27 @@ bool Step::take(PyObject* param, PyObject* state, size_t group, int64_t ordinal,
   return true;
 }
 
+// Looking a tensor up by its hash calls Python, so the places of all parameters are found at once and then checked.
+Py_ssize_t Step::place_in_state(PyObject* param, PyObject* state, int64_t ordinal) {
+  if (!PyDict_Check(state)) return 0;
+  const auto i = static_cast<size_t>(ordinal);
+  PyObject *key, *value;
+  for (;;) {
+    Py_ssize_t place = i < places_.size() ? places_[i] : 0;
+    const Py_ssize_t found = place;
+    if (PyDict_Next(state, &place, &key, &value) && key == param) return found;
+    if (searched_) return 0;
+    searched_ = true;
+    std::unordered_map<PyObject*, Py_ssize_t> all;
+    place = 0;
+    for (Py_ssize_t at = 0; PyDict_Next(state, &place, &key, &value); at = place) all.emplace(key, at);
+    places_.assign(watched_.size(), 0);
+    for (size_t j = 0; j < watched_.size(); ++j) {
+      if (const auto it = all.find(watched_[j]); it != all.end()) places_[j] = it->second;
+    }
+  }
+}
+
 const Products* Step::sums_of(size_t ordinal) const {
   return ordinal < consumed_.size() && consumed_[ordinal] ? &products_[ordinal] : nullptr;
 }
@@ -298,6 +347,7 @@ bool Step::finish(PyObject* groups, PyObject* state, PyObject* current) {
 }
 
 void Step::forget() {
+  leave_hooks();
   consumed_.assign(consumed_.size(), false);
   for (GradientRecord& record : records_) record.forget();
 }

@@ -19,6 +19,8 @@ namespace sofim {
 
 class Step {
  public:
+  ~Step() { leave_hooks(); }
+
   // One step. Returns None, with nothing changed, if Python has to take it; True for a step without results; for a
   // guarded one the pair of the gradients' norm before clipping, a 0-dimensional float64 tensor, and whether the step
   // was skipped. If the diagonal adapts and F has its term of rank one, a third value is the signal of each Fisher
@@ -36,6 +38,13 @@ class Step {
   // Copies the settings that apply to all gradients of a step. `release`: the user frees each gradient after it was
   // taken. Also false if the parameters are not those watched.
   bool freeze_settings(PyObject* groups, bool release);
+  // After freeze_settings(): take_from_hook() takes gradients, until leave_hooks() or forget(). `state` is the
+  // optimizer's. `progress` is a bytearray with a byte for each parameter, kWhole if its gradient was taken, 0 if not.
+  void serve_hooks(PyObject* state, PyObject* progress);
+  void leave_hooks();
+  // What in_backward.InBackward.on_gradient does with a parameter's only gradient of a step. False, with nothing
+  // changed, if that has to do it.
+  bool take_from_hook(PyObject* param, size_t ordinal);
   // From now on, take() accepts gradients that are parts of a larger block of memory. DistributedDataParallel may own
   // that, which Python checks first.
   void allow_parts() { parts_ = true; }
@@ -57,10 +66,13 @@ class Step {
 
  private:
   struct Busy;
+  static constexpr char kWhole = 2;  // in_backward._WHOLE
 
   const Options& options() const { return param_groups_.options(); }
   bool are_watched(PyObject* groups) const;
   bool all_fit() const;
+  // Where a parameter's entry in the optimizer's state probably is, as PyDict_Next() has it.
+  Py_ssize_t place_in_state(PyObject* param, PyObject* state, int64_t ordinal);
 
   // The stages of a step, over what param_groups_ has gathered.
   void plain_step();
@@ -80,7 +92,9 @@ class Step {
   ParamGroups hook_groups_;
   // By ordinal:
   std::vector<PyObject*> watched_;
+  std::vector<size_t> watched_group_;
   std::vector<size_t> ends_;  // by group: the ordinal after its last one
+  std::vector<Py_ssize_t> places_;
   std::vector<char> consumed_;
   std::vector<GradientRecord> records_;
   std::vector<Products> products_;
@@ -92,7 +106,9 @@ class Step {
   double unscale_ = 1.0;  // times the gradients: the true gradients
   bool found_ = false;
   Guard guard_;  // of the last guarded step
+  PyObject *state_ = nullptr, *progress_ = nullptr;  // own references; those of serve_hooks()
   bool busy_ = false;
+  bool searched_ = false;  // for places_, since freeze_settings()
   bool release_ = false;
   bool parts_ = false;
 };

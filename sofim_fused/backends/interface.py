@@ -297,6 +297,15 @@ class NativeInBackward(Protocol):
         ``release``: each gradient is freed once it was taken. Also ``False`` if the parameters are not those watched.
         """
 
+    def serve_hooks(self, state: MutableMapping[Tensor, Any], progress: bytearray) -> None:
+        """Let hooks take gradients without Python, from now to :meth:`leave_hooks` or :meth:`forget`.
+
+        A gradient that was taken is a 2 in ``progress``, which has a byte for each parameter, 0 at first.
+        """
+
+    def leave_hooks(self) -> None:
+        """From now on every hook calls Python."""
+
     def take(self, param: Tensor, state: MutableMapping[Tensor, Any], group: int, ordinal: int, again: bool) -> bool:
         """Add a parameter's gradient to its moment, and update w by the gradient's term if the step has one.
 
