@@ -123,6 +123,20 @@ PyObject* call(PyObject* self, PyObject* const* arguments, size_t flags, PyObjec
   });
 }
 
+PyObject* begin_sharded(Step& step, PyObject* const* arguments) {
+  require(PyList_Check(arguments[3]), "class_of: a list is needed");
+  return step.begin_sharded(arguments[0], arguments[1], flag(arguments[2]), arguments[3], place(arguments[4]));
+}
+
+PyObject* finish_sharded(Step& step, PyObject* const* arguments) {
+  return step.finish_sharded(arguments[0], arguments[1], arguments[2], arguments[3]);
+}
+
+PyObject* cancel_sharded(Step& step, PyObject* const*) {
+  step.cancel_sharded();
+  return none();
+}
+
 PyObject* watch(Step& step, PyObject* const* arguments) {
   PyObject* groups = arguments[0];
   require(PyList_Check(groups), "groups: a list of lists is needed");
@@ -184,6 +198,17 @@ PyObject* forget(Step& step, PyObject* const*) {
 }
 
 PyMethodDef step_methods[] = {
+    method_def<Step, 5, begin_sharded>(
+        "begin_sharded",
+        "begin_sharded($self, param_groups, state, guarded, class_of, classes, /)\n--\n\n"
+        "The first half of a step of which other ranks hold a part: the Fisher blocks of each class, float64 [classes, k,"
+        " B], and the sum of squares of each, [classes]. None, with nothing changed, if Python has to take the step."),
+    method_def<Step, 4, finish_sharded>(
+        "finish_sharded",
+        "finish_sharded($self, blocks, square, grad_scale, found_inf, /)\n--\n\n"
+        "The second half, from the totals over ranks, [k, B] and a number; the result is that of a whole step."),
+    method_def<Step, 0, cancel_sharded>("cancel_sharded",
+                                        "cancel_sharded($self, /)\n--\n\nThere will be no second half."),
     method_def<Step, 1, watch>("watch",
                                "watch($self, groups, /)\n--\n\n"
                                "Sets the parameters of the steps that follow, one list for each group."),

@@ -8,6 +8,7 @@
 #include <limits>
 #include <unordered_map>
 
+#include "cpu/blocks.h"
 #include "gather/cpu_tensor.h"
 
 namespace sofim {
@@ -47,11 +48,14 @@ void unlocked(ParamGroups& param_groups, Work work) {
 struct Step::Busy {
   explicit Busy(Step& step) : step(step) { step.busy_ = true; }
   ~Busy() {
+    if (stays) return;
     step.param_groups_.clear();
     step.hook_groups_.clear_tensors();
     step.busy_ = false;
   }
+  void stay() { stays = true; }  // until another Busy ends
   Step& step;
+  bool stays = false;
 };
 
 PyObject* Step::run(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf) {
@@ -90,39 +94,62 @@ PyObject* Step::results(bool is_guarded) const {
 
 // The stages of a step
 
-// accumulate, then apply: sofim_fused/step/schedule.py, plain().
+// sofim_fused/step/schedule.py, plain().
 void Step::plain_step() {
   find_corrections();
+  solve(fold<PlainBlock>(accumulate()));
+  apply();
+}
+
+std::vector<Products> Step::accumulate() {
   Mode mode;
   mode.weights = param_groups_.l2();
   mode.cross = options().reads_gradient();
   tensors_.key_random_bits(1);
   tensors_.bump_moments();
-  const auto products = run_pass(Pass::accumulate, tensors_.records(), tensors_.tiling(), mode, scratch_);
-  solve(fold<PlainBlock>(products));
+  return run_pass(Pass::accumulate, tensors_.records(), tensors_.tiling(), mode, scratch_);
+}
+
+void Step::apply() {
+  Mode mode;
+  mode.weights = param_groups_.l2();
+  mode.cross = mode.gradient = options().reads_gradient();
   tensors_.bump_weights();
-  mode.gradient = options().reads_gradient();
   run_pass(Pass::apply, tensors_.records(), tensors_.tiling(), mode, scratch_);
   tensors_.write_back(true, true);
   tensors_.advance();
 }
 
-// dots, then commit: sofim_fused/step/schedule.py, guarded().
+// sofim_fused/step/schedule.py, guarded().
 void Step::guarded_step() {
   find_corrections();
-  Mode mode;
-  mode.weights = param_groups_.l2();
-  const auto products = run_pass(Pass::dots, tensors_.records(), tensors_.tiling(), mode, scratch_);
+  const std::vector<Products> products = dots();
   double square = 0.0;
   for (const Products& p : products) square += p.gg;
   guard_ = guard_of(square, unscale_, options().max_grad_norm.value_or(kInfinity), found_, options().skip_nonfinite);
   if (guard_.skip) return;
+  solve(at_gain(fold<GuardedBlock>(products)));
+  commit();
+}
+
+std::vector<Products> Step::dots() {
+  Mode mode;
+  mode.weights = param_groups_.l2();
+  return run_pass(Pass::dots, tensors_.records(), tensors_.tiling(), mode, scratch_);
+}
+
+std::vector<PlainBlock> Step::at_gain(const std::vector<GuardedBlock>& polynomials) const {
   std::vector<PlainBlock> blocks;
-  for (const GuardedBlock& block : fold<GuardedBlock>(products)) blocks.push_back(block.at_gain(guard_.gain));
-  solve(blocks);
+  for (const GuardedBlock& block : polynomials) blocks.push_back(block.at_gain(guard_.gain));
+  return blocks;
+}
+
+void Step::commit() {
   tensors_.key_random_bits(1);
   tensors_.bump_moments();
   tensors_.bump_weights();
+  Mode mode;
+  mode.weights = param_groups_.l2();
   mode.gradient = options().reads_gradient();
   mode.scaled = guard_.gain != 1.0;
   mode.gain = guard_.gain;
@@ -192,12 +219,18 @@ size_t Step::block_of(size_t i) const {
 
 // Adds each tensor's part to its Fisher block, in the order of tensors.
 template <class Block>
-std::vector<Block> Step::fold(const std::vector<Products>& products) const {
-  std::vector<Block> blocks(fisher_blocks(options().fisher, param_groups_.groups().size(), tensors_.size()));
+std::vector<Block> Step::fold(const std::vector<Products>& products, const std::vector<size_t>* class_of,
+                              size_t classes) const {
+  std::vector<Block> every(classes * blocks());
   for (size_t i = 0; i < tensors_.size(); ++i) {
-    blocks[block_of(i)].add(param_groups_.hyper(i), corrections_[i], products[i], options().numerator);
+    const size_t of = class_of == nullptr ? 0 : (*class_of)[tensors_.ordinal(i)];
+    every[of * blocks() + block_of(i)].add(param_groups_.hyper(i), corrections_[i], products[i], options().numerator);
   }
-  return blocks;
+  return every;
+}
+
+size_t Step::blocks() const {
+  return fisher_blocks(options().fisher, param_groups_.groups().size(), tensors_.size());
 }
 
 // Each tensor's coefficients from the totals of its Fisher block.
@@ -206,6 +239,83 @@ void Step::solve(const std::vector<PlainBlock>& blocks) {
     tensors_.record(i).update =
         sherman_morrison(param_groups_.hyper(i), corrections_[i], blocks[block_of(i)], options().numerator);
   }
+}
+
+// In two halves
+
+PyObject* Step::begin_sharded(PyObject* groups, PyObject* state, bool is_guarded, PyObject* class_of, size_t classes) {
+  if (busy_ || modes_are_set()) Py_RETURN_NONE;
+  Busy busy(*this);
+  if (!param_groups_.read(groups, state) || options().adaptive || tensors_.size() == 0) Py_RETURN_NONE;
+  std::vector<size_t> numbers(static_cast<size_t>(PyList_GET_SIZE(class_of)));
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    numbers[i] = PyLong_AsSize_t(PyList_GET_ITEM(class_of, static_cast<Py_ssize_t>(i)));
+    if (numbers[i] >= classes) {
+      if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "class_of: a class is not below `classes`");
+      return nullptr;
+    }
+  }
+  if (tensors_.ordinal(tensors_.size() - 1) >= numbers.size()) {
+    PyErr_SetString(PyExc_ValueError, "class_of: a class for each parameter is needed");
+    return nullptr;
+  }
+  param_groups_.hold();
+  at::Tensor totals, squares = cpu_tensor({static_cast<int64_t>(classes)}, at::kDouble);
+  double* const square = squares.mutable_data_ptr<double>();
+  std::fill_n(square, classes, 0.0);
+  {
+    const Unlocked unlocked;
+    find_corrections();
+    const std::vector<Products> products = is_guarded ? dots() : accumulate();
+    for (size_t i = 0; i < products.size() && is_guarded; ++i) square[numbers[tensors_.ordinal(i)]] += products[i].gg;
+    const Numerator numerator = options().numerator;
+    const auto stored = [&](auto every) { totals = tensor_of(every, classes, numerator); };
+    is_guarded ? stored(fold<GuardedBlock>(products, &numbers, classes))
+               : stored(fold<PlainBlock>(products, &numbers, classes));
+  }
+  busy.stay();
+  half_ = true;
+  half_guarded_ = is_guarded;
+  return Py_BuildValue("(NN)", object_of(totals), object_of(squares));
+}
+
+PyObject* Step::finish_sharded(PyObject* blocks, PyObject* square, PyObject* grad_scale, PyObject* found_inf) {
+  if (!half_) {
+    PyErr_SetString(PyExc_RuntimeError, "no step was begun");
+    return nullptr;
+  }
+  half_ = false;
+  const Busy busy(*this);
+  const at::Tensor* totals = tensor_of(blocks);
+  OptionalScalar sum, scale, found;
+  if (totals == nullptr || !sum.read(square, false) || !scale.read(grad_scale, false) ||
+      !found.read(found_inf, false)) {
+    PyErr_SetString(PyExc_TypeError, "a tensor of totals and numbers, or tensors of one element, are needed");
+    return nullptr;
+  }
+  signal_.clear();
+  const Numerator numerator = options().numerator;
+  if (!half_guarded_) {
+    solve(blocks_of<PlainBlock>(*totals, this->blocks(), numerator));
+    const Unlocked unlocked;
+    apply();
+  } else {
+    const double unscale = scale.there ? 1.0 / scale.value : 1.0, limit = options().max_grad_norm.value_or(kInfinity);
+    guard_ = guard_of(sum.value, unscale, limit, found.value != 0.0, options().skip_nonfinite);
+    if (!guard_.skip) {
+      solve(at_gain(blocks_of<GuardedBlock>(*totals, this->blocks(), numerator)));
+      const Unlocked unlocked;
+      commit();
+    }
+  }
+  if (!half_guarded_) Py_RETURN_TRUE;
+  return results(true);
+}
+
+void Step::cancel_sharded() {
+  if (!half_) return;
+  half_ = false;
+  const Busy busy(*this);
 }
 
 // Gradient by gradient

@@ -29,6 +29,18 @@ class Step {
   // reference, or nullptr with an exception in Python.
   PyObject* run(PyObject* groups, PyObject* state, PyObject* grad_scale, PyObject* found_inf);
 
+  // A step of which other ranks hold a part, in two halves; what lies between them is sofim_fused/step/sharded.py.
+
+  // The first half: sums over this rank's tensors, float64 [classes, numbers, Fisher blocks] as fold() has them, and for
+  // a guarded step the sum of all squares, [classes]. Nothing but moments is changed, and by a guarded step nothing.
+  // `class_of`: a list with a class for each parameter. None, with nothing changed, if Python has to take the step, and
+  // nullptr with an exception in Python. After tensors were returned, finish_sharded() or cancel_sharded() has to follow.
+  PyObject* begin_sharded(PyObject* groups, PyObject* state, bool is_guarded, PyObject* class_of, size_t classes);
+  // The second half, from the totals over ranks: [numbers, Fisher blocks] and, for a guarded step, the sum of squares.
+  // `grad_scale` and `found_inf` as for run(). The result is that of run().
+  PyObject* finish_sharded(PyObject* blocks, PyObject* square, PyObject* grad_scale, PyObject* found_inf);
+  void cancel_sharded();
+
   // A step whose gradients come one by one (sofim_fused/in_backward.py): freeze_settings(), take() for each of them,
   // finish(). Each returns false, with nothing changed, if Python has to do it.
 
@@ -82,7 +94,15 @@ class Step {
   PyObject* results(bool is_guarded) const;
   void find_corrections();
   template <class Block>
-  std::vector<Block> fold(const std::vector<Products>& products) const;
+  std::vector<Block> fold(const std::vector<Products>& products, const std::vector<size_t>* class_of = nullptr,
+                          size_t classes = 1) const;
+  size_t blocks() const;
+  // The two sweeps of a plain and of a guarded step.
+  std::vector<Products> accumulate();
+  void apply();
+  std::vector<Products> dots();
+  void commit();
+  std::vector<PlainBlock> at_gain(const std::vector<GuardedBlock>& polynomials) const;
   void solve(const std::vector<PlainBlock>& blocks);
   size_t block_of(size_t i) const;
 
@@ -108,6 +128,7 @@ class Step {
   Guard guard_;  // of the last guarded step
   PyObject *state_ = nullptr, *progress_ = nullptr;  // own references; those of serve_hooks()
   bool busy_ = false;
+  bool half_ = false, half_guarded_ = false;  // between begin_sharded() and finish_sharded()
   bool searched_ = false;  // for places_, since freeze_settings()
   bool release_ = false;
   bool parts_ = false;
