@@ -123,35 +123,36 @@ class _Part:
     """What this rank holds of a parameter and its state."""
 
     def __init__(self, param: Tensor, known: dict[str, Any]) -> None:
-        self.param = param
+        self.param: Any = param
+        self._sharded = is_sharded(param)
         self._local = _local(param)
-        self._spec = getattr(param, "_spec", None)
+        self._spec: Any = getattr(param, "_spec", None)
         self._grad_spec = self._spec  # of the last gradient that had the parameter's placements
+        self._count = len(known)
         self._entries = [(name, known[name]) for name in checks.STATE if name in known]
         self.tensor = self._local.detach()  # shares its version counter
         self.state = {name: _local(value) if isinstance(value, Tensor) else value for name, value in self._entries}
 
     def fits(self, known: dict[str, Any] | None) -> bool:
         """Whether the parameter's local tensor and its state are still the same."""
-        if known is None or _local(self.param) is not self._local:
+        if known is None or len(known) != self._count:
             return False
-        return len(known) >= len(self._entries) and all(known.get(name) is value for name, value in self._entries)
+        if self._sharded and self.param._local_tensor is not self._local:
+            return False
+        return all(known.get(name) is value for name, value in self._entries)
 
-    def give(self, grad: Tensor) -> bool:
+    def give(self, grad: Any) -> bool:
         """Set the gradient; ``False`` if its elements are elsewhere, or it is not of the tensor's shape and kind."""
-        if self._spec is None:
-            if is_sharded(grad):
-                return False
-        else:
+        if self._sharded:
             spec = getattr(grad, "_spec", None)
             if spec is not self._grad_spec:
                 if spec is None or spec.placements != self._spec.placements or spec.mesh != self._spec.mesh:
                     return False
                 self._grad_spec = spec
-        own = _local(grad)
-        if own.dtype != self.tensor.dtype or own.shape != self.tensor.shape or type(own) is not Tensor:
+            grad = grad._local_tensor
+        if type(grad) is not Tensor or grad.dtype != self.tensor.dtype or grad.shape != self.tensor.shape:
             return False
-        self.tensor.grad = own
+        self.tensor.grad = grad
         return True
 
 
