@@ -301,11 +301,8 @@ class InBackward:
         ]
 
     def _freeze_natively(self) -> bool:
-        """Copy the settings in the native part, which takes steps with the paper's diagonal alone in parts."""
-        groups = self._optimizer.param_groups
-        if self._native is None or is_adaptive(groups):
-            return False
-        return self._native.freeze_settings(groups, self.release)
+        """Copy the settings in the native part."""
+        return self._native is not None and self._native.freeze_settings(self._optimizer.param_groups, self.release)
 
     def _take_with_checks(self, param: Tensor, ordinal: int, again: bool) -> None:
         """Take a gradient that the native part cannot take, such as a parameter's first one, or raise an error."""

@@ -336,8 +336,9 @@ bool Step::freeze_settings(PyObject* groups, bool release) {
   forget();
   release_ = release;
   searched_ = false;
-  return !busy_ && are_watched(groups) && hook_groups_.read_settings(groups) &&
-         !hook_groups_.options().guarded();
+  if (busy_ || !are_watched(groups) || !hook_groups_.read_settings(groups)) return false;
+  const Options& options = hook_groups_.options();
+  return !options.guarded() && !(options.adaptive && options.rank_one);
 }
 
 void Step::mark(PyObject* param, size_t ordinal) {
@@ -377,7 +378,8 @@ bool Step::take(PyObject* param, PyObject* state, size_t group, int64_t ordinal,
   const Busy busy(*this);
   if (!hook_groups_.read_one(param, state, group, ordinal, place_in_state(param, state, ordinal))) return false;
   const Numerator numerator = hook_groups_.options().numerator;
-  if (reads_gradient(numerator) && is_narrow(hook_groups_.tensors().records()[0].w_type)) return false;
+  const bool whole = hook_groups_.options().adaptive;  // then nothing is left for finish()
+  if (whole ? again : reads_gradient(numerator) && is_narrow(hook_groups_.tensors().records()[0].w_type)) return false;
   const at::Tensor& grad = gradient_of(param);
   if (!parts_ && grad.storage().nbytes() > grad.nbytes()) return false;
   const size_t place = static_cast<size_t>(ordinal);
@@ -386,24 +388,7 @@ bool Step::take(PyObject* param, PyObject* state, size_t group, int64_t ordinal,
     products_.resize(place + 1);
     records_.resize(place + 1);
   }
-  StepTensors& tensors = hook_groups_.tensors();
-  Row& row = tensors.record(0);
-  if (again) row.decay = {1.0, row.decay.g, 0.0};
-  Mode mode;
-  mode.weights = row.decay.w != 0.0;
-  mode.cross = mode.gradient = reads_gradient(numerator);
-  if (mode.gradient) {
-    const Hyper& hyper = hook_groups_.hyper(0);
-    const bool ahead = numerator == Numerator::nesterov;
-    row.update = gradient_part(hyper, ahead ? bias_correction(hyper.momentum, tensors.updates(0) + 1) : 1.0, numerator);
-  }
-  unlocked(hook_groups_, [&] {
-    tensors.key_random_bits(1);
-    tensors.bump_moments();
-    if (mode.gradient) tensors.bump_weights();
-    products_[place] = run_pass(Pass::accumulate, tensors.records(), tensors.tiling(), mode, scratch_)[0];
-    tensors.write_back(mode.gradient, true);
-  });
+  whole ? unlocked(hook_groups_, [this] { take_whole(); }) : take_part(place, again);
   consumed_[place] = true;
   release_ ? records_[place].forget() : records_[place].set(gradient_of(param));
   return true;
@@ -430,6 +415,52 @@ Py_ssize_t Step::place_in_state(PyObject* param, PyObject* state, int64_t ordina
   }
 }
 
+// The gradient enters its moment, and its term in the step the weight.
+void Step::take_part(size_t place, bool again) {
+  const Numerator numerator = hook_groups_.options().numerator;
+  StepTensors& tensors = hook_groups_.tensors();
+  Row& row = tensors.record(0);
+  if (again) row.decay = {1.0, row.decay.g, 0.0};
+  Mode mode;
+  mode.weights = row.decay.w != 0.0;
+  mode.cross = mode.gradient = reads_gradient(numerator);
+  if (mode.gradient) {
+    const Hyper& hyper = hook_groups_.hyper(0);
+    const bool ahead = numerator == Numerator::nesterov;
+    row.update = gradient_part(hyper, ahead ? bias_correction(hyper.momentum, tensors.updates(0) + 1) : 1.0, numerator);
+  }
+  unlocked(hook_groups_, [&] {
+    tensors.key_random_bits(1);
+    tensors.bump_moments();
+    if (mode.gradient) tensors.bump_weights();
+    products_[place] = run_pass(Pass::accumulate, tensors.records(), tensors.tiling(), mode, scratch_)[0];
+    tensors.write_back(mode.gradient, true);
+  });
+}
+
+// The step of a tensor whose diagonal adapts, by which no other tensor's is affected: F has no term of rank one.
+// sofim_fused/step/schedule.py, adaptive_alone().
+void Step::take_whole() {
+  StepTensors& tensors = hook_groups_.tensors();
+  const Hyper& hyper = hook_groups_.hyper(0);
+  const AdaptiveHyper& adaptive = hook_groups_.adaptive(0);
+  const Numerator numerator = hook_groups_.options().numerator;
+  const int64_t update = tensors.updates(0) + 1;
+  const Mix mix{adaptive.beta2, adaptive.eps, std::sqrt(bias_correction(adaptive.beta2, update))};
+  sweeps_.begin(&tensors.record(0), tensors.variances(), tensors.tiling(), &mix);
+  tensors.key_random_bits(1);
+  tensors.bump_moments();
+  tensors.bump_variances();
+  tensors.bump_weights();
+  tensors.record(0).update = scaled_update(hyper, bias_correction(hyper.momentum, update), numerator, nullptr);
+  Mode mode;
+  mode.cross = mode.gradient = reads_gradient(numerator);
+  mode.updates = true;
+  sweeps_.enter(mode);
+  tensors.write_back(true, true);
+  tensors.advance();
+}
+
 const Products* Step::sums_of(size_t ordinal) const {
   return ordinal < consumed_.size() && consumed_[ordinal] ? &products_[ordinal] : nullptr;
 }
@@ -439,6 +470,10 @@ bool Step::finish(PyObject* groups, PyObject* state, PyObject* current) {
   if (!are_watched(current) || !all_fit()) return false;
   const Busy busy(*this);
   if (!param_groups_.read(groups, state, &consumed_)) return false;
+  if (options().adaptive) {  // take() has taken all of it
+    forget();
+    return true;
+  }
   unlocked(param_groups_, [this] {
     find_corrections();
     std::vector<Products> products;

@@ -64,8 +64,9 @@ class Step {
   void mark(PyObject* param, size_t ordinal);
   // Whether a parameter's gradient is the recorded one, as far as can be seen.
   bool fits(PyObject* param, size_t ordinal) const;
-  // Adds one gradient to its moment; if the step has a term in the gradient, also updates the weight by it. `again`: this
-  // parameter had another gradient taken in this step; they add up.
+  // Adds one gradient to its moment; if the step has a term in the gradient, also updates the weight by it; if the
+  // diagonal adapts, takes all of the parameter's step. `again`: this parameter had another gradient taken in this step;
+  // they add up.
   bool take(PyObject* param, PyObject* state, size_t group, int64_t ordinal, bool again);
   // The sums of a parameter whose gradient was taken (mg and mw only if they are needed), else nullptr.
   const Products* sums_of(size_t ordinal) const;
@@ -92,6 +93,9 @@ class Step {
   void adaptive_step(bool is_guarded);
   // The results of a step as Python takes them; see run().
   PyObject* results(bool is_guarded) const;
+  // What take() does, with one tensor in hook_groups_.
+  void take_part(size_t place, bool again);
+  void take_whole();
   void find_corrections();
   template <class Block>
   std::vector<Block> fold(const std::vector<Products>& products, const std::vector<size_t>* class_of = nullptr,

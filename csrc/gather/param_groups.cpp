@@ -236,7 +236,7 @@ bool ParamGroups::read(PyObject* groups, PyObject* state, const std::vector<char
 
 bool ParamGroups::read_settings(PyObject* groups) {
   clear();
-  bool good = PyList_Check(groups) && PyList_GET_SIZE(groups) > 0 && read_whole(groups, options_) && !options_.adaptive;
+  bool good = PyList_Check(groups) && PyList_GET_SIZE(groups) > 0 && read_whole(groups, options_);
   for (Py_ssize_t i = 0; good && i < PyList_GET_SIZE(groups); ++i) {
     settings_.emplace_back();
     good = read_group(PyList_GET_ITEM(groups, i), settings_.back());

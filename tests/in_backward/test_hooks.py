@@ -183,16 +183,23 @@ def test_step_hooks_and_a_closure(run: Run) -> None:
 
 
 @pytest.mark.parametrize("release", [False, True])
-@pytest.mark.parametrize("numerator", NUMERATORS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"numerator": numerator} for numerator in NUMERATORS),
+        *({"diagonal": diagonal, "rho": None, "numerator": "nesterov"} for diagonal in ("factored", "element")),
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
 def test_after_the_first_step_a_backward_pass_calls_python_once(
-    numerator: str, release: bool, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], release: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For its first gradient: settings are read once in a step. The others are taken by the native hook alone."""
     run = Run("cpu", "cpu")
     params = [nn.Parameter(torch.randn(3, 4)) for _ in range(5)]
-    optimizer = made(params, run, numerator=numerator, release_grads=release)
+    optimizer = made(params, run, release_grads=release, **options)
     beside = [nn.Parameter(p.detach().clone()) for p in params]
-    other = plain(beside, run, numerator=numerator)
+    other = plain(beside, run, **options)
     calls = []
     on_gradient = in_backward.InBackward.on_gradient
 
@@ -214,9 +221,10 @@ def test_after_the_first_step_a_backward_pass_calls_python_once(
     assert same_bits(params, beside)
 
     calls.clear()  # what the native hook leaves to Python
-    with optimizer.accumulate_grads() if numerator == "moment" or not release else nullcontext():
+    adds_up = not release or options == {"numerator": "moment"}
+    with optimizer.accumulate_grads() if adds_up else nullcontext():
         backward(params, grads)
-    assert len(calls) == (5 if numerator == "moment" or not release else 1)
+    assert len(calls) == (5 if adds_up else 1)
 
 
 def test_the_order_of_state_does_not_matter_to_hooks() -> None:
@@ -298,16 +306,16 @@ def test_a_hook_by_hand() -> None:
         module.Hook(fail)(p)
 
 
-def test_a_compiled_backward_pass_calls_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_backward_pass_calls_hooks() -> None:
     """Compiled autograd cannot trace the native hook, and calls it."""
-    monkeypatch.setattr(torch._dynamo.config, "compiled_autograd", True)
     params = [nn.Parameter(torch.randn(3, 4)) for _ in range(2)]
     beside = [nn.Parameter(p.detach().clone()) for p in params]
     optimizer, other = made(params, Run("cpu", "cpu")), plain(beside, Run("cpu", "cpu"))
     compiled = torch.compile(backward, backend="eager")
     for _ in range(3):
         grads = [torch.randn(3, 4) for _ in params]
-        compiled(params, grads)
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            compiled(params, grads)
         optimizer.step()
         optimizer.zero_grad()
         give(beside, grads)
