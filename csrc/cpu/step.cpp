@@ -239,7 +239,8 @@ bool Step::take(PyObject* param, PyObject* state, size_t group, int64_t ordinal,
   const Busy busy(*this);
   if (!hook_groups_.read_one(param, state, group, ordinal)) return false;
   const Numerator numerator = hook_groups_.options().numerator;
-  if (reads_gradient(numerator) && is_narrow(hook_groups_.tensors().records()[0].w_type)) return false;
+  const Row& given = hook_groups_.tensors().records()[0];
+  if (reads_gradient(numerator) && is_narrow(given.w_type) && !given.master) return false;
   const at::Tensor& grad = gradient_of(param);
   if (!parts_ && grad.storage().nbytes() > grad.nbytes()) return false;
   const size_t place = static_cast<size_t>(ordinal);
