@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from bench.ranks import Ranks
 from sofim_fused import SOFIM
+from sofim_fused.backends.master_bits import joined
 from tests.distributed.support import Net, fsdp, mesh_of, needs_ranks, new_pair, restore, saved_state, train, whole
+from tests.support.problems import same_bits
 
 pytestmark = needs_ranks
 
@@ -30,12 +32,39 @@ def placements(rank: int) -> bool:
     return all(
         (state[name].placements, state[name].device_mesh) == (p.placements, p.device_mesh)
         for p, state in optimizer.state.items()
-        for name in ("exp_avg", "kahan")
+        for name in ("exp_avg", "master_bits")
     ) and all(state["exp_avg"].dtype == torch.float32 for state in optimizer.state.values())
 
 
 def test_state_lies_where_its_parameter_does(two: Ranks) -> None:
     assert two.run(placements) == [True, True]
+
+
+def halves_of_float32(rank: int) -> bool:
+    """Weights that are sharded with the other halves of their bits train as sharded float32 ones, bit for bit."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh, generator = mesh_of((2,), ("shard",)), torch.Generator().manual_seed(0)
+
+    def spread(x: Tensor) -> Tensor:
+        return distribute_tensor(x, mesh, [Shard(0)])
+
+    start = torch.randn(5, 3, generator=generator).bfloat16()
+    narrow, wide = nn.Parameter(spread(start)), nn.Parameter(spread(start.float()))
+    options = {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": False, "max_grad_norm": 1.0}
+    optimizers = [SOFIM([p], numerator="gradient", **options) for p in (narrow, wide)]
+    for _ in range(20):
+        grad = torch.randn(5, 3, generator=generator).bfloat16()
+        narrow.grad, wide.grad = spread(grad), spread(grad.float())
+        for optimizer in optimizers:
+            optimizer.step()
+    rest = optimizers[0].state[narrow]["master_bits"].to_local()
+    found = joined(narrow.detach().to_local(), rest)
+    return bool(rest.any()) and same_bits([found], [wide.detach().to_local()])
+
+
+def test_sharded_halves_of_float32_weights(two: Ranks) -> None:
+    assert two.run(halves_of_float32) == [True, True]
 
 
 def written_versions(rank: int) -> bool:
