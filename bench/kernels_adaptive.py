@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -71,6 +71,7 @@ def cases(kinds: dict[str, int], sums: str) -> Iterator[tuple[str, AdaptiveCase]
     for shape, name in enumerate(SHAPE_NAMES):
         yield "fp32", AdaptiveCase(f"squares ({name})", SQUARES, "squares", shape=shape)
     yield "bf16, Kahan", AdaptiveCase("squares (matrices)", SQUARES, "squares", dtype=torch.bfloat16, shape=2)
+    yield sums, AdaptiveCase("squares (all shapes together)", ALGEBRA, "squares", most=True)
     for kernel in ("add_up", "adapt", "fold_scaled", "solve_scaled"):
         yield sums, AdaptiveCase(kernel, ALGEBRA, kernel, most=True)
 
@@ -111,7 +112,7 @@ def launch(case: AdaptiveCase, spy: SimpleNamespace, hip: bool) -> float:
         scales = Scales(*[ones] * 6)
         adaptive.launch_sweep(spy, workspace, case.config, scales, adaptive.Factors.of(scales), hip)  # type: ignore[arg-type]
         return 0.0
-    if case.what == SQUARES or case.kernel == "add_up":
+    if case.kernel in ("squares", "add_up"):
         return _squares(case, spy)
     settings = Settings(
         hyper=torch.ones(1, 8, dtype=torch.float64),
@@ -141,19 +142,22 @@ def launch(case: AdaptiveCase, spy: SimpleNamespace, hip: bool) -> float:
 
 def slots_of(shape: tuple[int, int]) -> float:
     """Bytes per parameter that ``squares`` takes for the sums of tiles of a matrix."""
-    return _plan(adaptive_kernels(), shape, torch.float32).slots * 8 / (shape[0] * shape[1])
+    return _plan(adaptive_kernels(), [shape], torch.float32).slots * 8 / (shape[0] * shape[1])
 
 
 def _squares(case: AdaptiveCase, spy: SimpleNamespace) -> float:
     shape = SHAPES[case.shape]
-    plan = _plan(spy, shape, case.dtype)
+    plan = _plan(spy, SHAPES if case.what == ALGEBRA else [shape], case.dtype)
     plan.permuted = case.most
     adaptive.launch_squares(spy, plan)  # type: ignore[arg-type]
     return plan.slots * 8 / (shape[0] * shape[1])
 
 
-def _plan(kernels: Any, shape: tuple[int, int], dtype: torch.dtype) -> adaptive.SquaresPlan:
-    matrix = adaptive.Matrix(*shape, by_row=True, by_col=True, columns=None, type=pack.TYPES[dtype], aligned=True)
-    plan = adaptive.SquaresPlan(kernels, torch.device("cpu"), [matrix], [None])
-    plan.load(torch.zeros(1, dtype=torch.int64))
+def _plan(kernels: Any, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> adaptive.SquaresPlan:
+    matrices = [
+        adaptive.Matrix(*shape, by_row=True, by_col=True, columns=None, type=pack.TYPES[dtype], aligned=True)
+        for shape in shapes
+    ]
+    plan = adaptive.SquaresPlan(kernels, torch.device("cpu"), matrices, [None] * len(shapes))
+    plan.load(torch.zeros(len(shapes), dtype=torch.int64))
     return plan

@@ -107,8 +107,7 @@ def markdown(plan: Plan, done: Mapping[str, Any], machines: Sequence[Mapping[str
         f" {tokens / 1e6:.1f} M in all, the same for every optimizer; gradients are clipped to norm {plan.clip:g};"
         f" {schedule}. Losses are mean cross-entropies of the next byte, in nats. Each play is in one part of the text"
         " only: training, validation or test.",
-        "Prototypes are experiments of this benchmark in plain PyTorch, not part of the package: their losses are"
-        " meaningful, their times say nothing about a fused step.",
+        *_before_the_package(found),
         "## Losses",
         f"Learning rates are chosen by the validation loss of runs of {plan.tuning_steps} steps with a separate seed;"
         " \\* marks the lowest or highest rate that was tried. Test losses are those after the last step: mean ±"
@@ -140,6 +139,21 @@ def markdown(plan: Plan, done: Mapping[str, Any], machines: Sequence[Mapping[str
 
 def _machine(m: Mapping[str, Any]) -> str:
     return f"{m.get('gpu') or m['cpu']}, torch {m['torch']}, Python {m['python']}, {m['date']}"
+
+
+def _before_the_package(found: Sequence[Entry]) -> list[str]:
+    """A remark on optimizers that the package did not have yet when they ran."""
+    labels = [
+        CONTENDERS[entry.name].label
+        for entry in found
+        if not entry.name.startswith(("adamw", "sgd")) and any(result["backend"] is None for result in entry.all)
+    ]
+    if not labels:
+        return []
+    return [
+        f"Computed with operators of PyTorch, before the package had them: {'; '.join(labels)}. Their losses are"
+        " meaningful, their times say nothing about a fused step."
+    ]
 
 
 def _losses(entry: Entry, beside: Entry | None) -> list[str]:

@@ -26,11 +26,13 @@ namespace {
 using sofim::PackedStep;
 using sofim::Step;
 
-// A Python object that owns a T. `call` is for types that can be called.
+// A Python object that owns a T. `call` is for types that can be called, `weak` for those that weak references may be
+// made to.
 template <class T>
 struct Object {
   PyObject_HEAD
   vectorcallfunc call;
+  PyObject* weak;
   T* value;
 };
 
@@ -121,6 +123,20 @@ PyObject* call(PyObject* self, PyObject* const* arguments, size_t flags, PyObjec
   });
 }
 
+PyObject* begin_sharded(Step& step, PyObject* const* arguments) {
+  require(PyList_Check(arguments[3]), "class_of: a list is needed");
+  return step.begin_sharded(arguments[0], arguments[1], flag(arguments[2]), arguments[3], place(arguments[4]));
+}
+
+PyObject* finish_sharded(Step& step, PyObject* const* arguments) {
+  return step.finish_sharded(arguments[0], arguments[1], arguments[2], arguments[3]);
+}
+
+PyObject* cancel_sharded(Step& step, PyObject* const*) {
+  step.cancel_sharded();
+  return none();
+}
+
 PyObject* watch(Step& step, PyObject* const* arguments) {
   PyObject* groups = arguments[0];
   require(PyList_Check(groups), "groups: a list of lists is needed");
@@ -133,6 +149,18 @@ PyObject* watch(Step& step, PyObject* const* arguments) {
 
 PyObject* freeze_settings(Step& step, PyObject* const* arguments) {
   return PyBool_FromLong(step.freeze_settings(arguments[0], flag(arguments[1])));
+}
+
+PyObject* serve_hooks(Step& step, PyObject* const* arguments) {
+  require(PyDict_Check(arguments[0]), "state: a dict is needed");
+  require(PyByteArray_Check(arguments[1]), "progress: a bytearray is needed");
+  step.serve_hooks(arguments[0], arguments[1]);
+  return none();
+}
+
+PyObject* leave_hooks(Step& step, PyObject* const*) {
+  step.leave_hooks();
+  return none();
 }
 
 PyObject* take(Step& step, PyObject* const* arguments) {
@@ -170,6 +198,17 @@ PyObject* forget(Step& step, PyObject* const*) {
 }
 
 PyMethodDef step_methods[] = {
+    method_def<Step, 5, begin_sharded>(
+        "begin_sharded",
+        "begin_sharded($self, param_groups, state, guarded, class_of, classes, /)\n--\n\n"
+        "The first half of a step of which other ranks hold a part: the Fisher blocks of each class, float64 [classes, k,"
+        " B], and the sum of squares of each, [classes]. None, with nothing changed, if Python has to take the step."),
+    method_def<Step, 4, finish_sharded>(
+        "finish_sharded",
+        "finish_sharded($self, blocks, square, grad_scale, found_inf, /)\n--\n\n"
+        "The second half, from the totals over ranks, [k, B] and a number; the result is that of a whole step."),
+    method_def<Step, 0, cancel_sharded>("cancel_sharded",
+                                        "cancel_sharded($self, /)\n--\n\nThere will be no second half."),
     method_def<Step, 1, watch>("watch",
                                "watch($self, groups, /)\n--\n\n"
                                "Sets the parameters of the steps that follow, one list for each group."),
@@ -177,6 +216,13 @@ PyMethodDef step_methods[] = {
         "freeze_settings",
         "freeze_settings($self, param_groups, release, /)\n--\n\n"
         "Copies the settings for the gradients that are taken next; False if Python has to take them."),
+    method_def<Step, 2, serve_hooks>(
+        "serve_hooks",
+        "serve_hooks($self, state, progress, /)\n--\n\n"
+        "Lets each Hook take its gradient without Python, until leave_hooks() or forget(). A gradient that was taken is"
+        " a 2 in `progress`, which has a byte for each parameter, 0 at first."),
+    method_def<Step, 0, leave_hooks>("leave_hooks",
+                                     "leave_hooks($self, /)\n--\n\nFrom now on each Hook calls Python."),
     method_def<Step, 5, take>(
         "take",
         "take($self, param, state, group, ordinal, again, /)\n--\n\n"
@@ -202,6 +248,119 @@ PyMethodDef step_methods[] = {
         "Takes the rest of the step; False, with nothing changed, if Python has to do so."),
     method_def<Step, 0, forget>("forget",
                                 "forget($self, /)\n--\n\nDiscards all records: no gradient was taken."),
+    {},
+};
+
+template <class T>
+void destroy(PyObject* object) {
+  PyTypeObject* type = Py_TYPE(object);
+  if (reinterpret_cast<Object<T>*>(object)->weak != nullptr) PyObject_ClearWeakRefs(object);
+  delete &value_of<T>(object);
+  type->tp_free(object);
+  Py_DECREF(type);
+}
+
+// Hook
+
+// A parameter's hook. It holds no more than a weak reference to the Step, which holds the optimizer's state, whose keys
+// are parameters, which hold their hooks.
+struct Hook {
+  PyObject_HEAD
+  vectorcallfunc call;
+  PyObject* python;  // called with the parameter where Step leaves the gradient to Python
+  PyObject* step;    // a weak reference; nullptr: none
+  PyObject* weak;
+  size_t ordinal;
+};
+
+// The Step, a new reference; nullptr if there is none.
+PyObject* step_of(const Hook& hook) {
+  if (hook.step == nullptr) return nullptr;
+#if PY_VERSION_HEX >= 0x030D0000
+  PyObject* step = nullptr;
+  if (PyWeakref_GetRef(hook.step, &step) < 0) PyErr_Clear();
+  return step;
+#else
+  PyObject* step = PyWeakref_GET_OBJECT(hook.step);
+  return step == Py_None ? nullptr : Py_NewRef(step);
+#endif
+}
+
+PyObject* on_gradient(PyObject* self, PyObject* const* arguments, size_t flags, PyObject* keywords) {
+  if (PyVectorcall_NARGS(flags) != 1 || (keywords != nullptr && PyTuple_GET_SIZE(keywords) > 0)) {
+    PyErr_SetString(PyExc_TypeError, "one argument is needed: the parameter");
+    return nullptr;
+  }
+  return translated([&]() -> PyObject* {
+    const Hook& hook = *reinterpret_cast<const Hook*>(self);
+    if (const Owned step{step_of(hook)}) {
+      if (value_of<Step>(step.get()).take_from_hook(arguments[0], hook.ordinal)) return none();
+    }
+    return PyObject_CallOneArg(hook.python, arguments[0]);
+  });
+}
+
+PyObject* new_hook(PyTypeObject* type, PyObject* arguments, PyObject* keywords) {
+  static const char* const names[] = {"python", nullptr};
+  PyObject* python;
+  if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O:Hook", const_cast<char**>(names), &python)) return nullptr;
+  auto* hook = reinterpret_cast<Hook*>(type->tp_alloc(type, 0));
+  if (hook == nullptr) return nullptr;
+  hook->call = on_gradient;
+  hook->python = Py_NewRef(python);
+  return reinterpret_cast<PyObject*>(hook);
+}
+
+void destroy_hook(PyObject* object) {
+  PyTypeObject* type = Py_TYPE(object);
+  auto* hook = reinterpret_cast<Hook*>(object);
+  PyObject_GC_UnTrack(object);
+  if (hook->weak != nullptr) PyObject_ClearWeakRefs(object);
+  Py_CLEAR(hook->python);
+  Py_CLEAR(hook->step);
+  type->tp_free(object);
+  Py_DECREF(type);
+}
+
+int visit_hook(PyObject* object, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(object));
+  Py_VISIT(reinterpret_cast<Hook*>(object)->python);
+  return 0;
+}
+
+int clear_hook(PyObject* object) {
+  Py_CLEAR(reinterpret_cast<Hook*>(object)->python);
+  return 0;
+}
+
+// place(step, ordinal); place(None, 0) leaves everything to Python.
+PyObject* place_hook(PyObject* self, PyObject* const* arguments, Py_ssize_t given) {
+  if (given != 2) return PyErr_Format(PyExc_TypeError, "2 arguments are needed, not %zd", given);
+  return translated([&] {
+    auto& hook = *reinterpret_cast<Hook*>(self);
+    hook.ordinal = place(arguments[1]);
+    PyObject* step = nullptr;
+    if (arguments[0] != Py_None) {
+      require(Py_TYPE(arguments[0])->tp_dealloc == destroy<Step>, "step: a Step or None is needed");
+      step = PyWeakref_NewRef(arguments[0], nullptr);
+      if (step == nullptr) throw PythonError();
+    }
+    Py_XSETREF(hook.step, step);
+    return none();
+  });
+}
+
+PyMethodDef hook_methods[] = {
+    {"place", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(place_hook)), METH_FASTCALL,
+     "place($self, step, ordinal, /)\n--\n\n"
+     "Sets the Step that takes the gradient, which is not kept alive, and the parameter's place there; or None and 0."},
+    {},
+};
+
+PyMemberDef hook_members[] = {
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(Hook, call), READONLY, nullptr},
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(Hook, weak), READONLY, nullptr},
+    {"python", T_OBJECT_EX, offsetof(Hook, python), READONLY, "The callable that is called where Step takes nothing."},
     {},
 };
 
@@ -337,16 +496,9 @@ PyObject* new_packed_step(PyTypeObject* type, PyObject* arguments, PyObject* key
   return new_object<PackedStep>(type, nullptr, [&] { return std::make_unique<PackedStep>(tile); });
 }
 
-template <class T>
-void destroy(PyObject* object) {
-  PyTypeObject* type = Py_TYPE(object);
-  delete &value_of<T>(object);
-  type->tp_free(object);
-  Py_DECREF(type);
-}
-
 PyMemberDef step_members[] = {
     {"__vectorcalloffset__", T_PYSSIZET, offsetof(Object<Step>, call), READONLY, nullptr},
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(Object<Step>, weak), READONLY, nullptr},
     {},
 };
 
@@ -371,6 +523,19 @@ PyType_Slot step_slots[] = {
     {0, nullptr},
 };
 
+PyType_Slot hook_slots[] = {
+    {Py_tp_doc, text("Hook(python)\n--\n\nA hook for a parameter's register_post_accumulate_grad_hook(): a Step takes the"
+                     " gradient, or, where it cannot, the callable `python`, with the parameter as its argument.")},
+    {Py_tp_new, slot(new_hook)},
+    {Py_tp_dealloc, slot(destroy_hook)},
+    {Py_tp_traverse, slot(visit_hook)},
+    {Py_tp_clear, slot(clear_hook)},
+    {Py_tp_call, slot(PyVectorcall_Call)},
+    {Py_tp_members, hook_members},
+    {Py_tp_methods, hook_methods},
+    {0, nullptr},
+};
+
 PyType_Slot packed_slots[] = {
     {Py_tp_doc, text("PackedStep(tile)\n--\n\nThe tensors of a step packed into one table;"
                      " sofim_fused.backends.triton.step.PackedStep documents it.")},
@@ -383,6 +548,8 @@ PyType_Slot packed_slots[] = {
 
 PyType_Spec step_spec = {"sofim_fused." SOFIM_TEXT(TORCH_EXTENSION_NAME) ".Step", sizeof(Object<Step>), 0,
                          Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL, step_slots};
+PyType_Spec hook_spec = {"sofim_fused." SOFIM_TEXT(TORCH_EXTENSION_NAME) ".Hook", sizeof(Hook), 0,
+                         Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_HAVE_GC, hook_slots};
 PyType_Spec packed_spec = {"sofim_fused." SOFIM_TEXT(TORCH_EXTENSION_NAME) ".PackedStep", sizeof(Object<PackedStep>), 0,
                            Py_TPFLAGS_DEFAULT, packed_slots};
 
@@ -414,6 +581,7 @@ bool add(PyObject* module, const char* name, PyObject* object) {
 PyMODINIT_FUNC SOFIM_JOIN(PyInit_, TORCH_EXTENSION_NAME)() {
   Owned module(PyModule_Create(&definition));
   if (!module || !add(module.get(), "Step", PyType_FromSpec(&step_spec)) ||
+      !add(module.get(), "Hook", PyType_FromSpec(&hook_spec)) ||
       !add(module.get(), "PackedStep", PyType_FromSpec(&packed_spec))) {
     return nullptr;
   }

@@ -27,7 +27,7 @@ from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sofim_fused import backends, checks
+from sofim_fused import backends, checks, native
 from sofim_fused.backends import GradientStep, NativeInBackward, Settings, Sums
 from sofim_fused.dtensor import bump_versions, is_sharded, local, placed_as
 from sofim_fused.sharding import is_flattened
@@ -144,9 +144,6 @@ class InBackward:
         for key in [key for key in self._hooks if key not in found]:
             self._hooks.pop(key).remove()
         self._ids = list(found)
-        for ordinal, key in enumerate(self._ids):
-            if key in self._hooks:
-                self._hooks[key].place(ordinal)
         self._watched = len(self._hooks)
         self._searched = False
         self._group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
@@ -160,6 +157,9 @@ class InBackward:
             self._native_on = device
         if self._native is not None:
             self._native.watch([list(group["params"]) for group in groups])
+        for ordinal, key in enumerate(self._ids):
+            if key in self._hooks:
+                self._hooks[key].place(ordinal, self._native)
         self._stale = False
 
     def _find_devices(self) -> None:
@@ -214,6 +214,8 @@ class InBackward:
                 "the moment's product with the whole gradient, parts of which were released. Leave out one of them"
             )
         self._depth += 1
+        if self._native is not None:
+            self._native.leave_hooks()
         try:
             yield
         finally:
@@ -284,6 +286,8 @@ class InBackward:
         if native:
             assert self._native is not None
             self._take = self._native.take
+            if not self._depth:
+                self._native.serve_hooks(self._state, self._progress)
         else:
             for index, group in enumerate(groups):
                 checks.group(group, index)
@@ -297,11 +301,8 @@ class InBackward:
         ]
 
     def _freeze_natively(self) -> bool:
-        """Copy the settings in the native part, which takes steps with the paper's diagonal alone in parts."""
-        groups = self._optimizer.param_groups
-        if self._native is None or is_adaptive(groups):
-            return False
-        return self._native.freeze_settings(groups, self.release)
+        """Copy the settings in the native part."""
+        return self._native is not None and self._native.freeze_settings(self._optimizer.param_groups, self.release)
 
     def _take_with_checks(self, param: Tensor, ordinal: int, again: bool) -> None:
         """Take a gradient that the native part cannot take, such as a parameter's first one, or raise an error."""
@@ -772,15 +773,23 @@ class _Watch:
     """A hook on a parameter. Only the parameter keeps it alive; when it is freed, so is the optimizer's entry."""
 
     def __init__(self, backward: InBackward, param: Tensor) -> None:
-        hook = _Hook(backward)
-        self._handle: RemovableHandle = param.register_post_accumulate_grad_hook(hook)
+        hook: Any = _Hook(backward)
+        module = native.cpu() if param.device.type == "cpu" else ""
+        if not isinstance(module, str):
+            hook = module.Hook(hook)  # takes gradients itself, and calls hook where it cannot
         self._hook = weakref.ref(hook, functools.partial(_gone, backward._hooks, id(param)))
+        self._handle: RemovableHandle = param.register_post_accumulate_grad_hook(hook)
 
-    def place(self, ordinal: int | None) -> None:
-        """Set the parameter's ordinal in the groups."""
+    def place(self, ordinal: int | None, step: NativeInBackward | None = None) -> None:
+        """Set the parameter's ordinal in the groups, and what takes its gradient natively, if anything does."""
         hook = self._hook()
-        if hook is not None:
+        if hook is None:
+            return
+        if isinstance(hook, _Hook):
             hook.ordinal = ordinal
+            return
+        hook.python.ordinal = ordinal
+        hook.place(None if ordinal is None else step, ordinal or 0)
 
     def remove(self) -> None:
         self.place(None)
@@ -807,7 +816,9 @@ def check_unwatched(param: Tensor, where: str, mine: InBackward | None) -> None:
 
 def _watched(param: Tensor, mine: InBackward | None) -> bool:
     hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
-    return any(isinstance(hook, _Hook) and hook.backward() not in (None, mine) for hook in hooks.values())
+    mine_or_gone = (None, mine)
+    known = (getattr(hook, "python", hook) for hook in hooks.values())
+    return any(isinstance(hook, _Hook) and hook.backward() not in mine_or_gone for hook in known)
 
 
 def check_not_replicated(params: Iterable[Tensor]) -> None:

@@ -27,6 +27,7 @@ from sofim_fused.in_backward import InBackward, check_unwatched
 from sofim_fused.sharding import checkpoint_calls, is_flattened
 from sofim_fused.step import gather, schedule
 from sofim_fused.step.plan import Plan
+from sofim_fused.step.sharded import ShardedStep
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -39,7 +40,7 @@ _KEPT = ("_capturable", "_amp_fused", "_in_backward", "_release_grads", "_by_dia
 
 
 def _no_native_step(*_: Any) -> None:
-    """Replaces :data:`NativeStep` if ranks exchange sums between the passes: it leaves every step to the passes."""
+    """Replaces :data:`NativeStep` where the backend takes no step over several ranks: the passes take all of them."""
 
 
 class SOFIM(Optimizer):
@@ -393,9 +394,12 @@ class SOFIM(Optimizer):
         if self._step_in_one_call is None:
             plan, device = self._plan, self._plan.first_device(self.param_groups)
             plan.refresh_placement(self.param_groups)
-            self._step_in_one_call = (
-                _no_native_step if plan.rank_sums(self) is not None else plan.passes_for(device).native_step()
-            )
+            passes, rank_sums = plan.passes_for(device), plan.rank_sums(self)
+            if rank_sums is None:
+                self._step_in_one_call = passes.native_step()
+            else:
+                native = passes.native_sharded()
+                self._step_in_one_call = _no_native_step if native is None else ShardedStep(native, rank_sums)
             self._may_not_capture = device.type == "cuda" and not self._capturable
         return self._step_in_one_call
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/adaptive_ops.h"
+#include "cpu/blocks.h"
 #include "gather/cpu_tensor.h"
 #include "step/adaptive.h"
 #include "step/solve.h"
@@ -80,18 +81,6 @@ class Settings {
   std::vector<Hyper> hyper_;
 };
 
-// A Fisher block's numbers in the order in which they are stored. Those of `cross` come last, and only where the
-// gradient is read.
-std::vector<double*> numbers_of(PlainBlock& b, Numerator numerator) {
-  if (!reads_gradient(numerator)) return {&b.norm};
-  return {&b.norm, &b.cross};
-}
-std::vector<double*> numbers_of(GuardedBlock& b, Numerator numerator) {
-  std::vector<double*> all = {&b.norm[0], &b.norm[1], &b.norm[2], &b.scale[0], &b.scale[1], &b.scale[2]};
-  if (reads_gradient(numerator)) all.insert(all.end(), {&b.cross[0], &b.cross[1], &b.cross[2]});
-  return all;
-}
-
 // One kind of sum, a number per tensor; all zero if it was not given.
 class Column {
  public:
@@ -107,40 +96,17 @@ class Column {
 template <class Block>
 Tensor folded(const Settings& settings, const std::vector<Products>& products, const int64_t* class_of,
               int64_t classes) {
-  std::vector<std::vector<Block>> of_class(classes, std::vector<Block>(settings.blocks()));
+  std::vector<Block> blocks(classes * settings.blocks());
   settings.each([&](int64_t i, const Hyper& h, double correction, int64_t block) {
-    of_class[class_of == nullptr ? 0 : class_of[i]][block].add(h, correction, products[i], settings.numerator());
+    const int64_t of = class_of == nullptr ? 0 : class_of[i];
+    blocks[of * settings.blocks() + block].add(h, correction, products[i], settings.numerator());
   });
-  Block none;
-  const int64_t numbers = static_cast<int64_t>(numbers_of(none, settings.numerator()).size());
-  Tensor result = cpu_tensor({classes, numbers, settings.blocks()}, at::kDouble);
-  double* to = result.mutable_data_ptr<double>();
-  for (std::vector<Block>& blocks : of_class) {
-    for (size_t b = 0; b < blocks.size(); ++b) {
-      int64_t row = 0;
-      for (const double* number : numbers_of(blocks[b], settings.numerator())) {
-        to[row++ * settings.blocks() + b] = *number;
-      }
-    }
-    to += numbers * settings.blocks();
-  }
-  return result;
+  return tensor_of(blocks, classes, settings.numerator());
 }
 
 template <class Block>
 std::vector<Block> read_blocks(const Settings& settings, const Tensor& numbers) {
-  Block none;
-  const int64_t rows = static_cast<int64_t>(numbers_of(none, settings.numerator()).size());
-  const Tensor values = checked("blocks", numbers, at::kDouble, {rows, settings.blocks()});
-  const double* from = values.const_data_ptr<double>();
-  std::vector<Block> blocks(settings.blocks());
-  for (int64_t b = 0; b < settings.blocks(); ++b) {
-    int64_t row = 0;
-    for (double* number : numbers_of(blocks[b], settings.numerator())) {
-      *number = from[row++ * settings.blocks() + b];
-    }
-  }
-  return blocks;
+  return blocks_of<Block>(numbers, settings.blocks(), settings.numerator());
 }
 
 double number(const char* name, const Vector& x, double otherwise) {

@@ -192,7 +192,8 @@ struct ParamGroups::Entries {
 // hash is computed, which for a tensor is a call into Python.
 class ParamGroups::States {
  public:
-  explicit States(PyObject* state) : state_(state) { next(); }
+  // `place`: of the entry that is looked up first, as PyDict_Next() has it.
+  explicit States(PyObject* state, Py_ssize_t place = 0) : state_(state), place_(place) { next(); }
 
   // The entry of `param` if it is the next one in the dict.
   PyObject* in_turn(PyObject* param) {
@@ -210,7 +211,7 @@ class ParamGroups::States {
   }
 
   PyObject* state_;
-  Py_ssize_t place_ = 0;
+  Py_ssize_t place_;
   PyObject *key_ = nullptr, *value_ = nullptr;
 };
 
@@ -222,6 +223,8 @@ bool OptionalScalar::read(PyObject* object, bool anywhere) {
 }
 
 const at::Tensor* tensor_of(PyObject* object) { return is_tensor(object) ? &THPVariable_Unpack(object) : nullptr; }
+
+void drop_gradient(PyObject* param) { THPVariable_Unpack(param).mutable_grad().reset(); }
 
 PyObject* object_of(const at::Tensor& tensor) { return THPVariable_Wrap(tensor); }
 
@@ -235,7 +238,7 @@ bool ParamGroups::read(PyObject* groups, PyObject* state, const std::vector<char
 
 bool ParamGroups::read_settings(PyObject* groups) {
   clear();
-  bool good = PyList_Check(groups) && PyList_GET_SIZE(groups) > 0 && read_whole(groups, options_) && !options_.adaptive;
+  bool good = PyList_Check(groups) && PyList_GET_SIZE(groups) > 0 && read_whole(groups, options_);
   for (Py_ssize_t i = 0; good && i < PyList_GET_SIZE(groups); ++i) {
     settings_.emplace_back();
     good = read_group(PyList_GET_ITEM(groups, i), settings_.back());
@@ -247,10 +250,10 @@ bool ParamGroups::read_settings(PyObject* groups) {
   return false;
 }
 
-bool ParamGroups::read_one(PyObject* param, PyObject* state, size_t group, int64_t ordinal) {
+bool ParamGroups::read_one(PyObject* param, PyObject* state, size_t group, int64_t ordinal, Py_ssize_t place) {
   clear_tensors();
   if (group >= settings_.size() || !PyDict_Check(state)) return false;
-  States states(state);
+  States states(state, place);
   if (add_param(param, settings_[group], group, states, ordinal, nullptr) && tensors_.size() == 1 &&
       !tensors_.shares_memory()) {
     return true;

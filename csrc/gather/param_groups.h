@@ -16,9 +16,11 @@
 
 namespace sofim {
 
-// The tensor that a Python object is; nullptr if it is none. This and object_of() are here so that only one file
-// includes torch's header for them, which takes 11 s to compile.
+// The tensor that a Python object is; nullptr if it is none. These three are here so that only one file includes torch's
+// header for them, which takes 11 s to compile.
 const at::Tensor* tensor_of(PyObject* object);
+// Sets a parameter's gradient to None.
+void drop_gradient(PyObject* param);
 // A tensor as a Python object, a new reference.
 PyObject* object_of(const at::Tensor& tensor);
 
@@ -69,8 +71,9 @@ class ParamGroups {
   bool read(PyObject* groups, PyObject* state, const std::vector<char>* consumed = nullptr);
   // Reads settings alone; they stay until the next clear().
   bool read_settings(PyObject* groups);
-  // After read_settings(): reads one parameter that has a gradient, in the place of the one before.
-  bool read_one(PyObject* param, PyObject* state, size_t group, int64_t ordinal);
+  // After read_settings(): reads one parameter that has a gradient, in the place of the one before. `place`: where its
+  // entry in `state` may be, as PyDict_Next() has it; if it is elsewhere, it is looked up by its hash.
+  bool read_one(PyObject* param, PyObject* state, size_t group, int64_t ordinal, Py_ssize_t place);
   // Keeps every tensor alive until clear().
   void hold() { tensors_.hold(); }
   // clear() drops everything that was read; clear_tensors() keeps the settings. Call them with Python's lock held.

@@ -24,4 +24,5 @@ def _loaded() -> OperatorPasses | str:
     if isinstance(module, str):
         return module
     register_fakes(NAMESPACE)
-    return OperatorPasses("cpu", module.Step, new_in_backward=module.Step, any_order=True)
+    step = module.Step
+    return OperatorPasses("cpu", step, new_in_backward=step, new_sharded=step, any_order=True)

@@ -284,6 +284,33 @@ diagonal that adapts; without a guard the first two are then ``None``. A result 
 changed, because this function cannot take the step: either the passes can, or a check will raise an error."""
 
 
+class NativeSharded(Protocol):
+    """A step of which other ranks hold a part, natively: two halves (:mod:`sofim_fused.step.sharded`)."""
+
+    def begin_sharded(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: MutableMapping[Tensor, Any],
+        guarded: bool,
+        class_of: list[int],
+        classes: int,
+    ) -> tuple[Tensor, Tensor] | None:
+        """The first half, up to this rank's sums; ``None``, with nothing changed: the passes have to take the step.
+
+        ``class_of``: the class of each parameter. The sums are those of ``Passes.fold``: blocks ``[classes, k, B]``,
+        and of a guarded step the squares, ``[classes]``. After it :meth:`finish_sharded` or :meth:`cancel_sharded` has
+        to follow.
+        """
+
+    def finish_sharded(
+        self, blocks: Tensor, square: Tensor | None, grad_scale: Tensor | float | None, found_inf: Tensor | float | None
+    ) -> NativeResult:
+        """The second half, from the totals over ranks: blocks ``[k, B]``, and of a guarded step the sum of squares."""
+
+    def cancel_sharded(self) -> None:
+        """If a step was begun, forget it."""
+
+
 class NativeInBackward(Protocol):
     """A plain step in parts, natively: gradients one by one, then the rest (:mod:`sofim_fused.in_backward`).
 
@@ -298,6 +325,15 @@ class NativeInBackward(Protocol):
 
         ``release``: each gradient is freed once it was taken. Also ``False`` if the parameters are not those watched.
         """
+
+    def serve_hooks(self, state: MutableMapping[Tensor, Any], progress: bytearray) -> None:
+        """Let hooks take gradients without Python, from now to :meth:`leave_hooks` or :meth:`forget`.
+
+        A gradient that was taken is a 2 in ``progress``, which has a byte for each parameter, 0 at first.
+        """
+
+    def leave_hooks(self) -> None:
+        """From now on every hook calls Python."""
 
     def take(self, param: Tensor, state: MutableMapping[Tensor, Any], group: int, ordinal: int, again: bool) -> bool:
         """Add a parameter's gradient to its moment, and update w by the gradient's term if the step has one.
@@ -497,6 +533,9 @@ class Passes(AdaptivePasses, Protocol):
 
     def native_step(self) -> NativeStep:
         """A new function that takes whole steps on this backend's device, if it can; it may keep memory for them."""
+
+    def native_sharded(self) -> NativeSharded | None:
+        """An object that takes steps of which other ranks hold a part, or ``None`` if only the passes do."""
 
     def native_in_backward(self) -> NativeInBackward | None:
         """A new object that takes steps in parts, or ``None`` if this backend has only the passes for that."""

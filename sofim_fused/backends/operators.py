@@ -19,6 +19,7 @@ from sofim_fused.backends.interface import (
     GradientStep,
     GuardSettings,
     NativeInBackward,
+    NativeSharded,
     NativeStep,
     ScaledSums,
     Scales,
@@ -53,6 +54,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
         namespace: that of the operators.
         emulated: it exists only for tests.
         new_in_backward: makes an object that takes steps in parts.
+        new_sharded: makes an object that takes steps of which other ranks hold a part.
         device: the kind of device for which the operators are registered.
         any_order: sweeps with an adaptive diagonal take moments in any order of memory; others copy some of them.
     """
@@ -64,6 +66,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
         namespace: str = NAMESPACE,
         emulated: bool = False,
         new_in_backward: Callable[[], NativeInBackward | None] = lambda: None,
+        new_sharded: Callable[[], NativeSharded | None] = lambda: None,
         device: str = "CPU",
         any_order: bool = False,
     ) -> None:
@@ -71,6 +74,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
         self.emulated = emulated
         self._new_step = new_step
         self._new_in_backward = new_in_backward
+        self._new_sharded = new_sharded
         self._namespace = namespace
         self._any_order = any_order
         # Without these operators, the algebra, or a step with a diagonal that adapts, runs in pure PyTorch.
@@ -279,6 +283,9 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
 
     def native_step(self) -> NativeStep:
         return self._new_step()
+
+    def native_sharded(self) -> NativeSharded | None:
+        return self._new_sharded()
 
     def native_in_backward(self) -> NativeInBackward | None:
         return self._new_in_backward()

@@ -15,6 +15,7 @@ from sofim_fused.backends.interface import (
     Decay,
     GradientStep,
     NativeInBackward,
+    NativeSharded,
     NativeStep,
     ScaledSums,
     Scales,
@@ -154,6 +155,9 @@ class ReferencePasses(TorchSolve, TorchAdaptivePasses):
 
     def native_step(self) -> NativeStep:
         return lambda groups, state, grad_scale, found_inf, counter: None
+
+    def native_sharded(self) -> NativeSharded | None:
+        return None
 
     def native_in_backward(self) -> NativeInBackward | None:
         return None

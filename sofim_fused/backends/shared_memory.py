@@ -23,6 +23,7 @@ from sofim_fused.backends.interface import (
     GradientStep,
     GuardSettings,
     NativeInBackward,
+    NativeSharded,
     NativeStep,
     Passes,
     Settings,
@@ -136,6 +137,9 @@ class InTurn(TorchAdaptivePasses):
 
     def native_step(self) -> NativeStep:
         return lambda groups, state, grad_scale, found_inf, counter: None
+
+    def native_sharded(self) -> NativeSharded | None:
+        return None
 
     def native_in_backward(self) -> NativeInBackward | None:
         return None

@@ -124,7 +124,8 @@ def scaled_totals(shares: Sequence[DeviceShare], sums: Sequence[ScaledSums]) -> 
     if rank_sums is not None:
         classes = rank_sums.class_of(tuple(share.tensors.ordinals)), rank_sums.classes
         parts = share.passes.fold_scaled(share.tensors.steps, share.hyper.settings, sums[0], *classes)
-        total, _ = _blocks_over_ranks(share, rank_sums, parts, parts.new_zeros(len(parts), 0))
+        present, nothing = tuple(share.tensors.ordinals), parts.new_zeros(len(parts), 0)
+        total, _ = _blocks_over_ranks(rank_sums, share.hyper.fisher, present, parts, nothing)
         return [total]
     blocks = [
         share.passes.fold_scaled(share.tensors.steps, share.hyper.settings, theirs).select(0, 0)
@@ -140,21 +141,50 @@ def _over_ranks(
     parts, squares = share.passes.fold(
         share.tensors.steps, share.hyper.settings, sums, guarded, rank_sums.class_of(present), rank_sums.classes
     )
+    return over_ranks(rank_sums, share.hyper.fisher, present, parts, squares, guarded, found_inf)
+
+
+def over_ranks(
+    rank_sums: RankSums,
+    fisher: str,
+    present: tuple[int, ...],
+    parts: Tensor,
+    squares: Tensor,
+    guarded: bool,
+    found_inf: Tensor | float | None,
+) -> tuple[Tensor, Tensor, Tensor | float | None]:
+    """The totals of a step's Fisher blocks over all ranks.
+
+    Args:
+        rank_sums: adds them up.
+        fisher: as the optimizer's.
+        present: ordinals of the parameters that have gradients on this rank.
+        parts: the blocks of this rank, ``[classes, k, B]``.
+        squares: the sums of all ``gg``, ``[classes]``, of a guarded step.
+        guarded: which kind of step it is.
+        found_inf: as :func:`sofim_fused.step.schedule.guarded` takes it.
+
+    Returns:
+        The blocks ``[k, B]``; the sum of all ``gg``, 0-dimensional (of a plain step: ``squares``); and ``found_inf``,
+        not 0 if that of any rank is not.
+    """
     whole = parts.new_zeros(len(parts), 2 if guarded else 0)
     if guarded:
         whole[:, 0] = squares
         if found_inf is not None:
             whole[:, 1] = on_device_of(squares, found_inf) != 0
-    total, extra = _blocks_over_ranks(share, rank_sums, parts, whole)
+    total, extra = _blocks_over_ranks(rank_sums, fisher, present, parts, whole)
     return total, extra[0] if guarded else squares, None if found_inf is None else extra[1]
 
 
-def _blocks_over_ranks(share: DeviceShare, rank_sums: RankSums, parts: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-    """:meth:`RankSums.total` of a share's blocks, ``[classes, k, B]``, and of sums over everything."""
-    places = rank_sums.places(tuple(share.tensors.ordinals)) if share.hyper.fisher == "parameter" else None
+def _blocks_over_ranks(
+    rank_sums: RankSums, fisher: str, present: tuple[int, ...], parts: Tensor, whole: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:meth:`RankSums.total` of blocks, ``[classes, k, B]``, and of sums over everything."""
+    places = rank_sums.places(present) if fisher == "parameter" else None
     if places is not None:  # other ranks may have gradients of other parameters
         parts = parts.new_zeros(*parts.shape[:-1], rank_sums.count).index_copy_(-1, places, parts)
-    total, extra = rank_sums.total(parts.flatten(1), whole, share.hyper.fisher)
+    total, extra = rank_sums.total(parts.flatten(1), whole, fisher)
     total = total.view(parts.shape[1:])
     return total if places is None else total.index_select(-1, places), extra
 
@@ -179,6 +209,12 @@ class RankSums:
         holders: the ranks that hold other parameters. They may include all ranks of a group of ``spread``: these have
             the same totals at that point, and only the first of them contributes its own.
         flattened: whether FSDP1 shards some of the parameters.
+
+    Attributes:
+        count: the number of parameters.
+        classes: the number of classes.
+        class_of_each: the class of each parameter, by ordinal.
+        compared: what :meth:`compare` has compared: numerator, fisher, number of groups, guarded.
     """
 
     def __init__(
@@ -190,14 +226,14 @@ class RankSums:
         self.count = len(spread)
         self.spread = list(spread)
         self.classes = len(classes)
-        self._class_of = [classes.index(groups) for groups in spread]
+        self.class_of_each = [classes.index(groups) for groups in spread]
         self._routes = [
             (group, [number for number, theirs in enumerate(classes) if group in theirs])
             for group in dict.fromkeys(group for theirs in classes for group in theirs)
         ]
         self._holders = holders
         self._hands_on = holders is None or all(_first_among(holders, group) for group, _ in self._routes)
-        self._compared: set[tuple[str, str, int, bool]] = set()
+        self.compared: set[tuple[str, str, int, bool]] = set()
         self.class_of = functools.lru_cache(8)(self._class_of_present)
         self.places = functools.lru_cache(8)(self._places)
 
@@ -205,7 +241,7 @@ class RankSums:
         """The class of each of these parameters, int64 on the device; ``None``: there is one class."""
         if self.classes == 1:
             return None
-        return torch.tensor([self._class_of[i] for i in ordinals], dtype=torch.int64, device=self.device)
+        return torch.tensor([self.class_of_each[i] for i in ordinals], dtype=torch.int64, device=self.device)
 
     def _places(self, ordinals: tuple[int, ...]) -> Tensor | None:
         """Ordinals as indices; ``None``: these are all parameters."""
@@ -254,17 +290,17 @@ class RankSums:
         Raises:
             RuntimeError: they do not.
         """
-        if (numerator, fisher, groups, guarded) in self._compared:
+        if (numerator, fisher, groups, guarded) in self.compared:
             return
         index = FISHER.index(fisher)
         blocks = fisher_blocks(index, groups, self.count)
         kind = [checks.NUMERATORS.index(numerator), index, int(guarded)]
         for group, members in self._routes:
-            spread = sum(number in members for number in self._class_of)
+            spread = sum(number in members for number in self.class_of_each)
             self._compare(group, [len(members), spread, blocks, *kind])
         if self._holders is not None:
             self._compare(self._holders, [1, 0, 0 if fisher == "parameter" else blocks, *kind])
-        self._compared.add((numerator, fisher, groups, guarded))
+        self.compared.add((numerator, fisher, groups, guarded))
 
     def _compare(self, group: ProcessGroup, numbers: list[int]) -> None:
         from torch import distributed

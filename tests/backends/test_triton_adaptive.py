@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.shapes import lenet5
 from sofim_fused import SOFIM, backends, native
 from sofim_fused.backends import StepTensors, Variance
 from sofim_fused.backends.interface import Scales
@@ -146,6 +147,23 @@ def test_squares_of_any_shape(diagonal: str) -> None:
     mine, theirs = (backends.choose(name, CPU).squares(tensors) for name in ("triton", "reference"))
     for name, a, b in zip(mine._fields[:3], mine[:3], theirs[:3], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_squares_take_few_launches() -> None:
+    """One for a common network, whatever the shapes of its tensors; more only where there are many kinds of tiles."""
+    k = adaptive.adaptive_kernels()
+
+    def launches(grads: list[Tensor]) -> list[tuple[int, int]]:
+        matrices = adaptive.Matrices(tensors_of(grads, "factored")).placed
+        plan = adaptive.SquaresPlan(k, CPU, matrices, [None] * len(matrices))
+        assert sum(launch.tiles for launch in plan.launches) == len(plan.tile_of)
+        return [(launch.start, len(launch.kinds)) for launch in plan.launches]
+
+    assert launches([torch.zeros(shape) for shape in lenet5()]) == [(0, 4)]
+    grads = [torch.zeros(shape, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)
+             for shape in ((8,), (4, 64), (8, 8), (8, 64))]  # fmt: skip
+    (first, kinds), (second, others) = launches(grads)
+    assert (first, kinds, second, others) == (0, k.MOST_KINDS, 6, 12 - k.MOST_KINDS)
 
 
 def test_squares_do_not_overflow_and_means_saturate() -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from bench.gpu import __main__ as gpu
-from bench.gpu import providers, record, report
+from bench.gpu import profile, providers, record, report
 from bench.gpu.processes import Command, Output, tail
 from bench.gpu.providers import BASELINE, Group, Provider, UnavailableError, Workload, launches, plan, ready, sofim
 from bench.gpu.record import ROOT, Record, Row
@@ -514,6 +514,22 @@ def test_a_command_is_ended_with_all_that_it_has_started(tmp_path: Path) -> None
     assert not late.exists()
     assert Command(["sh", "-c", "echo two; echo three >&2; exit 3"], {}).wait(20) == Output(3, "two\nthree\n")
     assert tail(f"one\n{ROOT}/bench/gpu.py: two\n") == "bench/gpu.py: two"
+
+
+def test_a_profile_names_what_each_step_spends_its_time_in(capsys: pytest.CaptureFixture[str]) -> None:
+    assert profile.main(["--device", "cpu", "--models", "lenet-5"]) == 0
+    steps = capsys.readouterr().out.split("== ")[1:]
+    assert [step.partition("\n")[0] for step in steps] == [
+        "lenet-5 AdamW fused", "lenet-5 SOFIM cpu", "lenet-5 SOFIM cpu, factored",
+        "lenet-5 SOFIM cpu, factored, guarded",
+        "lenet-5 SOFIM cpu, factored, rank one", "lenet-5 SOFIM cpu, row", "lenet-5 SOFIM cpu, element",
+    ]  # fmt: skip
+    for step in steps:
+        operators = [line for line in step.splitlines()[1:] if "x1.0" in line]
+        assert operators
+        assert any(("_fused_adamw_" if "AdamW" in step else "#SOFIM.step") in line for line in operators)
+    assert profile.main(["--device", "cpu", "--models", "lenet-6"]) == 2
+    assert "no lenet-6; there are lenet-5, " in capsys.readouterr().err
 
 
 # All of it

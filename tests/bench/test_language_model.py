@@ -392,6 +392,15 @@ def test_command_line_from_text_to_figure(
     assert path.with_suffix(".png").stat().st_size > 10_000
     for name in ("factored", "adamw-99", "sofim"):
         assert document.count(f"| {CONTENDERS[name].label}") == 3
+    assert "before the package had them" not in document
+    earlier = out / "earlier" / path.name  # a result of factored from before the package had it
+    earlier.parent.mkdir()
+    changed = [line.replace('"backend":"cpu"', '"backend":null') if '"factored' in line else line for line in lines]
+    earlier.write_text("\n".join(changed) + "\n")
+    lm.write(earlier)
+    assert (
+        "before the package had them: SOFIM, factored diagonal, look-ahead." in earlier.with_suffix(".md").read_text()
+    )
 
     assert lm.main(arguments) == 0
     assert path.read_text().splitlines() == lines, "nothing was left to do"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sofim_fused import SOFIM
-from tests.in_backward.support import NUMERATORS, Pair, backward, both_ways, hooks, made, on_cpu, three_batches
-from tests.support.problems import same_bits, snapshot
+from sofim_fused import SOFIM, in_backward, native
+from tests.in_backward.support import NUMERATORS, Pair, backward, both_ways, hooks, made, on_cpu, plain, three_batches
+from tests.support.problems import give, same_bits, snapshot
 from tests.support.runs import Run
 
 
@@ -178,3 +180,144 @@ def test_step_hooks_and_a_closure(run: Run) -> None:
         assert pair.plain.step(lambda: closure(pair.plain_params)) == 7.0
     assert seen == ["before", "closure", "after", "closure"] * 3
     assert pair.alike()
+
+
+@pytest.mark.parametrize("release", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"numerator": numerator} for numerator in NUMERATORS),
+        *({"diagonal": diagonal, "rho": None, "numerator": "nesterov"} for diagonal in ("factored", "element")),
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_after_the_first_step_a_backward_pass_calls_python_once(
+    options: dict[str, Any], release: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For its first gradient: settings are read once in a step. The others are taken by the native hook alone."""
+    run = Run("cpu", "cpu")
+    params = [nn.Parameter(torch.randn(3, 4)) for _ in range(5)]
+    optimizer = made(params, run, release_grads=release, **options)
+    beside = [nn.Parameter(p.detach().clone()) for p in params]
+    other = plain(beside, run, **options)
+    calls = []
+    on_gradient = in_backward.InBackward.on_gradient
+
+    def counted(self: in_backward.InBackward, place: Any, param: Tensor) -> None:
+        calls.append(place.ordinal)
+        on_gradient(self, place, param)
+
+    monkeypatch.setattr(in_backward.InBackward, "on_gradient", counted)
+    for expected in (5, 1, 1):
+        grads = [torch.randn(3, 4) for _ in params]
+        calls.clear()
+        backward(params, grads)
+        assert len(calls) == expected
+        assert all((p.grad is None) == release for p in params)
+        optimizer.step()
+        optimizer.zero_grad()
+        give(beside, grads)
+        other.step()
+    assert same_bits(params, beside)
+
+    calls.clear()  # what the native hook leaves to Python
+    adds_up = not release or options == {"numerator": "moment"}
+    with optimizer.accumulate_grads() if adds_up else nullcontext():
+        backward(params, grads)
+    assert len(calls) == (5 if adds_up else 1)
+
+
+def test_the_order_of_state_does_not_matter_to_hooks() -> None:
+    """They remember where each parameter's state is, and its dict may be changed."""
+    run = Run("cpu", "cpu")
+    params = [nn.Parameter(torch.randn(3, 4)) for _ in range(5)]
+    beside = [nn.Parameter(p.detach().clone()) for p in params]
+    optimizer, other = made(params, run), plain(beside, run)
+    for step in range(8):
+        if step == 2:  # the same entries in another order
+            kept = dict(optimizer.state)
+            optimizer.state.clear()
+            optimizer.state.update((p, kept[p]) for p in [*params[3:], *params[:3]])
+        if step == 4:
+            del optimizer.state[params[1]], other.state[beside[1]]
+        if step == 6:
+            optimizer.load_state_dict(optimizer.state_dict())
+            other.load_state_dict(other.state_dict())
+        grads = [torch.randn(3, 4) for _ in params]
+        backward(params, grads)
+        optimizer.step()
+        optimizer.zero_grad()
+        give(beside, grads)
+        other.step()
+    assert same_bits(params, beside)
+
+
+def test_a_step_that_was_begun_does_not_keep_parameters() -> None:
+    """The native part holds the optimizer's state from a backward pass to the step; hooks do not hold it."""
+    params = [nn.Parameter(torch.randn(3, 4)) for _ in range(3)]
+    optimizer = made(params, Run("cpu", "cpu"))
+    for _ in range(2):
+        backward(params, [torch.randn(3, 4) for _ in params])
+        optimizer.step()
+    backward(params, [torch.randn(3, 4) for _ in params])
+    gone = [weakref.ref(optimizer), *(weakref.ref(p) for p in params)]
+    gc.disable()
+    try:
+        del optimizer
+        assert gone[0]() is None
+        backward(params, [torch.randn(3, 4) for _ in params])  # adds up in param.grad
+        del params
+        assert not any(x() for x in gone)
+    finally:
+        gc.enable()
+
+
+def test_a_hook_by_hand() -> None:
+    """What the native hook calls, and what it takes."""
+    module = native.cpu()
+    assert not isinstance(module, str)
+    seen = []
+    hook = module.Hook(seen.append)
+    p = nn.Parameter(torch.ones(3))
+    assert hook(p) is None
+    assert seen == [p]
+    hook.place(module.Step(), 0)  # is gone at once
+    hook(p)
+    step = module.Step()
+    hook.place(step, 5)  # has no parameter 5
+    hook(p)
+    assert len(seen) == 3
+    for arguments, message in (((), "one argument"), ((p, p), "one argument")):
+        with pytest.raises(TypeError, match=message):
+            hook(*arguments)
+    for arguments, message in (((step,), "2 arguments"), ((p, 0), "a Step or None"), ((step, "0"), "int")):
+        with pytest.raises(TypeError, match=message):
+            hook.place(*arguments)
+    with pytest.raises(TypeError):
+        module.Hook()
+    for wrong in (([], bytearray(1)), ({}, b"0")):
+        with pytest.raises(TypeError, match="is needed"):
+            step.serve_hooks(*wrong)
+
+    def fail(_: Tensor) -> None:
+        raise ValueError("as it is")
+
+    with pytest.raises(ValueError, match="as it is"):
+        module.Hook(fail)(p)
+
+
+def test_a_compiled_backward_pass_calls_hooks() -> None:
+    """Compiled autograd cannot trace the native hook, and calls it."""
+    params = [nn.Parameter(torch.randn(3, 4)) for _ in range(2)]
+    beside = [nn.Parameter(p.detach().clone()) for p in params]
+    optimizer, other = made(params, Run("cpu", "cpu")), plain(beside, Run("cpu", "cpu"))
+    compiled = torch.compile(backward, backend="eager")
+    for _ in range(3):
+        grads = [torch.randn(3, 4) for _ in params]
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            compiled(params, grads)
+        optimizer.step()
+        optimizer.zero_grad()
+        give(beside, grads)
+        other.step()
+    assert same_bits(params, beside)

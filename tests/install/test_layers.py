@@ -37,7 +37,7 @@ FLOORS = (
     {"optimizer"},
     {"in_backward", "from_sgd", "from_adamw"},
     {"from_torch"},
-    {"step.plan", "step.schedule"},
+    {"step.plan", "step.schedule", "step.sharded"},
     {"step.reduce"},
     {"step.gather", "step.hyperparameters"},
     {"backends"},

@@ -1,6 +1,6 @@
 """Triton's passes of a step with a diagonal that adapts: what ``adaptive_kernels`` needs, and the launches.
 
-A launch works on all tensors together; ``squares`` takes one per shape of tiles and type of gradients.
+A launch works on all tensors together; ``squares`` takes several if there are many kinds of tiles.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 from types import ModuleType
 from typing import NamedTuple
@@ -364,22 +364,12 @@ class Matrices:
         self.key = (tensors.device, tuple(self.placed))
 
 
-class _Tiles(NamedTuple):
-    """The tiles of one launch of ``squares``."""
+class _Launch(NamedTuple):
+    """A launch of ``squares``: the kinds of its tiles, the first one, and how many there are."""
 
-    type: int
-    aligned: bool
-    cols: bool
-    shape: int
-
-
-@dataclass
-class _Launch:
-    """A launch of ``squares``: its first tile, how many there are, and whether columns have to be put in order."""
-
-    start: int = 0
-    tiles: list[tuple[int, int]] = field(default_factory=list)  # a tensor, and how many it has
-    permuted: bool = False
+    kinds: list[int]
+    start: int
+    tiles: int
 
 
 class SquaresPlan:
@@ -416,7 +406,7 @@ class SquaresPlan:
         row_to, col_to = self._rows_at, self._cols_at
         table: list[list[int]] = []
         segments: list[tuple[int, int, int]] = []
-        self.launches: dict[_Tiles, _Launch] = {}
+        tiles: dict[int, list[tuple[int, int]]] = {}  # by kind: tensors, and how many each has
         for i, (m, order) in enumerate(zip(matrices, orders, strict=True)):
             height, width, pieces = k.SHAPES[shape := _shape_of(m, k)]
             down, across = -(-m.rows // (height * pieces)), -(-m.cols // width)
@@ -434,9 +424,9 @@ class SquaresPlan:
             col_to += m.cols if m.by_col else 0
             row[k.S_SEGMENT] = len(segments)
             if down * across:
-                launch = self.launches.setdefault(_Tiles(m.type, m.aligned, m.by_col, shape), _Launch())
-                launch.tiles.append((i, down * across))
-                launch.permuted = launch.permuted or order is not None
+                kind = m.type | (0 if m.aligned else k.S_UNALIGNED) | (k.S_BY_COL if m.by_col else 0)
+                row[k.S_KIND] = kind | shape << k.S_SHAPE
+                tiles.setdefault(row[k.S_KIND], []).append((i, down * across))
                 few = m.rows <= k.FEW_ROWS
                 part, step = (k.OTHER_PART, 1) if few else (k.ROWS_PART, k.SEGMENT)
                 segments += [(i, part, begin) for begin in range(0, m.rows, step)]
@@ -445,18 +435,20 @@ class SquaresPlan:
                 segments += [(i, k.COLS_PART, begin) for begin in range(0, m.cols, k.SEGMENT)]
             table.append(row)
         self.slots = end - first_slot
-        self.permuted = any(launch.permuted for launch in self.launches.values())
+        self.permuted = any(order is not None for order in orders)
         self._size = end
         # Sums that no tile writes are zero.
         self._empty = any(m.rows * m.cols == 0 for m in matrices)
         tile_of: list[Tensor] = []
-        start = 0
-        for launch in self.launches.values():
-            launch.start = start
-            for i, count in launch.tiles:
+        self.launches: list[_Launch] = []
+        start, kinds = 0, sorted(tiles)
+        for begin in range(0, len(kinds), k.MOST_KINDS):
+            together, first = kinds[begin : begin + k.MOST_KINDS], start
+            for i, count in (pair for kind in together for pair in tiles[kind]):
                 table[i][k.S_FIRST] = start
                 tile_of.append(torch.full((count,), i, dtype=torch.int32, device="cpu"))
                 start += count
+            self.launches.append(_Launch(together, first, start - first))
         self._table = _table(table, k.S_COLUMNS)
         self._address = k.S_G
         self._sent = False
@@ -503,24 +495,20 @@ def _shape_of(matrix: Matrix, kernels: ModuleType) -> int:
 
 
 def launch_squares(kernels: ModuleType, plan: SquaresPlan) -> None:
-    """Launch ``squares`` for each shape and type, then ``add_up``."""
+    """Launch ``squares``, then ``add_up``."""
     k = kernels
-    for tiles, launch in plan.launches.items():
-        height, width, pieces = k.SHAPES[tiles.shape]
+    for launch in plan.launches:
         run(
             k.squares,
-            sum(count for _, count in launch.tiles),
+            launch.tiles,
             plan.table,
             plan.tile_of,
             plan.out,
             launch.start,
-            TYPE=tiles.type,
-            UNALIGNED=not tiles.aligned,
-            COLS=tiles.cols,
-            PERMUTED=launch.permuted,
-            HEIGHT=height,
-            WIDTH=width,
-            PIECES=pieces,
+            KINDS=sum(kind << 8 * i for i, kind in enumerate(launch.kinds)),
+            N_KINDS=len(launch.kinds),
+            SHAPES=k.SHAPE_BYTES,
+            PERMUTED=plan.permuted,
             num_warps=k.NUM_WARPS,
             enable_fp_fusion=False,
         )

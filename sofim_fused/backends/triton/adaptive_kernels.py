@@ -67,6 +67,11 @@ MODEL, GROUP, PARAMETER = kernels.MODEL, kernels.GROUP, kernels.PARAMETER
 
 # Shapes of tiles in ``squares``: rows, columns, and how many such pieces, one below the other, a program takes.
 SHAPES = ((1, 4096, 1), (4, 1024, 1), (32, 128, 4), (128, 32, 4))
+# The same for kernels: the logarithms of these, three bytes for each shape.
+SHAPE_BYTES = sum((size.bit_length() - 1) << 8 * i for i, size in enumerate(size for shape in SHAPES for size in shape))
+# What is known of a tile when a kernel is compiled, a byte: the type of its gradient, and these.
+S_UNALIGNED, S_BY_COL, S_SHAPE = 4, 8, 4  # two flags, and by how many bits the shape is shifted: see ``_squares``
+MOST_KINDS = 6  # of tiles in one launch of ``squares``, which is compiled for all of them
 SEGMENT, DEPTH = 64, 32  # rows or columns that a program of ``add_up`` adds up, and how many slots of each at once
 FEW_ROWS = 4  # up to this many rows, ``add_up`` has a program for each
 ADAPTED = 1024  # rows or columns of a program of ``adapt``
@@ -123,8 +128,8 @@ _EPS = tl.constexpr(pack.SIGN + 2)
 # elements apart, of ``S_COLS`` elements. ``..._OUT``: where in ``out`` its slots begin, or the sums themselves if one
 # program has all of a row or a column; ``..._TO``: where the sums begin. ``S_ORDER``: as ``ORDER``.
 S_G, S_ROWS, S_COLS, S_PITCH, S_FIRST, S_ROW_OUT, S_ROW_TO, S_ROW_SLOTS, S_COL_OUT, S_COL_TO, S_COL_SLOTS = range(11)
-S_ORDER, S_SEGMENT, S_SEGMENTS = range(11, 14)
-S_COLUMNS = 14
+S_ORDER, S_SEGMENT, S_SEGMENTS, S_KIND = range(11, 15)
+S_COLUMNS = 15
 _S_G = tl.constexpr(S_G)
 _S_ROWS = tl.constexpr(S_ROWS)
 _S_COLS = tl.constexpr(S_COLS)
@@ -139,6 +144,7 @@ _S_COL_SLOTS = tl.constexpr(S_COL_SLOTS)
 _S_ORDER = tl.constexpr(S_ORDER)
 _S_SEGMENT = tl.constexpr(S_SEGMENT)
 _S_SEGMENTS = tl.constexpr(S_SEGMENTS)
+_S_KIND = tl.constexpr(S_KIND)
 _S_COLUMNS = tl.constexpr(S_COLUMNS)
 
 # Columns of a tensor's row in ``adapt``. ``A_ROW_VAR`` is the address of ``row_var``, or of a 0-dimensional
@@ -185,44 +191,66 @@ def _load_part(pointer, offsets, mask):
 @triton.jit(do_not_specialize=["start"])
 def squares(
     table, tile_of, out, start,
-    TYPE: tl.constexpr, UNALIGNED: tl.constexpr, COLS: tl.constexpr, PERMUTED: tl.constexpr, HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr, PIECES: tl.constexpr,
+    KINDS: tl.constexpr, N_KINDS: tl.constexpr, SHAPES: tl.constexpr, PERMUTED: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g² over the rows, and with ``COLS`` the columns, of a tile: a program per tile of one shape and type."""
+    """Sums of g² over the rows, and for some kinds the columns, of a tile: a program per tile.
+
+    ``KINDS``: those of the tiles, a byte for each. ``SHAPES``: ``SHAPE_BYTES``. ``PERMUTED``: some columns have to be
+    put in order.
+    """
     tile = start + tl.program_id(0)
     row = table + tl.load(tile_of + tile).to(tl.int64) * _S_COLUMNS
+    if N_KINDS == 1:
+        _squares(row, tile, out, KINDS, SHAPES >> (24 * (KINDS >> 4)), PERMUTED)
+    else:
+        kind = tl.load(row + _S_KIND)
+        for i in tl.static_range(N_KINDS):
+            if kind == (KINDS >> (8 * i)) & 255:
+                _squares(
+                    row, tile, out, (KINDS >> (8 * i)) & 255, SHAPES >> (24 * ((KINDS >> (8 * i + 4)) & 15)), PERMUTED
+                )  # fmt: skip
+
+
+@triton.jit
+def _squares(row, tile, out, KIND: tl.constexpr, SHAPE: tl.constexpr, PERMUTED: tl.constexpr):
+    number: tl.constexpr = KIND & 3
+    unaligned: tl.constexpr = (KIND >> 2) & 1
+    by_col: tl.constexpr = (KIND >> 3) & 1
+    height: tl.constexpr = 1 << (SHAPE & 255)
+    width: tl.constexpr = 1 << ((SHAPE >> 8) & 255)
+    pieces: tl.constexpr = 1 << ((SHAPE >> 16) & 255)
     count = tl.load(row + _S_ROWS)
     size = tl.load(row + _S_COLS)
     at = tile - tl.load(row + _S_FIRST)
-    across = (size + WIDTH - 1) // WIDTH
+    across = (size + width - 1) // width
     down = at // across
     place = at - down * across
-    begin = place * WIDTH
+    begin = place * width
     pitch = tl.load(row + _S_PITCH)
-    if not UNALIGNED:
+    if not unaligned:
         # So the compiler knows that rows are aligned too.
-        elements: tl.constexpr = 4 if TYPE == 0 else 2 if TYPE == 1 else 8
+        elements: tl.constexpr = 4 if number == 0 else 2 if number == 1 else 8
         pitch = pitch // elements * elements
-    pointer = _typed(tl.load(row + _S_G), TYPE, UNALIGNED)
-    lanes = tl.arange(0, HEIGHT)
-    cols = tl.arange(0, WIDTH)
+    pointer = _typed(tl.load(row + _S_G), number, unaligned)
+    lanes = tl.arange(0, height)
+    cols = tl.arange(0, width)
     offsets = lanes[:, None].to(tl.int64) * pitch + cols[None, :]
     by_row = out + tl.load(row + _S_ROW_OUT) + place * count
-    total = tl.zeros([HEIGHT, WIDTH], tl.float64)
-    for piece in range(PIECES):
-        first = (down * PIECES + piece) * HEIGHT
+    total = tl.zeros([height, width], tl.float64)
+    for piece in range(pieces):
+        first = (down * pieces + piece) * height
         if first < count:
             here = pointer + (first * pitch + begin)
-            if (first + HEIGHT <= count) & (begin + WIDTH <= size):
+            if (first + height <= count) & (begin + width <= size):
                 x = _load_full(here, offsets)
             else:
                 x = _load_part(here, offsets, (first + lanes < count)[:, None] & (begin + cols < size)[None, :])
-            g = _wide(x, TYPE).to(tl.float64)
+            g = _wide(x, number).to(tl.float64)
             square = g * g
             tl.store(by_row + first + lanes, tl.sum(square, 1), mask=first + lanes < count)
-            if COLS:
+            if by_col:
                 total += square
-    if COLS:
+    if by_col:
         to = tl.load(row + _S_COL_OUT)
         col = begin + cols
         inside = col < size

@@ -1,7 +1,7 @@
 """Whole steps with a diagonal that adapts: the native part packs the tensors, the launches are those of the passes.
 
-A step checks and packs tensors in C++, sends what has changed, and takes five launches or a few more: ``squares`` (one
-for each shape of tiles and type of gradients), ``add_up``, ``adapt``, then ``solve_scaled`` and ``sweep``; or, with the
+A step checks and packs tensors in C++, sends what has changed, and takes five launches or a few more: ``squares``
+(several, if there are many kinds of tiles), ``add_up``, ``adapt``, then ``solve_scaled`` and ``sweep``; or, with the
 term of rank one, ``sweep``, ``fold_scaled``, ``solve_scaled`` and ``sweep``.
 """
 

@@ -108,7 +108,7 @@ _CANCELLED = tl.constexpr(2.0**-46)  # (2 ulp of float32 arithmetic)², as in so
 _FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 # Triton's interpreter truncates where it should round to bfloat16, and computes wrongly with subnormal numbers.
 _EMULATED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-_INT16 = tl.constexpr(4)  # beside the dtypes of pack.TYPES
+_HALVES = tl.constexpr(4)  # beside the dtypes of pack.TYPES: 16 bits, int16 in Python
 _UPPER = tl.constexpr(0xFFFF0000)
 _SIGN_BIT = tl.constexpr(0x80000000)
 _QUIET_NAN = tl.constexpr(0x7FC00000)
@@ -128,8 +128,8 @@ def _typed(address, TYPE: tl.constexpr, UNALIGNED: tl.constexpr):
         pointer = address.to(tl.pointer_type(tl.float64))
     elif TYPE == 2:
         pointer = address.to(tl.pointer_type(tl.bfloat16))
-    elif TYPE == _INT16:
-        pointer = address.to(tl.pointer_type(tl.int16))
+    elif TYPE == _HALVES:
+        pointer = address.to(tl.pointer_type(tl.uint16))
     else:
         pointer = address.to(tl.pointer_type(tl.float16))
     if not UNALIGNED:
@@ -145,7 +145,7 @@ def _weights(row, at, KIND: tl.constexpr):
 @triton.jit
 def _lost(row, at, KIND: tl.constexpr):
     if (KIND >> 7) & 1:
-        pointer = _typed(tl.load(row + _LOST), _INT16, (KIND >> 5) & 1)
+        pointer = _typed(tl.load(row + _LOST), _HALVES, (KIND >> 5) & 1)
     else:
         pointer = _typed(tl.load(row + _LOST), KIND & 3, (KIND >> 5) & 1)
     return pointer + at
@@ -233,14 +233,15 @@ def _load(pointer, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr):
 def _weight(row, at, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr):
     """The weights in the type of the arithmetic: whole if they are kept in two halves (``backends/master_bits.py``)."""
     if (KIND >> 7) & 1:
+        shown_at, rest_at = _weights(row, at, KIND), _lost(row, at, KIND)
         if FULL:
-            shown = _load_full(_weights(row, at, KIND), offsets)
-            rest = _load_full(_lost(row, at, KIND), offsets)
+            shown = _load_full(shown_at, offsets)
+            rest = _load_full(rest_at, offsets)
         else:
-            shown = _load_tail(_weights(row, at, KIND), offsets, left)
-            rest = _load_tail(_lost(row, at, KIND), offsets, left)
+            shown = _load_tail(shown_at, offsets, left)
+            rest = _load_tail(rest_at, offsets, left)
         upper = shown.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-        whole = upper + rest.to(tl.int32).to(tl.uint32, bitcast=True)
+        whole = upper + (rest.to(tl.uint32) ^ 0x8000) - 0x8000  # sign extended
         # A rest that would make a NaN of a number is not its own.
         w = tl.where((whole & _MAGNITUDE) > _INFINITY_BITS, upper, whole).to(tl.float32, bitcast=True)
     else:
@@ -251,11 +252,12 @@ def _weight(row, at, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr):
 @triton.jit
 def _store_halves(w, row, at, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr):
     """Store float32 weights in two halves."""
+    shown_at, rest_at = _weights(row, at, KIND), _lost(row, at, KIND)
     bits = w.to(tl.uint32, bitcast=True)
     bits = tl.where((bits & _MAGNITUDE) > _INFINITY_BITS, (bits & _SIGN_BIT) | _QUIET_NAN, bits)
     shown = ((bits + 0x8000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    _store(_weights(row, at, KIND), shown, offsets, left, FULL)
-    _store(_lost(row, at, KIND), (bits & 0xFFFF).to(tl.uint16).to(tl.int16, bitcast=True), offsets, left, FULL)
+    _store(shown_at, shown, offsets, left, FULL)
+    _store(rest_at, (bits & 0xFFFF).to(tl.uint16), offsets, left, FULL)
 
 
 @triton.jit

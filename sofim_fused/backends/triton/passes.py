@@ -17,6 +17,7 @@ from sofim_fused.backends.interface import (
     GradientStep,
     GuardSettings,
     NativeInBackward,
+    NativeSharded,
     NativeStep,
     Settings,
     StepTensors,
@@ -139,6 +140,9 @@ class TritonPasses(TritonAdaptive):
         if isinstance(module, str):
             return lambda groups, state, grad_scale, found_inf, counter: None
         return TritonStep(self._kernels, module.PackedStep(self._kernels.TILE), self.emulated)
+
+    def native_sharded(self) -> NativeSharded | None:
+        return None
 
     def native_in_backward(self) -> NativeInBackward | None:
         return None
