@@ -362,7 +362,7 @@ def quick(options: argparse.Namespace, console: Console) -> None:
             compare.Plan(TASKS["digits-lenet5"], Size(2, 160), 2, "cpu", configurations=2),
             compare.Plan(TASKS["tabular-mlp"], Size(2, 160), 2, "cpu", configurations=2),
             # The transformers take as long as all else together: there is nothing to choose from for them.
-            compare.Plan(TASKS["text-transformer"], Size(2, 160), 2, "cpu", configurations=1),
+            compare.Plan(TASKS["text-transformer"], Size(2, 32), 1, "cpu", configurations=1),
         ]
         adapts = LINEUPS["adaptive"]
         text = options.out / "text"

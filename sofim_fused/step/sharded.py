@@ -78,7 +78,7 @@ class ShardedStep:
             for ordinal in present:
                 part = self._parts[ordinal]
                 if part is not None:
-                    part.tensor.grad = None
+                    part.take_back()
 
     def _groups_of_parts(
         self, param_groups: list[dict[str, Any]], state: MutableMapping[Tensor, Any], present: list[int]
@@ -130,30 +130,39 @@ class _Part:
         self._grad_spec = self._spec  # of the last gradient that had the parameter's placements
         self._count = len(known)
         self._entries = [(name, known[name]) for name in checks.STATE if name in known]
-        self.tensor = self._local.detach()  # shares its version counter
+        # Shares memory and the version counter. A plain tensor's memory may be replaced through .data.
+        self.tensor = self._local.detach() if self._sharded else param
         self.state = {name: _local(value) if isinstance(value, Tensor) else value for name, value in self._entries}
 
     def fits(self, known: dict[str, Any] | None) -> bool:
         """Whether the parameter's local tensor and its state are still the same."""
         if known is None or len(known) != self._count:
             return False
-        if self._sharded and self.param._local_tensor is not self._local:
-            return False
+        if self._sharded:
+            local = self.param._local_tensor
+            if local is not self._local or local.data_ptr() != self.tensor.data_ptr():
+                return False
         return all(known.get(name) is value for name, value in self._entries)
 
     def give(self, grad: Any) -> bool:
         """Set the gradient; ``False`` if its elements are elsewhere, or it is not of the tensor's shape and kind."""
-        if self._sharded:
-            spec = getattr(grad, "_spec", None)
-            if spec is not self._grad_spec:
-                if spec is None or spec.placements != self._spec.placements or spec.mesh != self._spec.mesh:
-                    return False
-                self._grad_spec = spec
-            grad = grad._local_tensor
+        if not self._sharded:
+            return True  # it is there
+        spec = getattr(grad, "_spec", None)
+        if spec is not self._grad_spec:
+            if spec is None or spec.placements != self._spec.placements or spec.mesh != self._spec.mesh:
+                return False
+            self._grad_spec = spec
+        grad = grad._local_tensor
         if type(grad) is not Tensor or grad.dtype != self.tensor.dtype or grad.shape != self.tensor.shape:
             return False
         self.tensor.grad = grad
         return True
+
+    def take_back(self) -> None:
+        """Remove the gradient that :meth:`give` has set."""
+        if self._sharded:
+            self.tensor.grad = None
 
 
 def _local(x: Tensor) -> Tensor:

@@ -144,6 +144,12 @@ def weights_replaced(step: int, model: nn.Module, made: SOFIM) -> None:
             p.mul_(0.5)
 
 
+def memory_replaced(step: int, model: nn.Module, made: SOFIM) -> None:
+    p = next(model.parameters())
+    if step == 2:
+        p._local_tensor.data = p._local_tensor.data.clone()  # type: ignore[attr-defined]
+
+
 def settings_edited(step: int, model: nn.Module, made: SOFIM) -> None:
     for group in made.param_groups:
         group["lr"] *= 0.5
@@ -169,6 +175,7 @@ EDITS: list[tuple[dict[str, Any], Edit, int]] = [  # and how many steps are by p
     ({}, no_gradient_at_all, 2),
     ({}, state_replaced, 2),
     ({"numerator": "gradient"}, weights_replaced, 1),
+    ({}, memory_replaced, 1),
     ({}, settings_edited, 2),
     ({}, scaled, 1),
     ({"skip_nonfinite": True}, not_finite, 1),
@@ -178,6 +185,47 @@ EDITS: list[tuple[dict[str, Any], Edit, int]] = [  # and how many steps are by p
 def test_whatever_happens_between_steps(two: Ranks) -> None:
     first, _ = two.run(all_compared, [(options, edit) for options, edit, _ in EDITS])
     assert first == [(by_passes, STEPS) for *_, by_passes in EDITS]
+
+
+def of_whole_parameters(rank: int) -> tuple[list[Tensor], int]:
+    """Plain tensors, each on one rank; the memory of some is replaced."""
+    torch.manual_seed(rank)
+    params = [nn.Parameter(torch.randn(shape)) for shape in ((5, 3), (4,))]
+    made = SOFIM(params, lr=0.1, rho=1.0, max_grad_norm=0.1, shard_group=distributed.group.WORLD)
+    by_passes, shares = [], Plan.shares
+
+    def counted(self: Plan, of: Any, guarded: bool = False) -> Any:
+        by_passes.append(guarded)
+        return shares(self, of, guarded)
+
+    Plan.shares = counted  # type: ignore[method-assign]
+    try:
+        for step in range(STEPS):
+            if step == 3:
+                params[0].data = params[0].data.clone()
+            for p in params:
+                p.grad = torch.randn(p.shape)
+            made.step()
+    finally:
+        Plan.shares = shares  # type: ignore[method-assign]
+    return [p.detach() for p in params], len(by_passes)
+
+
+def test_whole_parameters_on_different_ranks(two: Ranks) -> None:
+    found = two.run(of_whole_parameters)
+    assert [by_passes for _, by_passes in found] == [1, 1]
+    params, grads = [], []
+    for rank in range(2):
+        torch.manual_seed(rank)
+        params += [nn.Parameter(torch.randn(shape)) for shape in ((5, 3), (4,))]
+        grads.append([[torch.randn(shape) for shape in ((5, 3), (4,))] for _ in range(STEPS)])
+    alone = SOFIM(params, lr=0.1, rho=1.0, max_grad_norm=0.1)
+    for step in range(STEPS):
+        for p, g in zip(params, [*grads[0][step], *grads[1][step]], strict=True):
+            p.grad = g
+        alone.step()
+    for p, q in zip(params, [*found[0][0], *found[1][0]], strict=True):
+        torch.testing.assert_close(p.detach(), q, rtol=1e-6, atol=1e-7)
 
 
 def after_a_message_that_failed(rank: int) -> None:
