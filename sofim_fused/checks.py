@@ -31,6 +31,8 @@ DTYPES = (
 )
 
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
+REST = torch.int16  # of master_bits; in state dicts they are float16, the same bits: NCCL and gloo send no int16
+SENT_AS = torch.float16
 SMALLEST_RHO = 1e-30  # keeps ‖m̂‖²/ρ far below float64's overflow
 SMALLEST_EPS = 1e-18  # above the root of what is lost below float32's range, so that s bounds the step there too
 LARGEST_EPS = 1e18  # far below float32's range: s has to stay finite

@@ -14,6 +14,8 @@ from torch.nn.parameter import is_lazy
 from sofim_fused.checks import (
     DTYPES,
     PER_GROUP,
+    REST,
+    SENT_AS,
     STATE,
     VARIANCES,
     WHOLE,
@@ -244,7 +246,7 @@ def _saved_state(known: Any, param: Tensor, key: Any, values: Mapping[str, Any],
                 f"{where}: {name} has the shape {tuple(value.shape)}, expected {shape}: it was saved for another model"
                 + (f", or with another diagonal than {diagonal!r}" if name in VARIANCES else "")
             )
-        dtypes = (torch.int16,) if name == "master_bits" else DTYPES
+        dtypes = (REST, SENT_AS) if name == "master_bits" else DTYPES
         if value.layout != torch.strided or (value.dtype not in dtypes and name != "step"):
             raise ValueError(f"{where}: {name} is {short(value.dtype)}, {value.layout}: the state dict is damaged")
         complex_here = param.is_complex() and name not in VARIANCES and name != "master_bits"

@@ -606,7 +606,8 @@ class SOFIM(Optimizer):
         """Return the groups and the state by number of parameter, as every optimizer does.
 
         Groups contain plain values, which all file formats and :mod:`torch.distributed.checkpoint` accept:
-        ``state_dtype`` by its name, and numbers of other types (such as NumPy's) as Python numbers.
+        ``state_dtype`` by its name, and numbers of other types (such as NumPy's) as Python numbers. ``master_bits`` are
+        float16 there, the same bits, because ranks cannot send each other int16.
 
         Raises:
             RuntimeError: with ``in_backward=True``, between a backward pass and the step.
@@ -618,6 +619,8 @@ class SOFIM(Optimizer):
         made = super().state_dict()
         if isinstance(made, dict) and isinstance(made.get("param_groups"), list):  # a user's hook may return anything
             made = {**made, "param_groups": [_plain(group) for group in made["param_groups"]]}
+        if isinstance(made, dict) and isinstance(made.get("state"), dict):
+            made["state"] = {key: gather.for_state_dict(known) for key, known in made["state"].items()}
         return made
 
     def load_state_dict(self, state_dict: StateDict) -> None:

@@ -18,7 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-REST = torch.int16
+from sofim_fused.checks import REST
+
 _SIGN, _NAN = -(2**31), 0x7FC00000
 
 
@@ -40,4 +41,4 @@ def split(weight: Tensor) -> tuple[Tensor, Tensor]:
     bits = torch.where(weight.isnan(), bits & _SIGN | _NAN, bits)
     shown = (bits + 0x8000) >> 16
     rest = bits - (shown << 16)
-    return shown.to(torch.int16).view(torch.bfloat16), rest.to(torch.int16)
+    return shown.to(torch.int16).view(torch.bfloat16), rest.to(REST)

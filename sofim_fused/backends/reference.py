@@ -24,10 +24,11 @@ from sofim_fused.backends.interface import (
     Sums,
     sum_dtype,
 )
-from sofim_fused.backends.master_bits import REST, joined
+from sofim_fused.backends.master_bits import joined
 from sofim_fused.backends.master_bits import split as split_weight
 from sofim_fused.backends.rounding import random_bits, round_stochastic
 from sofim_fused.backends.solve import TILE, TorchSolve, ordered_sum
+from sofim_fused.checks import REST
 
 CHUNK = 256 * TILE  # elements for which temporaries are made at once: 32 MiB in float64
 _WIDE = {  # the dtype of the arithmetic, by the parameter's

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sofim_fused import checks, checks_state_dict
 from sofim_fused.backends import StepTensors, Variance
-from sofim_fused.backends.master_bits import REST
-from sofim_fused.dtensor import is_sharded, local, placed_as, placements_like, spread_like
+from sofim_fused.checks import REST, SENT_AS
+from sofim_fused.dtensor import is_sharded, local, placed_as, placements_like, spread_like, viewed_as
 
 
 class Entry(NamedTuple):
@@ -49,10 +49,15 @@ def with_gradients(groups: Sequence[Mapping[str, Any]]) -> list[Entry]:
 def check_state(entry: Entry, group: Mapping[str, Any], state: Mapping[Tensor, Any]) -> None:
     """Check that a parameter's state fits it, or, if it has none, that the group's settings allow to create it.
 
+    A rest that has the dtype that it has in state dicts gets its own: a ZeroRedundancyOptimizer puts the saved tensors
+    into the state themselves.
+
     Raises:
         TypeError, ValueError: they do not; the message names the parameter.
     """
     known = state.get(entry.param, {})
+    if isinstance(known, dict) and _is_sent(known.get("master_bits")):
+        known["master_bits"] = viewed_as(known["master_bits"], REST)
     checks.apart(entry.param, entry.ordinal)
     checks.state_entries(entry.param, known, entry.ordinal)
     if "exp_avg" in known:
@@ -180,7 +185,8 @@ def _restored(param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any])
     state["exp_avg"] = _like(param, entries["exp_avg"], moment_dtype(param, group["state_dtype"]))
     lost = checks.lost_bits(param, group)
     if lost is not None and lost in entries:
-        state[lost] = _like(param, entries[lost], lost_bits_dtype(param, lost))
+        value = viewed_as(entries[lost], REST) if _is_sent(entries[lost]) and lost == "master_bits" else entries[lost]
+        state[lost] = _like(param, value, lost_bits_dtype(param, lost))
     for name, made in _zero_variances(param, group["diagonal"]).items():
         # Saturated, as in a step: other dtypes hold larger numbers.
         state[name] = _filled(made, entries[name]).clamp_(max=torch.finfo(made.dtype).max)
@@ -224,6 +230,18 @@ def moment_dtype(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
 def lost_bits_dtype(param: Tensor, name: str) -> torch.dtype:
     """The dtype of lost bits; ``name``: as of :func:`sofim_fused.checks.lost_bits`."""
     return REST if name == "master_bits" else param.dtype
+
+
+def for_state_dict(known: Any) -> Any:
+    """A parameter's state as state dicts have it: its rest has a dtype that ranks can send each other."""
+    rest = known.get("master_bits") if isinstance(known, dict) else None
+    if not isinstance(rest, Tensor) or rest.dtype != REST:
+        return known
+    return {**known, "master_bits": viewed_as(rest, SENT_AS)}
+
+
+def _is_sent(rest: Any) -> bool:
+    return isinstance(rest, Tensor) and rest.dtype == SENT_AS
 
 
 def _lost(param: Tensor, group: Mapping[str, Any], known: Mapping[str, Tensor]) -> Tensor | None:

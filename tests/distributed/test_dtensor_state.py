@@ -14,7 +14,19 @@ from torch import Tensor, distributed, nn
 from bench.ranks import Ranks
 from sofim_fused import SOFIM
 from sofim_fused.backends.master_bits import joined
-from tests.distributed.support import Net, fsdp, mesh_of, needs_ranks, new_pair, restore, saved_state, train, whole
+from sofim_fused.dtensor import local
+from tests.distributed.support import (
+    Net,
+    fsdp,
+    fsdp1,
+    mesh_of,
+    needs_ranks,
+    new_pair,
+    restore,
+    saved_state,
+    train,
+    whole,
+)
 from tests.support.problems import same_bits
 
 pytestmark = needs_ranks
@@ -65,6 +77,54 @@ def halves_of_float32(rank: int) -> bool:
 
 def test_sharded_halves_of_float32_weights(two: Ranks) -> None:
     assert two.run(halves_of_float32) == [True, True]
+
+
+def whole_states(rank: int) -> bool:
+    """Of FSDP2 and FSDP1, gathered from all ranks and loaded again: backends of ranks send no int16."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def made(wrapped: Any) -> tuple[Any, SOFIM]:
+        optimizer = SOFIM(wrapped.parameters(), lr=0.05)
+        return wrapped, optimizer
+
+    def net() -> Net:
+        torch.manual_seed(0)
+        return Net().bfloat16()
+
+    def rests(saved: Any) -> list[Tensor]:
+        return [known["master_bits"] for known in saved["state"].values() if "master_bits" in known]
+
+    options = StateDictOptions(full_state_dict=True)
+    for wrap in (lambda: fsdp(net(), mesh_of((2,), ("shard",))), lambda: fsdp1(net())):
+        (model, optimizer), (other, loaded) = made(wrap()), made(wrap())
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.01)
+        for _ in range(3):
+            optimizer.step()
+        optimizer.zero_grad()
+        if isinstance(model, FullyShardedDataParallel):
+            saved = FullyShardedDataParallel.optim_state_dict(model, optimizer)
+            loaded.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(other, loaded, saved))
+            again = FullyShardedDataParallel.optim_state_dict(other, loaded)
+        else:
+            saved = get_optimizer_state_dict(model, optimizer, options=options)
+            set_optimizer_state_dict(other, loaded, saved, options=options)
+            again = get_optimizer_state_dict(other, loaded, options=options)
+        rest = [known["master_bits"] for known in loaded.state.values()]
+        if {x.dtype for x in rest} != {torch.int16} or not any(bool(local(x).any()) for x in rest):
+            return False
+        if not rests(saved) or not same_bits(rests(saved), rests(again)):
+            return False
+    return True
+
+
+def test_whole_states_with_the_other_halves_of_weights(two: Ranks) -> None:
+    assert two.run(whole_states) == [True, True]
 
 
 def written_versions(rank: int) -> bool:

@@ -194,6 +194,23 @@ def test_a_replaced_weight_stands(backend: str) -> None:
     assert bool((whole[:2].abs() < 1e-40).all())
 
 
+def test_state_dicts_have_bits_that_ranks_can_send() -> None:
+    """float16, which NCCL and gloo know; a state that was put into place as it was saved is good, too."""
+    (optimizer, p), (twin, q) = small(), small()
+    saved = optimizer.state_dict()["state"][0]["master_bits"]
+    assert saved.dtype == torch.float16
+    assert saved.data_ptr() == optimizer.state[p]["master_bits"].data_ptr()
+    optimizer.state[p]["master_bits"] = saved.clone()  # as a ZeroRedundancyOptimizer does
+    for made, param in ((optimizer, p), (twin, q)):
+        advance(made, param, 3)
+    assert optimizer.state[p]["master_bits"].dtype == torch.int16
+    assert same_bits([p.detach(), optimizer.state[p]["master_bits"]], [q.detach(), twin.state[q]["master_bits"]])
+    older = twin.state_dict()
+    older["state"][0]["master_bits"] = twin.state[q]["master_bits"]  # the int16 themselves
+    optimizer.load_state_dict(older)
+    assert torch.equal(optimizer.state[p]["master_bits"], twin.state[q]["master_bits"])
+
+
 def test_an_optimizer_of_an_older_version_goes_on_with_kahan() -> None:
     """Its groups do not have the option; its state has the bits of Kahan's compensation."""
     old, p = small(kahan=True)

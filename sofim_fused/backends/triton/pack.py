@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sofim_fused import checks
 from sofim_fused.backends import addresses
-from sofim_fused.backends.master_bits import REST
+from sofim_fused.checks import REST
 
 W, G, M, LOST, STEP, NUMEL, ORDINAL, KIND, GROUP, FIRST = range(10)
 COLUMNS = 10
