@@ -235,13 +235,13 @@ def lost_bits_dtype(param: Tensor, name: str) -> torch.dtype:
 def for_state_dict(known: Any) -> Any:
     """A parameter's state as state dicts have it: its rest has a dtype that ranks can send each other."""
     rest = known.get("master_bits") if isinstance(known, dict) else None
-    if not isinstance(rest, Tensor) or rest.dtype != REST:
+    if not isinstance(rest, Tensor) or rest.dtype != REST or rest.layout != torch.strided:
         return known
     return {**known, "master_bits": viewed_as(rest, SENT_AS)}
 
 
 def _is_sent(rest: Any) -> bool:
-    return isinstance(rest, Tensor) and rest.dtype == SENT_AS
+    return isinstance(rest, Tensor) and rest.dtype == SENT_AS and rest.layout == torch.strided
 
 
 def _lost(param: Tensor, group: Mapping[str, Any], known: Mapping[str, Tensor]) -> Tensor | None:
