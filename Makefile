@@ -19,8 +19,8 @@ LESSER_SETS := avx2 default
 # One instruction set is enough for builds that test something else.
 ONE_SET = SOFIM_INSTRUCTION_SETS=$$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo avx2 || echo default)
 # What kernels compute, wherever they run. Edited groups and gradients are the host's concern, and slow in the interpreter.
-KERNEL_TESTS := tests/step/test_matrix.py tests/step/test_adaptive.py tests/step/test_amp.py tests/step/test_torch_modes.py \
-    tests/backends/test_passes.py tests/backends/test_shared_memory.py \
+KERNEL_TESTS := tests/step/test_matrix.py tests/step/test_master_bits.py tests/step/test_adaptive.py tests/step/test_amp.py \
+    tests/step/test_torch_modes.py tests/backends/test_passes.py tests/backends/test_shared_memory.py \
     $(filter-out %_changes.py %_edits.py,$(wildcard tests/in_backward/test_*.py))
 # Many steps each, which take long there; test_triton_adaptive.py has the edges of these kernels.
 INTERPRETER_TESTS := $(filter-out tests/step/test_adaptive.py,$(KERNEL_TESTS)) $(wildcard tests/backends/test_triton*.py) \

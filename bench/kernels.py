@@ -117,6 +117,7 @@ KINDS = {
     "fp32": FLOAT32,
     "fp32, bf16 moment": FLOAT32 | pack.ROUNDS,
     "bf16, Kahan": BFLOAT16 | pack.KEEPS,
+    "bf16, master bits": BFLOAT16 | pack.KEEPS | pack.MASTER,
     "bf16, bf16 moment, Kahan": BFLOAT16 | pack.ROUNDS | pack.KEEPS,
     "bf16, bf16 moment": BFLOAT16 | pack.ROUNDS,
     "bf16, fp32 gradient, Kahan": BFLOAT16 | pack.WIDE | pack.KEEPS,
@@ -245,14 +246,14 @@ def table_bytes(case: Case, kernels: ModuleType) -> tuple[int, int]:
     w = 8 if kind & 3 == FLOAT64 else 4 if kind & 3 == FLOAT32 else 2
     g = 4 if kind & pack.WIDE else w
     m = 2 if kind & pack.ROUNDS else max(w, 4)
-    kahan = w if kind & pack.KEEPS else 0
+    lost = w if kind & pack.KEEPS else 0
     l2, cross = case.config.l2, case.config.reads_gradient
     step = case.with_step
     passes = {
-        kernels.ACCUMULATE: (g + m + (w if l2 or step else 0) + (kahan if step else 0), m + (w + kahan if step else 0)),
-        kernels.APPLY: (m + w + kahan + (g if cross else 0), w + kahan),
+        kernels.ACCUMULATE: (g + m + (w if l2 or step else 0) + (lost if step else 0), m + (w + lost if step else 0)),
+        kernels.APPLY: (m + w + lost + (g if cross else 0), w + lost),
         kernels.DOTS: (g + m + (w if l2 else 0), 0),
-        kernels.COMMIT: (g + m + w + kahan, m + w + kahan),
+        kernels.COMMIT: (g + m + w + lost, m + w + lost),
     }
     chosen = [passes[which] for which in _passes(case)]
     return sum(read for read, _ in chosen), sum(written for _, written in chosen)

@@ -86,11 +86,11 @@ def table_bytes(case: AdaptiveCase) -> tuple[int, int]:
     g = 4 if kind & pack.WIDE else w
     m = 2 if kind & pack.ROUNDS else max(w, 4)
     v = max(w, 4) if kind & k.ELEMENT else 0
-    kahan = w if kind & pack.KEEPS else 0
+    lost = w if kind & pack.KEEPS else 0
     return {
         k.ACCUMULATE: (g + m + v, m + v),
-        k.APPLY: (m + w + kahan + v + (g if case.config.gradient else 0), w + kahan),
-        k.COMMIT: (g + m + w + kahan + v, m + w + kahan + v),
+        k.APPLY: (m + w + lost + v + (g if case.config.gradient else 0), w + lost),
+        k.COMMIT: (g + m + w + lost + v, m + w + lost + v),
     }[case.config.which]
 
 

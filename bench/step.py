@@ -177,9 +177,11 @@ ADAPTIVE = {
     "Adafactor": Recipe(Adafactor, {"lr": 1e-4}, None),
 }
 SIXTEEN_BIT = {
-    "SOFIM, float32 moment, kahan": ours(22),
+    "SOFIM, float32 moment, master bits": ours(22),
+    "SOFIM, float32 moment, kahan": ours(22, kahan=True),
     "SOFIM, float32 moment": ours(18, kahan=False),
-    "SOFIM, bfloat16 moment, kahan": ours(16, state_dtype=BF16),
+    "SOFIM, bfloat16 moment, master bits": ours(16, state_dtype=BF16),
+    "SOFIM, bfloat16 moment, kahan": ours(16, state_dtype=BF16, kahan=True),
     "SOFIM, bfloat16 moment": ours(12, state_dtype=BF16, kahan=False),
     "SGD foreach": sgd(16, foreach=True),
     "SGD default": sgd(16),

@@ -31,6 +31,8 @@ DTYPES = (
 )
 
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
+REST = torch.int16  # of master_bits; in state dicts they are float16, the same bits: NCCL and gloo send no int16
+SENT_AS = torch.float16
 SMALLEST_RHO = 1e-30  # keeps ‖m̂‖²/ρ far below float64's overflow
 SMALLEST_EPS = 1e-18  # above the root of what is lost below float32's range, so that s bounds the step there too
 LARGEST_EPS = 1e18  # far below float32's range: s has to stay finite
@@ -45,6 +47,7 @@ PER_GROUP = (
     "maximize",
     "state_dtype",
     "kahan",
+    "master_weight_bits",
     "diagonal",
     "beta2",
     "eps",
@@ -53,7 +56,13 @@ WHOLE = ("numerator", "fisher", "max_grad_norm", "skip_nonfinite")
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by their names in state dicts
 
 VARIANCES = ("row_var", "col_var", "variance")  # running means of g², of a diagonal that adapts
-STATE = ("exp_avg", "step", "kahan", *VARIANCES)  # what SOFIM keeps for a parameter; other entries are a user's own
+STATE = (
+    "exp_avg",
+    "step",
+    "kahan",
+    "master_bits",
+    *VARIANCES,
+)  # what SOFIM keeps for a parameter; other entries are a user's own
 CONSTRUCTOR_ONLY = (
     "backend",
     "capturable",
@@ -131,6 +140,7 @@ def group(values: Mapping[str, Any], index: int | None = None, saved: bool = Fal
             raise TypeError(f"{where}{name}={values[name]!r}: pass True or False")
     if not (values["kahan"] is None or isinstance(values["kahan"], bool)):
         raise TypeError(f"{where}kahan={values['kahan']!r}: pass True, False or None (on for 16-bit parameters)")
+    _master_weight_bits(where, values["master_weight_bits"], values["kahan"])
     dtype = values["state_dtype"]
     if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype in (torch.float32, torch.bfloat16))):
         raise ValueError(f"{where}state_dtype={dtype!r}: pass torch.float32, torch.bfloat16 or None (by parameter)")
@@ -144,6 +154,31 @@ def group(values: Mapping[str, Any], index: int | None = None, saved: bool = Fal
             f"{where}decoupled_weight_decay=False with diagonal={values['diagonal']!r}: the diagonal would divide the "
             "decay by the size of the gradients, so that it no longer shrinks weights: take decoupled_weight_decay=True"
         )
+
+
+def _master_weight_bits(where: str, bits: Any, kahan: bool | None) -> None:
+    if bits is None or (isinstance(bits, str) and bits == "auto"):
+        return
+    if type(bits) is not int or bits != 32:
+        raise ValueError(
+            f"{where}master_weight_bits={bits!r}: pass 32, None (what kahan says) or 'auto' (32, unless kahan is set)"
+        )
+    if kahan:
+        raise ValueError(
+            f"{where}kahan=True with master_weight_bits={bits}: a weight has one kind of lost bits: leave out kahan, "
+            "or pass master_weight_bits=None"
+        )
+
+
+def lost_bits(param: Tensor, values: Mapping[str, Any]) -> str | None:
+    """The name of the state with the bits that a parameter lost, by the values of its group; ``None``: it has none.
+
+    ``"master_bits"``: the lower halves of float32 weights; ``"kahan"``: Kahan's compensation.
+    """
+    bits, kahan = values["master_weight_bits"], values["kahan"]
+    if param.dtype == torch.bfloat16 and (kahan is None if bits == "auto" else bits is not None):
+        return "master_bits"
+    return "kahan" if param.dtype in NARROW_DTYPES and kahan is not False else None
 
 
 def _rho(where: str, rho: Any, diagonal: str) -> None:
@@ -256,11 +291,11 @@ def in_backward_parameter(param: Tensor, where: str, values: Mapping[str, Any]) 
     numerator = values["numerator"]
     if values.get("diagonal", "identity") != "identity":  # the hook takes the whole step, and rounds it once
         return
-    if reads_gradient(numerator) and param.dtype in NARROW_DTYPES:
+    if reads_gradient(numerator) and param.dtype in NARROW_DTYPES and lost_bits(param, values) != "master_bits":
         raise ValueError(
             f"{where} ({described(param)}): in_backward=True with numerator={numerator!r} would round it twice in a "
             "step, between two large terms: take numerator='moment', leave out in_backward, or keep the weights in "
-            "float32"
+            "float32, or in bfloat16 with master_weight_bits=32"
         )
 
 
@@ -545,10 +580,20 @@ def _placed_alike(param: Any, value: Any, ordinal: int, name: str) -> None:
         )
 
 
-def state_of_parameter(param: Tensor, known: Mapping[str, Tensor], dtype: torch.dtype, ordinal: int) -> None:
-    """Check that a parameter's state still fits it: either may have been replaced, moved, cast or resized since."""
-    for name, expected in (("exp_avg", dtype), ("kahan", param.dtype)):
-        if name not in known:
+def state_of_parameter(
+    param: Tensor, known: Mapping[str, Tensor], dtype: torch.dtype, ordinal: int, lost: str | None
+) -> None:
+    """Check that a parameter's state still fits it: either may have been replaced, moved, cast or resized since.
+
+    Args:
+        param: the owner of the state.
+        known: its state.
+        dtype: that of its moment.
+        ordinal: the parameter's place among all.
+        lost: the name of its lost bits, if it has any; others, of an earlier setting, are not used.
+    """
+    for name, expected in (("exp_avg", dtype), ("kahan", param.dtype), ("master_bits", torch.int16)):
+        if name not in known or (name != "exp_avg" and name != lost):
             continue
         value = known[name]
         _state_tensor(param, ordinal, name, value)

@@ -14,6 +14,8 @@ from torch.nn.parameter import is_lazy
 from sofim_fused.checks import (
     DTYPES,
     PER_GROUP,
+    REST,
+    SENT_AS,
     STATE,
     VARIANCES,
     WHOLE,
@@ -23,6 +25,7 @@ from sofim_fused.checks import (
     flag,
     group,
     lacking,
+    lost_bits,
     optimizable,
     other_mesh,
     parameter,
@@ -81,7 +84,7 @@ def check(
     pairs = list(zip(saved["param_groups"], groups, strict=True))
     complete["param_groups"] = [_completed(theirs, ours, saved["param_groups"], defaults) for theirs, ours in pairs]
     ordinals: dict[Any, Tensor] = {}
-    diagonals: dict[Any, str] = {}
+    group_of: dict[Any, Mapping[str, Any]] = {}
     for index, (theirs, ours) in enumerate(zip(complete["param_groups"], groups, strict=True)):
         _saved_group(theirs, ours, index)
         for key, param in zip(theirs["params"], ours["params"], strict=True):
@@ -90,11 +93,11 @@ def check(
             if key in ordinals:
                 raise ValueError(f"state_dict: parameter {key!r} stands twice in its groups: the state dict is damaged")
             ordinals[key] = param
-            diagonals[key] = theirs["diagonal"]
+            group_of[key] = theirs
     agreement(complete["param_groups"])
     for key, known in saved["state"].items():
         if key in ordinals:
-            _saved_state(known, ordinals[key], key, diagonals[key], variance_shapes)
+            _saved_state(known, ordinals[key], key, group_of[key], variance_shapes)
         elif isinstance(key, Tensor):
             raise ValueError("state_dict has a tensor for a key of its state: pass what state_dict() returned")
         elif isinstance(key, Real):  # other keys are a user's own
@@ -107,7 +110,7 @@ def check(
 def _completed(theirs: Any, ours: Mapping[str, Any], groups: Sequence[Any], defaults: Mapping[str, Any]) -> Any:
     """A copy of a saved group, with missing options filled in where possible; what is not a dict is returned as it is.
 
-    An option that it lacks was added in a later version, and gets the constructor's default, which is how the older
+    An option that it lacks was added in a later version, and gets the value of ``defaults``, which is how the older
     version behaved. torch.distributed.checkpoint leaves out all settings of an empty group; such a group gets this
     optimizer's settings for it, except those of the whole optimizer.
     """
@@ -193,7 +196,8 @@ def _others_state(known: Mapping[str, Any], entries: Mapping[str, Any]) -> str:
     return ""
 
 
-def _saved_state(known: Any, param: Tensor, key: Any, diagonal: str, variance_shapes: Shapes) -> None:
+def _saved_state(known: Any, param: Tensor, key: Any, values: Mapping[str, Any], variance_shapes: Shapes) -> None:
+    diagonal = values["diagonal"]
     where = f"state_dict: state of parameter {key!r} ({described(param)})"
     if not isinstance(known, dict):  # torch takes any other mapping for a list of its keys
         raise TypeError(f"{where} is of type {type(known).__name__}, not a dict: the state dict is damaged")
@@ -220,6 +224,14 @@ def _saved_state(known: Any, param: Tensor, key: Any, diagonal: str, variance_sh
             f"{where} lacks {' and '.join(lost)}, which diagonal={diagonal!r} needs (without them, its first steps "
             "would be ten times too long): set the group's diagonal to the one that it was saved with"
         )
+    kept = lost_bits(param, values)
+    other = "kahan" if kept == "master_bits" else "master_bits"
+    if kept is not None and kept not in entries and _empty(known.get(other)):
+        raise ValueError(
+            f"{where} lacks {kept}: a flattened state dict is read by the entries that this optimizer has, and it has "
+            f"{other}: make it with kahan={values['kahan']!r} and master_weight_bits={values['master_weight_bits']!r}, "
+            "as the one that was saved"
+        )
     for name, value in entries.items():
         if name in VARIANCES and name not in shapes:
             continue  # of another diagonal: it is not restored
@@ -234,9 +246,10 @@ def _saved_state(known: Any, param: Tensor, key: Any, diagonal: str, variance_sh
                 f"{where}: {name} has the shape {tuple(value.shape)}, expected {shape}: it was saved for another model"
                 + (f", or with another diagonal than {diagonal!r}" if name in VARIANCES else "")
             )
-        if value.layout != torch.strided or (value.dtype not in DTYPES and name != "step"):
+        dtypes = (REST, SENT_AS) if name == "master_bits" else DTYPES
+        if value.layout != torch.strided or (value.dtype not in dtypes and name != "step"):
             raise ValueError(f"{where}: {name} is {short(value.dtype)}, {value.layout}: the state dict is damaged")
-        complex_here = param.is_complex() and name not in VARIANCES
+        complex_here = param.is_complex() and name not in VARIANCES and name != "master_bits"
         if name != "step" and value.is_complex() != complex_here:
             raise ValueError(f"{where}: {name} is {short(value.dtype)}: it was saved for another model")
         if name != "step" and not on_one_mesh(param, value):

@@ -74,6 +74,17 @@ def spread_like(param: Tensor, part: Tensor, shape: Sequence[int], dims: Mapping
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides)
 
 
+def viewed_as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same memory as elements of another dtype of the same size, with the placements of a ``DTensor``."""
+    if not is_sharded(x):
+        return x.detach().resolve_neg().view(dtype)
+    from torch.distributed.tensor import DTensor
+
+    part, mesh = local(x).detach().resolve_neg().view(dtype), x.device_mesh  # type: ignore[attr-defined]
+    placements = x.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
+
+
 def placements_like(param: Tensor, dims: Mapping[int, int]) -> tuple[Any, ...]:
     """The placements of a tensor that follows a parameter's sharding; arguments as for :func:`spread_like`."""
     from torch.distributed.tensor import Replicate, Shard

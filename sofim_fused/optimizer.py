@@ -67,7 +67,8 @@ class SOFIM(Optimizer):
     Args:
         params: parameters, (name, parameter) pairs, or dicts that define parameter groups. Real or complex, of 16, 32
             or 64 bits, dense. A group may have its own ``lr``, ``momentum``, ``rho``, ``diagonal``, ``beta2``, ``eps``,
-            ``weight_decay``, ``decoupled_weight_decay``, ``maximize``, ``state_dtype`` and ``kahan``.
+            ``weight_decay``, ``decoupled_weight_decay``, ``maximize``, ``state_dtype``, ``kahan`` and
+            ``master_weight_bits``.
         lr: η, the learning rate: a float or a one-element tensor. ``None``: 0.5, and 4e-3 for groups whose diagonal
             adapts.
         momentum: β in [0, 1), the decay of the first moment: SGD's ``momentum`` with ``dampening=momentum``.
@@ -96,7 +97,11 @@ class SOFIM(Optimizer):
             ``torch.float32`` or ``torch.bfloat16`` (stochastically rounded, reproducibly), or the name of one of them
             (``"bfloat16"``).
         kahan: keep the bits of an update that a 16-bit parameter cannot hold in a second 16-bit tensor, and add them
-            later. ``None``: yes for 16-bit parameters.
+            later. ``None``: yes for 16-bit parameters that have no ``master_weight_bits``.
+        master_weight_bits: ``32``: the weights of bfloat16 parameters are the upper halves of float32 weights, and the
+            lower halves are kept in an int16 tensor; training is that of float32 weights, bit for bit, in the bytes
+            that ``kahan`` would take. ``None``: no such bits. ``"auto"``: 32, unless ``kahan`` is set. Parameters of
+            other dtypes ignore it.
         max_grad_norm: clip the gradients, as one vector over all groups, to this norm inside the step.
             :attr:`grad_norm` is then the norm before clipping.
         skip_nonfinite: a step changes nothing if any gradient has a NaN or an infinity; :attr:`skipped_steps` counts
@@ -119,7 +124,7 @@ class SOFIM(Optimizer):
             (on a GPU, only if version counters show it) or state was deleted. For several backward passes per step use
             :meth:`accumulate_grads`. Does not work with ``max_grad_norm``, ``skip_nonfinite``, GradScaler,
             DistributedDataParallel, FullyShardedDataParallel (``fully_shard`` works) or ZeroRedundancyOptimizer, nor
-            with 16-bit parameters, except in the moment form.
+            with 16-bit parameters that have no ``master_weight_bits``, except in the moment form.
         release_grads: free each gradient once it has entered its moment (``in_backward=True``), so that memory for all
             of them at once is never needed. Clipping then finds no gradients and has no effect, without an error.
         differentiable: ``True`` is refused, because the update is made in place.
@@ -144,7 +149,8 @@ class SOFIM(Optimizer):
         >>> optimizer.step()
 
     The state of a parameter, created at its first gradient: ``exp_avg`` (of its shape), ``step`` (0-dimensional int64),
-    ``kahan`` (of its shape and dtype) if lost bits are kept, and for a diagonal that adapts running means of g²
+    of 16-bit parameters ``master_bits`` (of its shape, int16) or ``kahan`` (of its shape and dtype), if either is kept,
+    and for a diagonal that adapts running means of g²
     (float32, or float64 for 64-bit parameters): ``row_var`` (one per row), with ``"factored"`` also ``col_var`` (of the
     shape of a row), or ``variance`` (0-dimensional for a tensor, of the parameter's shape for elements). A parameter
     without a gradient is not part of that step's Fisher matrix, and its state does not change. Nothing in a step waits
@@ -168,6 +174,7 @@ class SOFIM(Optimizer):
         maximize: bool = False,
         state_dtype: torch.dtype | Literal["float32", "bfloat16"] | None = None,
         kahan: bool | None = None,
+        master_weight_bits: Literal[32, "auto"] | None = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         capturable: bool = False,
@@ -195,6 +202,7 @@ class SOFIM(Optimizer):
             "maximize": maximize,
             "state_dtype": checks.dtype_named(state_dtype),
             "kahan": kahan,
+            "master_weight_bits": master_weight_bits,
             "numerator": numerator,
             "fisher": fisher,
             "max_grad_norm": max_grad_norm,
@@ -598,7 +606,8 @@ class SOFIM(Optimizer):
         """Return the groups and the state by number of parameter, as every optimizer does.
 
         Groups contain plain values, which all file formats and :mod:`torch.distributed.checkpoint` accept:
-        ``state_dtype`` by its name, and numbers of other types (such as NumPy's) as Python numbers.
+        ``state_dtype`` by its name, and numbers of other types (such as NumPy's) as Python numbers. ``master_bits`` are
+        float16 there, the same bits, because ranks cannot send each other int16.
 
         Raises:
             RuntimeError: with ``in_backward=True``, between a backward pass and the step.
@@ -610,6 +619,8 @@ class SOFIM(Optimizer):
         made = super().state_dict()
         if isinstance(made, dict) and isinstance(made.get("param_groups"), list):  # a user's hook may return anything
             made = {**made, "param_groups": [_plain(group) for group in made["param_groups"]]}
+        if isinstance(made, dict) and isinstance(made.get("state"), dict):
+            made["state"] = {key: gather.for_state_dict(known) for key, known in made["state"].items()}
         return made
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -617,7 +628,8 @@ class SOFIM(Optimizer):
 
         Moments have the dtype of the loaded group's ``state_dtype``, not that of the parameter. A parameter whose saved
         state has none of SOFIM's entries starts without state; other entries are kept unchanged. Options that an older
-        version did not save get the constructor's default, and unknown ones are kept. Learning rates and momenta may be
+        version did not save get the constructor's default (``master_weight_bits``: ``None``, so that Kahan's
+        compensation goes on), and unknown ones are kept. Learning rates and momenta may be
         out of range, as schedulers may leave them: the next step checks them.
 
         Raises:
@@ -722,7 +734,7 @@ def _by_diagonal(diagonal: Any, names: Sequence[str]) -> dict[str, Any]:
 # The defaults for options that a group, saved by an older version, lacks.
 _DEFAULTS = {
     name: inspect.signature(SOFIM.__init__).parameters[name].default for name in checks.PER_GROUP + checks.WHOLE
-} | _by_diagonal("identity", ("lr", "rho"))
+} | {**_by_diagonal("identity", ("lr", "rho")), "master_weight_bits": None}  # they kept Kahan's bits
 
 
 def _plain(group: Any) -> Any:

@@ -62,7 +62,7 @@ struct Scaled {
     if (enters || gradient) v = load(b.g);
     if (gains) v = v * V(factors.gain);
     if (enters) {
-      m = factors.moment(m, v, b.w);
+      m = factors.moment(m, v, b);
       const V stored = factors.store_moment(b.m, m, b.index);
       if (!updates) m = stored;
     }
@@ -153,7 +153,7 @@ typename Scaled<Y>::Sums over_scaled_tile(const Scaled<Y>& pass, const Row& r, c
   block.w = static_cast<typename Y::W*>(r.w) + begin;
   block.g = static_cast<const typename Y::G*>(r.g) + begin;
   block.m = static_cast<typename Y::M*>(r.m) + begin;
-  block.kahan = r.kahan == nullptr ? nullptr : static_cast<typename Y::W*>(r.kahan) + begin;
+  block.lost = r.lost == nullptr ? nullptr : static_cast<typename Y::W*>(r.lost) + begin;
   block.index = begin;
   block.inverse = inverse;
   block.variance = scale.variance == nullptr ? nullptr : static_cast<T*>(scale.variance) + begin;
@@ -184,19 +184,19 @@ typename Scaled<Y>::Sums over_scaled_tile(const Scaled<Y>& pass, const Row& r, c
   alignas(64) typename Y::W w[kPair] = {};
   alignas(64) typename Y::G g[kPair] = {};
   alignas(64) typename Y::M m[kPair] = {};
-  alignas(64) typename Y::W kahan[kPair] = {};
+  alignas(64) typename Y::W lost[kPair] = {};
   alignas(64) T variance[kPair];
   std::fill_n(variance, kPair, T(1));  // so that s is not 0
   if (use.w) memcpy(w, block.w, rest * sizeof *w);
   if (use.g) memcpy(g, block.g, rest * sizeof *g);
   memcpy(m, block.m, rest * sizeof *m);
-  if (block.kahan != nullptr && use.writes_w) memcpy(kahan, block.kahan, rest * sizeof *kahan);
+  if (block.lost != nullptr && use.w) memcpy(lost, block.lost, rest * sizeof *lost);
   if (block.variance != nullptr) memcpy(variance, block.variance, rest * sizeof *variance);
   Run<ScaledBlock<Y>> tail = run;
   tail.first.w = w;
   tail.first.g = g;
   tail.first.m = m;
-  if (block.kahan != nullptr) tail.first.kahan = kahan;
+  if (block.lost != nullptr) tail.first.lost = lost;
   if (block.variance != nullptr) tail.first.variance = variance;
   tail.first.inverse = inverse;
   tail.stride = kPair;
@@ -210,7 +210,7 @@ typename Scaled<Y>::Sums over_scaled_tile(const Scaled<Y>& pass, const Row& r, c
   }
   if (use.writes_w) {
     memcpy(block.w, w, rest * sizeof *w);
-    if (block.kahan != nullptr) memcpy(block.kahan, kahan, rest * sizeof *kahan);
+    if (block.lost != nullptr) memcpy(block.lost, lost, rest * sizeof *lost);
   }
   return sums;
 }

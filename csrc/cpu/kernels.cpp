@@ -73,7 +73,7 @@ SOFIM_HD typename Pass::Sums over_tile(const Pass& pass, const Row& r, const Mod
       {static_cast<typename Y::W*>(r.w) + begin,
        static_cast<const typename Y::G*>(r.g) + begin,
        static_cast<typename Y::M*>(r.m) + begin,
-       r.kahan == nullptr ? nullptr : static_cast<typename Y::W*>(r.kahan) + begin,
+       r.lost == nullptr ? nullptr : static_cast<typename Y::W*>(r.lost) + begin,
        begin},
       kLanes, count, kPair, mode.prefetch, size, 0, Y::kRounds ? stretch_key(r.key, begin) : 0};
   if (size >= kSplit) {
@@ -92,18 +92,18 @@ SOFIM_HD typename Pass::Sums over_tile(const Pass& pass, const Row& r, const Mod
   alignas(64) typename Y::W w[kPair] = {};
   alignas(64) typename Y::G g[kPair] = {};
   alignas(64) typename Y::M m[kPair] = {};
-  alignas(64) typename Y::W kahan[kPair] = {};
+  alignas(64) typename Y::W lost[kPair] = {};
   if (use.w) memcpy(w, block.w, rest * sizeof *w);
   if (use.g) memcpy(g, block.g, rest * sizeof *g);
   memcpy(m, block.m, rest * sizeof *m);
-  if (block.kahan != nullptr && use.writes_w) memcpy(kahan, block.kahan, rest * sizeof *kahan);
+  if (block.lost != nullptr && use.w) memcpy(lost, block.lost, rest * sizeof *lost);
   const Pairs<Y> tail{
-      {w, g, m, block.kahan == nullptr ? nullptr : kahan, block.index}, kLanes, 1, kPair, false, 0, 0, pairs.key};
+      {w, g, m, block.lost == nullptr ? nullptr : lost, block.index}, kLanes, 1, kPair, false, 0, 0, pairs.key};
   over_pairs(pass, tail, sums);
   if (use.writes_m) memcpy(block.m, m, rest * sizeof *m);
   if (use.writes_w) {
     memcpy(block.w, w, rest * sizeof *w);
-    if (block.kahan != nullptr) memcpy(block.kahan, kahan, rest * sizeof *kahan);
+    if (block.lost != nullptr) memcpy(block.lost, lost, rest * sizeof *lost);
   }
   return sums;
 }
@@ -123,12 +123,12 @@ struct Accumulate {
 
   SOFIM_HD void operator()(const Block<Y>& b, const Words& places, Sums& sums) const {
     const auto g = load(b.g);
-    const auto m = factors.store_moment(b.m, factors.moment(load(b.m), g, b.w), places);
+    const auto m = factors.store_moment(b.m, factors.moment(load(b.m), g, b), places);
     const auto wide = widened(m);
     sums[kMM].add(wide, wide);
     if constexpr (cross) {
       sums[kMG].add(wide, widened(g));
-      if (weights) sums[kMW].add(wide, load_widened(b.w));
+      if (weights) sums[kMW].add(wide, wide_weight_of(b, factors.master));
       if (step) factors.update(b, g, g, true, false);
     }
   }
@@ -161,7 +161,7 @@ template <class Y>
 struct Dots {
   using Sums = std::array<LaneSums, kSums>;
 
-  SOFIM_HD explicit Dots(const Mode& mode) : weights(mode.weights) {}
+  SOFIM_HD Dots(const Row& r, const Mode& mode) : weights(mode.weights), master(r.master) {}
 
   SOFIM_HD Use use() const { return {weights, true, false, false}; }
 
@@ -171,14 +171,14 @@ struct Dots {
     sums[kMG].add(m, g);
     sums[kGG].add(g, g);
     if (weights) {
-      const Doubles w = load_widened(b.w);
+      const Doubles w = wide_weight_of(b, master);
       sums[kMW].add(m, w);
       sums[kGW].add(g, w);
       sums[kWW].add(w, w);
     }
   }
 
-  bool weights;
+  bool weights, master;
 };
 
 template <class Y>
@@ -193,7 +193,7 @@ struct Commit {
   SOFIM_HD void operator()(const Block<Y>& b, const Words& places, Sums&) const {
     auto v = load(b.g);
     if (scaled) v = v * typename Y::V(factors.gain);
-    const auto m = factors.moment(load(b.m), v, b.w);
+    const auto m = factors.moment(load(b.m), v, b);
     factors.store_moment(b.m, m, places);
     factors.update(b, v, m, gradient, true);
   }
@@ -234,7 +234,7 @@ void run_apply(const Row& r, const Mode& mode, int64_t begin, int64_t size, doub
 void run_dots(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
   with_types(r, [&](auto types) {
     using Y = decltype(types);
-    const auto done = over_tile<Y>(Dots<Y>(mode), r, mode, begin, size);
+    const auto done = over_tile<Y>(Dots<Y>(r, mode), r, mode, begin, size);
     sums[kMM] = done[kMM].total();
     sums[kMG] = done[kMG].total();
     sums[kGG] = done[kGG].total();

@@ -296,6 +296,31 @@ SOFIM_HD void store_upper(BFloat16* to, const Words& x) {
 
 #endif
 
+// Sixteen signed 16-bit integers, widened; and the lower halves of words, to memory. They are passed as elements of the
+// tensor that they stand in for.
+#if defined(CPU_CAPABILITY_AVX512)
+SOFIM_HD Words load_signed(const BFloat16* from) {
+  Words result;
+  result.part[0] = reinterpret_cast<Words::Part>(_mm512_cvtepi16_epi32(load_bits(from)));
+  return result;
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+SOFIM_HD Words load_signed(const BFloat16* from) {
+  return Words(Words::Indices(), [=](auto i) SOFIM_INLINE {
+    return reinterpret_cast<Words::Part>(_mm256_cvtepi16_epi32(load_bits(from + 8 * i)));
+  });
+}
+#else
+SOFIM_HD Words load_signed(const BFloat16* from) {
+  uint32_t word[kLanes];
+  for (int i = 0; i < kLanes; ++i) word[i] = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(from[i].x)));
+  Words result;
+  memcpy(result.part, word, sizeof word);
+  return result;
+}
+#endif
+SOFIM_HD void store_lower(BFloat16* to, const Words& x) { store_upper(to, x * 0x10000u); }
+
 // widened(load(from)). A conversion straight from memory needs no shuffle, which would compete with the sums for the same
 // unit of the processor.
 template <class T>

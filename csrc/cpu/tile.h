@@ -16,6 +16,7 @@ struct Types {
   using T = std::conditional_t<std::is_same_v<W, double>, double, float>;
   using V = std::conditional_t<std::is_same_v<W, double>, Doubles, Floats>;
   static constexpr bool kNarrow = sizeof(W) == 2;
+  static constexpr bool kSplits = std::is_same_v<W, BFloat16>;  // w may be half of a float32 (TensorRow::master)
   static constexpr bool kRounds = std::is_same_v<M, BFloat16>;
   // Half of the distance from 1 to the next W.
   static constexpr float kHalfEps = std::is_same_v<W, Half> ? 1.0f / 2048 : 1.0f / 256;
@@ -27,19 +28,33 @@ struct Block {
   typename Y::W* w;
   const typename Y::G* g;
   typename Y::M* m;
-  typename Y::W* kahan;
+  typename Y::W* lost;
   int64_t index;
 
   SOFIM_HD void advance(int64_t elements) {
     w += elements;
     g += elements;
     m += elements;
-    if (kahan != nullptr) kahan += elements;
+    if (lost != nullptr) lost += elements;
     index += elements;
   }
   // To the second one of a pair.
   SOFIM_HD void jump(int64_t elements) { advance(elements); }
 };
+
+// The weight, whole if it is kept in two halves (`master`). Kahan's lost bits are no part of it: they enter updates only.
+template <class Y>
+SOFIM_HD typename Y::V weight_of(const Block<Y>& b, bool master) {
+  if constexpr (Y::kSplits) {
+    if (master) return from_bits(joined(bits_of(load(b.w)), load_signed(b.lost)));
+  }
+  return load(b.w);
+}
+template <class Y>
+SOFIM_HD Doubles wide_weight_of(const Block<Y>& b, bool master) {
+  if constexpr (Y::kSplits) return widened(weight_of(b, master));
+  return load_widened(b.w);
+}
 
 // What a pass reads or writes, besides reading m; the tail of a tile goes through copies of these.
 struct Use {
@@ -120,12 +135,13 @@ struct Factors {
         update_m(static_cast<T>(r.update.moment)),
         gain(static_cast<T>(mode.gain)),
         decays(mode.weights && r.decay.w != 0),
+        master(r.master),
         stretch(stretch_key(r.key, begin)) {}
 
   // m' before it is stored. A zero decay.w adds no term: zero times an infinite weight would be NaN.
-  SOFIM_HD V moment(const V& m, const V& v, const typename Y::W* w) const {
+  SOFIM_HD V moment(const V& m, const V& v, const Block<Y>& b) const {
     const V blend = blended(m, v, V(decay_m), V(decay_g));
-    return decays ? Ops<V>::multiply_add(V(decay_w), load(w), blend) : blend;
+    return decays ? Ops<V>::multiply_add(V(decay_w), weight_of(b, master), blend) : blend;
   }
 
   // Stores m' and returns it as stored.
@@ -146,25 +162,33 @@ struct Factors {
     }
   }
 
-  // Updates w, and kahan with what w lost when it was stored. `with_v`, `with_m`: whether to add the terms of v and m.
+  // Updates w and its lost bits. `with_v`, `with_m`: whether to add the terms of v and m.
   SOFIM_HD void update(const Block<Y>& b, const V& v, const V& m, bool with_v, bool with_m) const {
-    V w = load(b.w);
+    V w = weight_of(b, master);
     if constexpr (Y::kNarrow) {
-      if (b.kahan != nullptr) w = with_lost_bits(w, load(b.kahan), V(Y::kHalfEps));
+      if (b.lost != nullptr && !master) w = with_lost_bits(w, load(b.lost), V(Y::kHalfEps));
     }
     w = w * V(update_w);
     if (with_v) w = Ops<V>::multiply_add(V(update_g), v, w);
     if (with_m) w = Ops<V>::multiply_add(V(update_m), m, w);
+    if constexpr (Y::kSplits) {
+      if (master) {
+        const Words bits = splittable(bits_of(w));
+        store_upper(b.w, shown_half(bits));
+        store_lower(b.lost, bits);
+        return;
+      }
+    }
     store(b.w, w);
     if constexpr (Y::kNarrow) {
-      if (b.kahan != nullptr) {
-        store(b.kahan, lost_bits(w, load(b.w), V(std::numeric_limits<float>::max())));
+      if (b.lost != nullptr) {
+        store(b.lost, lost_bits(w, load(b.w), V(std::numeric_limits<float>::max())));
       }
     }
   }
 
   T decay_m, decay_g, decay_w, update_w, update_g, update_m, gain;
-  bool decays;
+  bool decays, master;
   uint32_t stretch;
 };
 

@@ -84,6 +84,28 @@ __device__ __forceinline__ void round_to(Elements<T, size>& x, Type type) {
   }
 }
 
+// From the fetched halves of weights to whole ones, and back.
+template <class T, int size>
+__device__ __forceinline__ void join(Elements<T, size>& w, const Elements<T, size>& lost) {
+  if constexpr (!std::is_same_v<T, double>) {
+    Elements<BFloat16, size> shown, rest;
+    memcpy(&shown, &w, sizeof shown);
+    memcpy(&rest, &lost, sizeof rest);
+#pragma unroll
+    for (int j = 0; j < size; ++j) w.at[j] = whole(shown.at[j].bits, rest.at[j].bits);
+  }
+}
+template <class T, int size>
+__device__ __forceinline__ void halve(Elements<T, size>& w, Elements<T, size>& lost) {
+  if constexpr (!std::is_same_v<T, double>) {
+    Elements<BFloat16, size> shown, rest;
+#pragma unroll
+    for (int j = 0; j < size; ++j) split(w.at[j], shown.at[j], rest.at[j]);
+    memcpy(&w, &shown, sizeof shown);
+    memcpy(&lost, &rest, sizeof rest);
+  }
+}
+
 // v ← β₂ v + (1 - β₂) g² of one element, and s.
 template <class T>
 struct ElementVariance {
@@ -146,7 +168,8 @@ struct ScaledChunk {
     constexpr bool kIs32 = std::is_same_v<T, float>;
     const Type w_type = kIs32 && all32 ? Type::float32 : row.w_type;
     const Type g_type = kIs32 && all32 ? Type::float32 : row.g_type;
-    const bool keeps = kIs32 && narrow && row.kahan != nullptr;
+    const bool keeps = kIs32 && narrow && row.lost != nullptr;
+    const bool master = keeps && row.master;
     const T half_eps = w_type == Type::float16 ? T(1) / 2048 : T(1) / 256;
     const auto given = [&](const double* from, T missing) {
       return from == nullptr ? missing : static_cast<T>(load_cg(from));
@@ -170,12 +193,12 @@ struct ScaledChunk {
 #pragma unroll 1
     for (int at = static_cast<int>(threadIdx.x) * size; at < left; at += kThreads * size) {
       const int64_t place = begin + at;
-      Elements<T, size> m, g, w, kahan, v, inverse;
-      if constexpr (size == 1) g = kahan = v = inverse = {};  // compilers cannot see that they are set where needed
+      Elements<T, size> m, g, w, lost, v, inverse;
+      if constexpr (size == 1) g = lost = v = inverse = {};  // compilers cannot see that they are set where needed
       fetch(m, row.m, place, row.m_type);
       if (gradient || writes_m) fetch(g, row.g, place, g_type);
       if constexpr (writes_w) fetch(w, row.w, place, w_type);
-      if (keeps) fetch(kahan, row.kahan, place, w_type);
+      if (keeps) fetch(lost, row.lost, place, w_type);
       if (by_element) {
         load(v, scaling.v, place, Type());
       } else {
@@ -226,11 +249,15 @@ struct ScaledChunk {
         }
       }
       if constexpr (writes_w) {
-        widen(w, w_type);
-        if (keeps) {
-          widen(kahan, w_type);
+        if (master) {
+          join(w, lost);
+        } else {
+          widen(w, w_type);
+        }
+        if (keeps && !master) {
+          widen(lost, w_type);
 #pragma unroll
-          for (int j = 0; j < size; ++j) w.at[j] = with_lost_bits(w.at[j], kahan.at[j], half_eps);
+          for (int j = 0; j < size; ++j) w.at[j] = with_lost_bits(w.at[j], lost.at[j], half_eps);
         }
 #pragma unroll
         for (int j = 0; j < size; ++j) {
@@ -239,14 +266,19 @@ struct ScaledChunk {
           w.at[j] = Ops<T>::multiply_add(inverse.at[j], step, w.at[j] * by_weight);
         }
         Elements<T, size> rounded = w;
-        round_to(rounded, w_type);
+        if (master) {
+          halve(rounded, lost);
+          put(row.lost, place, lost, w_type);
+        } else {
+          round_to(rounded, w_type);
+        }
         put(row.w, place, rounded, w_type);
-        if (keeps) {
+        if (keeps && !master) {
           widen(rounded, w_type);
 #pragma unroll
-          for (int j = 0; j < size; ++j) kahan.at[j] = lost_bits(w.at[j], rounded.at[j], T(FLT_MAX));
-          round_to(kahan, w_type);
-          put(row.kahan, place, kahan, w_type);
+          for (int j = 0; j < size; ++j) lost.at[j] = lost_bits(w.at[j], rounded.at[j], T(FLT_MAX));
+          round_to(lost, w_type);
+          put(row.lost, place, lost, w_type);
         }
       }
     }

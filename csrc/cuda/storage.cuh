@@ -62,6 +62,18 @@ __device__ __forceinline__ void keep_upper(uint32_t bits, To& to) {
   if constexpr (std::is_same_v<To, BFloat16> || std::is_same_v<To, Loose>) to.bits = static_cast<uint16_t>(bits >> 16);
 }
 
+// A float32 weight from the bits of its halves (joined() in step/element.h), and the halves of one.
+__device__ __forceinline__ float whole(uint32_t shown, uint32_t rest) {
+  const auto extended = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(rest)));
+  return from_bits(joined(shown << 16, extended));
+}
+template <class To>
+__device__ __forceinline__ void split(float weight, To& shown, To& rest) {
+  const uint32_t bits = splittable(bits_of(weight));
+  shown.bits = static_cast<uint16_t>(shown_half(bits) >> 16);
+  rest.bits = static_cast<uint16_t>(bits);
+}
+
 constexpr int least(int a, int b) { return a < b ? a : b; }
 
 // The storage types of weight, gradient and moment.
@@ -72,7 +84,8 @@ struct Storage {
   using M = Moment;
   using T = decltype(widened(W(), Type()));  // the type of computation
   static constexpr bool kLoose = std::is_same_v<W, Loose>;
-  static constexpr bool kNarrow = sizeof(W) == 2 || kLoose;  // there may be a kahan
+  static constexpr bool kNarrow = sizeof(W) == 2 || kLoose;  // it may have lost bits
+  static constexpr bool kSplits = std::is_same_v<W, BFloat16> || kLoose;  // it may be half of a float32 (Row::master)
   static constexpr bool kRounds = sizeof(M) == 2 || kLoose;  // the moment may be bfloat16
   static constexpr int kSmallest = least(sizeof(W), least(sizeof(G), sizeof(M)));
   static constexpr int kVector = kLoose ? 1 : 16 / kSmallest;  // elements: the smallest of the types fills 16 bytes

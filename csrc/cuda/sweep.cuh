@@ -120,15 +120,24 @@ struct Chunk {
     const Factors<S> f = factors<S, K>();
     const int64_t rest = row.numel - begin;
     const int left = static_cast<int>(rest < kTile ? rest : kTile);
-    const bool keeps = S::kNarrow && row.kahan != nullptr;
+    const bool keeps = S::kNarrow && row.lost != nullptr;
+    const bool master = S::kSplits && keeps && row.master;
     const bool rounds = S::kLoose ? row.m_type == Type::bfloat16 : S::kRounds;
     const bool decays = f.decay_w != 0;  // a zero factor adds no term: zero times an infinite weight is NaN
     const bool half = S::kLoose ? row.w_type == Type::float16 : std::is_same_v<typename S::W, Float16>;
     const float half_eps = half ? 1.0f / 2048 : 1.0f / 256;
 
+    // The weight, whole if it is kept in two halves. Kahan's lost bits enter its update only.
+    const auto weight_of = [&](const typename S::W& w, const typename S::W& lost) -> T {
+      if constexpr (S::kSplits) {
+        if (master) return whole(w.bits, lost.bits);
+      }
+      return widened(w, row.w_type);
+    };
+
 #pragma unroll 1
     for (int start = 0; start < (kFull ? static_cast<int>(kTile) : left); start += kThreads * size * kBatch) {
-      Elements<typename S::W, size> ws[kBatch], kahans[kBatch];
+      Elements<typename S::W, size> ws[kBatch], lost[kBatch];
       Elements<typename S::G, size> gs[kBatch];
       Elements<typename S::M, size> ms[kBatch];
 #pragma unroll
@@ -144,7 +153,10 @@ struct Chunk {
           if (l2) load(ws[i], row.w, begin + at, row.w_type);
         }
         if constexpr (K::writes_w && S::kNarrow) {
-          if (keeps) load(kahans[i], row.kahan, begin + at, row.w_type);
+          if (keeps) load(lost[i], row.lost, begin + at, row.w_type);
+        } else if constexpr (K::sums && K::l2 && S::kSplits) {
+          lost[i] = {};
+          if (l2 && master) load(lost[i], row.lost, begin + at, row.w_type);
         }
       }
 #pragma unroll
@@ -155,7 +167,7 @@ struct Chunk {
         for (int j = 0; j < size; ++j) {
           T moment = widened(ms[i].at[j], row.m_type), v = 0, weight = 0;
           if constexpr (K::reads_g) v = widened(gs[i].at[j], row.g_type);
-          if constexpr (K::writes_w) weight = widened(ws[i].at[j], row.w_type);
+          if constexpr (K::writes_w) weight = weight_of(ws[i].at[j], lost[i].at[j]);
           if constexpr (K::pass == Pass::dots) {
             sums.add(kMM, moment, moment);
             sums.add(kMG, moment, v);
@@ -164,7 +176,7 @@ struct Chunk {
           if constexpr (K::writes_m) {
             if constexpr (K::pass == Pass::commit) v = v * f.gain;
             moment = blended(moment, v, f.decay_m, f.decay_g);
-            if (decays) moment = Ops<T>::multiply_add(f.decay_w, widened(ws[i].at[j], row.w_type), moment);
+            if (decays) moment = Ops<T>::multiply_add(f.decay_w, weight_of(ws[i].at[j], lost[i].at[j]), moment);
             T kept = moment;
             if (S::kRounds && rounds) {
               const uint32_t place = (static_cast<uint32_t>(begin) + static_cast<uint32_t>(at + j)) * kWeyl;
@@ -185,15 +197,18 @@ struct Chunk {
               if (l2) sums.add(kMW, widened(ms[i].at[j], row.m_type), weight);
             }
             if constexpr (S::kNarrow) {
-              if (keeps) weight = with_lost_bits(weight, widened(kahans[i].at[j], row.w_type), half_eps);
+              if (keeps && !master) weight = with_lost_bits(weight, widened(lost[i].at[j], row.w_type), half_eps);
             }
             weight = weight * f.by_weight;
             if (has_gradient_term<K>()) weight = Ops<T>::multiply_add(f.by_gradient, v, weight);
             if constexpr (!K::sums) weight = Ops<T>::multiply_add(f.by_moment, moment, weight);
-            narrow(weight, ws[i].at[j], row.w_type);
+            if constexpr (S::kSplits) {
+              if (master) split(weight, ws[i].at[j], lost[i].at[j]);
+            }
+            if (!master) narrow(weight, ws[i].at[j], row.w_type);
             if constexpr (S::kNarrow) {
-              if (keeps) {
-                narrow(lost_bits(weight, widened(ws[i].at[j], row.w_type), FLT_MAX), kahans[i].at[j], row.w_type);
+              if (keeps && !master) {
+                narrow(lost_bits(weight, widened(ws[i].at[j], row.w_type), FLT_MAX), lost[i].at[j], row.w_type);
               }
             }
           }
@@ -202,7 +217,7 @@ struct Chunk {
           if (l2) {  // asked once per vector
 #pragma unroll
             for (int j = 0; j < size; ++j) {
-              const T weight = widened(ws[i].at[j], row.w_type);
+              const T weight = weight_of(ws[i].at[j], lost[i].at[j]);
               sums.add(kMW, widened(ms[i].at[j], row.m_type), weight);
               if constexpr (K::pass == Pass::dots) {
                 sums.add(kGW, widened(gs[i].at[j], row.g_type), weight);
@@ -214,7 +229,7 @@ struct Chunk {
         if constexpr (K::writes_m) store(row.m, begin + at, ms[i], row.m_type);
         if constexpr (K::writes_w) store(row.w, begin + at, ws[i], row.w_type);
         if constexpr (K::writes_w && S::kNarrow) {
-          if (keeps) store(row.kahan, begin + at, kahans[i], row.w_type);
+          if (keeps) store(row.lost, begin + at, lost[i], row.w_type);
         }
       }
     }

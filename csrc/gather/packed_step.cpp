@@ -16,7 +16,7 @@ namespace sofim {
 namespace {
 
 // Columns of rows and of hyper.
-enum { kW, kG, kM, kKahan, kStep, kNumel, kOrdinal, kKind, kGroup, kFirst, kColumns };
+enum { kW, kG, kM, kLost, kStep, kNumel, kOrdinal, kKind, kGroup, kFirst, kColumns };
 enum { kLr, kMomentum, kRho, kWeightDecay, kL2, kSign, kDecayM, kDecayG, kDecayW, kHypers };
 // Columns of means and of settings, of steps with a diagonal that adapts.
 enum { kRowVar, kColVar, kWhole, kElement, kCount, kColumnsOfRow, kInner, kMeans };
@@ -26,8 +26,8 @@ int64_t address(const void* pointer) { return static_cast<int64_t>(reinterpret_c
 
 int64_t kind_of(const Row& r, int64_t addresses, bool by_element) {
   return static_cast<int64_t>(r.w_type) | int64_t{is_narrow(r.w_type) && r.g_type == Type::float32} << 2 |
-         int64_t{r.m_type == Type::bfloat16} << 3 | int64_t{r.kahan != nullptr} << 4 |
-         int64_t{addresses % 16 != 0} << 5 | int64_t{by_element} << 6;
+         int64_t{r.m_type == Type::bfloat16} << 3 | int64_t{r.lost != nullptr} << 4 |
+         int64_t{addresses % 16 != 0} << 5 | int64_t{by_element} << 6 | int64_t{r.master} << 7;
 }
 
 // Replaces numbers, and returns whether any of them differ, bit for bit: an unchanged NaN is no change.
@@ -123,7 +123,7 @@ int PackedStep::fill_rows() {
       row[kW] = address(r.w);
       row[kG] = address(r.g);
       row[kM] = address(r.m);
-      row[kKahan] = address(r.kahan);
+      row[kLost] = address(r.lost);
     }
     row[kStep] = address(tensors.count(i));
     row[kNumel] = r.numel;
@@ -131,7 +131,7 @@ int PackedStep::fill_rows() {
     const VarianceRow* means = options_.adaptive ? tensors.variances() + i : nullptr;
     const bool by_element = means != nullptr && means->by_element;
     const int64_t variance = by_element && r.numel > 0 ? address(means->whole) : 0;
-    row[kKind] = kind_of(r, row[kW] | row[kG] | row[kM] | row[kKahan] | variance, by_element);
+    row[kKind] = kind_of(r, row[kW] | row[kG] | row[kM] | row[kLost] | variance, by_element);
     row[kGroup] = static_cast<int64_t>(param_groups_.group_of(i));
     row[kFirst] = first;
     first += std::max<int64_t>(1, (r.numel + tile_ - 1) / tile_);
@@ -144,7 +144,7 @@ int PackedStep::fill_rows() {
   }
   tiles_ = first;
   if (changed & kLayout) {
-    std::bitset<128> seen;  // a kind has 7 bits
+    std::bitset<256> seen;  // a kind has 8 bits
     const int64_t* row = rows_.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < n; ++i) seen.set(static_cast<size_t>(row[i * kColumns + kKind]));
     kinds_.clear();

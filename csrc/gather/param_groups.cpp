@@ -13,7 +13,7 @@ namespace {
 // Keys of group and state dicts.
 struct Names {
   PyObject *params, *lr, *momentum, *rho, *weight_decay, *decoupled_weight_decay, *maximize, *state_dtype, *kahan,
-      *diagonal, *beta2, *eps, *numerator, *fisher, *max_grad_norm, *skip_nonfinite, *exp_avg, *step, *row_var,
+      *master_weight_bits, *master_bits, *diagonal, *beta2, *eps, *numerator, *fisher, *max_grad_norm, *skip_nonfinite, *exp_avg, *step, *row_var,
       *col_var, *variance;
 };
 
@@ -22,7 +22,8 @@ const Names& names() {
     const auto name = [](const char* text) { return PyUnicode_InternFromString(text); };
     return Names{name("params"),       name("lr"),       name("momentum"),    name("rho"),
                  name("weight_decay"), name("decoupled_weight_decay"),        name("maximize"),
-                 name("state_dtype"),  name("kahan"),    name("diagonal"),    name("beta2"),
+                 name("state_dtype"),  name("kahan"),    name("master_weight_bits"),
+                 name("master_bits"),  name("diagonal"),              name("beta2"),
                  name("eps"),          name("numerator"),             name("fisher"),
                  name("max_grad_norm"),                  name("skip_nonfinite"),
                  name("exp_avg"),      name("step"),     name("row_var"),     name("col_var"),
@@ -161,15 +162,16 @@ bool read_whole(PyObject* groups, Options& whole) {
 // The entries of a parameter's state, nullptr for a missing one. Its dict nearly always has no other entries, and the
 // keys are the interned strings: going through all of them takes less time than looking them up.
 struct ParamGroups::Entries {
-  PyObject *exp_avg = nullptr, *step = nullptr, *kahan = nullptr, *rows = nullptr, *cols = nullptr, *whole = nullptr;
+  PyObject *exp_avg = nullptr, *step = nullptr, *lost = nullptr, *rows = nullptr, *cols = nullptr, *whole = nullptr;
 
-  Entries(PyObject* known, bool keeps, bool adapts) {
+  // `kept`: the name of the bits that the parameter lost, or nullptr.
+  Entries(PyObject* known, PyObject* kept, bool adapts) {
     const Names& n = names();
     PyObject *key, *value;
     for (Py_ssize_t place = 0; PyDict_Next(known, &place, &key, &value);) {
       if (key == n.exp_avg) exp_avg = value;
       if (key == n.step) step = value;
-      if (key == n.kahan && keeps) kahan = value;
+      if (key == kept) lost = value;
       if (!adapts) continue;
       if (key == n.row_var) rows = value;
       if (key == n.col_var) cols = value;
@@ -182,7 +184,7 @@ struct ParamGroups::Entries {
     }
     if (exp_avg == nullptr) exp_avg = item(known, n.exp_avg);
     if (step == nullptr) step = item(known, n.step);
-    if (kahan == nullptr && keeps) kahan = item(known, n.kahan);
+    if (lost == nullptr && kept != nullptr) lost = item(known, kept);
   }
 };
 
@@ -325,6 +327,13 @@ bool ParamGroups::read_group(PyObject* dict, Group& group) {
   PyObject* kahan = item(dict, n.kahan);
   if (kahan != Py_None && kahan != Py_True && kahan != Py_False) return false;
   group.kahan = kahan != Py_False;
+  PyObject* bits = item(dict, n.master_weight_bits);
+  if (is(bits, "auto")) {
+    group.master = kahan == Py_None;
+  } else if (bits != Py_None) {
+    if (bits == nullptr || !PyLong_CheckExact(bits) || PyLong_AsLong(bits) != 32 || kahan == Py_True) return false;
+    group.master = true;
+  }
   PyObject* state_dtype = item(dict, n.state_dtype);
   if (state_dtype == nullptr) return false;
   if (state_dtype != Py_None) {
@@ -374,15 +383,17 @@ bool ParamGroups::add_param(PyObject* param, const Group& group, size_t index, S
   const at::Tensor& g = was_consumed ? w : given;
   if (known == nullptr) known = states.find(param);
   if (known == nullptr || !PyDict_Check(known)) return false;
-  const bool narrow = w.scalar_type() == at::kBFloat16 || w.scalar_type() == at::kHalf, keeps = group.kahan && narrow;
+  const bool narrow = w.scalar_type() == at::kBFloat16 || w.scalar_type() == at::kHalf;
+  const bool master = group.master && w.scalar_type() == at::kBFloat16, keeps = master || (group.kahan && narrow);
   const bool adapts = group.diagonal != Diagonal::identity;
-  const Entries entries(known, keeps, adapts);
-  if (!is_tensor(entries.exp_avg) || !is_tensor(entries.step) || (keeps && !is_tensor(entries.kahan))) return false;
+  const Entries entries(known, master ? names().master_bits : keeps ? names().kahan : nullptr, adapts);
+  if (!is_tensor(entries.exp_avg) || !is_tensor(entries.step) || (keeps && !is_tensor(entries.lost))) return false;
   const at::Tensor none;
   const at::Tensor& m = THPVariable_Unpack(entries.exp_avg);
   const at::Tensor& t = THPVariable_Unpack(entries.step);
-  const at::Tensor& kahan = keeps ? THPVariable_Unpack(entries.kahan) : none;
-  if (!plain(w) || !plain(g) || !plain(m) || !plain(t) || (keeps && !plain(kahan))) return false;
+  const at::Tensor& lost = keeps ? THPVariable_Unpack(entries.lost) : none;
+  if (!plain(w) || !plain(g) || !plain(m) || !plain(t) || (keeps && !plain(lost))) return false;
+  if (keeps && (lost.scalar_type() == at::kShort) != master) return false;
   const at::ScalarType natural = narrow ? at::kFloat : w.scalar_type();
   if (m.scalar_type() != group.state_dtype.value_or(natural)) return false;
   if (group.state_dtype && natural != at::kFloat) return false;
@@ -399,7 +410,7 @@ bool ParamGroups::add_param(PyObject* param, const Group& group, size_t index, S
       return false;
     }
   }
-  if (tensors_.add(w, g, m, kahan, t, ordinal, adapts ? &variances : nullptr) != nullptr) return false;
+  if (tensors_.add(w, g, m, lost, t, ordinal, adapts ? &variances : nullptr) != nullptr) return false;
   tensors_.record(tensors_.size() - 1).decay = decay_of(group.hyper);
   group_of_.push_back(index);
   return true;

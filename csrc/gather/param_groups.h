@@ -102,6 +102,7 @@ class ParamGroups {
     AdaptiveHyper adaptive;
     std::optional<at::ScalarType> state_dtype;
     bool kahan = true;
+    bool master = false;  // bfloat16 weights are halves of float32 ones; else `kahan` is for them, too
     PyObject* params = nullptr;
   };
   struct Entries;

@@ -165,10 +165,10 @@ void StepTensors::clear() {
   unsure_.clear();
 }
 
-const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
+const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& lost,
                              const at::Tensor& step, int64_t ordinal, const Variances* variances) {
   Row record{};
-  if (const char* problem = fill(record, w, g, m, kahan, step, ordinal, variances)) return problem;
+  if (const char* problem = fill(record, w, g, m, lost, step, ordinal, variances)) return problem;
   const size_t place = members_.size() - 1;
   if (place == records_.size()) records_.emplace_back();
   if (!is_known(record, place)) {
@@ -186,7 +186,7 @@ const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at:
 }
 
 const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor& g, const at::Tensor& m,
-                              const at::Tensor& kahan, const at::Tensor& step, int64_t ordinal,
+                              const at::Tensor& lost, const at::Tensor& step, int64_t ordinal,
                               const Variances* variances) {
   if (anywhere_ && members_.empty()) {
     device_ = w.device();
@@ -210,11 +210,13 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
   }
   if (!same_sizes(g, w)) return "gradient: of another shape than its parameter";
   if (!same_sizes(m, w)) return "exp_avg: of another shape than its parameter";
-  if (kahan.defined()) {
-    if (!readable(kahan) || kahan.scalar_type() != w.scalar_type() || !same_sizes(kahan, w)) {
-      return "kahan: not a dense tensor on the step's device of its parameter's shape and dtype";
+  if (lost.defined()) {
+    record.master = record.w_type == Type::bfloat16 && lost.scalar_type() == at::kShort;
+    if (!readable(lost) || !(record.master || lost.scalar_type() == w.scalar_type()) || !same_sizes(lost, w)) {
+      return "lost bits: not a dense tensor on the step's device of its parameter's shape, and of its dtype or int16 (of"
+             " a bfloat16 parameter)";
     }
-    if (!is_narrow(record.w_type)) return "kahan: kept for a parameter that is not of 16 bits";
+    if (!is_narrow(record.w_type)) return "lost bits: kept for a parameter that is not of 16 bits";
   }
   if (step.defined() && (!readable(step) || step.scalar_type() != at::kLong || step.numel() != 1)) {
     return "step: not a 0-dimensional int64 tensor on the step's device";
@@ -225,7 +227,7 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
   };
   const at::Tensor &rows = variance(&Variances::rows), &cols = variance(&Variances::cols),
                    &whole = variance(&Variances::whole);
-  bool in_inference = w.is_inference() || m.is_inference() || (kahan.defined() && kahan.is_inference()) ||
+  bool in_inference = w.is_inference() || m.is_inference() || (lost.defined() && lost.is_inference()) ||
                       (step.defined() && step.is_inference());
   if (variances != nullptr) {
     if (!has_those_of(*variances, w)) return "not the running means of g² that the diagonal needs";
@@ -243,9 +245,9 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
   }
 
   const bool flat = m.is_contiguous() ? w.is_contiguous() && g.is_contiguous() &&
-                                            (!kahan.defined() || kahan.is_contiguous())
+                                            (!lost.defined() || lost.is_contiguous())
                                       : m.is_non_overlapping_and_dense() && same_order(w, m) && same_order(g, m) &&
-                                            (!kahan.defined() || same_order(kahan, m));
+                                            (!lost.defined() || same_order(lost, m));
   const bool by_element = whole.defined() && whole.dim() > 0;
   const bool in_place = flat && as_stored(g) && as_stored(w) && as_stored(m);
   at::Tensor made;  // what copies are laid out like, if that is not m
@@ -253,9 +255,9 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
     record.w = address_to_write(w);
     record.g = address_to_read(g);
     record.m = address_to_write(m);
-    if (kahan.defined()) record.kahan = address_to_write(kahan);
+    if (lost.defined()) record.lost = address_to_write(lost);
   } else {
-    for (const at::Tensor* x : {&w, &m, &kahan}) {
+    for (const at::Tensor* x : {&w, &m, &lost}) {
       if (x->defined() && may_overlap(*x)) return "a parameter or its state whose elements may share memory";
     }
     if (!m.is_non_overlapping_and_dense()) made = m.new_empty(m.sizes());
@@ -274,7 +276,7 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
     };
     record.w = written(w, false);
     record.m = written(m, true);
-    if (kahan.defined()) record.kahan = written(kahan, false);
+    if (lost.defined()) record.lost = written(lost, false);
     if (same_order(g, order) && as_stored(g) && g.is_non_overlapping_and_dense()) {
       record.g = address_to_read(g);
     } else {
@@ -308,9 +310,9 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
   record.step = step.defined() ? static_cast<int64_t*>(address_to_write(step)) : nullptr;
   record.ordinal = static_cast<uint32_t>(ordinal);
   const auto address = [](const void* at) { return reinterpret_cast<uintptr_t>(at); };
-  record.aligned = (address(record.w) | address(record.g) | address(record.m) | address(record.kahan)) % 16 == 0;
+  record.aligned = (address(record.w) | address(record.g) | address(record.m) | address(record.lost)) % 16 == 0;
   members_.push_back({w.unsafeGetTensorImpl(), g.unsafeGetTensorImpl(), m.unsafeGetTensorImpl(),
-                      kahan.defined() ? kahan.unsafeGetTensorImpl() : nullptr,
+                      lost.defined() ? lost.unsafeGetTensorImpl() : nullptr,
                       step.defined() ? step.unsafeGetTensorImpl() : nullptr});
   if (variances != nullptr) {
     means_.push_back({rows.defined() ? rows.unsafeGetTensorImpl() : nullptr,
@@ -324,8 +326,8 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
 bool StepTensors::is_known(const Row& record, size_t place) const {
   if (place >= known_) return false;
   const Row& before = records_[place];
-  if (record.w != before.w || record.m != before.m || record.kahan != before.kahan || record.step != before.step ||
-      record.numel != before.numel || record.w_type != before.w_type || record.m_type != before.m_type ||
+  if (record.w != before.w || record.m != before.m || record.lost != before.lost || record.step != before.step ||
+      record.numel != before.numel || record.w_type != before.w_type || record.m_type != before.m_type || record.master != before.master ||
       record.copied || before.copied) {
     return false;
   }
@@ -378,7 +380,7 @@ bool StepTensors::sort_written() {
     if (range.begin < range.end) sorted_.push_back(range);
   };
   for (const Member& member : members_) {
-    for (const c10::TensorImpl* x : {member.w, member.m, member.kahan, member.step}) add(x);
+    for (const c10::TensorImpl* x : {member.w, member.m, member.lost, member.step}) add(x);
   }
   for (const MeansOfMember& means : means_) {
     for (const c10::TensorImpl* x : {means.rows, means.cols, means.whole}) add(x);
@@ -412,7 +414,7 @@ void StepTensors::advance() {
 void StepTensors::bump_weights() {
   for (Member& member : members_) {
     member.w->bump_version();
-    if (member.kahan != nullptr) member.kahan->bump_version();
+    if (member.lost != nullptr) member.lost->bump_version();
   }
 }
 
@@ -444,7 +446,7 @@ void StepTensors::hold() {
     if (x != nullptr) held_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(x));
   };
   for (const Member& member : members_) {
-    for (c10::TensorImpl* x : {member.w, member.g, member.m, member.kahan, member.step}) add(x);
+    for (c10::TensorImpl* x : {member.w, member.g, member.m, member.lost, member.step}) add(x);
   }
   for (const MeansOfMember& means : means_) {
     for (c10::TensorImpl* x : {means.rows, means.cols, means.whole}) add(x);

@@ -35,17 +35,17 @@ class StepTensors {
   explicit StepTensors(bool anywhere = false) : anywhere_(anywhere) {}
   void clear();
 
-  // Adds one tensor of a step; it must outlive this step. `kahan` and `step` may be undefined: then no lost bits are
+  // Adds one tensor of a step; it must outlive this step. `lost` and `step` may be undefined: then no lost bits are
   // kept, and no count of updates is needed. Returns nullptr; or, with nothing added, what is wrong, as a phrase for a
   // message. Tensors whose memory is not laid out like m's go through copies, which write_back() copies back; so do
   // lazily conjugated and negated ones.
   //
   // `variances`: of a tensor whose diagonal adapts, nullptr of others. They go through copies if their elements lie in
   // another order than w's.
-  const char* add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
+  const char* add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& lost,
                   const at::Tensor& step, int64_t ordinal, const Variances* variances = nullptr);
 
-  // Whether memory that a step writes (w, m, kahan, step, running means) may belong to another tensor as well: the ranges of addresses
+  // Whether memory that a step writes (w, m, lost, step, running means) may belong to another tensor as well: the ranges of addresses
   // overlap. Then no pass over all tensors at once is correct: two threads would write the same elements. Allowed are
   // gradients that share memory with each other, and a gradient that is its own w, element by element.
   //
@@ -74,7 +74,7 @@ class StepTensors {
   // Counts one more update of every tensor.
   void advance();
 
-  // Raise version counters, so that autograd notices what passes write; w includes kahan.
+  // Raise version counters, so that autograd notices what passes write; w includes lost bits.
   void bump_weights();
   void bump_moments();
   void bump_variances();
@@ -86,7 +86,7 @@ class StepTensors {
 
  private:
   struct Member {
-    c10::TensorImpl *w, *g, *m, *kahan, *step;
+    c10::TensorImpl *w, *g, *m, *lost, *step;
   };
   struct MeansOfMember {
     c10::TensorImpl *rows, *cols, *whole;  // nullptr: it has none of that kind
@@ -101,7 +101,7 @@ class StepTensors {
   };
 
   // add(), with a row of zeros to fill.
-  const char* fill(Row& record, const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& kahan,
+  const char* fill(Row& record, const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& lost,
                    const at::Tensor& step, int64_t ordinal, const Variances* variances);
   // Whether a tensor is where it was in the last step, apart from its gradient.
   bool is_known(const Row& record, size_t place) const;

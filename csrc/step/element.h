@@ -71,17 +71,39 @@ SOFIM_HD V blended(V m, V g, V by_m, V by_g) {
   return Ops<V>::multiply_add(by_g, g, by_m * m);
 }
 
-// The weight plus `kahan`, the part that its 16-bit storage lost. A kahan above half an ulp of w, |w|·half_eps, cannot
-// be that part (w was replaced from outside) and is ignored.
+// The weight plus `lost`, the part that its 16-bit storage lost (Kahan). A lost part above half an ulp of w,
+// |w|·half_eps, cannot be that part (w was replaced from outside) and is ignored.
 template <class V>
-SOFIM_HD V with_lost_bits(V w, V kahan, V half_eps) {
-  return w + Ops<V>::where_at_most(Ops<V>::magnitude(kahan), Ops<V>::magnitude(w) * half_eps, kahan);
+SOFIM_HD V with_lost_bits(V w, V lost, V half_eps) {
+  return w + Ops<V>::where_at_most(Ops<V>::magnitude(lost), Ops<V>::magnitude(w) * half_eps, lost);
 }
 
 // The part of a value that is lost when it is stored as `rounded`; 0 if that overflows (largest: the largest finite V).
 template <class V>
 SOFIM_HD V lost_bits(V value, V rounded, V largest) {
   return Ops<V>::where_at_most(Ops<V>::magnitude(rounded), largest, value - rounded);
+}
+
+// A float32 weight in two halves: a bfloat16, rounded to nearest with ties away from zero, and an int16 with the rest of
+// its bits. sofim_fused/backends/master_bits.py defines them. All of these are bits of a float32.
+
+// The whole weight: the bfloat16 as a float32 plus the rest, sign extended. A rest that would make a NaN of a number
+// cannot belong to it (w was replaced from outside) and is ignored.
+template <class U>
+SOFIM_HD U joined(U shown, U rest) {
+  const U whole = shown + rest;
+  return where_number(whole, whole, shown);
+}
+
+// The bits of a weight that splits into these halves; a NaN becomes the one whose rest is 0.
+template <class U>
+SOFIM_HD U splittable(U bits) {
+  return where_number(bits, bits, (bits & 0x80000000u) + 0x7FC00000u);
+}
+// Of such bits: the bfloat16, in the upper half. The rest is the lower half of the bits themselves.
+template <class U>
+SOFIM_HD U shown_half(U bits) {
+  return bits + 0x8000u;
 }
 
 // Random bits: a hash of (seed, ordinal, step, index) and nothing else; sofim_fused/backends/rounding.py defines it.

@@ -18,18 +18,19 @@ constexpr bool is_narrow(Type type) { return type == Type::bfloat16 || type == T
 enum Sum { kMM, kMG, kMW, kGG, kGW, kWW };
 constexpr int kSums = kWW + 1;
 
-// One tensor of a step: where its elements are, and how they are stored. The elements of w, g, m and kahan have the
+// One tensor of a step: where its elements are, and how they are stored. The elements of w, g, m and lost have the
 // same order in memory, without gaps.
 struct TensorRow {
   void* w;
   const void* g;
   void* m;
-  void* kahan;    // nullptr: none is kept
+  void* lost;     // the bits that a 16-bit w lost, of w's type, or int16 if `master`; nullptr: none are kept
   int64_t* step;  // the number of updates that it has received, on the tensors' device; nullptr: not needed
   int64_t numel;
   uint32_t ordinal;  // its place among all parameters, which keys the rounding of a bfloat16 moment
   Type w_type, g_type, m_type;
-  bool aligned;  // all four addresses are multiples of 16
+  bool aligned : 1;  // all four addresses are multiples of 16
+  bool master : 1;   // w and `lost` are the two halves of a float32 (joined() in element.h); else w + lost is the weight
 };
 
 // The running means of g² of one tensor (Variance in sofim_fused/backends/interface.py), float64 for a float64 tensor,

@@ -66,8 +66,10 @@ class StepTensors:
         params: w, float32, float64, bfloat16 or float16. Complex parameters appear as their real views.
         grads: g, of w's shape; of w's dtype, or float32 for a 16-bit w.
         exp_avgs: m, of w's shape; float64 for float64 parameters, else float32 or bfloat16.
-        kahans: the part of w that its 16 bits could not hold, of w's shape and dtype; ``None`` where none is kept. A
-            value above half an ulp of w cannot be such a part (w was replaced from outside) and counts as zero.
+        lost_bits: what the 16 bits of w could not hold, of w's shape; ``None`` where none is kept. Of w's dtype: a rest
+            that updates add to w (Kahan's compensation); above half an ulp of w it cannot be such a rest (w was
+            replaced from outside) and counts as zero. int16, of a bfloat16 w: the lower half of a float32 weight
+            (:mod:`sofim_fused.backends.master_bits`), which is the weight wherever a pass reads or writes it.
         steps: 0-dimensional int64, the updates that each tensor has received.
         ordinals: each tensor's place among all parameters of the optimizer; keys the rounding of bfloat16 moments.
         variances: in a step with a diagonal that adapts, of each tensor; otherwise empty.
@@ -77,7 +79,7 @@ class StepTensors:
     params: list[Tensor]
     grads: list[Tensor]
     exp_avgs: list[Tensor]
-    kahans: list[Tensor | None]
+    lost_bits: list[Tensor | None]
     steps: list[Tensor]
     ordinals: list[int]
     variances: list[Variance] = field(default_factory=list)
@@ -122,7 +124,7 @@ class GradientStep(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """The update, ``w' = weight·w + gradient·v + moment·m'`` with ``v = gain·g``; w is w + kahan where that is kept.
+    """The update, ``w' = weight·w + gradient·v + moment·m'`` with ``v = gain·g``; w includes its lost bits.
 
     ``weight`` (``None``: 1), ``gradient`` (``None``: 0, and g is not read) and ``moment`` are float64 vectors of n on
     the pass's device. ``gain`` (0-dimensional float64, ``None``: 1) and ``skip`` (0-dimensional bool, ``None``: false)

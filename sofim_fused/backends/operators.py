@@ -90,10 +90,12 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
     def accumulate(self, tensors: StepTensors, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
         counts = (tensors.steps, tensors.ordinals)
         if gradient_step is None:
-            sums = self._ops.accumulate(tensors.params, tensors.grads, tensors.exp_avgs, *counts, *decay)
+            sums = self._ops.accumulate(
+                tensors.params, tensors.grads, tensors.exp_avgs, _lost_bits(tensors), *counts, *decay
+            )
         else:
             sums = self._ops.accumulate_step(
-                tensors.params, tensors.grads, tensors.exp_avgs, _kahans(tensors), *counts, *decay, *gradient_step
+                tensors.params, tensors.grads, tensors.exp_avgs, _lost_bits(tensors), *counts, *decay, *gradient_step
             )
         return Sums(*sums.unbind())
 
@@ -102,14 +104,16 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
             tensors.params,
             tensors.grads,
             tensors.exp_avgs,
-            _kahans(tensors),
+            _lost_bits(tensors),
             coefficients.moment,
             coefficients.weight,
             coefficients.gradient,
         )
 
     def dots(self, tensors: StepTensors, decay: Decay) -> Sums:
-        sums = self._ops.dots(tensors.params, tensors.grads, tensors.exp_avgs, decay.weight is not None)
+        sums = self._ops.dots(
+            tensors.params, tensors.grads, tensors.exp_avgs, _lost_bits(tensors), decay.weight is not None
+        )
         if decay.weight is not None:
             return Sums(*sums.unbind())
         mm, mg, gg = sums.unbind()
@@ -120,7 +124,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
             tensors.params,
             tensors.grads,
             tensors.exp_avgs,
-            _kahans(tensors),
+            _lost_bits(tensors),
             tensors.steps,
             tensors.ordinals,
             decay.moment,
@@ -229,7 +233,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
             tensors.params,
             tensors.grads,
             tensors.exp_avgs,
-            _kahans(tensors),
+            _lost_bits(tensors),
             _by_element(tensors),
             _kinds(tensors),
             *coefficients[:3],
@@ -244,7 +248,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
             tensors.params,
             tensors.grads,
             tensors.exp_avgs,
-            _kahans(tensors),
+            _lost_bits(tensors),
             _by_element(tensors),
             _kinds(tensors),
             tensors.steps,
@@ -334,9 +338,9 @@ def _by_element(tensors: StepTensors) -> list[Tensor]:
     ]
 
 
-def _kahans(tensors: StepTensors) -> list[Tensor]:
+def _lost_bits(tensors: StepTensors) -> list[Tensor]:
     none = torch.empty(0, device=tensors.device)  # an operator's list may contain only tensors
-    return [none if kahan is None else kahan for kahan in tensors.kahans]
+    return [none if lost is None else lost for lost in tensors.lost_bits]
 
 
 @cache
@@ -347,21 +351,23 @@ def register_fakes(namespace: str) -> None:
         return torch.empty(rows, len(params), dtype=torch.float64, device=params[0].device if params else "cpu")
 
     @torch.library.register_fake(f"{namespace}::accumulate")
-    def _(params, grads, exp_avgs, steps, ordinals, moment, gradient, weight, cross):  # type: ignore[no-untyped-def]
+    def _(  # type: ignore[no-untyped-def]
+        params, grads, exp_avgs, lost_bits, steps, ordinals, moment, gradient, weight, cross
+    ):
         return sums(params, 1 + cross + (cross and weight is not None))
 
     @torch.library.register_fake(f"{namespace}::accumulate_step")
     def _(  # type: ignore[no-untyped-def]
-        params, grads, exp_avgs, kahans, steps, ordinals, moment, gradient, weight, cross, step_weight, step_gradient
+        params, grads, exp_avgs, lost_bits, steps, ordinals, moment, gradient, weight, cross, step_weight, step_gradient
     ):
         return sums(params, 1 + cross + (cross and weight is not None))
 
     @torch.library.register_fake(f"{namespace}::apply")
-    def _(params, grads, exp_avgs, kahans, moment, weight, gradient):  # type: ignore[no-untyped-def]
+    def _(params, grads, exp_avgs, lost_bits, moment, weight, gradient):  # type: ignore[no-untyped-def]
         return None
 
     @torch.library.register_fake(f"{namespace}::dots")
-    def _(params, grads, exp_avgs, weights):  # type: ignore[no-untyped-def]
+    def _(params, grads, exp_avgs, lost_bits, weights):  # type: ignore[no-untyped-def]
         return sums(params, 6 if weights else 3)
 
     @torch.library.register_fake(f"{namespace}::commit")

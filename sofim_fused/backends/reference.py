@@ -24,8 +24,11 @@ from sofim_fused.backends.interface import (
     Sums,
     sum_dtype,
 )
+from sofim_fused.backends.master_bits import joined
+from sofim_fused.backends.master_bits import split as split_weight
 from sofim_fused.backends.rounding import random_bits, round_stochastic
 from sofim_fused.backends.solve import TILE, TorchSolve, ordered_sum
+from sofim_fused.checks import REST
 
 CHUNK = 256 * TILE  # elements for which temporaries are made at once: 32 MiB in float64
 _WIDE = {  # the dtype of the arithmetic, by the parameter's
@@ -102,7 +105,7 @@ class ReferencePasses(TorchSolve, TorchAdaptivePasses):
         known = None if gradient_step is None else _Update(weight=gradient_step.weight, gradient=gradient_step.gradient)
         for batch in _batches(tensors, temporaries=known is not None and not known.in_place):
             grads = batch.wide(tensors.grads)
-            weights = None if decay.weight is None else batch.wide(tensors.params)
+            weights = None if decay.weight is None else _weights(tensors, batch)
             moments = batch.wide(tensors.exp_avgs)
             _blend(moments, grads, weights, decay, batch)
             stored = _store_moments(tensors, batch, moments, early=True)
@@ -128,9 +131,14 @@ class ReferencePasses(TorchSolve, TorchAdaptivePasses):
         sums.add("mg", batch, tensors.exp_avgs, tensors.grads)
         sums.add_squares("gg", batch, tensors.grads)
         if decay.weight is not None:
-            sums.add("mw", batch, tensors.exp_avgs, tensors.params)
-            sums.add("gw", batch, tensors.grads, tensors.params)
-            sums.add_squares("ww", batch, tensors.params)
+            masters = [i for i in range(len(tensors)) if _is_master(tensors, i)]
+            others = [i for i in range(len(tensors)) if not _is_master(tensors, i)]
+            # Whole weights are temporaries: of one tensor at a time.
+            for each in [_Batch(others, None), *(_Batch([i], None) for i in masters)]:
+                weights = _weights(tensors, each)
+                sums.add("mw", each, each.wide(tensors.exp_avgs), weights)
+                sums.add("gw", each, each.wide(tensors.grads), weights)
+                sums.add_squares("ww", each, weights)
         return sums.vectors()
 
     def commit(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients) -> None:
@@ -140,7 +148,7 @@ class ReferencePasses(TorchSolve, TorchAdaptivePasses):
             grads = batch.wide(tensors.grads)
             if gain is not None:
                 grads = list(torch._foreach_mul(grads, [gain] * len(grads)))
-            weights = None if decay.weight is None else batch.wide(tensors.params)
+            weights = None if decay.weight is None else _weights(tensors, batch)
             moments = batch.wide(tensors.exp_avgs, copy=skip is not None)
             _blend(moments, grads, weights, decay, batch)
             update.run(tensors, batch, grads, moments)
@@ -167,6 +175,26 @@ class _Batch(NamedTuple):
         if self.dtype is None and not copy:
             return [tensors[i] for i in self.indices]
         return [tensors[i].to(self.dtype or tensors[i].dtype, copy=copy) for i in self.indices]
+
+
+def _is_master(tensors: StepTensors, i: int) -> bool:
+    rest = tensors.lost_bits[i]
+    return rest is not None and rest.dtype == REST
+
+
+def _weights(tensors: StepTensors, batch: _Batch, copy: bool = False) -> list[Tensor]:
+    """The batch's weights in the dtype of the arithmetic, whole where the other half of their bits is kept.
+
+    The bits that Kahan's compensation keeps are no part of them.
+    """
+    weights = []
+    for i in batch.indices:
+        w, rest = tensors.params[i], tensors.lost_bits[i]
+        if rest is not None and rest.dtype == REST:
+            weights.append(joined(w, rest))
+        else:
+            weights.append(w if batch.dtype is None and not copy else w.to(batch.dtype or w.dtype, copy=copy))
+    return weights
 
 
 def _batches(tensors: StepTensors, temporaries: bool = False) -> Iterator[_Batch]:
@@ -347,8 +375,9 @@ def _store_moments(
 class _Update:
     """``w' = weight·w + gradient·g + moment·m``, unless ``skip``; a term without a coefficient is left out.
 
-    If lost bits are kept, the weight is the sum w + kahan: w has what fits into its 16 bits, kahan has the rest. A
-    kahan above half an ulp of w cannot be its rest (w was replaced from outside) and is dropped.
+    If lost bits are kept, the weight is a float32 of which w is one half (:mod:`.master_bits`), or the sum w + lost
+    (Kahan): w has what fits into its 16 bits, lost has the rest. A rest above half an ulp of w cannot be its own (w was
+    replaced from outside) and is dropped.
     """
 
     def __init__(
@@ -372,12 +401,12 @@ class _Update:
         inverse: Tensor | None = None,
     ) -> None:
         """Update the weights of a batch; ``inverse``: of a single tensor, which its two terms are multiplied by."""
-        values = batch.wide(tensors.params, copy=not self.in_place)
+        values = _weights(tensors, batch, copy=not self.in_place)
         for i, value in zip(batch.indices, values, strict=True):
-            kahan = tensors.kahans[i]
-            if kahan is not None:
-                half_ulp = value.abs().mul_(torch.finfo(kahan.dtype).eps / 2)
-                value.add_(torch.where(kahan.abs() <= half_ulp, kahan, 0.0))
+            lost = tensors.lost_bits[i]
+            if lost is not None and lost.dtype != REST:
+                half_ulp = value.abs().mul_(torch.finfo(lost.dtype).eps / 2)
+                value.add_(torch.where(lost.abs() <= half_ulp, lost, 0.0))
         if self._weight is not None:
             torch._foreach_mul_(values, [self._weight[i] for i in batch.indices])
         for factors, addends in ((self._gradient, grads), (self._moment, moments)):
@@ -385,17 +414,22 @@ class _Update:
                 if inverse is not None:
                     addends = [addends[0] * inverse]
                 torch._foreach_addcmul_(values, addends, [factors[i] for i in batch.indices])
-        targets, written = [], []
+        targets: list[Tensor] = []
+        written: list[Tensor] = []
         for i, value in zip(batch.indices, values, strict=True):
-            param, kahan = tensors.params[i], tensors.kahans[i]
+            param, lost = tensors.params[i], tensors.lost_bits[i]
             if param is value:
+                continue
+            if lost is not None and lost.dtype == REST:
+                targets += [param, lost]
+                written += split_weight(value)
                 continue
             rounded = value.to(param.dtype)
             targets.append(param)
             written.append(rounded)
-            if kahan is not None:
-                targets.append(kahan)
-                written.append(torch.where(torch.isfinite(rounded), value - rounded, 0.0).to(kahan.dtype))
+            if lost is not None:
+                targets.append(lost)
+                written.append(torch.where(torch.isfinite(rounded), value - rounded, 0.0).to(lost.dtype))
         _write(targets, written, self._skip)
 
 

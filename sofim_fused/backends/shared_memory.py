@@ -151,7 +151,7 @@ def _tensors(tensors: StepTensors, run: slice) -> StepTensors:
         tensors.params[run],
         tensors.grads[run],
         tensors.exp_avgs[run],
-        tensors.kahans[run],
+        tensors.lost_bits[run],
         tensors.steps[run],
         tensors.ordinals[run],
         tensors.variances[run],
@@ -181,9 +181,9 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _have_addresses(tensors: StepTensors) -> bool:
-    kahans = (kahan for kahan in tensors.kahans if kahan is not None)
+    lost_bits = (lost for lost in tensors.lost_bits if lost is not None)
     variances = (x for variance in tensors.variances for x in variance[:3] if x is not None)
-    every = chain(tensors.params, tensors.grads, tensors.exp_avgs, kahans, tensors.steps, variances)
+    every = chain(tensors.params, tensors.grads, tensors.exp_avgs, lost_bits, tensors.steps, variances)
     return tensors.device.type not in addresses.WITHOUT_ADDRESSES and addresses.all_plain(every)
 
 
@@ -193,7 +193,7 @@ def _written(tensors: StepTensors) -> dict[str, Sequence[Tensor | None]]:
     return {
         "w": tensors.params,
         "exp_avg": tensors.exp_avgs,
-        "kahan": tensors.kahans,
+        "lost_bits": tensors.lost_bits,
         "step": tensors.steps,
         "row_var": [variance.row_var for variance in variances],
         "col_var": [variance.col_var for variance in variances],

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sofim_fused import checks, checks_state_dict
 from sofim_fused.backends import StepTensors, Variance
-from sofim_fused.dtensor import is_sharded, local, placed_as, placements_like, spread_like
+from sofim_fused.checks import REST, SENT_AS
+from sofim_fused.dtensor import is_sharded, local, placed_as, placements_like, spread_like, viewed_as
 
 
 class Entry(NamedTuple):
@@ -48,14 +49,20 @@ def with_gradients(groups: Sequence[Mapping[str, Any]]) -> list[Entry]:
 def check_state(entry: Entry, group: Mapping[str, Any], state: Mapping[Tensor, Any]) -> None:
     """Check that a parameter's state fits it, or, if it has none, that the group's settings allow to create it.
 
+    A rest that has the dtype that it has in state dicts gets its own: a ZeroRedundancyOptimizer puts the saved tensors
+    into the state themselves.
+
     Raises:
         TypeError, ValueError: they do not; the message names the parameter.
     """
     known = state.get(entry.param, {})
+    if isinstance(known, dict) and _is_sent(known.get("master_bits")):
+        known["master_bits"] = viewed_as(known["master_bits"], REST)
     checks.apart(entry.param, entry.ordinal)
     checks.state_entries(entry.param, known, entry.ordinal)
     if "exp_avg" in known:
-        checks.state_of_parameter(entry.param, known, moment_dtype(entry.param, group["state_dtype"]), entry.ordinal)
+        dtype = moment_dtype(entry.param, group["state_dtype"])
+        checks.state_of_parameter(entry.param, known, dtype, entry.ordinal, checks.lost_bits(entry.param, group))
         shapes = variance_shapes(entry.param, group["diagonal"])
         checks.variances(entry.param, known, shapes, variance_dtype(entry.param), entry.ordinal, group["diagonal"])
         for name, shape in shapes.items():
@@ -75,7 +82,8 @@ def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[T
     param = entry.param
     known = state.get(param, {})
     whole = "exp_avg" in known
-    kept = "kahan" in known or not keeps_lost_bits(param, group["kahan"])
+    lost = checks.lost_bits(param, group)
+    kept = lost is None or lost in known
     if whole and kept:
         return None
     made = {}
@@ -85,8 +93,9 @@ def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[T
             made["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
             made["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             made.update(_zero_variances(param, group["diagonal"]))
-        if not kept:
-            made["kahan"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        if lost is not None and not kept:
+            dtype = lost_bits_dtype(param, lost)
+            made[lost] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
     state[param] = {**known, **made}
     return known
 
@@ -163,7 +172,8 @@ def restored_states(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]
 def _restored(param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
     """A saved state in the parameter's layout and on its device, each tensor in its own dtype.
 
-    The lost bits of a 16-bit parameter are dropped if the parameter is now wider.
+    Bits that a 16-bit parameter lost are dropped if the parameter is now wider, or if the group asks for none or for
+    those of the other kind.
     """
     state = {name: _own(value, param.device) for name, value in saved.items() if name not in checks.STATE}
     entries = checks_state_dict.saved_entries(saved)
@@ -173,8 +183,10 @@ def _restored(param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any])
     count = torch.empty((), dtype=torch.int64, device=param.device)
     state["step"] = _filled(count, local(step)) if isinstance(step, Tensor) else count.fill_(int(step))
     state["exp_avg"] = _like(param, entries["exp_avg"], moment_dtype(param, group["state_dtype"]))
-    if "kahan" in entries and keeps_lost_bits(param, group["kahan"]):
-        state["kahan"] = _like(param, entries["kahan"], param.dtype)
+    lost = checks.lost_bits(param, group)
+    if lost is not None and lost in entries:
+        value = viewed_as(entries[lost], REST) if _is_sent(entries[lost]) and lost == "master_bits" else entries[lost]
+        state[lost] = _like(param, value, lost_bits_dtype(param, lost))
     for name, made in _zero_variances(param, group["diagonal"]).items():
         # Saturated, as in a step: other dtypes hold larger numbers.
         state[name] = _filled(made, entries[name]).clamp_(max=torch.finfo(made.dtype).max)
@@ -215,9 +227,26 @@ def moment_dtype(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
-def keeps_lost_bits(param: Tensor, kahan: bool | None) -> bool:
-    """Whether a parameter has a tensor for lost bits: 16-bit ones do, unless ``kahan`` is ``False``."""
-    return param.dtype in checks.NARROW_DTYPES and kahan is not False
+def lost_bits_dtype(param: Tensor, name: str) -> torch.dtype:
+    """The dtype of lost bits; ``name``: as of :func:`sofim_fused.checks.lost_bits`."""
+    return REST if name == "master_bits" else param.dtype
+
+
+def for_state_dict(known: Any) -> Any:
+    """A parameter's state as state dicts have it: its rest has a dtype that ranks can send each other."""
+    rest = known.get("master_bits") if isinstance(known, dict) else None
+    if not isinstance(rest, Tensor) or rest.dtype != REST or rest.layout != torch.strided:
+        return known
+    return {**known, "master_bits": viewed_as(rest, SENT_AS)}
+
+
+def _is_sent(rest: Any) -> bool:
+    return isinstance(rest, Tensor) and rest.dtype == SENT_AS and rest.layout == torch.strided
+
+
+def _lost(param: Tensor, group: Mapping[str, Any], known: Mapping[str, Tensor]) -> Tensor | None:
+    name = checks.lost_bits(param, group)
+    return None if name is None else local(known[name])
 
 
 def by_device(entries: Sequence[Entry]) -> Iterator[tuple[torch.device, list[Entry]]]:
@@ -241,9 +270,8 @@ def lay_out(
         params=[_real(local(entry.param)) for entry in entries],
         grads=[_real(local(entry.grad).resolve_conj().resolve_neg()) for entry in entries],
         exp_avgs=[_real(local(known["exp_avg"])) for known in states],
-        kahans=[
-            local(known["kahan"]) if keeps_lost_bits(entry.param, groups[entry.group]["kahan"]) else None
-            for entry, known in zip(entries, states, strict=True)
+        lost_bits=[
+            _lost(entry.param, groups[entry.group], known) for entry, known in zip(entries, states, strict=True)
         ],
         steps=[known["step"] for known in states],
         ordinals=[entry.ordinal for entry in entries],

@@ -24,22 +24,24 @@ from tests.backends.support import LEFT_TO_PYTHON, Subclass, Watching, set_grad
 from tests.support.problems import give, give_state, mixed_problem, same_bits, snapshot
 
 CPU = torch.device("cpu")
+NONE = torch.empty(0)  # in the place of lost bits
 TILE = 32_768  # kTile in csrc/gather/tiling.h
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = native.cpu()
 pytestmark = pytest.mark.skipif(isinstance(MODULE, str), reason=f"{MODULE}")
 
-# Storage types: of weights, gradients and moments, and whether lost bits are kept.
+# Storage types: of weights, gradients and moments, and of the bits that weights lost.
+Types = tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype | None]
 TYPES = [
-    (torch.float64, torch.float64, torch.float64, False),
-    (torch.float32, torch.float32, torch.float32, False),
-    (torch.float32, torch.float32, torch.bfloat16, False),
+    (torch.float64, torch.float64, torch.float64, None),
+    (torch.float32, torch.float32, torch.float32, None),
+    (torch.float32, torch.float32, torch.bfloat16, None),
     *(
-        (w, g, m, kahan)
+        (w, g, m, lost)
         for w in (torch.bfloat16, torch.float16)
         for g in (w, torch.float32)
         for m in (torch.float32, torch.bfloat16)
-        for kahan in (False, True)
+        for lost in (None, w, *([torch.int16] if w == torch.bfloat16 else []))
     ),
 ]
 OPTIONS: list[dict[str, Any]] = [
@@ -74,17 +76,15 @@ class Memory:
         )
 
 
-def made_tensors(
-    types: tuple[torch.dtype, torch.dtype, torch.dtype, bool], memory: Memory, sizes: list[int]
-) -> StepTensors:
-    w, g, m, kahan = types
-    eps = torch.finfo(w).eps
+def made_tensors(types: Types, memory: Memory, sizes: list[int]) -> StepTensors:
+    w, g, m, lost = types
+    scale = 2**12 if lost == torch.int16 else torch.finfo(w).eps / 16
     return StepTensors(
         CPU,
         params=[memory.integers(n, w) for n in sizes],
         grads=[memory.integers(n, g) for n in sizes],
         exp_avgs=[memory.integers(n, m) for n in sizes],
-        kahans=[memory.integers(n, w, eps / 16) if kahan else None for n in sizes],
+        lost_bits=[None if lost is None else memory.integers(n, lost, scale) for n in sizes],
         steps=[torch.tensor(i + 1) for i in range(len(sizes))],
         ordinals=[7 * i for i in range(len(sizes))],
     )
@@ -97,7 +97,7 @@ def vector(n: int, *values: float) -> Tensor:
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("types", TYPES, ids=lambda types: "-".join(str(x).removeprefix("torch.") for x in types))
 @pytest.mark.parametrize("call", ["accumulate", "accumulate cross", "accumulate step", "apply", "dots", "commit"])
-def test_sizes_and_alignment(call: str, types: tuple[torch.dtype, torch.dtype, torch.dtype, bool], offset: int) -> None:
+def test_sizes_and_alignment(call: str, types: Types, offset: int) -> None:
     """Every size around the vectors' and the tiles', on values for which rounding has no say: the reference's bits."""
     sizes = [*range(71), 2047, 2048, 2049, 2048 + 37, TILE - 1, TILE, TILE + 1, 2 * TILE + 2049]
     n = len(sizes)
@@ -124,7 +124,7 @@ def test_sizes_and_alignment(call: str, types: tuple[torch.dtype, torch.dtype, t
         else:
             passes.commit(tensors, decay, Coefficients(moment, weight, gradient, torch.tensor(0.5).double()))
         assert memory.intact()
-        written = tensors.params + tensors.exp_avgs + tensors.grads + [k for k in tensors.kahans if k is not None]
+        written = tensors.params + tensors.exp_avgs + tensors.grads + [k for k in tensors.lost_bits if k is not None]
         results.append(([x + 0.0 for x in written], [x for x in sums or () if x is not None]))  # + 0.0: no -0.0
     (written, sums), (native_written, native_sums) = results
     assert same_bits(written, native_written)
@@ -136,22 +136,22 @@ def operator_samples() -> Iterator[tuple[str, tuple[Any, ...]]]:
     for types in (TYPES[1], TYPES[-1]):
         tensors = made_tensors(types, Memory(torch.Generator().manual_seed(5), 0), [5, 33, 0])
         lists = (tensors.params, tensors.grads, tensors.exp_avgs)
-        kahans = [torch.empty(0, dtype=types[0]) if k is None else k for k in tensors.kahans]
+        lost_bits = [torch.empty(0, dtype=types[0]) if k is None else k for k in tensors.lost_bits]
         counts = (tensors.steps, tensors.ordinals)
         factors, decays = [0.5, 0.25, 1.0], [0.0, 0.5, 0.0]
         v = vector(3, 0.5, -1.0)
-        yield "accumulate", (*lists, *counts, factors, factors, None, False)
-        yield "accumulate", (*lists, *counts, factors, factors, decays, True)
-        yield "accumulate_step", (*lists, kahans, *counts, factors, factors, decays, True, v, v)
-        yield "accumulate_step", (*lists, kahans, *counts, factors, factors, None, True, None, v)
-        yield "apply", (*lists, kahans, v, None, None)
-        yield "apply", (*lists, kahans, v, v, v)
-        yield "dots", (*lists, False)
-        yield "dots", (*lists, True)
-        yield "commit", (*lists, kahans, *counts, factors, factors, None, v, None, None, None, None)
+        yield "accumulate", (*lists, lost_bits, *counts, factors, factors, None, False)
+        yield "accumulate", (*lists, lost_bits, *counts, factors, factors, decays, True)
+        yield "accumulate_step", (*lists, lost_bits, *counts, factors, factors, decays, True, v, v)
+        yield "accumulate_step", (*lists, lost_bits, *counts, factors, factors, None, True, None, v)
+        yield "apply", (*lists, lost_bits, v, None, None)
+        yield "apply", (*lists, lost_bits, v, v, v)
+        yield "dots", (*lists, lost_bits, False)
+        yield "dots", (*lists, lost_bits, True)
+        yield "commit", (*lists, lost_bits, *counts, factors, factors, None, v, None, None, None, None)
         yield (
             "commit",
-            (*lists, kahans, *counts, factors, factors, decays, v, v, v, v[0].clone(), torch.tensor(False)),
+            (*lists, lost_bits, *counts, factors, factors, decays, v, v, v, v[0].clone(), torch.tensor(False)),
         )
     steps, hyper, sums = [torch.tensor(i) for i in range(3)], vector(12, 0.5).view(2, 6), vector(3, 2.0)
     settings = (steps, hyper, [1, 2])
@@ -175,10 +175,10 @@ def test_the_operators_are_what_their_schemas_say() -> None:
 def test_the_operators_compile() -> None:
     """In one graph, without a break, to the same bits."""
 
-    def step(w: list[Tensor], g: list[Tensor], m: list[Tensor], t: list[Tensor], kahan: list[Tensor]) -> Tensor:
+    def step(w: list[Tensor], g: list[Tensor], m: list[Tensor], t: list[Tensor], lost: list[Tensor]) -> Tensor:
         ops = torch.ops.sofim_fused
-        sums = ops.accumulate(w, g, m, t, [0, 1], [0.9, 0.9], [0.1, 0.1], None, False)
-        ops.apply(w, g, m, kahan, -0.1 / (1.0 + sums[0].sum()) * torch.ones(2, dtype=torch.float64), None, None)
+        sums = ops.accumulate(w, g, m, lost, t, [0, 1], [0.9, 0.9], [0.1, 0.1], None, False)
+        ops.apply(w, g, m, lost, -0.1 / (1.0 + sums[0].sum()) * torch.ones(2, dtype=torch.float64), None, None)
         return sums
 
     results = []
@@ -220,19 +220,19 @@ def test_the_operators_refuse_what_they_cannot_read(text: str) -> None:
     lists: dict[str, Any] = {name: [torch.ones(4), torch.ones(9)] for name in ("params", "grads", "exp_avgs")}
     REFUSED[text](lists)
     with pytest.raises(RuntimeError, match=text):
-        torch.ops.sofim_fused.dots(lists["params"], lists["grads"], lists["exp_avgs"], False)
+        torch.ops.sofim_fused.dots(lists["params"], lists["grads"], lists["exp_avgs"], [NONE] * 2, False)
 
 
 def test_the_operators_refuse_factors_that_do_not_fit() -> None:
     lists, ops = [[torch.ones(4), torch.ones(9)] for _ in range(3)], torch.ops.sofim_fused
     counts = ([torch.tensor(0)] * 2, [0, 1])
     with pytest.raises(RuntimeError, match=r"decay: one value per tensor, 2 are needed"):
-        ops.accumulate(*lists, *counts, [1.0], [1.0], None, False)
+        ops.accumulate(*lists, [NONE] * 2, *counts, [1.0], [1.0], None, False)
     with pytest.raises(RuntimeError, match=r"tensor 0: step: not a 0-dimensional int64 tensor"):
-        ops.accumulate(*lists, [torch.tensor(0.0)] * 2, [0, 1], [1.0] * 2, [1.0] * 2, None, False)
+        ops.accumulate(*lists, [NONE] * 2, [torch.tensor(0.0)] * 2, [0, 1], [1.0] * 2, [1.0] * 2, None, False)
     for moment in (torch.ones(2), torch.ones(3, dtype=torch.float64)):
         with pytest.raises(RuntimeError, match=r"moment: a float64 vector of 2 on the CPU is needed"):
-            ops.apply(*lists, [torch.empty(0)] * 2, moment, None, None)
+            ops.apply(*lists, [NONE] * 2, moment, None, None)
     assert all(torch.equal(x, torch.ones_like(x)) for some in lists for x in some)
 
 
@@ -328,10 +328,10 @@ def test_modes_that_watch_operators_see_them() -> None:
 def test_missing_lost_bits_are_python_s_to_make() -> None:
     optimizer, params = two_parameters(torch.bfloat16)
     assert native_step()(optimizer.param_groups, optimizer.state) is True
-    del optimizer.state[params[1]]["kahan"]
+    del optimizer.state[params[1]]["master_bits"]
     assert native_step()(optimizer.param_groups, optimizer.state) is None
     optimizer.step()
-    assert "kahan" in optimizer.state[params[1]]
+    assert "master_bits" in optimizer.state[params[1]]
 
 
 def test_inference_tensors() -> None:

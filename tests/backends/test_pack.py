@@ -20,15 +20,15 @@ def test_laid_out() -> None:
     assert not others
     lists = gather.lay_out(device, entries, optimizer.param_groups, optimizer.state)
     laid = pack.lay_out(
-        lists.params, lists.grads, lists.exp_avgs, lists.kahans, lists.steps, [7 * i for i in lists.ordinals], TILE
+        lists.params, lists.grads, lists.exp_avgs, lists.lost_bits, lists.steps, [7 * i for i in lists.ordinals], TILE
     )
     rows = laid.rows.tolist()
     first = 0
-    for i, (row, w, g, m, kahan, step) in enumerate(
-        zip(rows, lists.params, lists.grads, lists.exp_avgs, lists.kahans, lists.steps, strict=True)
+    for i, (row, w, g, m, lost, step) in enumerate(
+        zip(rows, lists.params, lists.grads, lists.exp_avgs, lists.lost_bits, lists.steps, strict=True)
     ):
-        check_addresses(row[:4], [w, g, m, kahan], m)
-        kind = expected_kind(w, g, m, kahan is not None, row)
+        check_addresses(row[:4], [w, g, m, lost], m)
+        kind = expected_kind(w, g, m, lost, row)
         assert row[4:] == [step.data_ptr(), w.numel(), 7 * i, kind, i, first]
         first += max(1, -(-w.numel() // TILE))
     assert (laid.tiles, laid.kinds) == (first, sorted({row[7] for row in rows}))

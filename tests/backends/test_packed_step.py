@@ -131,7 +131,7 @@ def test_negated_and_conjugated_tensors(name: str) -> None:
     assert same_bits(before, snapshot(optimizer))
 
 
-@pytest.mark.parametrize("shift", ["w", "g", "m", "kahan", "nothing"])
+@pytest.mark.parametrize("shift", ["w", "g", "m", "lost", "nothing"])
 def test_kinds(shift: str) -> None:
     """Four types of weights, wider gradients, rounded moments, kept bits; any one address may be off."""
 
@@ -145,14 +145,14 @@ def test_kinds(shift: str) -> None:
             g = torch.ones(64, dtype=torch.float32 if wide else dtype)
             give([p], [offset(g, shift == "g")])
             params.append(p)
-            kinds.append(at + 4 * wide + 16 * (at > 1))
+            kinds.append(at + 4 * wide + 16 * (at > 1) + 128 * (dtype == torch.bfloat16))
     optimizer = made(params)
     for p in params:
         known = optimizer.state[p]
         known.update(exp_avg=offset(known["exp_avg"], shift == "m"))
-        if "kahan" in known:
-            known.update(kahan=offset(known["kahan"], shift == "kahan"))
-    off = [shift != "nothing" and (shift != "kahan" or kind >= 16) for kind in kinds]
+        for name in known.keys() & {"kahan", "master_bits"}:
+            known[name] = offset(known[name], shift == "lost")
+    off = [shift != "nothing" and (shift != "lost" or kind >= 16) for kind in kinds]
     expected = [kind + 32 * where for kind, where in zip(kinds, off, strict=True)]
     t = new()
     gathered(t, optimizer)
@@ -377,10 +377,10 @@ def test_lost_bits_are_replaced() -> None:
     t = new()
     gathered(t, optimizer)
     for replace in (
-        lambda known: known.update(kahan=known["kahan"].clone()),
-        lambda known: setattr(known["kahan"], "data", known["kahan"].clone()),
+        lambda known: known.update(master_bits=known["master_bits"].clone()),
+        lambda known: setattr(known["master_bits"], "data", known["master_bits"].clone()),
     ):
-        old = optimizer.state[params[0]]["kahan"].data
+        old = optimizer.state[params[0]]["master_bits"].data
         replace(optimizer.state[params[0]])
         assert gathered(t, optimizer) == POINTERS
         check_everything(t, optimizer)
@@ -389,7 +389,7 @@ def test_lost_bits_are_replaced() -> None:
     assert gathered(t, optimizer) == POINTERS | LAYOUT
     check_everything(t, optimizer)
     optimizer.param_groups[1]["kahan"] = None
-    del optimizer.state[params[2]]["kahan"]
+    del optimizer.state[params[2]]["master_bits"]
     assert gathered(t, optimizer) is None
 
 
@@ -440,16 +440,16 @@ def test_lost_bits_go_home() -> None:
     p = nn.Parameter(torch.zeros(6, dtype=torch.bfloat16))
     p.grad = torch.ones(6, dtype=torch.bfloat16)
     optimizer = made([p])
-    optimizer.state[p]["kahan"] = torch.zeros(12, dtype=torch.bfloat16)[::2]
+    optimizer.state[p]["master_bits"] = torch.zeros(12, dtype=torch.int16)[::2]
     t = new()
     gathered(t, optimizer)
-    ctypes.memset(int(t.rows[0, pack.KAHAN]), 0x40, 12)
+    ctypes.memset(int(t.rows[0, pack.LOST]), 0x40, 12)
     t.finish(False, True, True)
-    assert not optimizer.state[p]["kahan"].any()
+    assert not optimizer.state[p]["master_bits"].any()
     gathered(t, optimizer)
-    ctypes.memset(int(t.rows[0, pack.KAHAN]), 0x40, 12)
+    ctypes.memset(int(t.rows[0, pack.LOST]), 0x40, 12)
     t.finish(True, False, False)
-    assert bool((optimizer.state[p]["kahan"] == 3.0).all())  # 0x4040
+    assert bool((optimizer.state[p]["master_bits"] == 0x4040).all())
 
 
 @pytest.mark.parametrize("weights", [False, True])
@@ -462,7 +462,7 @@ def test_version_counters(weights: bool, moments: bool, steps: bool) -> None:
     gathered(t, optimizer)
 
     def versions() -> list[int]:
-        names = ("exp_avg", "step", "kahan")
+        names = ("exp_avg", "step", "master_bits")
         return [x._version for p in params for x in (p, p.grad, *(optimizer.state[p][name] for name in names))]
 
     before = versions()

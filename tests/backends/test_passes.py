@@ -31,7 +31,7 @@ def made_tiles(dtype: torch.dtype, generator: torch.Generator, sizes: tuple[int,
         params=normal(),
         grads=normal(),
         exp_avgs=normal(),
-        kahans=[None] * len(sizes),
+        lost_bits=[None] * len(sizes),
         steps=[torch.tensor(3) for _ in sizes],
         ordinals=list(range(len(sizes))),
     )

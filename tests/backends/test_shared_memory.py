@@ -105,8 +105,8 @@ def moments_that_overlap(values: Values) -> Shared:
 
 def one_compensation(values: Values) -> Shared:
     def share(states: list[dict[str, Tensor]]) -> None:
-        if "kahan" in states[0]:
-            states[1]["kahan"] = states[0]["kahan"]
+        for name in states[0].keys() & {"kahan", "master_bits"}:
+            states[1][name] = states[0][name]
 
     x = values(ELEMENTS)
     return Shared(parameters(x, x), share)

@@ -99,6 +99,8 @@ def test_a_step_is_the_reference_s(
     for name, a, b in zip(_names(mine), snapshot(mine), snapshot(theirs), strict=True):
         # Sums are added in another order, so that a float32 result may be rounded in the other direction, and a value
         # of 16 bits is another one then.
+        if a.dtype == torch.int16:  # the rest of a weight: test_master_bits.py compares whole ones, bit by bit
+            continue
         bits = torch.finfo(a.dtype).bits if a.is_floating_point() else 64
         tolerance = {64: 1e-14, 32: 3e-7, 16: 8e-3}[bits]
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")

@@ -19,6 +19,7 @@ from bench.step import ADAPTIVE, GUARDED, HOST, MEMORY, PASSES, PLAIN, SIXTEEN_B
 from bench.timing import MIN_ROUNDS, WARMUP_ROUNDS, Timing, compare, copy_bandwidth, orders
 from examples.models import LeNet5
 from sofim_fused import SOFIM
+from sofim_fused.backends.master_bits import joined
 
 MS = 1_000_000
 
@@ -177,8 +178,12 @@ def after(recipe: Recipe, work: Workload, steps: int = 3) -> list[Tensor]:
         provider.call()
     changes = []
     for param, start in zip(provider.params, initial, strict=True):
-        kahan = provider.optimizer.state[param].get("kahan", torch.zeros(()))
-        changes.append((param.detach().double() + kahan.double() - start.double()).reshape(-1))
+        known = provider.optimizer.state[param]
+        if "master_bits" in known:
+            whole = joined(param.detach(), known["master_bits"]).double()
+        else:
+            whole = param.detach().double() + known.get("kahan", torch.zeros(())).double()
+        changes.append((whole - start.double()).reshape(-1))
     return changes
 
 

@@ -9,11 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from bench.ranks import Ranks
 from sofim_fused import SOFIM
-from tests.distributed.support import Net, fsdp, mesh_of, needs_ranks, new_pair, restore, saved_state, train, whole
+from sofim_fused.backends.master_bits import joined
+from sofim_fused.dtensor import local
+from tests.distributed.support import (
+    Net,
+    fsdp,
+    fsdp1,
+    mesh_of,
+    needs_ranks,
+    new_pair,
+    restore,
+    saved_state,
+    train,
+    whole,
+)
+from tests.support.problems import same_bits
 
 pytestmark = needs_ranks
 
@@ -30,12 +44,87 @@ def placements(rank: int) -> bool:
     return all(
         (state[name].placements, state[name].device_mesh) == (p.placements, p.device_mesh)
         for p, state in optimizer.state.items()
-        for name in ("exp_avg", "kahan")
+        for name in ("exp_avg", "master_bits")
     ) and all(state["exp_avg"].dtype == torch.float32 for state in optimizer.state.values())
 
 
 def test_state_lies_where_its_parameter_does(two: Ranks) -> None:
     assert two.run(placements) == [True, True]
+
+
+def halves_of_float32(rank: int) -> bool:
+    """Weights that are sharded with the other halves of their bits train as sharded float32 ones, bit for bit."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh, generator = mesh_of((2,), ("shard",)), torch.Generator().manual_seed(0)
+
+    def spread(x: Tensor) -> Tensor:
+        return distribute_tensor(x, mesh, [Shard(0)])
+
+    start = torch.randn(5, 3, generator=generator).bfloat16()
+    narrow, wide = nn.Parameter(spread(start)), nn.Parameter(spread(start.float()))
+    options = {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": False, "max_grad_norm": 1.0}
+    optimizers = [SOFIM([p], numerator="gradient", **options) for p in (narrow, wide)]
+    for _ in range(20):
+        grad = torch.randn(5, 3, generator=generator).bfloat16()
+        narrow.grad, wide.grad = spread(grad), spread(grad.float())
+        for optimizer in optimizers:
+            optimizer.step()
+    rest = optimizers[0].state[narrow]["master_bits"].to_local()
+    found = joined(narrow.detach().to_local(), rest)
+    return bool(rest.any()) and same_bits([found], [wide.detach().to_local()])
+
+
+def test_sharded_halves_of_float32_weights(two: Ranks) -> None:
+    assert two.run(halves_of_float32) == [True, True]
+
+
+def whole_states(rank: int) -> bool:
+    """Of FSDP2 and FSDP1, gathered from all ranks and loaded again: backends of ranks send no int16."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def made(wrapped: Any) -> tuple[Any, SOFIM]:
+        optimizer = SOFIM(wrapped.parameters(), lr=0.05)
+        return wrapped, optimizer
+
+    def net() -> Net:
+        torch.manual_seed(0)
+        return Net().bfloat16()
+
+    def rests(saved: Any) -> list[Tensor]:
+        return [known["master_bits"] for known in saved["state"].values() if "master_bits" in known]
+
+    options = StateDictOptions(full_state_dict=True)
+    for wrap in (lambda: fsdp(net(), mesh_of((2,), ("shard",))), lambda: fsdp1(net())):
+        (model, optimizer), (other, loaded) = made(wrap()), made(wrap())
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.01)
+        for _ in range(3):
+            optimizer.step()
+        optimizer.zero_grad()
+        if isinstance(model, FullyShardedDataParallel):
+            saved = FullyShardedDataParallel.optim_state_dict(model, optimizer)
+            loaded.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(other, loaded, saved))
+            again = FullyShardedDataParallel.optim_state_dict(other, loaded)
+        else:
+            saved = get_optimizer_state_dict(model, optimizer, options=options)
+            set_optimizer_state_dict(other, loaded, saved, options=options)
+            again = get_optimizer_state_dict(other, loaded, options=options)
+        rest = [known["master_bits"] for known in loaded.state.values()]
+        if {x.dtype for x in rest} != {torch.int16} or not any(bool(local(x).any()) for x in rest):
+            return False
+        if not rests(saved) or not same_bits(rests(saved), rests(again)):
+            return False
+    return True
+
+
+def test_whole_states_with_the_other_halves_of_weights(two: Ranks) -> None:
+    assert two.run(whole_states) == [True, True]
 
 
 def written_versions(rank: int) -> bool:

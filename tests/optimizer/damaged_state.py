@@ -31,7 +31,8 @@ F32, BF16 = torch.float32, torch.bfloat16
 # Groups and options. The last parameter of the first group has no state in any.
 KINDS: dict[str, Callable[[], tuple[list[dict[str, Any]], dict[str, Any]]]] = {
     "float32": lambda: (_two_groups(F32), {}),
-    "kahan": lambda: (_two_groups(BF16, torch.float16, F32), {"backend": "reference"}),
+    "kahan": lambda: (_two_groups(BF16, torch.float16, F32), {"backend": "reference", "kahan": True}),
+    "master bits": lambda: (_two_groups(BF16, torch.float16, F32), {}),
     "bf16-moments": lambda: (_two_groups(BF16, F32), {"state_dtype": BF16}),
     "wide": lambda: (_two_groups(torch.complex64, torch.float64), {}),
     "gradient": lambda: (
@@ -178,6 +179,9 @@ def check_valid(optimizer: SOFIM, params: list[Tensor]) -> None:
             if "kahan" in known:
                 assert p.dtype.itemsize == 2
                 check_like(known["kahan"], p, p.dtype)
+            if "master_bits" in known:
+                assert p.dtype == BF16
+                check_like(known["master_bits"], p, torch.int16)
             means = gather.variance_shapes(p, group["diagonal"])
             assert {name for name in VARIANCES if name in known} == set(means)
             for name, shape in means.items():
@@ -233,5 +237,5 @@ def known_tensors(optimizer: SOFIM) -> list[Tensor]:
     found = []
     for p in params_of(optimizer):
         known = optimizer.state.get(p, {})
-        found += [p.detach(), *(known[name] for name in ("exp_avg", "step", "kahan", *VARIANCES) if name in known)]
+        found += [p.detach(), *(known[name] for name in STATE if name in known)]
     return found

@@ -49,6 +49,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "maximize": False,
         "state_dtype": None,
         "kahan": None,
+        "master_weight_bits": "auto",
         "diagonal": "factored",
         "beta2": 0.99,
         "eps": 1e-8,
@@ -338,8 +339,8 @@ def test_saved_values_are_plain() -> None:
         type(value) in (bool, int, float, str, type(None), list, Tensor) for value in saved["param_groups"][0].values()
     )
     assert [sorted(saved["state"][key]) for key in (0, 1)] == [
-        ["exp_avg", "kahan", "step", "variance"],
-        ["col_var", "exp_avg", "kahan", "row_var", "step"],
+        ["exp_avg", "master_bits", "step", "variance"],
+        ["col_var", "exp_avg", "master_bits", "row_var", "step"],
     ]
     for known in saved["state"].values():
         assert all(type(value) is Tensor for value in known.values())

@@ -108,7 +108,7 @@ def test_entries_of_a_user_s_own_are_kept_as_they_are(way: str) -> None:
     step(again)
     for p in params_of(again):
         known = again.state[p]
-        assert set(known) == {"exp_avg", "step", "kahan", *mine}
+        assert set(known) == {"exp_avg", "step", "master_bits", *mine}
         assert (known["note"], known["more"]) == (mine["note"], mine["more"])
         assert known["seen"].dtype == torch.int64
         assert int(known["seen"]) == 2**31 + 1
@@ -209,9 +209,9 @@ def _other_values() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", LATER)
 def test_an_option_that_the_saving_version_did_not_have_is_as_that_version_behaved(name: str) -> None:
-    """It has the constructor's default, whatever this optimizer was made with; so has a group that is added."""
+    """It has the constructor's default, whatever this optimizer was made with. Master weights were not there yet."""
     optimizer = SOFIM(two())
-    default = optimizer.defaults[name]
+    default = None if name == "master_weight_bits" else optimizer.defaults[name]
     step(optimizer)
     saved = optimizer.state_dict()
     for group in saved["param_groups"]:
@@ -231,6 +231,8 @@ def test_an_old_pickle_lacks_what_came_later(name: str, how: Callable[[Any], Any
     optimizer = SOFIM(two())
     del optimizer.param_groups[0][name]
     default = optimizer.defaults.pop(name)
+    if name == "master_weight_bits":  # Kahan's compensation goes on
+        default = None
     again = how(optimizer)
     assert again.param_groups[0][name] == again.defaults[name] == default
     again.add_param_group({"params": two()})
@@ -400,12 +402,14 @@ VALUES: dict[str, dict[str, Any]] = {
     "a dtype's name": {"state_dtype": "bfloat16"},
     "kahan": {"kahan": True},
     "no kahan": {"kahan": False},
+    "kahan, master bits": {},
+    "kahan: none but 32 bits": {"kahan": False, "master_weight_bits": 32},
     "gradient": {"numerator": "gradient", "fisher": "parameter"},
     "group": {"fisher": "group", "weight_decay": 1e-3, "decoupled_weight_decay": False, "maximize": True},
     "guarded": {"max_grad_norm": math.inf, "skip_nonfinite": True},
     "factored": {"diagonal": "factored", "numerator": "nesterov"},
     "row": {"diagonal": Word("row"), "rho": 0.5, "beta2": np.float32(0.5), "eps": Fraction(1, 1024)},
-    "element, kahan": {"diagonal": "element", "rho": torch.tensor(0.5)},
+    "element, kahan": {"diagonal": "element", "rho": torch.tensor(0.5), "kahan": True},
     "numpy": {
         "lr": np.float64(0.25),
         "momentum": np.float32(0.5),
@@ -551,7 +555,8 @@ def test_every_value_passes_through_torch_s_checkpoints(kind: str, options: str)
     optimizer.zero_grad()
     saved = through_a_file(get_optimizer_state_dict(net, optimizer, options=StateDictOptions(**OPTIONS[options])))
     # torch makes the state before it loads: this optimizer has to have the same.
-    other = SOFIM(other_net.parameters(), diagonal=VALUES[kind].get("diagonal", "identity"))
+    kept = {name: VALUES[kind][name] for name in ("diagonal", "kahan", "master_weight_bits") if name in VALUES[kind]}
+    other = SOFIM(other_net.parameters(), **kept)
     set_optimizer_state_dict(other_net, other, saved, options=StateDictOptions(**LOADED[options]))
     other_net.load_state_dict(net.state_dict())
     same_group(other.param_groups[0], twin.param_groups[0])
@@ -588,11 +593,24 @@ def test_a_flattened_state_without_lost_bits() -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     saved = get_optimizer_state_dict(net, optimizer, options=options)
     saved.update({key: True for key in saved if key.endswith(".kahan")})
-    other = SOFIM(other_net.parameters())
+    other = SOFIM(other_net.parameters(), kahan=True)
     set_optimizer_state_dict(other_net, other, saved, options=options)
     assert all(set(known) == {"exp_avg", "step"} for known in other.state.values())
     step(other)
     assert all("kahan" in known for known in other.state.values())
+
+
+@pytest.mark.parametrize(("saving", "loading"), [(True, None), (None, True)])
+def test_a_flattened_state_with_lost_bits_of_the_other_kind(saving: bool | None, loading: bool | None) -> None:
+    """torch reads only the entries that the optimizer has: the others would be lost without a word."""
+    net, other_net = model(torch.bfloat16), model(torch.bfloat16)
+    optimizer, other = SOFIM(net.parameters(), kahan=saving), SOFIM(other_net.parameters(), kahan=loading)
+    step(optimizer)
+    optimizer.zero_grad()
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    saved = get_optimizer_state_dict(net, optimizer, options=options)
+    with pytest.raises(ValueError, match=f"make it with kahan={saving} and master_weight_bits='auto'"):
+        set_optimizer_state_dict(other_net, other, saved, options=options)
 
 
 def test_a_flattened_state_that_lost_one_of_two_entries_is_damaged() -> None:

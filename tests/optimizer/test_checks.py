@@ -127,7 +127,8 @@ def test_the_document_has_the_table() -> None:
 OF_A_GROUP = [
     argument
     for argument in ARGUMENTS
-    if next(iter(argument.values)) in {"lr", "momentum", "rho", "diagonal", "beta2", "eps", "weight_decay", "kahan"}
+    if next(iter(argument.values))
+    in {"lr", "momentum", "rho", "diagonal", "beta2", "eps", "weight_decay", "kahan", "master_weight_bits"}
 ]
 
 

@@ -15,8 +15,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from sofim_fused import SOFIM, in_backward
-from sofim_fused.step import gather
+from sofim_fused import SOFIM, checks, in_backward
 from tests.in_backward.support import backward
 from tests.support.problems import GUARDED, OPTIONS, Problem, give, give_state, mixed_problem, same_bits, snapshot
 from tests.support.strategies import CHECKED
@@ -188,7 +187,8 @@ def whole(optimizer: SOFIM) -> bool:
     for group in optimizer.param_groups:
         for p in group["params"]:
             known = optimizer.state.get(p)
-            names = {"exp_avg", "step"} | ({"kahan"} if gather.keeps_lost_bits(p, group["kahan"]) else set())
+            lost = checks.lost_bits(p, group)
+            names = {"exp_avg", "step"} | ({lost} if lost else set())
             if known and (set(known) != names or any(bool(x.count_nonzero()) for x in known.values())):
                 return False
     return True

@@ -187,6 +187,7 @@ def test_groups_are_taken_over() -> None:
         "maximize": True,
         "state_dtype": None,
         "kahan": None,
+        "master_weight_bits": "auto",
         "eps": 1e-6,
         "numerator": "nesterov",
         "fisher": "group",

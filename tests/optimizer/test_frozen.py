@@ -26,7 +26,7 @@ EAGER: dict[str, dict[str, Any]] = {
     "guarded": {"max_grad_norm": 1.0, "skip_nonfinite": True},
     "bfloat16 moment": {"state_dtype": torch.bfloat16},
     "in_backward": {"in_backward": True},
-    "in_backward, gradient form": {"in_backward": True, "numerator": "gradient"},
+    "in_backward, gradient form": {"in_backward": True, "numerator": "gradient", "kahan": True},
     "in_backward, released": {"in_backward": True, "release_grads": True},
 }
 

@@ -37,6 +37,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "maximize": False,
         "state_dtype": None,
         "kahan": None,
+        "master_weight_bits": "auto",
         "diagonal": "identity",
         "beta2": 0.99,
         "eps": 1e-8,

@@ -189,7 +189,8 @@ JUNK: list[Callable[[], Any]] = [
     lambda: [[0], [1]],
 ]
 KEYS: list[Any] = [
-    None, -1, 7, 10**20, True, 0, 1, 2, 3, 1.0, math.nan, "0", "exp_avg", "step", "kahan", "Step", "exp_avg ", "params",
+    None, -1, 7, 10**20, True, 0, 1, 2, 3, 1.0, math.nan, "0", "exp_avg", "step", "kahan", "master_bits", "Step",
+    "exp_avg ", "params",
     "lr", "rho", "momentum_buffer", "betas", "foreach", "fused", "capturable", "differentiable", "maximize", "backend",
     "in_backward", "initial_lr", "param_names", "state", "param_groups", b"step", (), (0,), frozenset(), torch.float32,
     "mine",

@@ -138,7 +138,7 @@ def test_a_form_that_16_bit_parameters_cannot_take_in_the_backward_pass() -> Non
     its = subject("in-backward")
     damaged = outline(its.saved)
     for group in damaged["param_groups"]:
-        group["numerator"] = "gradient"
+        group.update(numerator="gradient", kahan=True)
     before = Image.of(its.optimizer)
     with pytest.raises(ValueError, match=r"state_dict: parameter 1 of group 0 .*numerator='gradient' would round it"):
         its.optimizer.load_state_dict(damaged)

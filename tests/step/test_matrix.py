@@ -17,10 +17,10 @@ from torch import Tensor
 
 from sofim_fused import SOFIM
 from tests.step.support import (
-    EPSILON,
     TOLERANCES,
     distance,
     full_weight,
+    lost_bits,
     moment_of,
     variances_of,
     weight_bound,
@@ -239,7 +239,7 @@ ANY = (*NARROW, torch.float64, torch.complex64)
 
 @pytest.mark.covering(3)
 @pytest.mark.parametrize("decay", ["none", "decoupled", "l2"])
-@pytest.mark.parametrize("kahan", [True, False])
+@pytest.mark.parametrize("kahan", [True, False, None])
 @pytest.mark.parametrize(
     ("dtypes", "state_dtype"),
     [
@@ -256,7 +256,7 @@ def test_each_step_of_16_bit_and_mixed_tensors(
     numerator: str,
     dtypes: tuple[torch.dtype, ...],
     state_dtype: torch.dtype | None,
-    kahan: bool,
+    kahan: bool | None,
     decay: str,
     run: Run,
 ) -> None:
@@ -269,7 +269,10 @@ def test_each_step_of_16_bit_and_mixed_tensors(
             grads = [g.float() if g is not None and g.dtype.itemsize == 2 else g for g in grads]
         give(problem.params, grads)
         oracle.weights = [full_weight(optimizer, p) for p in problem.params]
-        oracle.kept = [full - real64(p) for full, p in zip(oracle.weights, problem.params, strict=True)]
+        oracle.kept = [  # what L2 decay does not see: of master weights it sees all
+            full - real64(p) if lost_bits(p.dtype, kahan) == "kahan" else torch.zeros_like(full)
+            for full, p in zip(oracle.weights, problem.params, strict=True)
+        ]
         optimizer.step()
         stored = [moment_of(optimizer, p) for p in problem.params]
         # The plain step reads the moment back as stored, the guarded one has it before its rounding.
@@ -278,17 +281,18 @@ def test_each_step_of_16_bit_and_mixed_tensors(
             if grads[i] is None:
                 continue
             known = optimizer.state[p]
-            assert ("kahan" in known) == (kahan and p.dtype in EPSILON)
+            lost = lost_bits(p.dtype, kahan)
+            assert known.keys() & {"kahan", "master_bits"} == ({lost} if lost else set())
             assert known["exp_avg"].dtype == (state_dtype or torch.promote_types(p.dtype, torch.float32))
             rounding = 2.0**-7 if state_dtype else 1e-6  # stochastic: up to one ulp
             assert within(stored[i], oracle.exact[i], rounding * oracle.exact[i].abs() + 1e-7)
-            bound = weight_bound(oracle.weights[i].abs(), p.dtype, "kahan" in known)
+            bound = weight_bound(oracle.weights[i].abs(), p.dtype, lost)
             assert within(full_weight(optimizer, p), oracle.weights[i], bound), (count, i)
         oracle.moments = stored
 
 
 @pytest.mark.covering(2)
-@pytest.mark.parametrize("kahan", [True, False])
+@pytest.mark.parametrize("kahan", [True, False, None])
 @pytest.mark.parametrize(
     ("dtypes", "state_dtype"),
     [*product([(torch.bfloat16,), NARROW], [None, torch.bfloat16]), ((torch.float16,), torch.bfloat16), (ANY, None)],
@@ -305,7 +309,7 @@ def test_each_adaptive_step_of_16_bit_and_mixed_tensors(
     numerator: str,
     dtypes: tuple[torch.dtype, ...],
     state_dtype: torch.dtype | None,
-    kahan: bool,
+    kahan: bool | None,
     run: Run,
 ) -> None:
     layouts = adaptive_layouts(run)
@@ -327,12 +331,13 @@ def test_each_adaptive_step_of_16_bit_and_mixed_tensors(
             if grads[i] is None:
                 continue
             known = optimizer.state[p]
-            assert ("kahan" in known) == (kahan and p.dtype in EPSILON)
+            lost = lost_bits(p.dtype, kahan)
+            assert known.keys() & {"kahan", "master_bits"} == ({lost} if lost else set())
             rounding = 2.0**-7 if state_dtype else 1e-6
             assert within(stored[i], oracle.exact[i], rounding * oracle.exact[i].abs() + 1e-7)
             for name, value in variances_of(optimizer, p).items():
                 assert known[name].dtype == (torch.float64 if p.dtype == torch.float64 else torch.float32)
                 assert within(value, oracle.variances[i][name], 1e-6 * value + 1e-30), (count, i, name)
-            bound = weight_bound(oracle.weights[i].abs(), p.dtype, "kahan" in known)
+            bound = weight_bound(oracle.weights[i].abs(), p.dtype, lost)
             assert within(full_weight(optimizer, p), oracle.weights[i], bound), (count, i)
         oracle.moments = stored

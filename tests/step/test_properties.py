@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sofim_fused import SOFIM
 from sofim_fused.backends import Settings, reference, solve
-from sofim_fused.step import gather, hyperparameters
+from sofim_fused.step import hyperparameters
 from tests.in_backward.support import backward
-from tests.step.support import EPSILON, SMALLEST, full_weight, moment_of, within
+from tests.step.support import EPSILON, SMALLEST, full_weight, lost_bits, moment_of, within
 from tests.support.oracle import Hyper, Oracle, real64
 from tests.support.problems import Problem, give, give_state, same_bits, snapshot
 from tests.support.runs import CPU_BACKENDS, once
@@ -120,10 +120,10 @@ class Bounds:
             bound = rounding * (max(1.0, shrunk) * self.before[i] + after + moving)
             # The oracle's own: it solves a system with the condition 1 + S.
             bound = bound + 64 * ULP * h.lr * (1 + square) * right / math.sqrt(h.rho) + 1e-37
-            if p.dtype in EPSILON:
+            lost = lost_bits(p.dtype, self.case.settings[self.case.group_of[i]].kahan)
+            if p.dtype in EPSILON and lost != "master_bits":
                 once = EPSILON[p.dtype] * (after + bound)
-                kept = gather.keeps_lost_bits(p, self.case.settings[self.case.group_of[i]].kahan)
-                bound = bound + (2 * EPSILON[p.dtype] * once if kept else once) + SMALLEST[p.dtype]
+                bound = bound + (2 * EPSILON[p.dtype] * once if lost else once) + SMALLEST[p.dtype]
             bounds[i] = bound
         return bounds
 
@@ -161,7 +161,10 @@ def follows_the_oracle(case: Case, backend: str) -> None:
             assert same_bits(before, snapshot(optimizer))
             continue
         oracle.weights = [full_weight(optimizer, p) for p in params]
-        oracle.kept = [full - real64(p) for full, p in zip(oracle.weights, params, strict=True)]
+        oracle.kept = [
+            full - real64(p) if "kahan" in optimizer.state.get(p, {}) else torch.zeros_like(full)
+            for full, p in zip(oracle.weights, params, strict=True)
+        ]
         oracle.moments = [moment_of(optimizer, p) for p in params]
         counts = [int(optimizer.state[p]["step"]) if p in optimizer.state else 0 for p in params]
         assert counts == oracle.steps
@@ -192,7 +195,8 @@ def follows_the_oracle(case: Case, backend: str) -> None:
                 continue
             known = optimizer.state[p]
             chosen = case.settings[case.group_of[i]]
-            assert ("kahan" in known) == (p.dtype in EPSILON and chosen.kahan is not False)
+            lost = lost_bits(p.dtype, chosen.kahan)
+            assert known.keys() & {"kahan", "master_bits"} == ({lost} if lost else set())
             assert known["exp_avg"].dtype == (chosen.state_dtype or torch.promote_types(p.dtype, torch.float32))
             assert int(known["step"]) == oracle.steps[i]
             assert within(stored[i], oracle.exact[i], bounds.moment(i)), (step, i)
@@ -242,7 +246,7 @@ def _bits_lost(patch: pytest.MonkeyPatch) -> None:
     right = reference._Update.run
 
     def run(self: Any, laid: Any, *args: Any) -> None:
-        right(self, replace(laid, kahans=[None] * len(laid)), *args)
+        right(self, replace(laid, lost_bits=[None] * len(laid)), *args)
 
     patch.setattr(reference._Update, "run", run)
 
@@ -285,8 +289,9 @@ def trained(case: Case, problem: Problem, steps: Steps, backend: str) -> SOFIM:
 
 def kept(optimizer: SOFIM, params: list[Tensor]) -> list[Tensor]:
     """Weights, and what is kept of them beside."""
-    bits = [optimizer.state[p].get("kahan") for p in params if p in optimizer.state]
-    return [*(p.detach() for p in params), *(x for x in bits if x is not None)]
+    known = [optimizer.state[p] for p in params if p in optimizer.state]
+    bits = [state[name] for state in known for name in ("kahan", "master_bits") if name in state]
+    return [*(p.detach() for p in params), *bits]
 
 
 def reach(case: Case, index: int) -> float:

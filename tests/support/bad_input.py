@@ -99,6 +99,7 @@ AN_EPS = "it must be at least 1e-18 and less than 1e+18"
 DIAGONALS = "take one of 'identity', 'tensor', 'row', 'factored', 'element'"
 NOTHING_LEFT = "leaves out the term of rank one, and with diagonal='identity' nothing would be left: pass a number"
 A_FLAG = "pass True or False"
+MASTER_BITS = "pass 32, None (what kahan says) or 'auto' (32, unless kahan is set)"
 MOMENT_TYPES = "pass torch.float32, torch.bfloat16 or None (by parameter)"
 FISHERS = "take one of 'model', 'group', 'parameter'"
 NO_NORM = "is impossible: the norm of all gradients is known only after … Leave out one of them"
@@ -175,6 +176,15 @@ ARGUMENTS = [
     ),
     Argument({"kahan": "on"}, TypeError, "kahan='on': pass True, False or None (on for 16-bit parameters)"),
     Argument({"kahan": 0}, TypeError, "kahan=0: pass True, False or None (on for 16-bit parameters)"),
+    Argument({"master_weight_bits": 16}, ValueError, f"master_weight_bits=16: {MASTER_BITS}"),
+    Argument({"master_weight_bits": True}, ValueError, f"master_weight_bits=True: {MASTER_BITS}"),
+    Argument({"master_weight_bits": "32"}, ValueError, f"master_weight_bits='32': {MASTER_BITS}"),
+    Argument(
+        {"kahan": True, "master_weight_bits": 32},
+        ValueError,
+        "kahan=True with master_weight_bits=32: a weight has one kind of lost bits: leave out kahan, or pass "
+        "master_weight_bits=None",
+    ),
     Argument({"max_grad_norm": 0.0}, ValueError, "max_grad_norm=0.0: it must be greater than 0"),
     Argument({"max_grad_norm": -1.0}, ValueError, "max_grad_norm=-1.0: it must be greater than 0"),
     Argument({"max_grad_norm": NAN}, ValueError, "max_grad_norm=nan: it must be greater than 0"),
@@ -538,8 +548,10 @@ ADDED = [
         lambda _: {"params": [torch.ones(2, dtype=torch.bfloat16).requires_grad_()]},
         ValueError,
         "parameter 0 of group 1 (shape (2,), bfloat16, cpu): in_backward=True with numerator='gradient' would round "
-        "it twice … take numerator='moment', leave out in_backward, or keep the weights in float32",
+        "it twice … take numerator='moment', leave out in_backward, or keep the weights in float32, or in bfloat16 "
+        "with master_weight_bits=32",
         in_backward=True,
+        kahan=True,
         numerator="gradient",
     ),
     _added(
@@ -861,16 +873,16 @@ MET = [
     ),
     _met(
         "lost bits in float32",
-        _entry("kahan", torch.ones(3)),
+        _entry("master_bits", torch.ones(3)),
         ValueError,
-        f"{STATE} … kahan is shape (3,), float32, cpu, expected shape (3,), bfloat16, cpu: {MOVED}",
+        f"{STATE} … master_bits is shape (3,), float32, cpu, expected shape (3,), int16, cpu: {MOVED}",
         make=_narrow,
     ),
     _met(
         "lost bits of another shape",
-        _entry("kahan", torch.ones(2).bfloat16()),
+        _entry("master_bits", torch.ones(2).short()),
         ValueError,
-        f"{STATE} … kahan is shape (2,), bfloat16, cpu, expected shape (3,), bfloat16, cpu: {RESIZED}",
+        f"{STATE} … master_bits is shape (2,), int16, cpu, expected shape (3,), int16, cpu: {RESIZED}",
         make=_narrow,
     ),
     _met(
@@ -1356,6 +1368,12 @@ STATE_DICTS = [
         _with("state", 0, "kahan", torch.ones(3)),
         ValueError,
         f"{STATE_0}: kahan has the shape (3,), expected (4,): {OTHER_MODEL}",
+    ),
+    _loaded(
+        "with the lower halves of weights in float32",
+        _with("state", 0, "master_bits", torch.ones(4)),
+        ValueError,
+        f"{STATE_0}: master_bits is float32, torch.strided: the state dict is damaged",
     ),
     Row(
         "`load_state_dict()` with bfloat16 moments, for float64 parameters",

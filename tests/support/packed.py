@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sofim_fused import SOFIM, native
+from sofim_fused.checks import lost_bits
 from tests.support.problems import give, give_state
 
 TILE = 4
@@ -67,7 +68,7 @@ def check_addresses(row: list[int], tensors: list[Tensor | None], m: Tensor) -> 
         assert (address == x.data_ptr()) == as_it_is
 
 
-def expected_kind(w: Tensor, g: Tensor, m: Tensor, keeps: bool, row: list[int]) -> int:
+def expected_kind(w: Tensor, g: Tensor, m: Tensor, lost: Tensor | None, row: list[int]) -> int:
     names = {torch.complex64: "float32", torch.complex128: "float64"}
     name = names.get(w.dtype, str(w.dtype).removeprefix("torch."))
     kind = ["float32", "float64", "bfloat16", "float16"].index(name)
@@ -75,8 +76,8 @@ def expected_kind(w: Tensor, g: Tensor, m: Tensor, keeps: bool, row: list[int]) 
         kind += 4
     if m.element_size() == 2:
         kind += 8
-    if keeps:
-        kind += 16
+    if lost is not None:
+        kind += 16 + 128 * (lost.dtype == torch.int16)
     if w.numel() and any(address % 16 for address in row[:4]):
         kind += 32
     return kind
@@ -92,12 +93,13 @@ def check_everything(t: Any, optimizer: SOFIM, tile: int = TILE) -> None:
         for p in group["params"]:
             if p.grad is not None:
                 known = optimizer.state[p]
-                keeps = p.dtype in (torch.bfloat16, torch.float16) and group["kahan"] is not False
+                name = lost_bits(p, group)
+                lost = None if name is None else known[name]
                 row = rows[len(expected_rows)]
                 m = known["exp_avg"]
-                check_addresses(row[:4], [p, p.grad, m, known["kahan"] if keeps else None], m)
+                check_addresses(row[:4], [p, p.grad, m, lost], m)
                 numel = p.numel() * (1 + p.is_complex())
-                kind = expected_kind(p, p.grad, m, keeps, row)
+                kind = expected_kind(p, p.grad, m, lost, row)
                 expected_rows.append([*row[:4], known["step"].data_ptr(), numel, ordinal, kind, index, first])
                 first += (numel + tile - 1) // tile if numel else 1
                 present.append(group)

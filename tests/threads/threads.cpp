@@ -25,7 +25,7 @@ using namespace sofim;
 struct Kind {
   const char* name;
   Type w, g, m;
-  bool kahan;
+  bool lost, master = false;  // lost bits are kept; they are the lower halves of float32 weights
 };
 const Kind kKinds[] = {
     {"float32", Type::float32, Type::float32, Type::float32, false},
@@ -33,6 +33,7 @@ const Kind kKinds[] = {
     {"float64", Type::float64, Type::float64, Type::float64, false},
     {"bfloat16", Type::bfloat16, Type::bfloat16, Type::float32, true},
     {"bfloat16, bfloat16 moment", Type::bfloat16, Type::bfloat16, Type::bfloat16, true},
+    {"bfloat16, master bits", Type::bfloat16, Type::bfloat16, Type::float32, true, true},
     {"bfloat16, float32 gradient", Type::bfloat16, Type::float32, Type::float32, false},
     {"float16", Type::float16, Type::float16, Type::float32, true},
     {"float16, float32 gradient, bfloat16 moment", Type::float16, Type::float32, Type::bfloat16, true},
@@ -120,7 +121,8 @@ struct Tensors {
       record.w = values(kind.w, size);
       record.g = values(kind.g, size);
       record.m = values(kind.m, size);
-      record.kahan = kind.kahan ? values(kind.w, size) : nullptr;
+      record.lost = kind.lost ? values(kind.w, size) : nullptr;
+      record.master = kind.master;
       record.numel = size;
       record.w_type = kind.w;
       record.g_type = kind.g;

@@ -165,7 +165,7 @@ class TritonAdaptive(TorchAdaptivePasses):
                 tensors.params,
                 tensors.grads,
                 tensors.exp_avgs,
-                tensors.kahans,
+                tensors.lost_bits,
                 tensors.steps,
                 tensors.ordinals,
                 k.TILE,

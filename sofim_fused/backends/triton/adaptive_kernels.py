@@ -52,7 +52,7 @@ from sofim_fused.backends.triton.kernels import (
     _sum,
     _typed,
     _update,
-    _weights,
+    _weight,
     _wide,
 )
 
@@ -614,7 +614,7 @@ def _apply_to_tile(
         g = _gained(row, extras, at, offsets, left, KIND, FULL, CLIP)
     else:
         g = m
-    w = _load(_weights(row, at, KIND), offsets, left, KIND, FULL)
+    w = _weight(row, at, offsets, left, KIND, FULL)
     if (KIND >> 6) & 1:
         inverse = _reciprocal(_root(_load(_variance(row, at, KIND), offsets, left, KIND, FULL), root, eps, KIND), KIND)
     else:
@@ -630,7 +630,7 @@ def _commit_to_tile(
     m_pointer = _moments(row, at, KIND)
     m = _load(m_pointer, offsets, left, KIND, FULL)
     g = _gained(row, extras, at, offsets, left, KIND, FULL, CLIP)
-    w = _load(_weights(row, at, KIND), offsets, left, KIND, FULL)
+    w = _weight(row, at, offsets, left, KIND, FULL)
     if (KIND >> 6) & 1:
         v_pointer = _variance(row, at, KIND)
         v = _new_variance(_load(v_pointer, offsets, left, KIND, FULL), g, beta2, KIND)

@@ -70,7 +70,7 @@ _COLUMNS = tl.constexpr(pack.COLUMNS)
 _W = tl.constexpr(pack.W)
 _G = tl.constexpr(pack.G)
 _M = tl.constexpr(pack.M)
-_KAHAN = tl.constexpr(pack.KAHAN)
+_LOST = tl.constexpr(pack.LOST)
 _STEP = tl.constexpr(pack.STEP)
 _NUMEL = tl.constexpr(pack.NUMEL)
 _ORDINAL = tl.constexpr(pack.ORDINAL)
@@ -108,7 +108,10 @@ _CANCELLED = tl.constexpr(2.0**-46)  # (2 ulp of float32 arithmetic)², as in so
 _FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 # Triton's interpreter truncates where it should round to bfloat16, and computes wrongly with subnormal numbers.
 _EMULATED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+_HALVES = tl.constexpr(4)  # beside the dtypes of pack.TYPES: 16 bits, int16 in Python
 _UPPER = tl.constexpr(0xFFFF0000)
+_SIGN_BIT = tl.constexpr(0x80000000)
+_QUIET_NAN = tl.constexpr(0x7FC00000)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 
@@ -125,6 +128,8 @@ def _typed(address, TYPE: tl.constexpr, UNALIGNED: tl.constexpr):
         pointer = address.to(tl.pointer_type(tl.float64))
     elif TYPE == 2:
         pointer = address.to(tl.pointer_type(tl.bfloat16))
+    elif TYPE == _HALVES:
+        pointer = address.to(tl.pointer_type(tl.uint16))
     else:
         pointer = address.to(tl.pointer_type(tl.float16))
     if not UNALIGNED:
@@ -139,7 +144,11 @@ def _weights(row, at, KIND: tl.constexpr):
 
 @triton.jit
 def _lost(row, at, KIND: tl.constexpr):
-    return _typed(tl.load(row + _KAHAN), KIND & 3, (KIND >> 5) & 1) + at
+    if (KIND >> 7) & 1:
+        pointer = _typed(tl.load(row + _LOST), _HALVES, (KIND >> 5) & 1)
+    else:
+        pointer = _typed(tl.load(row + _LOST), KIND & 3, (KIND >> 5) & 1)
+    return pointer + at
 
 
 @triton.jit
@@ -221,6 +230,37 @@ def _load(pointer, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit
+def _weight(row, at, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr):
+    """The weights in the type of the arithmetic: whole if they are kept in two halves (``backends/master_bits.py``)."""
+    if (KIND >> 7) & 1:
+        shown_at, rest_at = _weights(row, at, KIND), _lost(row, at, KIND)
+        if FULL:
+            shown = _load_full(shown_at, offsets)
+            rest = _load_full(rest_at, offsets)
+        else:
+            shown = _load_tail(shown_at, offsets, left)
+            rest = _load_tail(rest_at, offsets, left)
+        upper = shown.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        whole = upper + (rest.to(tl.uint32) ^ 0x8000) - 0x8000  # sign extended
+        # A rest that would make a NaN of a number is not its own.
+        w = tl.where((whole & _MAGNITUDE) > _INFINITY_BITS, upper, whole).to(tl.float32, bitcast=True)
+    else:
+        w = _load(_weights(row, at, KIND), offsets, left, KIND, FULL)
+    return w
+
+
+@triton.jit
+def _store_halves(w, row, at, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr):
+    """Store float32 weights in two halves."""
+    shown_at, rest_at = _weights(row, at, KIND), _lost(row, at, KIND)
+    bits = w.to(tl.uint32, bitcast=True)
+    bits = tl.where((bits & _MAGNITUDE) > _INFINITY_BITS, (bits & _SIGN_BIT) | _QUIET_NAN, bits)
+    shown = ((bits + 0x8000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    _store(shown_at, shown, offsets, left, FULL)
+    _store(rest_at, (bits & 0xFFFF).to(tl.uint16), offsets, left, FULL)
+
+
+@triton.jit
 def _store(pointer, x, offsets, left, FULL: tl.constexpr):
     if FULL:
         _store_full(pointer, x, offsets)
@@ -288,28 +328,31 @@ def _update(
     KIND: tl.constexpr, FULL: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Update the weights and their lost bits. ``V`` and ``M``: the gradient ``v`` and the moment ``m`` are used."""
-    if (KIND >> 4) & 1:
+    if (KIND >> 4) & 1 and not (KIND >> 7) & 1:
         if KIND & 3 == 2:
             half_eps: tl.constexpr = 0.00390625
         else:
             half_eps: tl.constexpr = 0.00048828125
         lost = _lost(row, at, KIND)
-        kahan = _load(lost, offsets, left, KIND, FULL)
+        rest = _load(lost, offsets, left, KIND, FULL)
         # More than half an ulp cannot be what w lost: w was replaced from outside.
-        w += tl.where(tl.abs(kahan) <= tl.abs(w) * half_eps, kahan, 0.0)
+        w += tl.where(tl.abs(rest) <= tl.abs(w) * half_eps, rest, 0.0)
     w *= _factor(coefs + _BY_WEIGHT * tensors, KIND)
     if V:
         w = tl.fma(v, _factor(coefs + _BY_GRADIENT * tensors, KIND), w)
     if M:
         w = tl.fma(m, _factor(coefs + _BY_MOMENT * tensors, KIND), w)
-    if KIND & 3 == 2:
-        rounded = _bfloat16(w)
-    elif KIND & 3 == 3:
-        rounded = w.to(tl.float16)
+    if (KIND >> 7) & 1:
+        _store_halves(w, row, at, offsets, left, KIND, FULL)
     else:
-        rounded = w
-    _store(_weights(row, at, KIND), rounded, offsets, left, FULL)
-    if (KIND >> 4) & 1:
+        if KIND & 3 == 2:
+            rounded = _bfloat16(w)
+        elif KIND & 3 == 3:
+            rounded = w.to(tl.float16)
+        else:
+            rounded = w
+        _store(_weights(row, at, KIND), rounded, offsets, left, FULL)
+    if (KIND >> 4) & 1 and not (KIND >> 7) & 1:
         kept = _wide(rounded, KIND)
         rest = tl.where(tl.abs(kept) <= _FLOAT32_MAX, w - kept, 0.0)
         if KIND & 3 == 2:
@@ -336,7 +379,7 @@ def _accumulate(
     m = _load(m_pointer, offsets, left, KIND, FULL)
     g = _load(_gradients(row, at, KIND), offsets, left, KIND, FULL)
     if L2 or GRADIENT:
-        w = _load(_weights(row, at, KIND), offsets, left, KIND, FULL)
+        w = _weight(row, at, offsets, left, KIND, FULL)
     else:
         w = m
     m = _store_moment(m_pointer, _new_moment(m, g, w, group, KIND, L2), row, 1, at, offsets, left, KIND, FULL)
@@ -360,7 +403,7 @@ def _apply(
         g = _load(_gradients(row, at, KIND), offsets, left, KIND, FULL)
     else:
         g = m
-    w = _load(_weights(row, at, KIND), offsets, left, KIND, FULL)
+    w = _weight(row, at, offsets, left, KIND, FULL)
     _update(w, g, m, row, coefs, tensors, at, offsets, left, KIND, FULL, GRADIENT, True)
 
 
@@ -372,7 +415,7 @@ def _dots(row, slot, tiles, at, offsets, left, KIND: tl.constexpr, FULL: tl.cons
     _sum(slot + _MG * tiles, m, g)
     _sum(slot + _GG * tiles, g, g)
     if L2:
-        w = _load(_weights(row, at, KIND), offsets, left, KIND, FULL)
+        w = _weight(row, at, offsets, left, KIND, FULL)
         _sum(slot + _MW * tiles, m, w)
         _sum(slot + _GW * tiles, g, w)
         _sum(slot + _WW * tiles, w, w)
@@ -388,7 +431,7 @@ def _commit(
     v = _load(_gradients(row, at, KIND), offsets, left, KIND, FULL)
     if SCALED:
         v *= _factor(extras + _GAIN, KIND)
-    w = _load(_weights(row, at, KIND), offsets, left, KIND, FULL)
+    w = _weight(row, at, offsets, left, KIND, FULL)
     m = _new_moment(m, v, w, group, KIND, L2)
     _store_moment(m_pointer, m, row, 0, at, offsets, left, KIND, FULL)
     _update(w, v, m, row, coefs, tensors, at, offsets, left, KIND, FULL, GRADIENT, True)

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from sofim_fused import checks
 from sofim_fused.backends import addresses
+from sofim_fused.checks import REST
 
-W, G, M, KAHAN, STEP, NUMEL, ORDINAL, KIND, GROUP, FIRST = range(10)
+W, G, M, LOST, STEP, NUMEL, ORDINAL, KIND, GROUP, FIRST = range(10)
 COLUMNS = 10
 """Columns of ``rows``, int64 ``[n, COLUMNS]``: one row per tensor.
 
-``W``, ``G``, ``M``, ``KAHAN``, ``STEP``: addresses. The first four point to the same number of elements in the same
-memory order, without gaps. ``KAHAN`` is 0 where no lost bits are kept; all four are 0 for an empty tensor. ``STEP``
+``W``, ``G``, ``M``, ``LOST``, ``STEP``: addresses. The first four point to the same number of elements in the same
+memory order, without gaps. ``LOST`` is 0 where no lost bits are kept; all four are 0 for an empty tensor. ``STEP``
 points to the step count, an int64. ``NUMEL``: the number of elements; a complex element counts as two real ones.
 ``ORDINAL``: the tensor's place among all parameters of the optimizer. ``KIND``: see :data:`UNALIGNED`. ``GROUP``: the
 row of ``hyper``.
@@ -47,10 +48,11 @@ order in which memory has a row's columns. ``BY_ELEMENT``: 1 if each element has
 index of dimension 0 follow each other in memory."""
 
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-WIDE, ROUNDS, KEEPS, UNALIGNED, ELEMENT = 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 6
+WIDE, ROUNDS, KEEPS, UNALIGNED, ELEMENT, MASTER = 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 6, 1 << 7
 """A tensor's kind, which says how it is stored: the dtype of w (:data:`TYPES`, two bits; complex numbers are stored as
-real ones), and one bit each for: a float32 gradient of a 16-bit w; a bfloat16 moment; lost bits are kept; some address
-among those of w, g, m, kahan and the variances of elements is not a multiple of 16; each element has a variance."""
+real ones), and one bit each for: a float32 gradient of a 16-bit w; a bfloat16 moment; lost bits are kept; some
+address among those of w, g, m, lost bits and the variances of elements is not a multiple of 16; each element has a
+variance; the lost bits are the lower halves of float32 weights, in int16 (:mod:`sofim_fused.backends.master_bits`)."""
 
 POINTERS, VALUES, LAYOUT = 1, 2, 4
 EVERYTHING = POINTERS | VALUES | LAYOUT
@@ -78,7 +80,7 @@ class PackedTensors:
         kinds: the distinct kinds, sorted.
         tiles: the number of tiles of all tensors.
         copies: the copies that replace tensors which are not laid out like their moment.
-        params, grads, exp_avgs, kahans, steps: the tensors; ``kahans`` only those that exist.
+        params, grads, exp_avgs, lost_bits, steps: the tensors; ``lost_bits`` only those that exist.
     """
 
     rows: Tensor
@@ -88,7 +90,7 @@ class PackedTensors:
     params: Sequence[Tensor]
     grads: Sequence[Tensor]
     exp_avgs: Sequence[Tensor]
-    kahans: Sequence[Tensor]
+    lost_bits: Sequence[Tensor]
     steps: Sequence[Tensor]
 
     def finish(self, weights: bool, moments: bool, steps: bool) -> None:
@@ -104,7 +106,7 @@ class PackedTensors:
                 original.detach().copy_(copy)
         written: list[Tensor] = []
         if weights:
-            written += [*self.params, *self.kahans]
+            written += [*self.params, *self.lost_bits]
         if moments:
             written += self.exp_avgs
         if steps:
@@ -116,7 +118,7 @@ def lay_out(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
-    kahans: Sequence[Tensor | None],
+    lost_bits: Sequence[Tensor | None],
     steps: Sequence[Tensor],
     ordinals: Sequence[int],
     tile: int,
@@ -127,7 +129,7 @@ def lay_out(
         params: w.
         grads: g.
         exp_avgs: m.
-        kahans: the bits that w lost, ``None`` where none are kept.
+        lost_bits: the bits that w lost, ``None`` where none are kept.
         steps: step counts.
         ordinals: places among all parameters of the optimizer.
         tile: elements per tile.
@@ -139,16 +141,16 @@ def lay_out(
     kept: list[Tensor] = []
     rows: list[list[int]] = []
     tiles = 0
-    for i, (w, g, m, kahan) in enumerate(zip(params, grads, exp_avgs, kahans, strict=True)):
-        placed = _placed(w, g, m, kahan, copies, kept)
+    for i, (w, g, m, lost) in enumerate(zip(params, grads, exp_avgs, lost_bits, strict=True)):
+        placed = _placed(w, g, m, lost, copies, kept)
         numel = w.numel()
-        kind = _kind(w, g, m, kahan, placed)
+        kind = _kind(w, g, m, lost, placed)
         rows.append([*placed, addresses.address(steps[i]), numel, ordinals[i], kind, i, tiles])
         tiles += max(1, -(-numel // tile))
     flat = array("q", chain.from_iterable(rows))
     # torch.tensor would take several times as long; torch.frombuffer refuses an empty buffer.
     packed = torch.frombuffer(flat, dtype=torch.int64) if rows else torch.empty(0, dtype=torch.int64, device="cpu")
-    present = [kahan for kahan in kahans if kahan is not None]
+    present = [lost for lost in lost_bits if lost is not None]
     kinds = sorted({row[KIND] for row in rows})
     packed = packed.view(len(rows), COLUMNS)
     return PackedTensors(packed, kinds, tiles, copies, params, [*grads, *kept], exp_avgs, present, steps)
@@ -171,29 +173,30 @@ def _has_address(x: Tensor) -> bool:
     return placed and x.untyped_storage().data_ptr() != 0
 
 
-def _kind(w: Tensor, g: Tensor, m: Tensor, kahan: Tensor | None, addresses: tuple[int, int, int, int]) -> int:
+def _kind(w: Tensor, g: Tensor, m: Tensor, lost: Tensor | None, addresses: tuple[int, int, int, int]) -> int:
     kind = TYPES[w.dtype]
     kind |= WIDE if w.dtype in checks.NARROW_DTYPES and g.dtype == torch.float32 else 0
     kind |= ROUNDS if m.dtype == torch.bfloat16 else 0
-    kind |= KEEPS if kahan is not None else 0
-    at_w, at_g, at_m, at_kahan = addresses
-    return kind | (UNALIGNED if (at_w | at_g | at_m | at_kahan) & 15 else 0)
+    if lost is not None:
+        kind |= KEEPS | (MASTER if lost.dtype == REST else 0)
+    at_w, at_g, at_m, at_lost = addresses
+    return kind | (UNALIGNED if (at_w | at_g | at_m | at_lost) & 15 else 0)
 
 
 def _placed(
-    w: Tensor, g: Tensor, m: Tensor, kahan: Tensor | None, copies: list[Copy], kept: list[Tensor]
+    w: Tensor, g: Tensor, m: Tensor, lost: Tensor | None, copies: list[Copy], kept: list[Tensor]
 ) -> tuple[int, int, int, int]:
-    """Addresses of one tensor's w, g, m and kahan in the same memory order: that of m, or of its copy.
+    """Addresses of one tensor's w, g, m and lost bits in the same memory order: that of m, or of its copy.
 
     Copies that are needed are added to ``copies`` if the pass writes them, and to ``kept`` if it only reads them.
     """
     address = addresses.address
     if m.is_contiguous():
-        flat = w.is_contiguous() and g.is_contiguous() and (kahan is None or kahan.is_contiguous())
+        flat = w.is_contiguous() and g.is_contiguous() and (lost is None or lost.is_contiguous())
     else:
-        flat = dense(m) and all(in_order(x, m.stride()) for x in (w, g, kahan) if x is not None)
+        flat = dense(m) and all(in_order(x, m.stride()) for x in (w, g, lost) if x is not None)
     if flat and not (w.is_neg() or g.is_neg() or m.is_neg()):
-        return address(w), address(g), address(m), 0 if kahan is None else address(kahan)
+        return address(w), address(g), address(m), 0 if lost is None else address(lost)
     order = m.stride() if dense(m) else contiguous(m.shape)
 
     def copy_of(x: Tensor) -> Tensor:
@@ -209,11 +212,11 @@ def _placed(
         return address(copies[-1].copy)
 
     at_w, at_m = written(w, False), written(m, True)
-    at_kahan = 0 if kahan is None else written(kahan, False)
+    at_lost = 0 if lost is None else written(lost, False)
     if ready(g):
-        return at_w, address(g), at_m, at_kahan
+        return at_w, address(g), at_m, at_lost
     kept.append(copy_of(g))
-    return at_w, address(kept[-1]), at_m, at_kahan
+    return at_w, address(kept[-1]), at_m, at_lost
 
 
 def in_order(x: Tensor, strides: Sequence[int]) -> bool:

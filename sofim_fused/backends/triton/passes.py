@@ -209,7 +209,7 @@ class TritonPasses(TritonAdaptive):
             tensors.params,
             tensors.grads,
             tensors.exp_avgs,
-            tensors.kahans,
+            tensors.lost_bits,
             tensors.steps,
             tensors.ordinals,
             self._kernels.TILE,
