@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sofim_fused import blockwise
 from sofim_fused.backends.adaptive import TorchAdaptive, split, split_rows
 from sofim_fused.backends.interface import (
     Coefficients,
@@ -59,7 +60,7 @@ class TorchAdaptivePasses(TorchAdaptive):
         sums: list[list[Tensor]] = []
         for batch in _one_by_one(tensors):
             (i,) = batch.indices
-            (g,), (m,) = _gained(batch.wide(tensors.grads), scales), batch.wide(tensors.exp_avgs, copy=True)
+            (g,), (m,) = _gained(batch.wide(tensors.grads), scales), batch.moments(tensors, copy=True)
             _blend([m], [g], None, decay, batch)
             (m,) = _store_moments(tensors, batch, [m], early=True, skip=scales.skip)
             inverse, trace = diagonal.enter(i, g)
@@ -73,14 +74,14 @@ class TorchAdaptivePasses(TorchAdaptive):
         for batch in _one_by_one(tensors):
             (i,) = batch.indices
             grads = None if coefficients.gradient is None else _gained(batch.wide(tensors.grads), scales)
-            update.run(tensors, batch, grads, batch.wide(tensors.exp_avgs), diagonal.inverse(i))
+            update.run(tensors, batch, grads, batch.moments(tensors), diagonal.inverse(i))
 
     def commit_scaled(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients, scales: Scales) -> None:
         diagonal = _Diagonal(tensors, scales)
         update = _Update(coefficients.weight, coefficients.gradient, coefficients.moment, scales.skip)
         for batch in _one_by_one(tensors):
             (i,) = batch.indices
-            grads, moments = _gained(batch.wide(tensors.grads), scales), batch.wide(tensors.exp_avgs, copy=True)
+            grads, moments = _gained(batch.wide(tensors.grads), scales), batch.moments(tensors, copy=True)
             _blend(moments, grads, None, decay, batch)
             inverse, _ = diagonal.enter(i, grads[0])
             update.run(tensors, batch, grads, moments, inverse)
@@ -96,6 +97,7 @@ class ReferencePasses(TorchSolve, TorchAdaptivePasses):
 
     name = "reference"
     emulated = False
+    blockwise = True
 
     def accumulate(self, tensors: StepTensors, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
         sums = _SumCollector(len(tensors))
@@ -103,7 +105,7 @@ class ReferencePasses(TorchSolve, TorchAdaptivePasses):
         for batch in _batches(tensors, temporaries=known is not None and not known.in_place):
             grads = batch.wide(tensors.grads)
             weights = None if decay.weight is None else batch.wide(tensors.params)
-            moments = batch.wide(tensors.exp_avgs)
+            moments = batch.moments(tensors)
             _blend(moments, grads, weights, decay, batch)
             stored = _store_moments(tensors, batch, moments, early=True)
             sums.add_squares("mm", batch, stored)
@@ -119,16 +121,19 @@ class ReferencePasses(TorchSolve, TorchAdaptivePasses):
         update = _Update(coefficients.weight, coefficients.gradient, coefficients.moment)
         for batch in _batches(tensors, temporaries=not update.in_place):
             grads = None if coefficients.gradient is None else batch.wide(tensors.grads)
-            update.run(tensors, batch, grads, batch.wide(tensors.exp_avgs))
+            update.run(tensors, batch, grads, batch.moments(tensors))
 
     def dots(self, tensors: StepTensors, decay: Decay) -> Sums:
         sums = _SumCollector(len(tensors))
         batch = _Batch(range(len(tensors)), None)  # one batch for all tensors: sums widen what they need
-        sums.add_squares("mm", batch, tensors.exp_avgs)
-        sums.add("mg", batch, tensors.exp_avgs, tensors.grads)
+        for part in _by_storage(tensors):
+            grads, moments = part.wide(tensors.grads), part.moments(tensors)
+            sums.add_squares("mm", part, moments)
+            sums.add("mg", part, moments, grads)
+            if decay.weight is not None:
+                sums.add("mw", part, moments, part.wide(tensors.params))
         sums.add_squares("gg", batch, tensors.grads)
         if decay.weight is not None:
-            sums.add("mw", batch, tensors.exp_avgs, tensors.params)
             sums.add("gw", batch, tensors.grads, tensors.params)
             sums.add_squares("ww", batch, tensors.params)
         return sums.vectors()
@@ -141,7 +146,7 @@ class ReferencePasses(TorchSolve, TorchAdaptivePasses):
             if gain is not None:
                 grads = list(torch._foreach_mul(grads, [gain] * len(grads)))
             weights = None if decay.weight is None else batch.wide(tensors.params)
-            moments = batch.wide(tensors.exp_avgs, copy=skip is not None)
+            moments = batch.moments(tensors, copy=skip is not None)
             _blend(moments, grads, weights, decay, batch)
             update.run(tensors, batch, grads, moments)
             _store_moments(tensors, batch, moments, early=False, skip=skip)
@@ -168,6 +173,18 @@ class _Batch(NamedTuple):
             return [tensors[i] for i in self.indices]
         return [tensors[i].to(self.dtype or tensors[i].dtype, copy=copy) for i in self.indices]
 
+    def moments(self, tensors: StepTensors, copy: bool = False) -> list[Tensor]:
+        """The batch's moments, likewise; those that are stored as codes are decoded."""
+        found = []
+        for i in self.indices:
+            m, scale = tensors.exp_avgs[i], tensors.exp_avg_scales[i]
+            if scale is not None:
+                m = blockwise.decode(m, scale)
+            elif self.dtype is not None or copy:
+                m = m.to(self.dtype or m.dtype, copy=copy)
+            found.append(m)
+        return found
+
 
 def _batches(tensors: StepTensors, temporaries: bool = False) -> Iterator[_Batch]:
     """Tensors to process together: any number of those that are updated in place, up to ``CHUNK`` elements of others.
@@ -186,6 +203,16 @@ def _batches(tensors: StepTensors, temporaries: bool = False) -> Iterator[_Batch
         begun[dtype] = (indices, size + w.numel())
     for dtype, (indices, _) in begun.items():
         yield _Batch(indices, dtype)
+
+
+def _by_storage(tensors: StepTensors) -> Iterator[_Batch]:
+    """All tensors, to be read as they are; those with codes one by one, so that one is decoded at a time."""
+    plain = [i for i, scale in enumerate(tensors.exp_avg_scales) if scale is None]
+    if plain:
+        yield _Batch(plain, None)
+    for i, scale in enumerate(tensors.exp_avg_scales):
+        if scale is not None:
+            yield _Batch([i], None)
 
 
 def _one_by_one(tensors: StepTensors) -> Iterator[_Batch]:
@@ -332,6 +359,15 @@ def _store_moments(
         m = tensors.exp_avgs[i]
         if m is moment:
             continue
+        scale = tensors.exp_avg_scales[i]
+        if scale is not None:
+            step = tensors.steps[i] + 1 if early else tensors.steps[i]
+            # Numbered as in a contiguous tensor, like the blocks: the state of a tensor in another order is the same.
+            codes, scales = blockwise.encode(moment, random_bits(m.contiguous(), step, tensors.ordinals[i]))
+            # As integers: not every device compares or selects numbers of 8 bits.
+            targets += [m.view(torch.uint8), scale]
+            rounded += [codes.view(torch.uint8), scales]
+            continue
         targets.append(m)
         if m.dtype == torch.bfloat16:
             step = tensors.steps[i] + 1 if early else tensors.steps[i]
@@ -341,7 +377,7 @@ def _store_moments(
     if not targets:
         return moments
     _write(targets, rounded, skip)
-    return batch.wide(tensors.exp_avgs)
+    return batch.moments(tensors)
 
 
 class _Update:
