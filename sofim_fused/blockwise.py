@@ -31,7 +31,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 DTYPE = torch.float8_e4m3fn
 BLOCK = 128
@@ -82,9 +81,20 @@ def encode(value: Tensor, bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
         empty = torch.empty(value.shape, dtype=DTYPE, device=value.device)
         return empty, torch.zeros(rows, blocks, dtype=torch.float32, device=value.device)
     flat = value.reshape(rows, -1)
-    size = flat.shape[1]
-    missing = blocks * BLOCK - size
-    blocked = (pad(flat, (0, missing)) if missing else flat).view(rows, blocks, BLOCK)
+    flat_bits = None if bits is None else bits.reshape(rows, -1)
+    # The shorter last blocks apart: Inductor (torch 2.13) compiles reading the bits of padded numbers wrongly.
+    whole = flat.shape[1] // BLOCK * BLOCK
+    parts = []
+    for begin, end, size in ((0, whole, BLOCK), (whole, flat.shape[1], flat.shape[1] - whole)):
+        if begin < end:
+            its_bits = None if flat_bits is None else flat_bits[:, begin:end].reshape(rows, -1, size)
+            parts.append(_encoded(flat[:, begin:end].reshape(rows, -1, size), its_bits))
+    codes = torch.cat([part.view(rows, -1) for part, _ in parts], 1)
+    return codes.view(DTYPE).view(value.shape), torch.cat([scale for _, scale in parts], 1)
+
+
+def _encoded(blocked: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The codes of blocks as bytes, and their scales; the last dimension is the elements of a block."""
     largest = blocked.abs().amax(-1)  # NaN if any is
     lifted = (largest < _LIFTED_BELOW).to(torch.int32) * _LIFT
     lift = power_of_two(lifted)
@@ -92,16 +102,10 @@ def encode(value: Tensor, bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
     exponent = ((largest * lift).view(torch.int32) + 0x1FFFFF >> 23) - 127 - lifted
     exponent = (exponent - 8).clamp(_SMALLEST_SCALE, _LARGEST_SCALE)
     finite = torch.isfinite(largest)
-    scale = power_of_two(exponent)
-    scale = torch.where(largest == 0, 0.0, torch.where(finite, scale, torch.nan))
+    scale = torch.where(largest == 0, 0.0, torch.where(finite, power_of_two(exponent), torch.nan))
     inverse = power_of_two(-exponent - lifted)
     x = (blocked * lift.unsqueeze(-1)).mul_(inverse.unsqueeze(-1))
-    if bits is not None:
-        flat_bits = bits.reshape(rows, -1)
-        bits = (pad(flat_bits, (0, missing)) if missing else flat_bits).view(rows, blocks, BLOCK)
-    codes = torch.where(finite.unsqueeze(-1), _rounded(x, bits), 0)
-    codes = codes.view(rows, -1)[:, :size].to(torch.uint8)
-    return codes.contiguous().view(DTYPE).view(value.shape), scale
+    return torch.where(finite.unsqueeze(-1), _rounded(x, bits), 0).to(torch.uint8), scale
 
 
 def decode(codes: Tensor, scale: Tensor) -> Tensor:
