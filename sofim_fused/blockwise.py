@@ -110,10 +110,18 @@ def _encoded(blocked: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def decode(codes: Tensor, scale: Tensor) -> Tensor:
     """The tensor that was stored: float32, contiguous, of the shape of ``codes``, which may lie in any order."""
+    if not codes.numel():
+        return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     rows = scale.shape[0]
-    flat = codes.reshape(rows, codes.numel() // max(rows, 1)).to(torch.float32)
-    size = flat.shape[1]
-    return flat.mul_(scale.repeat_interleave(BLOCK, 1)[:, :size]).view(codes.shape)
+    flat = codes.reshape(rows, -1)
+    whole = flat.shape[1] // BLOCK  # apart from shorter last blocks, as in encode()
+    first = flat[:, : whole * BLOCK].reshape(rows, whole, BLOCK).to(torch.float32) * scale[:, :whole].unsqueeze(-1)
+    last = flat[:, whole * BLOCK :].to(torch.float32) * scale[:, whole:]
+    return (
+        torch.cat([first.view(rows, whole * BLOCK), last], 1).view(codes.shape)
+        if last.numel()
+        else first.view(codes.shape)
+    )
 
 
 def power_of_two(exponent: Tensor) -> Tensor:

@@ -147,6 +147,8 @@ def test_compiled_codes_are_the_same() -> None:
     bits = random_bits(x, torch.tensor(1), 0)
     for found, expected in zip(torch.compile(blockwise.encode)(x, bits), blockwise.encode(x, bits), strict=True):
         assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+    stored = blockwise.encode(x, bits)
+    assert torch.equal(torch.compile(blockwise.decode)(*stored), blockwise.decode(*stored))
 
 
 def test_codes_of_no_elements() -> None:
