@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from sofim_fused import blockwise
 from sofim_fused.dtensor import is_sharded, local, on_one_mesh
 
 NUMERATORS = ("moment", "gradient", "nesterov")
@@ -53,11 +54,16 @@ PER_GROUP = (
     "eps",
 )
 WHOLE = ("numerator", "fisher", "max_grad_norm", "skip_nonfinite")
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by their names in state dicts
+STATE_DTYPES = {  # by their names in state dicts
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": blockwise.DTYPE,
+}
 
 VARIANCES = ("row_var", "col_var", "variance")  # running means of g², of a diagonal that adapts
 STATE = (
     "exp_avg",
+    "exp_avg_scale",
     "step",
     "kahan",
     "master_bits",
@@ -142,8 +148,9 @@ def group(values: Mapping[str, Any], index: int | None = None, saved: bool = Fal
         raise TypeError(f"{where}kahan={values['kahan']!r}: pass True, False or None (on for 16-bit parameters)")
     _master_weight_bits(where, values["master_weight_bits"], values["kahan"])
     dtype = values["state_dtype"]
-    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype in (torch.float32, torch.bfloat16))):
-        raise ValueError(f"{where}state_dtype={dtype!r}: pass torch.float32, torch.bfloat16 or None (by parameter)")
+    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype in STATE_DTYPES.values())):
+        known = ", ".join(map(str, STATE_DTYPES.values()))
+        raise ValueError(f"{where}state_dtype={dtype!r}: pass {known} or None (by parameter)")
     _one_of(where, "numerator", values["numerator"], NUMERATORS)
     _one_of(where, "fisher", values["fisher"], FISHERS)
     limit = values["max_grad_norm"]
@@ -526,6 +533,14 @@ def state_dtype_suits(param: Tensor, where: str | _Named, state_dtype: torch.dty
             f"{where}: state_dtype={state_dtype} is for float32 and 16-bit parameters: "
             "put this one into a group with state_dtype=None"
         )
+    if state_dtype == blockwise.DTYPE and is_sharded(param) and blockwise.suits(param.shape):
+        placements: Any = param.placements  # type: ignore[attr-defined]
+        if any(place.is_shard() and place.dim != 0 for place in placements):
+            raise ValueError(
+                f"{where}: state_dtype={state_dtype} keeps a scale for each 128 elements of a row, and with the "
+                f"placements {placements} ranks have parts of rows: shard it along dimension 0, or put it into a group "
+                "with state_dtype=torch.bfloat16"
+            )
 
 
 def gradient(param: Tensor, grad: Tensor, index: int, place: int) -> None:
@@ -616,6 +631,35 @@ def state_of_parameter(
         )
 
 
+def moment_scale(param: Any, known: Mapping[str, Any], ordinal: int, placements: tuple[Any, ...] | None) -> None:
+    """Check the scales of a parameter's moment, which is stored in 8 bits.
+
+    Args:
+        param: the owner of the state.
+        known: its state.
+        ordinal: the parameter's place among all.
+        placements: that the scales of a ``DTensor`` need; ``None``: the parameter is a plain tensor.
+    """
+    if "exp_avg_scale" not in known:
+        raise ValueError(
+            f"{_state(param, ordinal)} has exp_avg in 8 bits and lacks exp_avg_scale: put it back, or delete the "
+            "parameter's state to start it anew"
+        )
+    value, shape = known["exp_avg_scale"], blockwise.scale_shape(param.shape)
+    _state_tensor(param, ordinal, "exp_avg_scale", value)
+    if value.dtype != torch.float32 or tuple(value.shape) != shape or value.device != param.device:
+        raise ValueError(
+            f"{_state(param, ordinal)}: exp_avg_scale is {described(value)}, expected shape {shape}, float32, "
+            f"{param.device}: {_REPLACE}"
+        )
+    if _may_overlap(value):
+        raise _sharing(value, f"{_state(param, ordinal)}: exp_avg_scale", _REPLACE)
+    if placements is not None:
+        placed(param, value, placements, ordinal, "exp_avg_scale")
+    elif is_sharded(value):
+        raise other_mesh(param, value, f"{_state(param, ordinal)}: exp_avg_scale", _SPREAD)
+
+
 def variances(
     param: Tensor,
     known: Mapping[str, Any],
@@ -656,8 +700,8 @@ def variances(
             raise _sharing(value, f"{_state(param, ordinal)}: {name}", _REPLACE)
 
 
-def variance_placed(param: Any, value: Any, placements: tuple[Any, ...], ordinal: int, name: str) -> None:
-    """Check that a running mean of g² of a ``DTensor`` is on its mesh, with these placements."""
+def placed(param: Any, value: Any, placements: tuple[Any, ...], ordinal: int, name: str) -> None:
+    """Check that an entry of the state of a ``DTensor``, of another shape, is on its mesh with these placements."""
     if not on_one_mesh(param, value):
         raise other_mesh(param, value, f"{_state(param, ordinal)}: {name}", _SPREAD)
     if tuple(value.placements) != placements:
@@ -669,7 +713,8 @@ def variance_placed(param: Any, value: Any, placements: tuple[Any, ...], ordinal
 
 def _convertible(value: Tensor, param: Tensor) -> bool:
     """Whether :meth:`SOFIM.load_state_dict` takes this entry of a state for a parameter, and converts it."""
-    fits = value.shape == param.shape and value.is_complex() == param.is_complex() and value.dtype in DTYPES
+    fits = value.shape == param.shape and value.is_complex() == param.is_complex()
+    fits = fits and (value.dtype in DTYPES or value.dtype == blockwise.DTYPE)
     return fits and value.is_meta == param.is_meta and on_one_mesh(param, value)
 
 

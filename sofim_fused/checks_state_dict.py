@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from sofim_fused import blockwise
 from sofim_fused.checks import (
     DTYPES,
     PER_GROUP,
@@ -232,24 +233,30 @@ def _saved_state(known: Any, param: Tensor, key: Any, values: Mapping[str, Any],
             f"{other}: make it with kahan={values['kahan']!r} and master_weight_bits={values['master_weight_bits']!r}, "
             "as the one that was saved"
         )
+    _saved_codes(entries, param, where)
     for name, value in entries.items():
         if name in VARIANCES and name not in shapes:
             continue  # of another diagonal: it is not restored
+        if name == "exp_avg_scale" and not _in_codes(entries):
+            continue  # a moment that is not in 8 bits has none: it is not restored
         if name == "step" and isinstance(value, Real) and not isinstance(value, bool):
             continue  # other optimizers and converted checkpoints have such counts
         if not isinstance(value, Tensor):
             raise TypeError(f"{where}: {name} is of type {type(value).__name__}, not a tensor: it is damaged")
         _readable(value, param, f"{where}: {name}")
         shape = () if name == "step" else shapes.get(name, tuple(param.shape))
+        if name == "exp_avg_scale":
+            shape = blockwise.scale_shape(param.shape)
         if tuple(value.shape) != shape:
             raise ValueError(
                 f"{where}: {name} has the shape {tuple(value.shape)}, expected {shape}: it was saved for another model"
                 + (f", or with another diagonal than {diagonal!r}" if name in VARIANCES else "")
             )
         dtypes = (REST, SENT_AS) if name == "master_bits" else DTYPES
-        if value.layout != torch.strided or (value.dtype not in dtypes and name != "step"):
+        known_dtype = value.dtype in dtypes or name == "step" or (name == "exp_avg" and _in_codes(entries))
+        if value.layout != torch.strided or not known_dtype:
             raise ValueError(f"{where}: {name} is {short(value.dtype)}, {value.layout}: the state dict is damaged")
-        complex_here = param.is_complex() and name not in VARIANCES and name != "master_bits"
+        complex_here = param.is_complex() and name not in (*VARIANCES, "exp_avg_scale", "master_bits")
         if name != "step" and value.is_complex() != complex_here:
             raise ValueError(f"{where}: {name} is {short(value.dtype)}: it was saved for another model")
         if name != "step" and not on_one_mesh(param, value):
@@ -257,11 +264,31 @@ def _saved_state(known: Any, param: Tensor, key: Any, values: Mapping[str, Any],
             raise other_mesh(param, value, f"{where}: {name}", way)
         if name in VARIANCES and not value.is_meta and bool((local(value.detach()) < 0).any()):
             raise ValueError(f"{where}: {name} has negative elements, which no mean of squares has: it is damaged")
+        if name == "exp_avg_scale" and not value.is_meta and bool((local(value.detach()) < 0).any()):
+            raise ValueError(f"{where}: {name} has negative elements, which no scale is: it is damaged")
     step = entries["step"]
     if not (isinstance(step, Tensor) and step.is_meta):
         count = step.item() if isinstance(step, Tensor) else step
         if not isinstance(count, Real) or not is_count(count):
             raise ValueError(f"{where}: step is {count!r}, expected a count of updates: the state dict is damaged")
+
+
+def _in_codes(entries: Mapping[str, Any]) -> bool:
+    """Whether a saved moment is in 8 bits."""
+    return isinstance(entries["exp_avg"], Tensor) and entries["exp_avg"].dtype == blockwise.DTYPE
+
+
+def _saved_codes(entries: Mapping[str, Any], param: Tensor, where: str) -> None:
+    """Check that a saved moment in 8 bits has scales, and is of a parameter whose moment may be in 8 bits."""
+    if not _in_codes(entries):
+        return
+    if not blockwise.suits(param.shape):
+        raise ValueError(
+            f"{where}: exp_avg is {short(blockwise.DTYPE)}, in which no parameter of this shape keeps its moment: it "
+            "was saved for another model, or is damaged"
+        )
+    if "exp_avg_scale" not in entries:
+        raise ValueError(f"{where} has exp_avg in 8 bits and lacks exp_avg_scale: it is damaged")
 
 
 def is_count(value: Any) -> bool:

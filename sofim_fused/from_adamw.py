@@ -132,7 +132,7 @@ def convert(
             group = groups[entry.group]
             gather.ensure_state(entry, group, state)
             known = state[entry.param]
-            known["exp_avg"].copy_(entry.grad.detach())
+            gather.store_moment(entry.param, known, entry.grad.detach())
             known["step"].fill_(step)
             squares = torch.view_as_real(exp_avg_sq) if exp_avg_sq.is_complex() else exp_avg_sq
             for name in gather.variance_shapes(entry.param, group["diagonal"]):

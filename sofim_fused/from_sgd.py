@@ -158,8 +158,9 @@ def convert(
             momentum = float(group["momentum"])
             gather.ensure_state(entry, group, state)
             known = state[entry.param]
-            wide = entry.grad.detach().to(torch.promote_types(entry.grad.dtype, known["exp_avg"].dtype))
-            known["exp_avg"].copy_(wide * ((1 - momentum) / (1 - given.dampenings[entry.group])))
+            dtype = torch.float32 if "exp_avg_scale" in known else known["exp_avg"].dtype
+            wide = entry.grad.detach().to(torch.promote_types(entry.grad.dtype, dtype))
+            gather.store_moment(entry.param, known, wide * ((1 - momentum) / (1 - given.dampenings[entry.group])))
             known["step"].fill_(settled(momentum) if given.steps is None else given.steps)
 
 

@@ -94,8 +94,10 @@ class SOFIM(Optimizer):
             gradient (L2, as in SGD), after clipping.
         maximize: maximize the objective instead of minimizing it.
         state_dtype: dtype of the first moment: ``None`` (float64 for 64-bit parameters, else float32),
-            ``torch.float32`` or ``torch.bfloat16`` (stochastically rounded, reproducibly), or the name of one of them
-            (``"bfloat16"``).
+            ``torch.float32``, ``torch.bfloat16`` or ``torch.float8_e4m3fn``, or the name of one of them
+            (``"bfloat16"``). The last two are stochastically rounded, reproducibly. In 8 bits, each 128 elements of a
+            row (dimension 0) share a scale; tensors of fewer than two dimensions, of rows shorter than 128 elements, or
+            of fewer than 4,096 elements keep float32; and steps run in pure PyTorch.
         kahan: keep the bits of an update that a 16-bit parameter cannot hold in a second 16-bit tensor, and add them
             later. ``None``: yes for 16-bit parameters that have no ``master_weight_bits``.
         master_weight_bits: ``32``: the weights of bfloat16 parameters are the upper halves of float32 weights, and the
@@ -149,8 +151,9 @@ class SOFIM(Optimizer):
         >>> optimizer.step()
 
     The state of a parameter, created at its first gradient: ``exp_avg`` (of its shape), ``step`` (0-dimensional int64),
-    of 16-bit parameters ``master_bits`` (of its shape, int16) or ``kahan`` (of its shape and dtype), if either is kept,
-    and for a diagonal that adapts running means of g²
+    ``exp_avg_scale`` (float32, rows times blocks of a row) if ``exp_avg`` is in 8 bits, of 16-bit parameters
+    ``master_bits`` (of its shape, int16) or ``kahan`` (of its shape and dtype), if either is kept, and for a diagonal
+    that adapts running means of g²
     (float32, or float64 for 64-bit parameters): ``row_var`` (one per row), with ``"factored"`` also ``col_var`` (of the
     shape of a row), or ``variance`` (0-dimensional for a tensor, of the parameter's shape for elements). A parameter
     without a gradient is not part of that step's Fisher matrix, and its state does not change. Nothing in a step waits
@@ -172,7 +175,7 @@ class SOFIM(Optimizer):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
-        state_dtype: torch.dtype | Literal["float32", "bfloat16"] | None = None,
+        state_dtype: torch.dtype | Literal["float32", "bfloat16", "float8_e4m3fn"] | None = None,
         kahan: bool | None = None,
         master_weight_bits: Literal[32, "auto"] | None = "auto",
         max_grad_norm: float | None = None,
@@ -480,7 +483,13 @@ class SOFIM(Optimizer):
     def backends(self) -> dict[torch.device, str]:
         """The name of the backend that is used for each device on which a parameter lies."""
         devices = {param.device for group in self.param_groups for param in group["params"]}
-        return {device: self._plan.passes_for(device).name for device in sorted(devices, key=str)}
+        codes = {
+            param.device
+            for group in self.param_groups
+            for param in group["params"]
+            if gather.in_8_bits(param, group["state_dtype"])
+        }
+        return {device: self._plan.passes_for(device, device in codes).name for device in sorted(devices, key=str)}
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -584,7 +593,7 @@ class SOFIM(Optimizer):
         params = checks.parameters(group["params"], index, {}, group["state_dtype"])
         for place, entry in enumerate(params):
             param = entry[1] if isinstance(entry, tuple) else entry
-            self._plan.passes_for(param.device)
+            self._plan.passes_for(param.device, gather.in_8_bits(param, group["state_dtype"]))
             if self._in_backward and param.requires_grad:
                 where = f"parameter {place} of group {index}"
                 checks.in_backward_parameter(param, where, group)

@@ -83,6 +83,7 @@ NATIVE = "native"  # what fused=True asks for: the best backend that is not pure
 # The backends that a user may expect, by the kind of device. Other kinds have only the reference.
 _NATIVE_ON = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _WARNED: set[str] = set()  # kinds of devices for which the warning was given
+_NO_CODES = "it does not take moments in 8 bits (state_dtype=torch.float8_e4m3fn)"
 
 
 def names() -> list[str]:
@@ -112,8 +113,10 @@ def requested(backend: str, foreach: bool | None, fused: bool | None) -> str:
     return "reference" if backend == "auto" and (foreach is not None or fused is False) else backend
 
 
-def choose(backend: str, device: torch.device) -> Passes:
+def choose(backend: str, device: torch.device, blockwise: bool = False) -> Passes:
     """The passes for ``device``: those of ``backend``, or the best that can run (``"auto"``; ``NATIVE``: natively).
+
+    ``blockwise``: they have to take moments that are stored in 8 bits.
 
     If ``"auto"`` falls back to the reference where a native backend is expected, a ``UserWarning`` says why there is
     none and how to build it: once per process and kind of device.
@@ -121,18 +124,23 @@ def choose(backend: str, device: torch.device) -> Passes:
     Raises:
         RuntimeError: the backend cannot run on this device; the message has its reason.
     """
-    passes, reasons = best(backend, device)
+    passes, reasons = best(backend, device, blockwise)
     if passes is not None:
         if backend == "auto" and passes.name == "reference" and not torch.compiler.is_compiling():
-            _warn(device, reasons)
+            if _NO_CODES in reasons.values():
+                _warn_of_codes(device)
+            else:
+                _warn(device, reasons)
         return passes
     asked = "fused=True" if backend == NATIVE else f"backend={backend!r}"
     built = {*reasons} & {*_NATIVE_ON.get(device.type, ())} - {"triton"}  # another build may provide these
     rebuild = f", or build the package again: {native.INSTALL} ." if built else ""
+    if _NO_CODES in reasons.values():
+        rebuild = ", which computes these moments in pure PyTorch, or another state_dtype"
     raise RuntimeError(f"{asked} cannot run on {device} ({_listed(reasons)}): take backend='auto'{rebuild}")
 
 
-def best(backend: str, device: torch.device) -> tuple[Passes | None, dict[str, str]]:
+def best(backend: str, device: torch.device, blockwise: bool = False) -> tuple[Passes | None, dict[str, str]]:
     """As :func:`choose`, without warning or error: the passes, if any can run, and why each better backend cannot."""
     candidates = {"auto": list(_REGISTRY), NATIVE: [name for name in _REGISTRY if name != "reference"]}
     reasons = {}
@@ -142,6 +150,8 @@ def best(backend: str, device: torch.device) -> tuple[Passes | None, dict[str, s
             reasons[name] = found
         elif found.emulated and name != backend:
             reasons[name] = "it is emulated here, and runs only if asked for by name"
+        elif blockwise and not found.blockwise:
+            reasons[name] = _NO_CODES
         else:
             return found, reasons
     return None, reasons
@@ -159,21 +169,37 @@ def missing(device: torch.device) -> bool:
 
 
 def _warn(device: torch.device, reasons: dict[str, str]) -> None:
-    """Warn, once for a kind of device. The warning points to the line that called this package."""
+    """Warn, once for a kind of device, that native kernels are missing there."""
     if device.type in _WARNED or not missing(device):
         return
+    relevant = {name: reason for name, reason in reasons.items() if name in _NATIVE_ON[device.type]}
+    _warn_caller(
+        f"SOFIM runs in pure PyTorch on {device.type}, many times slower than with its native kernels, which cannot be "
+        f"used ({_listed(relevant)}). Install what is missing, if anything, then build them: {native.remedy()}. "
+        "python -m sofim_fused.info shows what is used; backend='reference' selects pure PyTorch without this warning."
+    )
+    _WARNED.add(device.type)  # not reached if warnings are errors
+
+
+def _warn_of_codes(device: torch.device) -> None:
+    """Warn, once for a kind of device, that there are native kernels, but not for moments in 8 bits."""
+    kind = f"{device.type}, 8 bits"
+    if kind in _WARNED:
+        return
+    _warn_caller(
+        f"SOFIM runs in pure PyTorch on {device.type}, many times slower than with its native kernels, which do not "
+        "take moments in 8 bits (state_dtype=torch.float8_e4m3fn). state_dtype=torch.bfloat16 runs natively; "
+        "backend='reference' selects pure PyTorch without this warning."
+    )
+    _WARNED.add(kind)
+
+
+def _warn_caller(message: str) -> None:
+    """Give a warning that points to the line that called this package."""
     frame, level, inside = sys._getframe(), 1, ("sofim_fused", "torch")
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
         frame, level = frame.f_back, level + 1
-    relevant = {name: reason for name, reason in reasons.items() if name in _NATIVE_ON[device.type]}
-    warnings.warn(
-        f"SOFIM runs in pure PyTorch on {device.type}, many times slower than with its native kernels, which cannot be "
-        f"used ({_listed(relevant)}). Install what is missing, if anything, then build them: {native.remedy()}. "
-        "python -m sofim_fused.info shows what is used; backend='reference' selects pure PyTorch without this warning.",
-        UserWarning,
-        stacklevel=level,
-    )
-    _WARNED.add(device.type)  # not reached if warnings are errors
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def _listed(reasons: dict[str, str]) -> str:

@@ -65,14 +65,16 @@ class StepTensors:
         device: the device of all of them.
         params: w, float32, float64, bfloat16 or float16. Complex parameters appear as their real views.
         grads: g, of w's shape; of w's dtype, or float32 for a 16-bit w.
-        exp_avgs: m, of w's shape; float64 for float64 parameters, else float32 or bfloat16.
+        exp_avgs: m, of w's shape; float64 for float64 parameters, else float32, bfloat16, or the codes of
+            :mod:`sofim_fused.blockwise`.
         lost_bits: what the 16 bits of w could not hold, of w's shape; ``None`` where none is kept. Of w's dtype: a rest
             that updates add to w (Kahan's compensation); above half an ulp of w it cannot be such a rest (w was
             replaced from outside) and counts as zero. int16, of a bfloat16 w: the lower half of a float32 weight
             (:mod:`sofim_fused.backends.master_bits`), which is the weight wherever a pass reads or writes it.
         steps: 0-dimensional int64, the updates that each tensor has received.
-        ordinals: each tensor's place among all parameters of the optimizer; keys the rounding of bfloat16 moments.
+        ordinals: each tensor's place among all parameters of the optimizer; keys the stochastic rounding of moments.
         variances: in a step with a diagonal that adapts, of each tensor; otherwise empty.
+        exp_avg_scales: of each m that is stored as codes, its scales; ``None`` for others.
     """
 
     device: torch.device
@@ -83,6 +85,16 @@ class StepTensors:
     steps: list[Tensor]
     ordinals: list[int]
     variances: list[Variance] = field(default_factory=list)
+    exp_avg_scales: list[Tensor | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.exp_avg_scales:
+            self.exp_avg_scales = [None] * len(self.exp_avgs)
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether any moment is stored as codes, which only passes that are ``blockwise`` take."""
+        return any(scale is not None for scale in self.exp_avg_scales)
 
     def __len__(self) -> int:
         return len(self.params)
@@ -408,7 +420,7 @@ class AdaptivePasses(Protocol):
     def accumulate_scaled(self, tensors: StepTensors, decay: Decay, scales: Scales) -> ScaledSums:
         """Update m, and the variances of elements, unless ``scales.skip``; return the sums, of m as stored.
 
-        Runs before ``steps`` advance: a rounding to bfloat16 is keyed by ``steps + 1``.
+        Runs before ``steps`` advance: a stochastic rounding is keyed by ``steps + 1``.
         """
 
     def fold_scaled(
@@ -443,7 +455,7 @@ class AdaptivePasses(Protocol):
     def commit_scaled(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients, scales: Scales) -> None:
         """Update m, the variances of elements, and w as in :meth:`apply_scaled` from the new m before its rounding.
 
-        Runs after ``steps`` advance: a rounding to bfloat16 is keyed by ``steps``.
+        Runs after ``steps`` advance: a stochastic rounding is keyed by ``steps``.
         """
 
 
@@ -458,16 +470,18 @@ class Passes(AdaptivePasses, Protocol):
     Attributes:
         name: its name, for ``backend=``.
         emulated: it exists only for tests, because it is far too slow; it is used only if requested by name.
+        blockwise: it takes moments that are stored as codes of 8 bits (:mod:`sofim_fused.blockwise`).
     """
 
     name: str
     emulated: bool
+    blockwise: bool
 
     def accumulate(self, tensors: StepTensors, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
         """Update m in place and return its sums: ``mm``, with ``decay.cross`` also ``mg``, and with L2 decay ``mw``.
 
         The sums are those of m as stored. With ``gradient_step``, the same sweep then also updates w by it.
-        Runs before ``steps`` advance: a rounding to bfloat16 is keyed by ``steps + 1``.
+        Runs before ``steps`` advance: a stochastic rounding is keyed by ``steps + 1``.
         """
 
     def apply(self, tensors: StepTensors, coefficients: Coefficients) -> None:
@@ -479,7 +493,7 @@ class Passes(AdaptivePasses, Protocol):
     def commit(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients) -> None:
         """Update m by ``gain·g`` instead of g, then w from the new m before its rounding, both in place.
 
-        Runs after ``steps`` advance: a rounding to bfloat16 is keyed by ``steps``.
+        Runs after ``steps`` advance: a stochastic rounding is keyed by ``steps``.
         """
 
     def fold(

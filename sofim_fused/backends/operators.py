@@ -72,6 +72,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
     ) -> None:
         self.name = name
         self.emulated = emulated
+        self.blockwise = False
         self._new_step = new_step
         self._new_in_backward = new_in_backward
         self._new_sharded = new_sharded

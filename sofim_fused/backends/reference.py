@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sofim_fused import blockwise
 from sofim_fused.backends.adaptive import TorchAdaptive, split, split_rows
 from sofim_fused.backends.interface import (
     Coefficients,
@@ -62,7 +63,7 @@ class TorchAdaptivePasses(TorchAdaptive):
         sums: list[list[Tensor]] = []
         for batch in _one_by_one(tensors):
             (i,) = batch.indices
-            (g,), (m,) = _gained(batch.wide(tensors.grads), scales), batch.wide(tensors.exp_avgs, copy=True)
+            (g,), (m,) = _gained(batch.wide(tensors.grads), scales), batch.moments(tensors, copy=True)
             _blend([m], [g], None, decay, batch)
             (m,) = _store_moments(tensors, batch, [m], early=True, skip=scales.skip)
             inverse, trace = diagonal.enter(i, g)
@@ -76,14 +77,14 @@ class TorchAdaptivePasses(TorchAdaptive):
         for batch in _one_by_one(tensors):
             (i,) = batch.indices
             grads = None if coefficients.gradient is None else _gained(batch.wide(tensors.grads), scales)
-            update.run(tensors, batch, grads, batch.wide(tensors.exp_avgs), diagonal.inverse(i))
+            update.run(tensors, batch, grads, batch.moments(tensors), diagonal.inverse(i))
 
     def commit_scaled(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients, scales: Scales) -> None:
         diagonal = _Diagonal(tensors, scales)
         update = _Update(coefficients.weight, coefficients.gradient, coefficients.moment, scales.skip)
         for batch in _one_by_one(tensors):
             (i,) = batch.indices
-            grads, moments = _gained(batch.wide(tensors.grads), scales), batch.wide(tensors.exp_avgs, copy=True)
+            grads, moments = _gained(batch.wide(tensors.grads), scales), batch.moments(tensors, copy=True)
             _blend(moments, grads, None, decay, batch)
             inverse, _ = diagonal.enter(i, grads[0])
             update.run(tensors, batch, grads, moments, inverse)
@@ -99,6 +100,7 @@ class ReferencePasses(TorchSolve, TorchAdaptivePasses):
 
     name = "reference"
     emulated = False
+    blockwise = True
 
     def accumulate(self, tensors: StepTensors, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
         sums = _SumCollector(len(tensors))
@@ -106,7 +108,7 @@ class ReferencePasses(TorchSolve, TorchAdaptivePasses):
         for batch in _batches(tensors, temporaries=known is not None and not known.in_place):
             grads = batch.wide(tensors.grads)
             weights = None if decay.weight is None else _weights(tensors, batch)
-            moments = batch.wide(tensors.exp_avgs)
+            moments = batch.moments(tensors)
             _blend(moments, grads, weights, decay, batch)
             stored = _store_moments(tensors, batch, moments, early=True)
             sums.add_squares("mm", batch, stored)
@@ -122,21 +124,24 @@ class ReferencePasses(TorchSolve, TorchAdaptivePasses):
         update = _Update(coefficients.weight, coefficients.gradient, coefficients.moment)
         for batch in _batches(tensors, temporaries=not update.in_place):
             grads = None if coefficients.gradient is None else batch.wide(tensors.grads)
-            update.run(tensors, batch, grads, batch.wide(tensors.exp_avgs))
+            update.run(tensors, batch, grads, batch.moments(tensors))
 
     def dots(self, tensors: StepTensors, decay: Decay) -> Sums:
-        sums = _SumCollector(len(tensors))
-        batch = _Batch(range(len(tensors)), None)  # one batch for all tensors: sums widen what they need
-        sums.add_squares("mm", batch, tensors.exp_avgs)
-        sums.add("mg", batch, tensors.exp_avgs, tensors.grads)
+        n = len(tensors)
+        sums = _SumCollector(n)
+        batch = _Batch(range(n), None)  # one batch for all tensors: sums widen what they need
+        for part in _by_storage(tensors):
+            grads, moments = part.wide(tensors.grads), part.moments(tensors)
+            sums.add_squares("mm", part, moments)
+            sums.add("mg", part, moments, grads)
         sums.add_squares("gg", batch, tensors.grads)
         if decay.weight is not None:
-            masters = [i for i in range(len(tensors)) if _is_master(tensors, i)]
-            others = [i for i in range(len(tensors)) if not _is_master(tensors, i)]
-            # Whole weights are temporaries: of one tensor at a time.
-            for each in [_Batch(others, None), *(_Batch([i], None) for i in masters)]:
+            # Whole weights and decoded moments are temporaries: of one tensor at a time.
+            alone = [i for i in range(n) if _is_master(tensors, i) or tensors.exp_avg_scales[i] is not None]
+            others = [i for i in range(n) if i not in {*alone}]
+            for each in [_Batch(others, None), *(_Batch([i], None) for i in alone)]:
                 weights = _weights(tensors, each)
-                sums.add("mw", each, each.wide(tensors.exp_avgs), weights)
+                sums.add("mw", each, each.moments(tensors), weights)
                 sums.add("gw", each, each.wide(tensors.grads), weights)
                 sums.add_squares("ww", each, weights)
         return sums.vectors()
@@ -149,7 +154,7 @@ class ReferencePasses(TorchSolve, TorchAdaptivePasses):
             if gain is not None:
                 grads = list(torch._foreach_mul(grads, [gain] * len(grads)))
             weights = None if decay.weight is None else _weights(tensors, batch)
-            moments = batch.wide(tensors.exp_avgs, copy=skip is not None)
+            moments = batch.moments(tensors, copy=skip is not None)
             _blend(moments, grads, weights, decay, batch)
             update.run(tensors, batch, grads, moments)
             _store_moments(tensors, batch, moments, early=False, skip=skip)
@@ -175,6 +180,18 @@ class _Batch(NamedTuple):
         if self.dtype is None and not copy:
             return [tensors[i] for i in self.indices]
         return [tensors[i].to(self.dtype or tensors[i].dtype, copy=copy) for i in self.indices]
+
+    def moments(self, tensors: StepTensors, copy: bool = False) -> list[Tensor]:
+        """The batch's moments, likewise; those that are stored as codes are decoded."""
+        found = []
+        for i in self.indices:
+            m, scale = tensors.exp_avgs[i], tensors.exp_avg_scales[i]
+            if scale is not None:
+                m = blockwise.decode(m, scale)
+            elif self.dtype is not None or copy:
+                m = m.to(self.dtype or m.dtype, copy=copy)
+            found.append(m)
+        return found
 
 
 def _is_master(tensors: StepTensors, i: int) -> bool:
@@ -214,6 +231,16 @@ def _batches(tensors: StepTensors, temporaries: bool = False) -> Iterator[_Batch
         begun[dtype] = (indices, size + w.numel())
     for dtype, (indices, _) in begun.items():
         yield _Batch(indices, dtype)
+
+
+def _by_storage(tensors: StepTensors) -> Iterator[_Batch]:
+    """All tensors, to be read as they are; those with codes one by one, so that one is decoded at a time."""
+    plain = [i for i, scale in enumerate(tensors.exp_avg_scales) if scale is None]
+    if plain:
+        yield _Batch(plain, None)
+    for i, scale in enumerate(tensors.exp_avg_scales):
+        if scale is not None:
+            yield _Batch([i], None)
 
 
 def _one_by_one(tensors: StepTensors) -> Iterator[_Batch]:
@@ -360,6 +387,15 @@ def _store_moments(
         m = tensors.exp_avgs[i]
         if m is moment:
             continue
+        scale = tensors.exp_avg_scales[i]
+        if scale is not None:
+            step = tensors.steps[i] + 1 if early else tensors.steps[i]
+            # Numbered as in a contiguous tensor, like the blocks: the state of a tensor in another order is the same.
+            codes, scales = blockwise.encode(moment, random_bits(m.contiguous(), step, tensors.ordinals[i]))
+            # As integers: not every device compares or selects numbers of 8 bits.
+            targets += [m.view(torch.uint8), scale]
+            rounded += [codes.view(torch.uint8), scales]
+            continue
         targets.append(m)
         if m.dtype == torch.bfloat16:
             step = tensors.steps[i] + 1 if early else tensors.steps[i]
@@ -369,7 +405,7 @@ def _store_moments(
     if not targets:
         return moments
     _write(targets, rounded, skip)
-    return batch.wide(tensors.exp_avgs)
+    return batch.moments(tensors)
 
 
 class _Update:

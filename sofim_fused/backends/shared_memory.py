@@ -91,6 +91,7 @@ class InTurn(TorchAdaptivePasses):
     def __init__(self, passes: Passes, bounds: Sequence[int]) -> None:
         self.name = passes.name
         self.emulated = passes.emulated
+        self.blockwise = passes.blockwise
         self._passes = passes
         self._runs = [slice(begin, end) for begin, end in pairwise(bounds)]
 
@@ -155,6 +156,7 @@ def _tensors(tensors: StepTensors, run: slice) -> StepTensors:
         tensors.steps[run],
         tensors.ordinals[run],
         tensors.variances[run],
+        tensors.exp_avg_scales[run],
     )
 
 
@@ -181,9 +183,9 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _have_addresses(tensors: StepTensors) -> bool:
-    lost_bits = (lost for lost in tensors.lost_bits if lost is not None)
+    some = (x for x in (*tensors.lost_bits, *tensors.exp_avg_scales) if x is not None)
     variances = (x for variance in tensors.variances for x in variance[:3] if x is not None)
-    every = chain(tensors.params, tensors.grads, tensors.exp_avgs, lost_bits, tensors.steps, variances)
+    every = chain(tensors.params, tensors.grads, tensors.exp_avgs, some, tensors.steps, variances)
     return tensors.device.type not in addresses.WITHOUT_ADDRESSES and addresses.all_plain(every)
 
 
@@ -193,6 +195,7 @@ def _written(tensors: StepTensors) -> dict[str, Sequence[Tensor | None]]:
     return {
         "w": tensors.params,
         "exp_avg": tensors.exp_avgs,
+        "exp_avg_scale": tensors.exp_avg_scales,
         "lost_bits": tensors.lost_bits,
         "step": tensors.steps,
         "row_var": [variance.row_var for variance in variances],

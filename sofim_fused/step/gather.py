@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sofim_fused import checks, checks_state_dict
+from sofim_fused import blockwise, checks, checks_state_dict
 from sofim_fused.backends import StepTensors, Variance
 from sofim_fused.checks import REST, SENT_AS
 from sofim_fused.dtensor import is_sharded, local, placed_as, placements_like, spread_like, viewed_as
@@ -63,12 +63,15 @@ def check_state(entry: Entry, group: Mapping[str, Any], state: Mapping[Tensor, A
     if "exp_avg" in known:
         dtype = moment_dtype(entry.param, group["state_dtype"])
         checks.state_of_parameter(entry.param, known, dtype, entry.ordinal, checks.lost_bits(entry.param, group))
+        if in_8_bits(entry.param, group["state_dtype"]):
+            placements = placements_like(entry.param, {0: 0}) if is_sharded(entry.param) else None
+            checks.moment_scale(entry.param, known, entry.ordinal, placements)
         shapes = variance_shapes(entry.param, group["diagonal"])
         checks.variances(entry.param, known, shapes, variance_dtype(entry.param), entry.ordinal, group["diagonal"])
         for name, shape in shapes.items():
             if is_sharded(entry.param):
                 placements = placements_like(entry.param, _dims(name, entry.param, shape))
-                checks.variance_placed(entry.param, known[name], placements, entry.ordinal, name)
+                checks.placed(entry.param, known[name], placements, entry.ordinal, name)
     else:
         checks.first_gradient(entry.param, entry.ordinal, group["state_dtype"])
 
@@ -91,7 +94,10 @@ def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[T
         if not whole:
             dtype = moment_dtype(param, group["state_dtype"])
             made["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
-            made["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            if in_8_bits(param, group["state_dtype"]):
+                made.update(_zero_codes(param))
+            else:
+                made["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             made.update(_zero_variances(param, group["diagonal"]))
         if lost is not None and not kept:
             dtype = lost_bits_dtype(param, lost)
@@ -118,6 +124,39 @@ def variance_shapes(param: Tensor, diagonal: str) -> dict[str, tuple[int, ...]]:
 def variance_dtype(param: Tensor) -> torch.dtype:
     """The dtype of running means of g²."""
     return torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def _zero_codes(param: Tensor) -> dict[str, Tensor]:
+    """A moment of zeros in 8 bits, and its scales: contiguous, sharded along dimension 0 as the parameter is."""
+    part = local(param.detach())
+    codes = torch.zeros(part.shape, dtype=blockwise.DTYPE, device=param.device)
+    rows, blocks = blockwise.scale_shape(param.shape)
+    scale = torch.zeros(part.shape[0], blocks, dtype=torch.float32, device=param.device)
+    return {
+        "exp_avg": spread_like(param, codes, param.shape, {dim: dim for dim in range(param.dim())}),
+        "exp_avg_scale": spread_like(param, scale, (rows, blocks), {0: 0}),
+    }
+
+
+def store_moment(param: Tensor, known: Mapping[str, Tensor], value: Tensor) -> None:
+    """Copy a moment into a parameter's state, which has one already; into 8 bits it is rounded to nearest.
+
+    Args:
+        param: the owner of the state.
+        known: its state.
+        value: of the parameter's shape and any dtype; a ``DTensor`` if the parameter is one.
+    """
+    if "exp_avg_scale" not in known:
+        known["exp_avg"].copy_(value)
+        return
+    (value,) = placed_as([param], [value])
+    # Saturated: float64 has numbers that would be infinite, and would spoil their blocks.
+    most = torch.finfo(torch.float32).max
+    value = local(value).to(torch.promote_types(value.dtype, torch.float32))
+    finite = torch.where(value.isinf(), value, value.clamp(-most, most)).to(torch.float32)
+    codes, scale = blockwise.encode(finite)
+    local(known["exp_avg"]).copy_(codes)
+    local(known["exp_avg_scale"]).copy_(scale)
 
 
 def _zero_variances(param: Tensor, diagonal: str) -> dict[str, Tensor]:
@@ -182,7 +221,7 @@ def _restored(param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any])
     step = entries["step"]
     count = torch.empty((), dtype=torch.int64, device=param.device)
     state["step"] = _filled(count, local(step)) if isinstance(step, Tensor) else count.fill_(int(step))
-    state["exp_avg"] = _like(param, entries["exp_avg"], moment_dtype(param, group["state_dtype"]))
+    state.update(_restored_moment(param, entries, group["state_dtype"]))
     lost = checks.lost_bits(param, group)
     if lost is not None and lost in entries:
         value = viewed_as(entries[lost], REST) if _is_sent(entries[lost]) and lost == "master_bits" else entries[lost]
@@ -191,6 +230,35 @@ def _restored(param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any])
         # Saturated, as in a step: other dtypes hold larger numbers.
         state[name] = _filled(made, entries[name]).clamp_(max=torch.finfo(made.dtype).max)
     return state
+
+
+def _restored_moment(param: Tensor, entries: Mapping[str, Any], state_dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """A saved moment as ``state_dtype`` has it: codes as they are if it is codes, and otherwise converted once."""
+    saved = entries["exp_avg"].detach()
+    codes = in_8_bits(param, state_dtype)
+    if saved.dtype != blockwise.DTYPE:
+        if not codes:
+            return {"exp_avg": _like(param, saved, moment_dtype(param, state_dtype))}
+        made = _zero_codes(param)
+        store_moment(param, made, saved)
+        return made
+    made = _zero_codes(param)
+    local(made["exp_avg"]).view(torch.uint8).copy_(_part(param, saved, "exp_avg").view(torch.uint8))
+    local(made["exp_avg_scale"]).copy_(_part(param, entries["exp_avg_scale"].detach(), "exp_avg_scale"))
+    if codes:
+        return made
+    value = blockwise.decode(local(made["exp_avg"]), local(made["exp_avg_scale"]))
+    wide = torch.empty_like(param, dtype=moment_dtype(param, state_dtype), memory_format=torch.preserve_format)
+    local(wide.detach()).copy_(value)
+    return {"exp_avg": wide.detach()}
+
+
+def _part(param: Tensor, saved: Tensor, name: str) -> Tensor:
+    """What this rank needs of a saved tensor."""
+    if is_sharded(saved):
+        placements = placements_like(param, {0: 0} if name == "exp_avg_scale" else {d: d for d in range(param.dim())})
+        saved = saved.redistribute(placements=placements)  # type: ignore[attr-defined]
+    return local(saved)
 
 
 def _own(value: Any, device: torch.device) -> Any:
@@ -221,7 +289,12 @@ def _filled(made: Tensor, value: Tensor) -> Tensor:
 
 
 def moment_dtype(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of a parameter's first moment: ``state_dtype``, or else float32; float64 or complex if w is."""
+    """The dtype of a parameter's first moment: ``state_dtype``, or else float32; float64 or complex if w is.
+
+    Where ``state_dtype`` is that of codes, and the parameter's shape does not suit these, it is float32.
+    """
+    if state_dtype == blockwise.DTYPE and not blockwise.suits(param.shape):
+        return torch.float32
     if state_dtype is not None:
         return state_dtype
     return torch.promote_types(param.dtype, torch.float32)
@@ -247,6 +320,11 @@ def _is_sent(rest: Any) -> bool:
 def _lost(param: Tensor, group: Mapping[str, Any], known: Mapping[str, Tensor]) -> Tensor | None:
     name = checks.lost_bits(param, group)
     return None if name is None else local(known[name])
+
+
+def in_8_bits(param: Tensor, state_dtype: torch.dtype | None) -> bool:
+    """Whether a parameter's first moment is stored as codes of 8 bits."""
+    return state_dtype == blockwise.DTYPE and blockwise.suits(param.shape)
 
 
 def by_device(entries: Sequence[Entry]) -> Iterator[tuple[torch.device, list[Entry]]]:
@@ -279,6 +357,10 @@ def lay_out(
             _variance(entry.param, known)
             for entry, known in zip(entries, states, strict=True)
             if groups[entry.group]["diagonal"] != "identity"
+        ],
+        exp_avg_scales=[
+            local(known["exp_avg_scale"]) if in_8_bits(entry.param, groups[entry.group]["state_dtype"]) else None
+            for entry, known in zip(entries, states, strict=True)
         ],
     )
 

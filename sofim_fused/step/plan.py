@@ -37,7 +37,7 @@ class Plan:
     def __init__(self, backend: str, shard_group: ProcessGroup | None) -> None:
         self._backend = backend
         self._shard_group = shard_group
-        self._passes: dict[torch.device, Passes] = {}
+        self._passes: dict[tuple[torch.device, bool], Passes] = {}
         self._hyper: dict[torch.device, Hyperparameters] = {}
         self._rank_sums: RankSums | Literal[False] | None = None  # None: not found out yet
         self._rank_sums_before: tuple[Sharding, RankSums] | None = None
@@ -52,15 +52,17 @@ class Plan:
 
     # Backends and devices
 
-    def passes_for(self, device: torch.device) -> Passes:
+    def passes_for(self, device: torch.device, blockwise: bool = False) -> Passes:
         """The backend's passes for a device.
+
+        ``blockwise``: they have to take moments in 8 bits.
 
         Raises:
             RuntimeError: the requested backend cannot run on it.
         """
-        found = self._passes.get(device)
+        found = self._passes.get((device, blockwise))
         if found is None:
-            found = self._passes[device] = backends.choose(self._backend, device)
+            found = self._passes[device, blockwise] = backends.choose(self._backend, device, blockwise)
         return found
 
     def first_device(self, groups: Groups) -> torch.device:
@@ -150,6 +152,8 @@ class Plan:
         entries = gather.with_gradients(groups)
         for entry in entries:
             gather.check_state(entry, groups[entry.group], state)
+            if gather.in_8_bits(entry.param, groups[entry.group]["state_dtype"]):
+                self.passes_for(entry.param.device, blockwise=True)
         self.compare_ranks(optimizer, guarded)
         before = [gather.ensure_state(entry, groups[entry.group], state) for entry in entries]
         bump_versions(entry.param for entry in entries)
@@ -186,7 +190,7 @@ class Plan:
         if hyper is None or not hyper.serves(sizes, *options):
             hyper = self._hyper[device] = Hyperparameters(device, sizes, *options)
         tensors = gather.lay_out(device, entries, groups, optimizer.state)
-        tensors, passes, pairs = backends.apart(tensors, self.passes_for(device))
+        tensors, passes, pairs = backends.apart(tensors, self.passes_for(device, tensors.has_codes))
         squares = self._squares_over(groups, rank_sums) if rank_sums is not None and hyper.adaptive else None
         return DeviceShare(tensors, passes, hyper, rank_sums, pairs, squares)
 

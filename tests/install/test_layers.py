@@ -43,7 +43,7 @@ FLOORS = (
     {"backends"},
     {"checks_state_dict"},
     {"checks", "sharding"},
-    {"dtensor", "native"},
+    {"blockwise", "dtensor", "native"},
 )
 
 

@@ -10,13 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sofim_fused import SOFIM
+from sofim_fused import SOFIM, blockwise
 from sofim_fused.checks import STATE, VARIANCES
 from sofim_fused.step import gather
 from tests.in_backward.support import backward
 from tests.support.problems import give, same_bits, snapshot
 
 WHOLE = ("numerator", "fisher", "max_grad_norm", "skip_nonfinite")
+
+
+def _with_rows(**settings: Any) -> list[dict[str, Any]]:
+    """The groups of :func:`_two_groups`, with a parameter in each whose moment may be in 8 bits."""
+    groups = _two_groups(F32, BF16, **settings)
+    for i, group in enumerate(groups):
+        group["params"][i] = (f"layer.{3 * i}", nn.Parameter(torch.ones(32, 130)))
+    return groups
 
 
 def _two_groups(*dtypes: torch.dtype, **settings: Any) -> list[dict[str, Any]]:
@@ -34,6 +42,7 @@ KINDS: dict[str, Callable[[], tuple[list[dict[str, Any]], dict[str, Any]]]] = {
     "kahan": lambda: (_two_groups(BF16, torch.float16, F32), {"backend": "reference", "kahan": True}),
     "master bits": lambda: (_two_groups(BF16, torch.float16, F32), {}),
     "bf16-moments": lambda: (_two_groups(BF16, F32), {"state_dtype": BF16}),
+    "8-bit-moments": lambda: (_with_rows(), {"state_dtype": torch.float8_e4m3fn, "backend": "reference"}),
     "wide": lambda: (_two_groups(torch.complex64, torch.float64), {}),
     "gradient": lambda: (
         _two_groups(F32),
@@ -175,7 +184,12 @@ def check_valid(optimizer: SOFIM, params: list[Tensor]) -> None:
             assert known["step"].shape == ()
             assert known["step"].dtype == torch.int64
             assert 0 <= int(known["step"]) <= 2**63 - 2**20
-            check_like(known["exp_avg"], p, group["state_dtype"] or torch.promote_types(p.dtype, torch.float32))
+            check_like(known["exp_avg"], p, gather.moment_dtype(p, group["state_dtype"]))
+            assert ("exp_avg_scale" in known) == (known["exp_avg"].dtype == torch.float8_e4m3fn)
+            if "exp_avg_scale" in known:
+                scale = known["exp_avg_scale"]
+                assert (type(scale), scale.dtype, scale.shape) == (Tensor, F32, blockwise.scale_shape(p.shape))
+                assert not bool((scale < 0).any())
             if "kahan" in known:
                 assert p.dtype.itemsize == 2
                 check_like(known["kahan"], p, p.dtype)
@@ -237,5 +251,10 @@ def known_tensors(optimizer: SOFIM) -> list[Tensor]:
     found = []
     for p in params_of(optimizer):
         known = optimizer.state.get(p, {})
-        found += [p.detach(), *(known[name] for name in STATE if name in known)]
+        plain = [name for name in STATE if not name.startswith("exp_avg")]
+        found += [p.detach(), *(known[name] for name in plain if name in known)]
+        if "exp_avg_scale" in known:
+            found += [blockwise.decode(known["exp_avg"], known["exp_avg_scale"]), known["exp_avg_scale"]]
+        elif "exp_avg" in known:
+            found.append(known["exp_avg"])
     return found

@@ -100,7 +100,7 @@ DIAGONALS = "take one of 'identity', 'tensor', 'row', 'factored', 'element'"
 NOTHING_LEFT = "leaves out the term of rank one, and with diagonal='identity' nothing would be left: pass a number"
 A_FLAG = "pass True or False"
 MASTER_BITS = "pass 32, None (what kahan says) or 'auto' (32, unless kahan is set)"
-MOMENT_TYPES = "pass torch.float32, torch.bfloat16 or None (by parameter)"
+MOMENT_TYPES = "pass torch.float32, torch.bfloat16, torch.float8_e4m3fn or None (by parameter)"
 FISHERS = "take one of 'model', 'group', 'parameter'"
 NO_NORM = "is impossible: the norm of all gradients is known only after … Leave out one of them"
 
@@ -541,6 +541,14 @@ ADDED = [
         lambda _: {"params": [torch.empty(2, device="meta")]},
         RuntimeError,
         "backend='cpu' cannot run on meta (cpu: it runs on the CPU, not on meta): take backend='auto'",
+        backend="cpu",
+    ),
+    _added(
+        "of a moment in 8 bits, which the backend does not take",
+        lambda _: {"params": [torch.ones(32, 128)], "state_dtype": torch.float8_e4m3fn},
+        RuntimeError,
+        "backend='cpu' cannot run on cpu (cpu: it does not take moments in 8 bits (state_dtype=torch.float8_e4m3fn)): "
+        "take backend='auto', which computes these moments in pure PyTorch, or another state_dtype",
         backend="cpu",
     ),
     _added(
@@ -1094,6 +1102,29 @@ def _for_float64(_: str) -> Case:
     return Case(lambda: wide.load_state_dict(narrow.state_dict()), optimizer=wide)
 
 
+def _codes(
+    what: str, error: type[Exception], text: str, *, loaded: Any = None, held: Any = None, lost: bool = False
+) -> Row:
+    """Scales of a moment in 8 bits that are spoiled in a state dict (``loaded``), or before a step (``held``)."""
+
+    def case(backend: str) -> Case:
+        param = nn.Parameter(torch.ones(32, 128))
+        optimizer = SOFIM([param], backend=backend, state_dtype=torch.float8_e4m3fn)
+        give_ones([param])
+        optimizer.step()
+        if held is not None:
+            optimizer.state[param]["exp_avg_scale"] = held
+            return Case(optimizer.step, optimizer=optimizer)
+        saved = copy.deepcopy(optimizer.state_dict())
+        if lost:
+            del saved["state"][0]["exp_avg_scale"]
+        else:
+            saved["state"][0]["exp_avg_scale"] = loaded
+        return Case(lambda: optimizer.load_state_dict(saved), optimizer=optimizer)
+
+    return Row(what, case, error, text, ("reference",))
+
+
 OURS = "pass what SOFIM.state_dict() returned"
 ANOTHERS = "it comes from another optimizer, or is damaged"
 OTHER_MODEL = "it was saved for another model"
@@ -1175,6 +1206,34 @@ STATE_DICTS = [
         _with("param_groups", 0, "state_dtype", torch.float16),
         ValueError,
         f"parameter group 0: state_dtype=torch.float16: {MOMENT_TYPES}",
+    ),
+    _loaded(
+        "with a moment in 8 bits where it is kept in float32",
+        _with("state", 0, "exp_avg", torch.zeros(4).to(torch.float8_e4m3fn)),
+        ValueError,
+        f"{STATE_0}: exp_avg is float8_e4m3fn, in which no parameter of this shape keeps its moment: {OTHER_MODEL}, or "
+        "is damaged",
+    ),
+    _codes(
+        "`load_state_dict()` with a moment in 8 bits and without its scales",
+        ValueError,
+        "state_dict: state of parameter 0 (shape (32, 128), float32, cpu) has exp_avg in 8 bits and lacks "
+        "exp_avg_scale: it is damaged",
+        lost=True,
+    ),
+    _codes(
+        "`load_state_dict()` with scales of a moment in 8 bits for another number of blocks",
+        ValueError,
+        "state_dict: state of parameter 0 (shape (32, 128), float32, cpu): exp_avg_scale has the shape (32, 2), "
+        f"expected (32, 1): {OTHER_MODEL}",
+        loaded=torch.zeros(32, 2),
+    ),
+    _codes(
+        "`load_state_dict()` with negative scales of a moment in 8 bits",
+        ValueError,
+        "state_dict: state of parameter 0 (shape (32, 128), float32, cpu): exp_avg_scale has negative elements, which "
+        "no scale is: it is damaged",
+        loaded=-torch.ones(32, 1),
     ),
     _loaded(
         "with more parameters",
@@ -1466,7 +1525,32 @@ TOO_LATE = [
     ),
 ]
 
-ROWS: list[Row] = [*(argument.row() for argument in ARGUMENTS), *PARAMETERS, *ADDED, *MET, *TOO_LATE, *STATE_DICTS]
+CODES = [
+    _codes(
+        "scales of a moment in 8 bits in float64",
+        ValueError,
+        "state of parameter 0 (shape (32, 128), float32, cpu): exp_avg_scale is shape (32, 1), float64, cpu, expected "
+        f"shape (32, 1), float32, cpu: {REPLACED}",
+        held=torch.ones(32, 1, dtype=torch.float64),
+    ),
+    _codes(
+        "scales of a moment in 8 bits that are no tensor",
+        TypeError,
+        "state of parameter 0 (shape (32, 128), float32, cpu): exp_avg_scale is of type float, not a tensor: "
+        f"{REPLACED}",
+        held=1.0,
+    ),
+]
+
+ROWS: list[Row] = [
+    *(argument.row() for argument in ARGUMENTS),
+    *PARAMETERS,
+    *ADDED,
+    *MET,
+    *CODES,
+    *TOO_LATE,
+    *STATE_DICTS,
+]
 
 
 def markdown() -> str:

@@ -51,6 +51,7 @@ class TritonPasses(TritonAdaptive):
     """
 
     name = "triton"
+    blockwise = False
 
     def __init__(self, kernels: ModuleType, emulated: bool = False) -> None:
         super().__init__()

@@ -1,0 +1,583 @@
+"""Moments in 8 bits: the codes against a model of their own, and steps against the oracle."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sofim_fused import SOFIM, AdaSOFIM, backends, blockwise
+from sofim_fused.backends.rounding import random_bits
+from tests.step.support import variances_of, within
+from tests.support.oracle import Hyper, Oracle, real64
+from tests.support.problems import give, same_bits, snapshot
+from tests.support.runs import once
+
+F8 = torch.float8_e4m3fn
+LARGEST = float(torch.finfo(torch.float32).max)
+# The positive codes in the order of their bits, from the format's definition.
+VALUES = [Fraction(code % 8 + 8 * (code > 7), 8) * Fraction(2) ** (max(code // 8, 1) - 7) for code in range(127)]
+
+
+def scale_of(block: Sequence[float]) -> Fraction:
+    """The scale of a block of finite numbers."""
+    largest = max(abs(Fraction(x)) for x in block)
+    if largest == 0:
+        return Fraction(0)
+    return next(s for k in range(-140, 120) if (s := Fraction(2) ** k) * 448 >= largest or k == 119)
+
+
+def code_of(x: float, scale: Fraction, bits: int | None) -> int:
+    """The bits of a code, in exact arithmetic."""
+    y = min(abs(Fraction(x)) / scale, Fraction(448)) if scale else Fraction(0)
+    below = max(code for code, value in enumerate(VALUES) if value <= y)
+    code = below
+    if below < 126:
+        share = (y - VALUES[below]) / (VALUES[below + 1] - VALUES[below])
+        if bits is None:
+            code += share > Fraction(1, 2) or (share == Fraction(1, 2) and below % 2)
+        else:
+            code += share + Fraction(bits, 2**16) >= 1
+    return code | (0x80 if math.copysign(1, x) < 0 else 0)
+
+
+def samples() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(3, 300, generator=generator, dtype=torch.float64)
+    spread = normal * torch.randn(3, 300, generator=generator, dtype=torch.float64).mul(6).exp()
+    found = {f"times {size:g}": (normal * size) for size in (1.0, 1e-20, 3e-38, 1e-40, 3e-44, 1e20, 1e38)}
+    found["of many sizes"] = spread
+    found["ties"] = torch.arange(900, dtype=torch.float64).view(3, 300) / 16 + 1
+    found["a block of zeros"] = torch.cat([torch.zeros(3, 128), normal[:, 128:]], 1)
+    found["negative zeros"] = -torch.zeros(3, 300, dtype=torch.float64)
+    found["least"] = torch.full((3, 300), 2.0**-149, dtype=torch.float64)
+    found["the largest"] = torch.full((3, 300), LARGEST, dtype=torch.float64)
+    found["between scales"] = torch.tensor([1.75, math.nextafter(1.75, 2), 1.9999999]).repeat(3, 100)
+    return {name: x.clamp(-LARGEST, LARGEST).float() for name, x in found.items()}
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("name", samples())
+def test_codes_and_scales_are_those_of_exact_arithmetic(name: str, stochastic: bool) -> None:
+    x = samples()[name]
+    bits = random_bits(x, torch.tensor(3), 1) if stochastic else None
+    codes, scale = blockwise.encode(x, bits)
+    assert (codes.dtype, codes.shape, scale.dtype, scale.shape) == (F8, x.shape, torch.float32, (3, 3))
+    found, decoded = codes.view(torch.uint8), blockwise.decode(codes, scale)
+    for i in range(3):
+        for j in range(3):
+            part = slice(128 * j, 128 * j + 128)
+            block = x[i, part].tolist()
+            expected = scale_of(block)
+            assert Fraction(scale[i, j].item()) == expected
+            chances = [None] * len(block) if bits is None else bits[i, part].tolist()
+            codes_here = [code_of(each, expected, chance) for each, chance in zip(block, chances, strict=True)]
+            off = [a - b for a, b in zip(found[i, part].tolist(), codes_here, strict=True)]
+            # Adding 2^-6 rounds a small number before its random bits are added: rarely, that is one code more or less.
+            assert sum(map(abs, off)) <= (1 if stochastic else 0)
+            values = [VALUES[code & 0x7F] * expected for code in found[i, part].tolist()]
+            assert [abs(Fraction(value)) for value in decoded[i, part].tolist()] == values
+
+
+@pytest.mark.parametrize("name", samples())
+def test_codes_are_those_of_torch(name: str) -> None:
+    """Where scaling overflows nothing, the codes are a cast of what was scaled, in float64."""
+    x = samples()[name]
+    codes, scale = blockwise.encode(x)
+    wide = scale.double().repeat_interleave(128, 1)[:, :300]
+    scaled = torch.where(wide == 0, 0.0 * x.double(), x.double() / wide).clamp(-448, 448)
+    assert torch.equal(scaled.float().to(F8).view(torch.uint8), codes.view(torch.uint8))
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("name", samples())
+def test_what_is_read_back_is_stored_without_a_change(name: str, stochastic: bool) -> None:
+    once_stored = blockwise.decode(*blockwise.encode(samples()[name]))
+    bits = torch.full(once_stored.shape, 0xFFFF, dtype=torch.int32) if stochastic else None
+    assert torch.equal(blockwise.decode(*blockwise.encode(once_stored, bits)), once_stored)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_number_that_is_not_finite_spoils_its_block_and_no_other(bad: float) -> None:
+    x = torch.ones(2, 300)
+    x[1, 130] = bad
+    for bits in (None, random_bits(x, torch.tensor(1), 0)):
+        codes, scale = blockwise.encode(x, bits)
+        stored = blockwise.decode(codes, scale)
+        assert bool(stored[1, 128:256].isnan().all())
+        stored[1, 128:256] = 1
+        assert bool((stored == 1).all())
+        assert bool((codes[1, 128:256].float() == 0).all())
+
+
+@pytest.mark.parametrize("value", [0.01, -0.3, 1.03, 1e-6])
+def test_stochastic_rounding_has_no_bias(value: float) -> None:
+    """Over half a million draws, of a number far below the largest in its block too, whose codes are few."""
+    x = torch.full((4096, 128), value)
+    x[:, 0] = 1.9
+    x[:, 0] *= 1 if abs(value) > 1e-3 else 0.5
+    stored = blockwise.decode(*blockwise.encode(x, random_bits(x, torch.tensor(1), 0)))[:, 1:].double()
+    low, high = stored.min().item(), stored.max().item()
+    exact = x[0, 1].item()
+    assert low <= exact <= high
+    assert len(stored.unique()) == 2
+    share = (exact - low) / (high - low)
+    deviation = (stored.mean().item() - exact) / (high - low)
+    assert abs(deviation) < 5 * (share * (1 - share) / stored.numel()) ** 0.5 + 2.0**-16
+
+
+def test_which_tensors_are_stored_in_8_bits() -> None:
+    assert [blockwise.suits(shape) for shape in ((32, 128), (1, 4096), (32, 8, 4, 4), (0, 128))] == [True] * 3 + [False]
+    assert not any(blockwise.suits(shape) for shape in ((), (1 << 20,), (1 << 20, 127), (31, 128), (64, 0)))
+    assert blockwise.scale_shape((5, 3, 43)) == (5, 2)
+
+
+@once
+@pytest.mark.slow
+def test_compiled_codes_are_the_same() -> None:
+    """Inductor (torch 2.13) read the bits of padded numbers wrongly, in the shorter last blocks of rows."""
+    x = samples()["of many sizes"]
+    bits = random_bits(x, torch.tensor(1), 0)
+    for found, expected in zip(torch.compile(blockwise.encode)(x, bits), blockwise.encode(x, bits), strict=True):
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+    stored = blockwise.encode(x, bits)
+    assert torch.equal(torch.compile(blockwise.decode)(*stored), blockwise.decode(*stored))
+
+
+def test_codes_of_no_elements() -> None:
+    codes, scale = blockwise.encode(torch.empty(0, 300))
+    assert (codes.shape, scale.shape) == ((0, 300), (0, 3))
+    assert blockwise.decode(codes, scale).shape == (0, 300)
+
+
+def test_the_default_dtype_changes_nothing() -> None:
+    x = samples()["times 1e-40"]
+    expected = blockwise.encode(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = blockwise.encode(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(same_bits([a.view(torch.uint8)], [b.view(torch.uint8)]) for a, b in zip(found, expected, strict=True))
+
+
+# Steps. Only the last two tensors are too small, or of too few dimensions, for 8 bits.
+
+SHAPES = ((8, 600), (33, 130), (5, 16, 8, 9), (4, 50), (40,))
+SCHEDULES: dict[str, dict[str, Any]] = {"plain": {}, "clip": {"max_grad_norm": 1.0}, "skip": {"skip_nonfinite": True}}
+DIAGONALS: dict[str, dict[str, Any]] = {
+    "identity": {"rho": 2.0},
+    "tensor": {"rho": None},
+    "row, with a term of rank one": {"rho": 0.5},
+    "factored": {"rho": None},
+    "element, with a term of rank one": {"rho": 0.5},
+}
+
+
+def params_of(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+    params[2] = nn.Parameter(params[2].detach().to(memory_format=torch.channels_last))
+    return list(params)
+
+
+def gradients(params: Sequence[Tensor], count: int) -> list[list[Tensor | None]]:
+    generator = torch.Generator().manual_seed(2)
+    drift = [torch.randn(p.shape, generator=generator) for p in params]
+    return [
+        [
+            (0.01 * (d + torch.randn(p.shape, generator=generator))).to(p.dtype)
+            for p, d in zip(params, drift, strict=True)
+        ]
+        for _ in range(count)
+    ]
+
+
+def stored_moment(optimizer: SOFIM, p: Tensor) -> Tensor:
+    known = optimizer.state.get(p)
+    if not known:
+        return torch.zeros_like(real64(p))
+    if "exp_avg_scale" in known:
+        return blockwise.decode(known["exp_avg"], known["exp_avg_scale"]).double()
+    return real64(known["exp_avg"])
+
+
+def quantum(optimizer: SOFIM, p: Tensor, exact: Tensor) -> Tensor:
+    """The distance of codes around each number: a stochastic rounding is off by less."""
+    scale = optimizer.state[p]["exp_avg_scale"].double().repeat_interleave(128, 1)
+    scale = scale[:, : p.numel() // len(p)].reshape(p.shape)
+    return torch.maximum(exact.abs() / 8, scale * 2.0**-9)
+
+
+@once
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("numerator", ["moment", "gradient", "nesterov"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("diagonal", DIAGONALS)
+def test_each_step_follows_the_oracle(diagonal: str, schedule: str, numerator: str, dtype: torch.dtype) -> None:
+    params = params_of(dtype)
+    kind, options = diagonal.partition(",")[0], {**DIAGONALS[diagonal], **SCHEDULES[schedule]}
+    optimizer = SOFIM(
+        params,
+        lr=0.1,
+        diagonal=kind,  # type: ignore[arg-type]
+        numerator=numerator,  # type: ignore[arg-type]
+        state_dtype=F8,
+        kahan=False,
+        backend="reference",
+        **options,
+    )
+    rho = math.inf if options["rho"] is None else options["rho"]
+    hypers = [Hyper(lr=0.1, rho=rho, diagonal=kind)] * len(params)
+    oracle = Oracle([p.detach() for p in params], hypers, [0] * len(params), numerator, options.get("max_grad_norm"))
+    # A guarded step, and one without the term of rank one, use the moment before its rounding.
+    reads_stored = options["rho"] is not None if kind != "identity" else schedule == "plain"
+    for count, grads in enumerate(gradients(params, 3)):
+        give(params, grads)
+        oracle.weights = [real64(p) for p in params]
+        oracle.variances = [variances_of(optimizer, p) for p in params]
+        optimizer.step()
+        stored = [stored_moment(optimizer, p) for p in params]
+        oracle.step(grads, stored if reads_stored else None)
+        for i, p in enumerate(params):
+            known, exact = optimizer.state[p], oracle.exact[i]
+            assert (known["exp_avg"].dtype == F8) is ("exp_avg_scale" in known) is (i < 3), i
+            bound = 1e-7 + (1e-6 * exact.abs() if i >= 3 else 1.0001 * quantum(optimizer, p, exact))
+            assert within(stored[i], exact, bound), (count, i)
+            rounding = 1e-6 if dtype == torch.float32 else 2.0**-8
+            assert within(real64(p), oracle.weights[i], rounding * (oracle.weights[i].abs() + 0.1)), (count, i)
+        oracle.moments = stored
+
+
+def trained(steps: int = 3, start: dict[str, Any] | None = None, **options: Any) -> tuple[SOFIM, list[Tensor]]:
+    params = params_of()
+    optimizer = SOFIM(params, **{"lr": 0.1, "state_dtype": F8, "backend": "reference", **options})
+    if start is not None:
+        optimizer.load_state_dict(start)
+    for grads in gradients(params, steps):
+        give(params, grads)
+        optimizer.step()
+    return optimizer, params
+
+
+def bits_of(optimizer: SOFIM) -> list[Tensor]:
+    """Parameters and state, those in 8 bits as integers."""
+    return [x.view(torch.uint8) if x.dtype == F8 else x for x in snapshot(optimizer)]
+
+
+@once
+@pytest.mark.parametrize("diagonal", ["identity", "factored"])
+def test_a_skipped_step_leaves_every_bit(diagonal: str) -> None:
+    optimizer, params = trained(diagonal=diagonal, skip_nonfinite=True)
+    before = [x.clone() for x in bits_of(optimizer)]
+    grads = gradients(params, 1)[0]
+    assert grads[1] is not None
+    grads[1][3, 7] = math.nan
+    give(params, grads)
+    optimizer.step()
+    assert int(optimizer.skipped_steps) == 1
+    assert same_bits(bits_of(optimizer), before)
+
+
+@once
+def test_without_skipping_an_infinity_does_not_become_a_number() -> None:
+    optimizer, params = trained(fisher="parameter")
+    grads = gradients(params, 1)[0]
+    assert grads[1] is not None
+    grads[1][3, 7] = math.inf
+    give(params, grads)
+    optimizer.step()
+    moment = stored_moment(optimizer, params[1])
+    assert bool(moment[3, :128].isnan().all())
+    assert int(moment.isnan().sum()) == 128
+
+
+@once
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"numerator": "gradient"},
+        {"numerator": "nesterov", "weight_decay": 0.1, "decoupled_weight_decay": False},
+        {"diagonal": "factored", "rho": None},
+    ],
+    ids=str,
+)
+def test_in_backward_takes_the_same_step(options: dict[str, Any]) -> None:
+    expected, _ = trained(**options)
+    params = params_of()
+    optimizer = SOFIM(params, lr=0.1, state_dtype=F8, backend="reference", in_backward=True, **options)
+    for grads in gradients(params, 3):
+        for p in params:
+            p.grad = None
+        loss: Tensor = sum((p * g).sum() for p, g in zip(params, grads, strict=True))  # type: ignore[operator,misc,assignment]
+        loss.backward()
+        optimizer.step()
+    for ours, theirs in zip(bits_of(optimizer), bits_of(expected), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@once
+def test_the_state_does_not_depend_on_the_order_in_memory() -> None:
+    _, params = trained()
+    contiguous = [nn.Parameter(p.detach().contiguous()) for p in params_of()]
+    optimizer = SOFIM(contiguous, lr=0.1, state_dtype="float8_e4m3fn", backend="reference")
+    for grads in gradients(params, 3):
+        give(contiguous, grads)
+        optimizer.step()
+    expected, _ = trained()
+    for (_, a), (_, b) in zip(optimizer.state.items(), expected.state.items(), strict=True):
+        assert torch.equal(a["exp_avg"].contiguous().view(torch.uint8), b["exp_avg"].contiguous().view(torch.uint8))
+
+
+@once
+def test_codes_in_another_order_take_the_same_step() -> None:
+    """They are contiguous where SOFIM makes them, but users copy state."""
+    optimizer, params = trained(2)
+    twin, others = trained(2)
+    known = twin.state[others[2]]
+    known["exp_avg"] = known["exp_avg"].clone().contiguous(memory_format=torch.channels_last)
+    for one, its in ((optimizer, params), (twin, others)):
+        give(its, gradients(its, 1)[0])
+        one.step()
+    known["exp_avg"] = known["exp_avg"].contiguous()
+    assert same_bits(bits_of(twin), bits_of(optimizer))
+
+
+@once
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("diagonal", ["identity", "row, with a term of rank one", "factored"])
+def test_the_random_bits_are_those_of_the_step_and_the_ordinal(diagonal: str, schedule: str) -> None:
+    options = {**DIAGONALS[diagonal], **SCHEDULES[schedule], "diagonal": diagonal.partition(",")[0]}
+    if schedule == "clip":
+        options["max_grad_norm"] = 1e9  # so that gradients enter as they are
+    params = params_of()
+    optimizer = SOFIM(params, lr=0.1, momentum=0.5, state_dtype=F8, backend="reference", **options)
+    moments = [torch.zeros(p.shape) for p in params]
+    for count, grads in enumerate(gradients(params, 2), start=1):
+        give(params, grads)
+        optimizer.step()
+        for i, (p, g) in enumerate(zip(params[:3], grads, strict=False)):
+            assert g is not None
+            bits = random_bits(moments[i].contiguous(), torch.tensor(count), i)
+            exact = torch.add(moments[i] * 0.5, g, alpha=0.5).contiguous()
+            codes, scale = blockwise.encode(exact, bits)
+            known = optimizer.state[p]
+            assert torch.equal(known["exp_avg"].view(torch.uint8), codes.view(torch.uint8))
+            assert torch.equal(known["exp_avg_scale"], scale)
+            moments[i] = blockwise.decode(codes, scale)
+
+
+@once
+def test_a_moment_under_a_large_decay_does_not_stall() -> None:
+    """Changes of 1 % are far below the distance of codes; rounded stochastically, they arrive on the average."""
+    p = nn.Parameter(torch.zeros(64, 128))
+    optimizer = SOFIM([p], lr=0.0, momentum=0.99, state_dtype=F8, backend="reference")
+    for step in range(60):
+        p.grad = torch.full_like(p, 1.0 if step == 0 else 0.0)
+        optimizer.step()
+    assert float(stored_moment(optimizer, p).mean()) == pytest.approx(0.01 * 0.99**59, rel=0.01)
+
+
+@once
+def test_adasofim_has_it_as_a_group_option() -> None:
+    first, second = nn.Parameter(torch.ones(32, 128)), nn.Parameter(torch.ones(32, 128))
+    groups = [{"params": [first], "state_dtype": "float8_e4m3fn"}, {"params": [second]}]
+    optimizer = AdaSOFIM(groups, backend="reference")
+    give([first, second], [torch.ones(32, 128)] * 2)
+    optimizer.step()
+    assert [optimizer.state[p]["exp_avg"].dtype for p in (first, second)] == [F8, torch.float32]
+
+
+# Backends
+
+
+@once
+def test_a_backend_that_does_not_take_codes_says_so_before_anything_changes() -> None:
+    p = nn.Parameter(torch.ones(32, 128))
+    SOFIM([nn.Parameter(torch.ones(31, 128))], state_dtype=F8, backend="cpu")  # too small: it stays in float32
+    with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run on cpu .*does not take moments in 8 bits"):
+        SOFIM([p], state_dtype=F8, backend="cpu")
+    with pytest.raises(RuntimeError, match="fused=True cannot run on cpu"):
+        SOFIM([p], state_dtype=F8, fused=True)
+    optimizer = SOFIM([p], backend="cpu")
+    optimizer.param_groups[0]["state_dtype"] = F8
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="take backend='auto', which computes these moments in pure PyTorch"):
+        optimizer.step()
+    assert not optimizer.state
+    assert bool((p == 1).all())
+
+
+@once
+def test_auto_falls_back_to_pure_pytorch_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_WARNED", set())
+    p = nn.Parameter(torch.ones(32, 128))
+    with pytest.warns(UserWarning, match="do not take moments in 8 bits"):
+        optimizer = SOFIM([p], state_dtype=F8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SOFIM([nn.Parameter(torch.ones(32, 128))], state_dtype=F8)
+    assert set(optimizer.backends.values()) == {"reference"}
+    assert set(SOFIM([nn.Parameter(torch.ones(3))], state_dtype=F8).backends.values()) == {"cpu"}
+    twin = nn.Parameter(torch.ones(32, 128))
+    reference = SOFIM([twin], state_dtype=F8, backend="reference")
+    for _ in range(2):
+        p.grad = twin.grad = torch.arange(4096.0).view(32, 128)
+        optimizer.step()
+        reference.step()
+    assert same_bits(bits_of(optimizer), bits_of(reference))
+
+
+# Stored and restored
+
+
+@once
+@pytest.mark.parametrize("diagonal", ["identity", "factored"])
+def test_a_restored_run_goes_on_bit_for_bit(diagonal: str, tmp_path: Any) -> None:
+    optimizer, params = trained(diagonal=diagonal)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert saved["param_groups"][0]["state_dtype"] == "float8_e4m3fn"
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    other = SOFIM(others, backend="reference")
+    other.load_state_dict(saved)
+    for grads in gradients(params, 2):
+        for one, its in ((optimizer, params), (other, others)):
+            give(its, grads)
+            one.step()
+    assert same_bits(bits_of(other), bits_of(optimizer))
+
+
+@once
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", None])
+def test_a_moment_is_converted_once(state_dtype: str | None) -> None:
+    optimizer, params = trained(state_dtype=state_dtype)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["state_dtype"] = "float8_e4m3fn"
+    narrow, others = trained(0, start=saved)
+    for p, q in zip(params[:3], others[:3], strict=True):
+        codes, scale = blockwise.encode(optimizer.state[p]["exp_avg"].float())
+        assert torch.equal(narrow.state[q]["exp_avg"].view(torch.uint8), codes.view(torch.uint8))
+        assert torch.equal(narrow.state[q]["exp_avg_scale"], scale)
+    back = narrow.state_dict()
+    back["param_groups"][0]["state_dtype"] = state_dtype
+    wide, again = trained(0, start=back)
+    for p, q in zip(others, again, strict=True):
+        assert "exp_avg_scale" not in wide.state[q]
+        assert torch.equal(wide.state[q]["exp_avg"].double(), stored_moment(narrow, p))
+
+
+@once
+def test_a_changed_state_dtype_says_what_to_do_and_that_works() -> None:
+    optimizer, params = trained()
+    moments = [stored_moment(optimizer, p) for p in params]
+    optimizer.param_groups[0]["state_dtype"] = None
+    give(params, gradients(params, 1)[0])
+    with pytest.raises(ValueError, match=r"optimizer.load_state_dict\(optimizer.state_dict\(\)\)"):
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert all(torch.equal(real64(optimizer.state[p]["exp_avg"]), m) for p, m in zip(params, moments, strict=True))
+    optimizer.step()
+
+
+@once
+@pytest.mark.parametrize("start", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_running_torch_optimizer_is_taken_over(start: Any) -> None:
+    params = params_of()
+    theirs = start(params, lr=0.1, **({"momentum": 0.9} if start is torch.optim.SGD else {}))
+    give(params, gradients(params, 1)[0])
+    theirs.step()
+    convert = SOFIM.from_sgd if start is torch.optim.SGD else SOFIM.from_adamw
+    exact, narrow = convert(theirs, backend="reference"), convert(theirs, state_dtype=F8, backend="reference")
+    for p in params[:3]:
+        codes, scale = blockwise.encode(exact.state[p]["exp_avg"])
+        assert torch.equal(narrow.state[p]["exp_avg"].view(torch.uint8), codes.view(torch.uint8))
+        assert torch.equal(narrow.state[p]["exp_avg_scale"], scale)
+
+
+@once
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda known: known.pop("exp_avg_scale"), "exp_avg in 8 bits and lacks exp_avg_scale"),
+        (
+            lambda known: known.update(exp_avg_scale=torch.ones(8, 4)),
+            r"exp_avg_scale has the shape \(8, 4\), expected \(8, 5\)",
+        ),
+        (lambda known: known.update(exp_avg_scale=-torch.ones(8, 5)), "exp_avg_scale has negative elements"),
+        (lambda known: known.update(exp_avg_scale=3.0), "exp_avg_scale is of type float"),
+        (lambda known: known.update(exp_avg_scale=torch.ones(8, 5).to(F8)), "exp_avg_scale is float8_e4m3fn"),
+        (lambda known: known.update(kahan=torch.zeros(8, 600).to(F8)), "kahan is float8_e4m3fn"),
+    ],
+)
+def test_damaged_scales_are_refused(change: Any, message: str) -> None:
+    optimizer, _ = trained()
+    before = [x.clone() for x in bits_of(optimizer)]
+    saved = optimizer.state_dict()
+    saved["state"][0] = dict(saved["state"][0])
+    change(saved["state"][0])
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.load_state_dict(saved)
+    assert same_bits(bits_of(optimizer), before)
+
+
+@once
+def test_codes_of_a_tensor_that_has_none_are_refused() -> None:
+    optimizer, _ = trained()
+    saved = optimizer.state_dict()
+    saved["state"][4] = {**saved["state"][4], "exp_avg": torch.zeros(40).to(F8)}
+    with pytest.raises(ValueError, match="in which no parameter of this shape keeps its moment"):
+        optimizer.load_state_dict(saved)
+
+
+@once
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "lacks exp_avg_scale: put it back"),
+        (torch.ones(8, 4), r"exp_avg_scale is shape \(8, 4\), float32, cpu, expected shape \(8, 5\), float32"),
+        (torch.ones(8, 5, dtype=torch.float64), "float64, cpu, expected"),
+        (torch.ones(8, 1).expand(8, 5), "exp_avg_scale has strides"),
+        (1.0, "exp_avg_scale is of type float"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused_in_a_step(value: Any, message: str) -> None:
+    optimizer, params = trained()
+    if value is None:
+        del optimizer.state[params[0]]["exp_avg_scale"]
+    else:
+        optimizer.state[params[0]]["exp_avg_scale"] = value
+    give(params, gradients(params, 1)[0])
+    before = [p.detach().clone() for p in params]
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.step()
+    assert same_bits([p.detach() for p in params], before)
+
+
+@once
+def test_scales_that_share_memory_are_refused() -> None:
+    optimizer, params = trained()
+    params_before = [p.detach().clone() for p in params]
+    optimizer.state[params[0]]["exp_avg_scale"] = params[0].detach().view(-1)[:40].view(8, 5)
+    give(params, gradients(params, 1)[0])
+    with pytest.raises(ValueError, match="exp_avg_scale shares memory with the parameter"):
+        optimizer.step()
+    assert same_bits([p.detach() for p in params], params_before)
+
+
+def test_numpy_reads_what_is_stored() -> None:
+    """How the documents say to read a moment outside of SOFIM."""
+    x = samples()["of many sizes"]
+    codes, scale = blockwise.encode(x)
+    table = np.array([*map(float, VALUES), np.nan], dtype=np.float32)
+    raw = codes.view(torch.uint8).numpy()
+    values = np.where(raw & 0x80, -1, 1) * table[raw & 0x7F] * np.repeat(scale.numpy(), 128, axis=1)[:, :300]
+    np.testing.assert_array_equal(values.astype(np.float32), blockwise.decode(codes, scale).numpy())
