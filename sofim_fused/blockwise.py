@@ -82,7 +82,8 @@ def encode(value: Tensor, bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return empty, torch.zeros(rows, blocks, dtype=torch.float32, device=value.device)
     flat = value.reshape(rows, -1)
     flat_bits = None if bits is None else bits.reshape(rows, -1)
-    # The shorter last blocks apart: Inductor (torch 2.13) compiles reading the bits of padded numbers wrongly.
+    # The shorter last blocks apart: Inductor (torch 2.13) crops rows wrongly that were scaled by block, see
+    # findings/inductor_cropped_blocks.sh.
     whole = flat.shape[1] // BLOCK * BLOCK
     parts = []
     for begin, end, size in ((0, whole, BLOCK), (whole, flat.shape[1], flat.shape[1] - whole)):

@@ -142,7 +142,7 @@ def test_which_tensors_are_stored_in_8_bits() -> None:
 @once
 @pytest.mark.slow
 def test_compiled_codes_are_the_same() -> None:
-    """Inductor (torch 2.13) read the bits of padded numbers wrongly, in the shorter last blocks of rows."""
+    """Inductor (torch 2.13) crops rows wrongly that were scaled by block: findings/inductor_cropped_blocks.sh."""
     x = samples()["of many sizes"]
     bits = random_bits(x, torch.tensor(1), 0)
     for found, expected in zip(torch.compile(blockwise.encode)(x, bits), blockwise.encode(x, bits), strict=True):
