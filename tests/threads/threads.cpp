@@ -265,19 +265,22 @@ struct Race {
   Mode mode;
   int width;
   bool same_memory;  // of two tensors; else the sums of all tiles
+  bool writes_w;
 };
 
 int raced() {
   const Race races[] = {
-      {"sums", &Kernels::dots, mode_of(false, false, false, false, false), 0, false},
-      {"accumulate", &Kernels::accumulate, mode_of(false, false, false, false, false), 1, true},
-      {"apply", &Kernels::apply, mode_of(false, false, false, false, true), 0, true},
-      {"commit", &Kernels::commit, mode_of(false, false, false, false, true), 0, true},
+      {"sums", &Kernels::dots, mode_of(false, false, false, false, false), 0, false, false},
+      {"accumulate", &Kernels::accumulate, mode_of(false, false, false, false, false), 1, true, false},
+      {"apply", &Kernels::apply, mode_of(false, false, false, false, true), 0, true, true},
+      {"commit", &Kernels::commit, mode_of(false, false, false, false, true), 0, true, true},
   };
   int tried = 0, missed = 0;
   at::number_of_threads = 2;
   for (const Race& race : races) {
     for (const Kind& kind : kKinds) {
+      // Where only moments and gradients are read, the code is that of another kind, whose races were reported there.
+      if (kind.master && !race.writes_w) continue;
       Tensors tensors(kind, {kTile, kTile});
       if (race.same_memory) tensors.records[1] = tensors.records[0];
       const int before = reports;
