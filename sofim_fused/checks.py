@@ -607,7 +607,7 @@ def state_of_parameter(
         ordinal: the parameter's place among all.
         lost: the name of its lost bits, if it has any; others, of an earlier setting, are not used.
     """
-    for name, expected in (("exp_avg", dtype), ("kahan", param.dtype), ("master_bits", torch.int16)):
+    for name, expected in (("exp_avg", dtype), ("kahan", param.dtype), ("master_bits", REST)):
         if name not in known or (name != "exp_avg" and name != lost):
             continue
         value = known[name]

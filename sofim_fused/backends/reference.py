@@ -137,8 +137,8 @@ class ReferencePasses(TorchSolve, TorchAdaptivePasses):
         sums.add_squares("gg", batch, tensors.grads)
         if decay.weight is not None:
             # Whole weights and decoded moments are temporaries: of one tensor at a time.
-            alone = [i for i in range(n) if _is_master(tensors, i) or tensors.exp_avg_scales[i] is not None]
-            others = [i for i in range(n) if i not in {*alone}]
+            apart = [_is_master(tensors, i) or tensors.exp_avg_scales[i] is not None for i in range(n)]
+            alone, others = ([i for i in range(n) if apart[i] is chosen] for chosen in (True, False))
             for each in [_Batch(others, None), *(_Batch([i], None) for i in alone)]:
                 weights = _weights(tensors, each)
                 sums.add("mw", each, each.moments(tensors), weights)

@@ -166,6 +166,7 @@ class _Part:
 
 
 def _local(x: Tensor) -> Tensor:
+    """What this rank holds, the tensor itself: ``DTensor.to_local()`` makes a new view of a parameter's each time."""
     return x._local_tensor if is_sharded(x) else x  # type: ignore[attr-defined]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -38,19 +39,29 @@ CASES += [
 Edit = Callable[[int, nn.Module, SOFIM], object]
 
 
+@contextlib.contextmanager
+def steps_by_passes() -> Iterator[list[bool]]:
+    """Lists the steps that are taken by passes; of each, whether it is guarded."""
+    found: list[bool] = []
+    shares = Plan.shares
+
+    def counted(self: Plan, of: Any, guarded: bool = False) -> Any:
+        found.append(guarded)
+        return shares(self, of, guarded)
+
+    Plan.shares = counted  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        Plan.shares = shares  # type: ignore[method-assign]
+
+
 def taken(rank: int, world: int, options: dict[str, Any], edit: Edit | None, halves: bool) -> Any:
     """Some steps; what has come of them, the sizes of messages, and how many steps were taken by passes."""
     options = dict(options)
     model = fsdp(Net().to(options.pop("dtype", torch.float32)), mesh_of((world,), ("shard",)))
     made = SOFIM(grouped(model), lr=0.1, rho=1.0, **options)
-    by_passes = []
-    shares, sharded_step = Plan.shares, optimizer.ShardedStep
-
-    def counted(self: Plan, of: Any, guarded: bool = False) -> Any:
-        by_passes.append(guarded)
-        return shares(self, of, guarded)
-
-    Plan.shares = counted  # type: ignore[method-assign]
+    sharded_step = optimizer.ShardedStep
     if not halves:
         optimizer.ShardedStep = lambda *_: optimizer._no_native_step  # type: ignore[assignment,misc]
     try:
@@ -66,9 +77,9 @@ def taken(rank: int, world: int, options: dict[str, Any], edit: Edit | None, hal
                     edit(step, model, made)
                 made.step()
 
-        sent = all_reduced(work)
+        with steps_by_passes() as by_passes:
+            sent = all_reduced(work)
     finally:
-        Plan.shares = shares  # type: ignore[method-assign]
         optimizer.ShardedStep = sharded_step  # type: ignore[misc]
     entries = [p.detach().to_local() for p in model.parameters()]
     entries += [
@@ -192,22 +203,13 @@ def of_whole_parameters(rank: int) -> tuple[list[Tensor], int]:
     torch.manual_seed(rank)
     params = [nn.Parameter(torch.randn(shape)) for shape in ((5, 3), (4,))]
     made = SOFIM(params, lr=0.1, rho=1.0, max_grad_norm=0.1, shard_group=distributed.group.WORLD)
-    by_passes, shares = [], Plan.shares
-
-    def counted(self: Plan, of: Any, guarded: bool = False) -> Any:
-        by_passes.append(guarded)
-        return shares(self, of, guarded)
-
-    Plan.shares = counted  # type: ignore[method-assign]
-    try:
+    with steps_by_passes() as by_passes:
         for step in range(STEPS):
             if step == 3:
                 params[0].data = params[0].data.clone()
             for p in params:
                 p.grad = torch.randn(p.shape)
             made.step()
-    finally:
-        Plan.shares = shares  # type: ignore[method-assign]
     return [p.detach() for p in params], len(by_passes)
 
 
