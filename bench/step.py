@@ -151,11 +151,13 @@ def sgd(bytes_moved: int, clip: bool = False, **options: Any) -> Recipe:
 
 GUARD: Mapping[str, Any] = {"max_grad_norm": MAX_GRAD_NORM, "skip_nonfinite": True}
 BF16 = torch.bfloat16
+F8 = torch.float8_e4m3fn
 # SGD foreach and default are three sweeps (two that update the moment, one the weight), fused is a single one.
 PLAIN = {
     "SOFIM": ours(24),
     "SOFIM, gradient form": ours(28, numerator="gradient"),
     "SOFIM, bfloat16 moment": ours(18, state_dtype=BF16),
+    "SOFIM, 8-bit moment": ours(15, state_dtype=F8),
     "SOFIM, reference": ours(None, backend="reference"),
     "SGD fused": sgd(20, fused=True),
     "SGD foreach": sgd(32, foreach=True),

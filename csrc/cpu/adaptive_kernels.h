@@ -50,18 +50,19 @@ struct Scaled {
         eps(static_cast<T>(r.scale->eps)),
         root(static_cast<T>(r.scale->root)),
         enters(mode.enters),
+        blends(mode.enters && !mode.entered),
         updates(mode.updates),
         gains(mode.scaled),
         gradient(mode.gradient),
         cross(mode.cross) {}
 
-  SOFIM_HD Use use() const { return {updates, enters || gradient, enters, updates}; }
+  SOFIM_HD Use use() const { return {updates, enters || gradient, blends, updates}; }
 
   SOFIM_HD void operator()(const ScaledBlock<Y>& b, Sums& sums) const {
     V v(T(0)), m = load(b.m), inverse = load(b.inverse);
     if (enters || gradient) v = load(b.g);
     if (gains) v = v * V(factors.gain);
-    if (enters) {
+    if (blends) {
       m = factors.moment(m, v, b);
       const V stored = factors.store_moment(b.m, m, b.index);
       if (!updates) m = stored;
@@ -90,7 +91,7 @@ struct Scaled {
 
   Factors<Y> factors;
   T beta2, one_minus_beta2, eps, root;
-  bool enters, updates, gains, gradient, cross;
+  bool enters, blends, updates, gains, gradient, cross;
 };
 
 // Writes the factors 1/s of elements one after the other, for a few hundred of them at a time: rows that are no multiple
@@ -152,7 +153,7 @@ typename Scaled<Y>::Sums over_scaled_tile(const Scaled<Y>& pass, const Row& r, c
   ScaledBlock<Y>& block = run.first;
   block.w = static_cast<typename Y::W*>(r.w) + begin;
   block.g = static_cast<const typename Y::G*>(r.g) + begin;
-  block.m = static_cast<typename Y::M*>(r.m) + begin;
+  block.m = static_cast<typename Y::M*>(r.m) + (begin - r.first);
   block.lost = r.lost == nullptr ? nullptr : static_cast<typename Y::W*>(r.lost) + begin;
   block.index = begin;
   block.inverse = inverse;
@@ -204,10 +205,8 @@ typename Scaled<Y>::Sums over_scaled_tile(const Scaled<Y>& pass, const Row& r, c
   tail.pairs = 1;
   tail.far = false;
   over_blocks(pass, tail, sums);
-  if (use.writes_m) {
-    memcpy(block.m, m, rest * sizeof *m);
-    if (block.variance != nullptr) memcpy(block.variance, variance, rest * sizeof *variance);
-  }
+  if (use.writes_m) memcpy(block.m, m, rest * sizeof *m);
+  if (mode.enters && block.variance != nullptr) memcpy(block.variance, variance, rest * sizeof *variance);
   if (use.writes_w) {
     memcpy(block.w, w, rest * sizeof *w);
     if (block.lost != nullptr) memcpy(block.lost, lost, rest * sizeof *lost);
@@ -215,7 +214,7 @@ typename Scaled<Y>::Sums over_scaled_tile(const Scaled<Y>& pass, const Row& r, c
   return sums;
 }
 
-void run_scaled(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
+void scaled(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
   with_types(r, [&](auto types) {
     using Y = decltype(types);
     const auto done = over_scaled_tile<Y>(Scaled<Y>(r, mode, begin), r, mode, begin, size);
@@ -338,6 +337,8 @@ void run_squares(const SquaresTile& tile) {
       return squares_of<BFloat16>(tile);
     case Type::float16:
       return squares_of<Half>(tile);
+    case Type::codes:  // of moments alone
+      return;
   }
 }
 

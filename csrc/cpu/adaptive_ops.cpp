@@ -59,10 +59,12 @@ class Running {
 // One sweep over tensors whose factors are known.
 class Sweep {
  public:
-  Sweep(TensorList params, TensorList grads, TensorList exp_avgs, std::optional<TensorList> lost_bits,
+  Sweep(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
+        std::optional<TensorList> lost_bits,
         std::optional<Counts> counts, const GivenScales& scales) {
     const size_t n = params.size();
-    TORCH_CHECK(grads.size() == n && exp_avgs.size() == n && (!lost_bits || lost_bits->size() == n) &&
+    TORCH_CHECK(grads.size() == n && exp_avgs.size() == n &&
+                    (exp_avg_scales.empty() || exp_avg_scales.size() == n) && (!lost_bits || lost_bits->size() == n) &&
                     (!counts || (counts->steps.size() == n && counts->ordinals.size() == n)) &&
                     scales.variances.size() == n && scales.kinds.size() == n,
                 "sofim_fused: the lists differ in length; params has ", n);
@@ -102,8 +104,9 @@ class Sweep {
         given.whole = &scales.variances[i];
       }
       const bool kept = lost_bits && (*lost_bits)[i].numel() > 0;
+      const bool codes = !exp_avg_scales.empty() && exp_avgs[i].scalar_type() == at::kFloat8_e4m3fn;
       const char* wrong =
-          tensors_.add(w, grads[i], exp_avgs[i], kept ? (*lost_bits)[i] : none, counts ? counts->steps[i] : none,
+          tensors_.add(w, grads[i], exp_avgs[i], codes ? exp_avg_scales[i] : none, kept ? (*lost_bits)[i] : none, counts ? counts->steps[i] : none,
                        counts ? counts->ordinals[i] : 0, &given);
       TORCH_CHECK(wrong == nullptr, "sofim_fused: tensor ", i, ": ", wrong);
       mixes_.push_back({beta2.const_data_ptr<double>()[i], eps.const_data_ptr<double>()[i],
@@ -325,12 +328,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapt(
   return {by_row, by_col, numbers, seen};
 }
 
-Tensor accumulate_scaled(TensorList params, TensorList grads, TensorList exp_avgs, TensorList variances,
+Tensor accumulate_scaled(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
+                         TensorList variances,
                          at::IntArrayRef kinds, TensorList steps, at::IntArrayRef ordinals, Floats moment,
                          Floats gradient, const Tensor& by_row, const Tensor& by_col, const Tensor& trace,
                          const Tensor& beta2, const Tensor& eps, const Tensor& root, const Vector& gain,
                          const Vector& skip) {
-  Sweep sweep(params, grads, exp_avgs, std::nullopt, Counts{steps, ordinals},
+  Sweep sweep(params, grads, exp_avgs, exp_avg_scales, std::nullopt, Counts{steps, ordinals},
               {variances, kinds, by_row, by_col, trace, beta2, eps, root, gain, skip});
   StepTensors& tensors = sweep.tensors();
   set_decay(tensors, moment, gradient, std::nullopt);
@@ -355,11 +359,12 @@ Tensor accumulate_scaled(TensorList params, TensorList grads, TensorList exp_avg
   return result;
 }
 
-void apply_scaled(TensorList params, TensorList grads, TensorList exp_avgs, TensorList lost_bits, TensorList variances,
+void apply_scaled(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
+                  TensorList lost_bits, TensorList variances,
                   at::IntArrayRef kinds, const Tensor& moment, const Vector& weight, const Vector& gradient,
                   const Tensor& by_row, const Tensor& by_col, const Tensor& trace, const Tensor& beta2,
                   const Tensor& eps, const Tensor& root, const Vector& gain, const Vector& skip) {
-  Sweep sweep(params, grads, exp_avgs, lost_bits, std::nullopt,
+  Sweep sweep(params, grads, exp_avgs, exp_avg_scales, lost_bits, std::nullopt,
               {variances, kinds, by_row, by_col, trace, beta2, eps, root, gain, skip});
   Mode mode;
   set_update(sweep.tensors(), mode, moment, weight, gradient);
@@ -369,12 +374,13 @@ void apply_scaled(TensorList params, TensorList grads, TensorList exp_avgs, Tens
   sweep.tensors().write_back(true, false);
 }
 
-void commit_scaled(TensorList params, TensorList grads, TensorList exp_avgs, TensorList lost_bits, TensorList variances,
+void commit_scaled(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
+                   TensorList lost_bits, TensorList variances,
                    at::IntArrayRef kinds, TensorList steps, at::IntArrayRef ordinals, Floats decay_moment,
                    Floats decay_gradient, const Tensor& moment, const Vector& weight, const Vector& gradient,
                    const Tensor& by_row, const Tensor& by_col, const Tensor& trace, const Tensor& beta2,
                    const Tensor& eps, const Tensor& root, const Vector& gain, const Vector& skip) {
-  Sweep sweep(params, grads, exp_avgs, lost_bits, Counts{steps, ordinals},
+  Sweep sweep(params, grads, exp_avgs, exp_avg_scales, lost_bits, Counts{steps, ordinals},
               {variances, kinds, by_row, by_col, trace, beta2, eps, root, gain, skip});
   StepTensors& tensors = sweep.tensors();
   Mode mode;

@@ -5,6 +5,7 @@
 #include <array>
 
 #include "cpu/adaptive_kernels.h"
+#include "cpu/codes.h"
 #include "cpu/tile.h"
 
 namespace sofim {
@@ -72,7 +73,7 @@ SOFIM_HD typename Pass::Sums over_tile(const Pass& pass, const Row& r, const Mod
   Pairs<Y> pairs{
       {static_cast<typename Y::W*>(r.w) + begin,
        static_cast<const typename Y::G*>(r.g) + begin,
-       static_cast<typename Y::M*>(r.m) + begin,
+       static_cast<typename Y::M*>(r.m) + (begin - r.first),
        r.lost == nullptr ? nullptr : static_cast<typename Y::W*>(r.lost) + begin,
        begin},
       kLanes, count, kPair, mode.prefetch, size, 0, Y::kRounds ? stretch_key(r.key, begin) : 0};
@@ -111,19 +112,21 @@ SOFIM_HD typename Pass::Sums over_tile(const Pass& pass, const Row& r, const Mod
 // The passes, as over_tile() calls them: what they use, what they do to sixteen elements given their keyed_places(), and
 // their sums, in the order of Sum.
 
-// `cross`: includes the code for the sums of products with g and w, and for the gradient's part of the step.
-template <class Y, bool cross>
+// `cross`: includes the code for the sums of products with g and w, and for the gradient's part of the step. `entered`:
+// the gradient has entered m, which is as stored.
+template <class Y, bool cross, bool entered = false>
 struct Accumulate {
   using Sums = std::array<LaneSums, cross ? kMW + 1 : kMM + 1>;
 
   SOFIM_HD Accumulate(const Row& r, const Mode& mode, int64_t begin)
       : factors(r, mode, begin), weights(mode.weights), step(cross && mode.gradient) {}
 
-  SOFIM_HD Use use() const { return {weights || step, true, true, step}; }
+  SOFIM_HD Use use() const { return {weights || step, cross || !entered, !entered, step}; }
 
   SOFIM_HD void operator()(const Block<Y>& b, const Words& places, Sums& sums) const {
-    const auto g = load(b.g);
-    const auto m = factors.store_moment(b.m, factors.moment(load(b.m), g, b), places);
+    typename Y::V g, m = load(b.m);
+    if constexpr (cross || !entered) g = load(b.g);
+    if constexpr (!entered) m = factors.store_moment(b.m, factors.moment(m, g, b), places);
     const auto wide = widened(m);
     sums[kMM].add(wide, wide);
     if constexpr (cross) {
@@ -135,6 +138,25 @@ struct Accumulate {
 
   Factors<Y> factors;
   bool weights, step;
+};
+
+// The gradient enters m, without sums.
+template <class Y>
+struct Enter {
+  using Sums = std::array<LaneSums, 0>;
+
+  SOFIM_HD Enter(const Row& r, const Mode& mode, int64_t begin) : factors(r, mode, begin), scaled(mode.scaled) {}
+
+  SOFIM_HD Use use() const { return {factors.decays, true, true, false}; }
+
+  SOFIM_HD void operator()(const Block<Y>& b, const Words& places, Sums&) const {
+    auto v = load(b.g);
+    if (scaled) v = v * typename Y::V(factors.gain);
+    factors.store_moment(b.m, factors.moment(load(b.m), v, b), places);
+  }
+
+  Factors<Y> factors;
+  bool scaled;
 };
 
 template <class Y, bool gradient>
@@ -202,9 +224,9 @@ struct Commit {
   bool scaled, gradient;
 };
 
-template <class Y, bool cross>
+template <class Y, bool cross, bool entered = false>
 void accumulate(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
-  const auto done = over_tile<Y>(Accumulate<Y, cross>(r, mode, begin), r, mode, begin, size);
+  const auto done = over_tile<Y>(Accumulate<Y, cross, entered>(r, mode, begin), r, mode, begin, size);
   sums[kMM] = done[kMM].total();
   if constexpr (cross) {
     if (!mode.cross) return;
@@ -213,14 +235,49 @@ void accumulate(const Row& r, const Mode& mode, int64_t begin, int64_t size, dou
   }
 }
 
+// Calls `run` with the Types of a row of codes that over_codes() has decoded.
+template <class Run>
+void with_decoded_types(const Row& r, Run run) {
+  const bool wide_g = r.g_type == Type::float32;
+  switch (r.w_type) {
+    case Type::bfloat16:
+      return wide_g ? run(Types<BFloat16, float, float>()) : run(Types<BFloat16, BFloat16, float>());
+    case Type::float16:
+      return wide_g ? run(Types<Half, float, float>()) : run(Types<Half, Half, float>());
+    default:
+      return run(Types<float, float, float>());
+  }
+}
+
+// run_accumulate() for codes. Sums are of m as stored, which is known when all of a block is: then its elements, still in
+// the cache, are gone through again.
+void accumulate_codes(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
+  const int count = sums_of_accumulate(mode);
+  std::fill_n(sums, count, 0.0);
+  over_codes(r, mode, begin, size, [&](const Row& part, int64_t from, int64_t elements, auto encode) {
+    with_decoded_types(part, [&](auto types) {
+      using Y = decltype(types);
+      over_tile<Y>(Enter<Y>(part, mode, from), part, mode, from, elements);
+      encode(true);
+      Mode near = mode;
+      near.prefetch = false;
+      double more[kSums];
+      (mode.cross || mode.gradient ? accumulate<Y, true, true> : accumulate<Y, false, true>)(part, near, from, elements,
+                                                                                            more);
+      for (int i = 0; i < count; ++i) sums[i] += more[i];
+    });
+  });
+}
+
 void run_accumulate(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
+  if (r.m_type == Type::codes) return accumulate_codes(r, mode, begin, size, sums);
   with_types(r, [&](auto types) {
     using Y = decltype(types);
     (mode.cross || mode.gradient ? accumulate<Y, true> : accumulate<Y, false>)(r, mode, begin, size, sums);
   });
 }
 
-void run_apply(const Row& r, const Mode& mode, int64_t begin, int64_t size, double*) {
+void apply(const Row& r, const Mode& mode, int64_t begin, int64_t size) {
   with_types(r, [&](auto types) {
     using Y = decltype(types);
     if (mode.gradient) {
@@ -231,7 +288,14 @@ void run_apply(const Row& r, const Mode& mode, int64_t begin, int64_t size, doub
   });
 }
 
-void run_dots(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
+void run_apply(const Row& r, const Mode& mode, int64_t begin, int64_t size, double*) {
+  if (r.m_type != Type::codes) return apply(r, mode, begin, size);
+  over_codes(r, mode, begin, size, [&](const Row& part, int64_t from, int64_t elements, auto) {
+    apply(part, mode, from, elements);
+  });
+}
+
+void dots(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
   with_types(r, [&](auto types) {
     using Y = decltype(types);
     const auto done = over_tile<Y>(Dots<Y>(r, mode), r, mode, begin, size);
@@ -245,10 +309,53 @@ void run_dots(const Row& r, const Mode& mode, int64_t begin, int64_t size, doubl
   });
 }
 
-void run_commit(const Row& r, const Mode& mode, int64_t begin, int64_t size, double*) {
+void run_dots(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
+  if (r.m_type != Type::codes) return dots(r, mode, begin, size, sums);
+  const int count = sums_of_dots(mode);
+  std::fill_n(sums, count, 0.0);
+  over_codes(r, mode, begin, size, [&](const Row& part, int64_t from, int64_t elements, auto) {
+    double more[kSums] = {};
+    dots(part, mode, from, elements, more);
+    for (int i = 0; i < count; ++i) sums[i] += more[i];
+  });
+}
+
+void commit(const Row& r, const Mode& mode, int64_t begin, int64_t size) {
   with_types(r, [&](auto types) {
     using Y = decltype(types);
     over_tile<Y>(Commit<Y>(r, mode, begin), r, mode, begin, size);
+  });
+}
+
+// w is updated by m before that is stored.
+void run_commit(const Row& r, const Mode& mode, int64_t begin, int64_t size, double*) {
+  if (r.m_type != Type::codes) return commit(r, mode, begin, size);
+  over_codes(r, mode, begin, size, [&](const Row& part, int64_t from, int64_t elements, auto encode) {
+    commit(part, mode, from, elements);
+    encode(false);
+  });
+}
+
+// The sweeps with a diagonal that adapts. Where sums are taken, they are of m as stored.
+void run_scaled(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
+  if (r.m_type != Type::codes) return scaled(r, mode, begin, size, sums);
+  const bool sums_up = !mode.updates;
+  if (sums_up) std::fill_n(sums, kScaledSums, 0.0);
+  over_codes(r, mode, begin, size, [&](const Row& part, int64_t from, int64_t elements, auto encode) {
+    Mode now = mode;
+    if (mode.enters && sums_up) {
+      with_decoded_types(part, [&](auto types) {
+        using Y = decltype(types);
+        over_tile<Y>(Enter<Y>(part, mode, from), part, mode, from, elements);
+      });
+      encode(true);
+      now.entered = true;
+      now.prefetch = false;
+    }
+    double more[kScaledSums];
+    scaled(part, now, from, elements, more);
+    for (int i = 0; i < kScaledSums && sums_up; ++i) sums[i] += more[i];
+    if (mode.enters && !sums_up) encode(false);
   });
 }
 

@@ -22,6 +22,7 @@ struct Mode {
   // before its rounding; with `enters` alone, sums are taken of m as stored, those with v if `cross`.
   bool enters = false;   // g enters m, and the running means of elements
   bool updates = false;  // w is updated
+  bool entered = false;  // m has them already, as stored: what is left of `enters` is the running means
 };
 
 // D⁻¹ of one tensor in a step (Scales in sofim_fused/backends/interface.py), in the type of its computation. It is a

@@ -53,19 +53,19 @@ Tensor accumulated(StepTensors& tensors, Mode& mode, bool cross) {
   return table(products, {&Products::mm, &Products::mg, &Products::mw});
 }
 
-Tensor accumulate(TensorList params, TensorList grads, TensorList exp_avgs, TensorList lost_bits, TensorList steps,
+Tensor accumulate(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales, TensorList lost_bits, TensorList steps,
                   at::IntArrayRef ordinals, Floats moment, Floats gradient, std::optional<Floats> weight, bool cross) {
-  StepTensors tensors = gathered(false, params, grads, exp_avgs, lost_bits, Counts{steps, ordinals});
+  StepTensors tensors = gathered(false, params, grads, exp_avgs, exp_avg_scales, lost_bits, Counts{steps, ordinals});
   Mode mode;
   mode.weights = weight.has_value();
   set_decay(tensors, moment, gradient, weight);
   return accumulated(tensors, mode, cross);
 }
 
-Tensor accumulate_step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList lost_bits, TensorList steps,
+Tensor accumulate_step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales, TensorList lost_bits, TensorList steps,
                        at::IntArrayRef ordinals, Floats moment, Floats gradient, std::optional<Floats> weight,
                        bool cross, const Vector& step_weight, const Tensor& step_gradient) {
-  StepTensors tensors = gathered(false, params, grads, exp_avgs, lost_bits, Counts{steps, ordinals});
+  StepTensors tensors = gathered(false, params, grads, exp_avgs, exp_avg_scales, lost_bits, Counts{steps, ordinals});
   Mode mode;
   mode.weights = weight.has_value();
   set_decay(tensors, moment, gradient, weight);
@@ -73,9 +73,9 @@ Tensor accumulate_step(TensorList params, TensorList grads, TensorList exp_avgs,
   return accumulated(tensors, mode, cross);
 }
 
-void apply(TensorList params, TensorList grads, TensorList exp_avgs, TensorList lost_bits, const Tensor& moment,
+void apply(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales, TensorList lost_bits, const Tensor& moment,
            const Vector& weight, const Vector& gradient) {
-  StepTensors tensors = gathered(false, params, grads, exp_avgs, lost_bits, std::nullopt);
+  StepTensors tensors = gathered(false, params, grads, exp_avgs, exp_avg_scales, lost_bits, std::nullopt);
   Mode mode;
   set_update(tensors, mode, moment, weight, gradient);
   tensors.bump_weights();
@@ -84,8 +84,8 @@ void apply(TensorList params, TensorList grads, TensorList exp_avgs, TensorList 
   tensors.write_back(true, false);
 }
 
-Tensor dots(TensorList params, TensorList grads, TensorList exp_avgs, TensorList lost_bits, bool weights) {
-  StepTensors tensors = gathered(false, params, grads, exp_avgs, lost_bits, std::nullopt);
+Tensor dots(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales, TensorList lost_bits, bool weights) {
+  StepTensors tensors = gathered(false, params, grads, exp_avgs, exp_avg_scales, lost_bits, std::nullopt);
   Mode mode;
   mode.weights = weights;
   std::vector<double> scratch;
@@ -94,11 +94,11 @@ Tensor dots(TensorList params, TensorList grads, TensorList exp_avgs, TensorList
   return table(products, {&Products::mm, &Products::mg, &Products::mw, &Products::gg, &Products::gw, &Products::ww});
 }
 
-void commit(TensorList params, TensorList grads, TensorList exp_avgs, TensorList lost_bits, TensorList steps,
+void commit(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales, TensorList lost_bits, TensorList steps,
             at::IntArrayRef ordinals, Floats decay_moment, Floats decay_gradient, std::optional<Floats> decay_weight,
             const Tensor& moment, const Vector& weight, const Vector& gradient, const Vector& gain,
             const Vector& skip) {
-  StepTensors tensors = gathered(false, params, grads, exp_avgs, lost_bits, Counts{steps, ordinals});
+  StepTensors tensors = gathered(false, params, grads, exp_avgs, exp_avg_scales, lost_bits, Counts{steps, ordinals});
   Mode mode;
   mode.weights = decay_weight.has_value();
   set_decay(tensors, decay_moment, decay_gradient, decay_weight);

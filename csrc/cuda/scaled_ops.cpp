@@ -92,7 +92,8 @@ struct GivenScales {
 // One sweep, and all that it needs.
 class Sweep {
  public:
-  Sweep(TensorList params, TensorList grads, TensorList exp_avgs, std::optional<TensorList> lost_bits,
+  Sweep(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
+        std::optional<TensorList> lost_bits,
         TensorList variances, at::IntArrayRef kinds, std::optional<Counts> counts, bool writes_moments)
       : variances_(variances), writes_moments_(writes_moments) {
     const size_t n = params.size();
@@ -105,7 +106,7 @@ class Sweep {
       const bool in_place = !m.is_non_overlapping_and_dense() || is_matrix(m, diagonal);  // gathered() copies others
       moments.push_back(in_place ? m : copies_.contiguous(m, writes_moments));
     }
-    tensors_.emplace(gathered(true, params, grads, moments, lost_bits, counts));
+    tensors_.emplace(gathered(true, params, grads, moments, exp_avg_scales, lost_bits, counts));
     packed_.take(*tensors_, 0);
     scalings_.resize(n);
     for (size_t i = 0; i < n; ++i) scale(i, params[i], moments[i], diagonal_of(kinds[i]));
@@ -371,12 +372,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapt(
   return {by_row, by_col, numbers, guard};
 }
 
-Tensor accumulate_scaled(TensorList params, TensorList grads, TensorList exp_avgs, TensorList variances,
+Tensor accumulate_scaled(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
+                         TensorList variances,
                          at::IntArrayRef kinds, TensorList steps, at::IntArrayRef ordinals, Floats moment,
                          Floats gradient, const Tensor& by_row, const Tensor& by_col, const Tensor& trace,
                          const Tensor& beta2, const Tensor& eps, const Tensor& root, const Vector& gain,
                          const Vector& skip) {
-  Sweep sweep(params, grads, exp_avgs, std::nullopt, variances, kinds, Counts{steps, ordinals}, true);
+  Sweep sweep(params, grads, exp_avgs, exp_avg_scales, std::nullopt, variances, kinds, Counts{steps, ordinals}, true);
   sweep.set_decay(moment, gradient);
   sweep.run(launch_accumulate_scaled, {by_row, by_col, beta2, eps, root, gain, skip});
   sweep.finish(false);
@@ -385,22 +387,24 @@ Tensor accumulate_scaled(TensorList params, TensorList grads, TensorList exp_avg
   return sums;
 }
 
-void apply_scaled(TensorList params, TensorList grads, TensorList exp_avgs, TensorList lost_bits, TensorList variances,
+void apply_scaled(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
+                  TensorList lost_bits, TensorList variances,
                   at::IntArrayRef kinds, const Tensor& moment, const Vector& weight, const Vector& gradient,
                   const Tensor& by_row, const Tensor& by_col, const Tensor&, const Tensor& beta2, const Tensor& eps,
                   const Tensor& root, const Vector& gain, const Vector& skip) {
-  Sweep sweep(params, grads, exp_avgs, lost_bits, variances, kinds, std::nullopt, false);
+  Sweep sweep(params, grads, exp_avgs, exp_avg_scales, lost_bits, variances, kinds, std::nullopt, false);
   sweep.set_update(moment, weight, gradient);
   sweep.run(launch_apply_scaled, {by_row, by_col, beta2, eps, root, gain, skip});
   sweep.finish(true);
 }
 
-void commit_scaled(TensorList params, TensorList grads, TensorList exp_avgs, TensorList lost_bits, TensorList variances,
+void commit_scaled(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
+                   TensorList lost_bits, TensorList variances,
                    at::IntArrayRef kinds, TensorList steps, at::IntArrayRef ordinals, Floats decay_moment,
                    Floats decay_gradient, const Tensor& moment, const Vector& weight, const Vector& gradient,
                    const Tensor& by_row, const Tensor& by_col, const Tensor&, const Tensor& beta2, const Tensor& eps,
                    const Tensor& root, const Vector& gain, const Vector& skip) {
-  Sweep sweep(params, grads, exp_avgs, lost_bits, variances, kinds, Counts{steps, ordinals}, true);
+  Sweep sweep(params, grads, exp_avgs, exp_avg_scales, lost_bits, variances, kinds, Counts{steps, ordinals}, true);
   sweep.set_decay(decay_moment, decay_gradient);
   sweep.set_update(moment, weight, gradient);
   sweep.run(launch_commit_scaled, {by_row, by_col, beta2, eps, root, gain, skip});

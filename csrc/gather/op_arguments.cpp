@@ -8,16 +8,19 @@ using at::Tensor;
 using at::TensorList;
 
 const std::array<const char*, 14> schemas = {
-    "accumulate(Tensor[] params, Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor[] lost_bits, Tensor[] steps,"
-    " int[] ordinals, float[] moment, float[] gradient, float[]? weight, bool cross) -> Tensor",
-    "accumulate_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] lost_bits,"
+    "accumulate(Tensor[] params, Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_scales, Tensor[] lost_bits,"
+    " Tensor[] steps, int[] ordinals, float[] moment, float[] gradient, float[]? weight, bool cross) -> Tensor",
+    "accumulate_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(d!)[] exp_avg_scales,"
+    " Tensor(c!)[] lost_bits,"
     " Tensor[] steps, int[] ordinals, float[] moment, float[] gradient, float[]? weight, bool cross,"
     " Tensor? step_weight, Tensor step_gradient) -> Tensor",
-    "apply(Tensor(a!)[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor(b!)[] lost_bits, Tensor moment,"
+    "apply(Tensor(a!)[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_scales, Tensor(b!)[] lost_bits,"
+    " Tensor moment,"
     " Tensor? weight, Tensor? gradient) -> ()",
-    "dots(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] lost_bits, bool weights) -> Tensor",
-    "commit(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] lost_bits, Tensor[] steps,"
-    " int[] ordinals, float[] decay_moment, float[] decay_gradient, float[]? decay_weight, Tensor moment,"
+    "dots(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_scales, Tensor[] lost_bits,"
+    " bool weights) -> Tensor",
+    "commit(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(d!)[] exp_avg_scales,"
+    " Tensor(c!)[] lost_bits, Tensor[] steps, int[] ordinals, float[] decay_moment, float[] decay_gradient, float[]? decay_weight, Tensor moment,"
     " Tensor? weight, Tensor? gradient, Tensor? gain, Tensor? skip) -> ()",
     "fold(Tensor mm, Tensor? mg, Tensor? mw, Tensor? gg, Tensor? gw, Tensor? ww, Tensor[] steps, Tensor hyper,"
     " int[] sizes, int fisher, int numerator, bool guarded, Tensor? class_of, int classes)"
@@ -31,13 +34,16 @@ const std::array<const char*, 14> schemas = {
     " Tensor(a!)[] row_vars, Tensor(b!)[] col_vars, Tensor(c!)[] variances, Tensor total, Tensor rows, Tensor cols,"
     " bool guarded, Tensor? square, float? max_norm, Tensor? grad_scale, Tensor? found_inf, bool skip_nonfinite)"
     " -> (Tensor by_row, Tensor by_col, Tensor numbers, Tensor guard)",
-    "accumulate_scaled(Tensor[] params, Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor(b!)[] variances, int[] kinds,"
+    "accumulate_scaled(Tensor[] params, Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor(c!)[] exp_avg_scales,"
+    " Tensor(b!)[] variances, int[] kinds,"
     " Tensor[] steps, int[] ordinals, float[] moment, float[] gradient, Tensor by_row, Tensor by_col, Tensor trace,"
     " Tensor beta2, Tensor eps, Tensor root, Tensor? gain, Tensor? skip) -> Tensor",
-    "apply_scaled(Tensor(a!)[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor(b!)[] lost_bits, Tensor[] variances,"
+    "apply_scaled(Tensor(a!)[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_scales,"
+    " Tensor(b!)[] lost_bits, Tensor[] variances,"
     " int[] kinds, Tensor moment, Tensor? weight, Tensor? gradient, Tensor by_row, Tensor by_col, Tensor trace,"
     " Tensor beta2, Tensor eps, Tensor root, Tensor? gain, Tensor? skip) -> ()",
-    "commit_scaled(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] lost_bits,"
+    "commit_scaled(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(e!)[] exp_avg_scales,"
+    " Tensor(c!)[] lost_bits,"
     " Tensor(d!)[] variances, int[] kinds, Tensor[] steps, int[] ordinals, float[] decay_moment,"
     " float[] decay_gradient, Tensor moment, Tensor? weight, Tensor? gradient, Tensor by_row, Tensor by_col,"
     " Tensor trace, Tensor beta2, Tensor eps, Tensor root, Tensor? gain, Tensor? skip) -> ()",
@@ -65,17 +71,19 @@ Type gradient_type(size_t i, const Tensor& g) {
   return type;
 }
 
-StepTensors gathered(bool anywhere, TensorList params, TensorList grads, TensorList exp_avgs,
+StepTensors gathered(bool anywhere, TensorList params, TensorList grads, TensorList exp_avgs, TensorList scales,
                      std::optional<TensorList> lost_bits, std::optional<Counts> counts) {
   const size_t n = params.size();
-  TORCH_CHECK(grads.size() == n && exp_avgs.size() == n && (!lost_bits || lost_bits->size() == n) &&
+  TORCH_CHECK(grads.size() == n && exp_avgs.size() == n && (scales.empty() || scales.size() == n) &&
+                  (!lost_bits || lost_bits->size() == n) &&
                   (!counts || (counts->steps.size() == n && counts->ordinals.size() == n)),
               "sofim_fused: the lists differ in length; params has ", n);
   StepTensors tensors(anywhere);
   const Tensor none;
   for (size_t i = 0; i < n; ++i) {
     const bool kept = lost_bits && (*lost_bits)[i].numel() > 0;
-    const char* wrong = tensors.add(params[i], grads[i], exp_avgs[i], kept ? (*lost_bits)[i] : none,
+    const bool codes = !scales.empty() && exp_avgs[i].scalar_type() == at::kFloat8_e4m3fn;
+    const char* wrong = tensors.add(params[i], grads[i], exp_avgs[i], codes ? scales[i] : none, kept ? (*lost_bits)[i] : none,
                                     counts ? counts->steps[i] : none, counts ? counts->ordinals[i] : 0);
     TORCH_CHECK(wrong == nullptr, "sofim_fused: tensor ", i, ": ", wrong);
   }

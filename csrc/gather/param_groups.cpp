@@ -7,14 +7,16 @@
 #include <iterator>
 #include <limits>
 
+#include "step/codes.h"
+
 namespace sofim {
 namespace {
 
 // Keys of group and state dicts.
 struct Names {
   PyObject *params, *lr, *momentum, *rho, *weight_decay, *decoupled_weight_decay, *maximize, *state_dtype, *kahan,
-      *master_weight_bits, *master_bits, *diagonal, *beta2, *eps, *numerator, *fisher, *max_grad_norm, *skip_nonfinite, *exp_avg, *step, *row_var,
-      *col_var, *variance;
+      *master_weight_bits, *master_bits, *diagonal, *beta2, *eps, *numerator, *fisher, *max_grad_norm, *skip_nonfinite, *exp_avg,
+      *exp_avg_scale, *step, *row_var, *col_var, *variance;
 };
 
 const Names& names() {
@@ -26,7 +28,7 @@ const Names& names() {
                  name("master_bits"),  name("diagonal"),              name("beta2"),
                  name("eps"),          name("numerator"),             name("fisher"),
                  name("max_grad_norm"),                  name("skip_nonfinite"),
-                 name("exp_avg"),      name("step"),     name("row_var"),     name("col_var"),
+                 name("exp_avg"),      name("exp_avg_scale"),         name("step"),     name("row_var"),     name("col_var"),
                  name("variance")};
   }();
   return names;
@@ -65,6 +67,12 @@ bool read_number(PyObject* object, double& value) {
 bool read_flag(PyObject* object, bool& value) {
   value = object == Py_True;
   return object == Py_True || object == Py_False;
+}
+
+// sofim_fused.blockwise.suits().
+bool suits_codes(const at::Tensor& w) {
+  constexpr int64_t smallest = 4096;  // blockwise.SMALLEST
+  return w.dim() > 1 && w.numel() >= smallest && w.numel() / w.size(0) >= kBlockSize;
 }
 
 bool in_range(double x, double low, double below) { return x >= low && x < below; }
@@ -162,14 +170,16 @@ bool read_whole(PyObject* groups, Options& whole) {
 // The entries of a parameter's state, nullptr for a missing one. Its dict nearly always has no other entries, and the
 // keys are the interned strings: going through all of them takes less time than looking them up.
 struct ParamGroups::Entries {
-  PyObject *exp_avg = nullptr, *step = nullptr, *lost = nullptr, *rows = nullptr, *cols = nullptr, *whole = nullptr;
+  PyObject *exp_avg = nullptr, *scale = nullptr, *step = nullptr, *lost = nullptr, *rows = nullptr, *cols = nullptr,
+           *whole = nullptr;
 
-  // `kept`: the name of the bits that the parameter lost, or nullptr.
-  Entries(PyObject* known, PyObject* kept, bool adapts) {
+  // `kept`: the name of the bits that the parameter lost, or nullptr. `codes`: whether its moment may be codes.
+  Entries(PyObject* known, PyObject* kept, bool adapts, bool codes) {
     const Names& n = names();
     PyObject *key, *value;
     for (Py_ssize_t place = 0; PyDict_Next(known, &place, &key, &value);) {
       if (key == n.exp_avg) exp_avg = value;
+      if (key == n.exp_avg_scale) scale = value;
       if (key == n.step) step = value;
       if (key == kept) lost = value;
       if (!adapts) continue;
@@ -183,6 +193,7 @@ struct ParamGroups::Entries {
       whole = item(known, n.variance);
     }
     if (exp_avg == nullptr) exp_avg = item(known, n.exp_avg);
+    if (codes && scale == nullptr) scale = item(known, n.exp_avg_scale);
     if (step == nullptr) step = item(known, n.step);
     if (lost == nullptr && kept != nullptr) lost = item(known, kept);
   }
@@ -339,7 +350,13 @@ bool ParamGroups::read_group(PyObject* dict, Group& group) {
   if (state_dtype != Py_None) {
     if (!THPDtype_Check(state_dtype)) return false;
     group.state_dtype = reinterpret_cast<THPDtype*>(state_dtype)->scalar_type;
-    if (*group.state_dtype != at::kFloat && *group.state_dtype != at::kBFloat16) return false;
+    if (*group.state_dtype == at::kFloat8_e4m3fn) {
+      if (anywhere_) return false;
+      group.codes = true;
+      group.state_dtype = at::kFloat;  // of tensors that do not suit codes
+    } else if (*group.state_dtype != at::kFloat && *group.state_dtype != at::kBFloat16) {
+      return false;
+    }
   }
   group.params = item(dict, n.params);
   return group.params != nullptr && PyList_Check(group.params);
@@ -386,7 +403,7 @@ bool ParamGroups::add_param(PyObject* param, const Group& group, size_t index, S
   const bool narrow = w.scalar_type() == at::kBFloat16 || w.scalar_type() == at::kHalf;
   const bool master = group.master && w.scalar_type() == at::kBFloat16, keeps = master || (group.kahan && narrow);
   const bool adapts = group.diagonal != Diagonal::identity;
-  const Entries entries(known, master ? names().master_bits : keeps ? names().kahan : nullptr, adapts);
+  const Entries entries(known, master ? names().master_bits : keeps ? names().kahan : nullptr, adapts, group.codes);
   if (!is_tensor(entries.exp_avg) || !is_tensor(entries.step) || (keeps && !is_tensor(entries.lost))) return false;
   const at::Tensor none;
   const at::Tensor& m = THPVariable_Unpack(entries.exp_avg);
@@ -395,7 +412,11 @@ bool ParamGroups::add_param(PyObject* param, const Group& group, size_t index, S
   if (!plain(w) || !plain(g) || !plain(m) || !plain(t) || (keeps && !plain(lost))) return false;
   if (keeps && (lost.scalar_type() == at::kShort) != master) return false;
   const at::ScalarType natural = narrow ? at::kFloat : w.scalar_type();
-  if (m.scalar_type() != group.state_dtype.value_or(natural)) return false;
+  // Of a part of a sharded parameter it is the whole shape that says whether codes suit it, which is not known here.
+  const bool codes = group.codes && m.scalar_type() == at::kFloat8_e4m3fn;
+  if (!codes && (m.scalar_type() != group.state_dtype.value_or(natural) || (group.codes && suits_codes(w)))) return false;
+  if (codes && (!is_tensor(entries.scale) || !plain(THPVariable_Unpack(entries.scale)))) return false;
+  const at::Tensor& scales = codes ? THPVariable_Unpack(entries.scale) : none;
   if (group.state_dtype && natural != at::kFloat) return false;
   Variances variances{group.diagonal};
   if (adapts) {
@@ -410,7 +431,7 @@ bool ParamGroups::add_param(PyObject* param, const Group& group, size_t index, S
       return false;
     }
   }
-  if (tensors_.add(w, g, m, lost, t, ordinal, adapts ? &variances : nullptr) != nullptr) return false;
+  if (tensors_.add(w, g, m, scales, lost, t, ordinal, adapts ? &variances : nullptr) != nullptr) return false;
   tensors_.record(tensors_.size() - 1).decay = decay_of(group.hyper);
   group_of_.push_back(index);
   return true;

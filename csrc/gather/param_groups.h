@@ -101,6 +101,7 @@ class ParamGroups {
     Diagonal diagonal = Diagonal::identity;
     AdaptiveHyper adaptive;
     std::optional<at::ScalarType> state_dtype;
+    bool codes = false;  // moments are codes, of tensors that suit them
     bool kahan = true;
     bool master = false;  // bfloat16 weights are halves of float32 ones; else `kahan` is for them, too
     PyObject* params = nullptr;

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "step/codes.h"
 #include "step/element.h"
 
 namespace sofim {
@@ -165,10 +166,11 @@ void StepTensors::clear() {
   unsure_.clear();
 }
 
-const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& lost,
-                             const at::Tensor& step, int64_t ordinal, const Variances* variances) {
+const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& scales,
+                             const at::Tensor& lost, const at::Tensor& step, int64_t ordinal,
+                             const Variances* variances) {
   Row record{};
-  if (const char* problem = fill(record, w, g, m, lost, step, ordinal, variances)) return problem;
+  if (const char* problem = fill(record, w, g, m, scales, lost, step, ordinal, variances)) return problem;
   const size_t place = members_.size() - 1;
   if (place == records_.size()) records_.emplace_back();
   if (!is_known(record, place)) {
@@ -186,8 +188,8 @@ const char* StepTensors::add(const at::Tensor& w, const at::Tensor& g, const at:
 }
 
 const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor& g, const at::Tensor& m,
-                              const at::Tensor& lost, const at::Tensor& step, int64_t ordinal,
-                              const Variances* variances) {
+                              const at::Tensor& scales, const at::Tensor& lost, const at::Tensor& step,
+                              int64_t ordinal, const Variances* variances) {
   if (anywhere_ && members_.empty()) {
     device_ = w.device();
     if (!has_addresses(w)) return "parameter: not a dense tensor in memory";
@@ -203,8 +205,20 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
       !(record.g_type == record.w_type || (record.g_type == Type::float32 && is_narrow(record.w_type)))) {
     return "gradient: of another dtype than its parameter";
   }
-  const bool wide = record.w_type == Type::float64;
-  if (!storage_type(m.scalar_type(), record.m_type) || m.is_complex() != w.is_complex() ||
+  const bool wide = record.w_type == Type::float64, codes = m.scalar_type() == at::kFloat8_e4m3fn;
+  if (codes) {
+    record.m_type = Type::codes;
+    if (anywhere_) return "exp_avg: codes of 8 bits, which are taken on the CPU alone";
+    if (wide || w.is_complex() || w.dim() == 0) return "exp_avg: codes of 8 bits, of a parameter that has none";
+    record.row_size = w.size(0) == 0 ? 1 : std::max<int64_t>(1, w.numel() / w.size(0));
+    const int64_t blocks = (record.row_size + kBlockSize - 1) / kBlockSize;
+    if (!scales.defined() || !readable(scales) || scales.scalar_type() != at::kFloat || scales.dim() != 2 ||
+        scales.size(0) != w.size(0) || (w.numel() > 0 && scales.size(1) != blocks) || may_overlap(scales)) {
+      return "exp_avg_scale: not float32 of a row for each of the parameter's, and a column for each block of a row";
+    }
+  } else if (scales.defined()) {
+    return "exp_avg_scale: of a moment that is no codes";
+  } else if (!storage_type(m.scalar_type(), record.m_type) || m.is_complex() != w.is_complex() ||
       !(wide ? record.m_type == Type::float64 : record.m_type == Type::float32 || record.m_type == Type::bfloat16)) {
     return "exp_avg: not float32 or bfloat16 (of a float64 parameter: float64)";
   }
@@ -227,7 +241,7 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
   };
   const at::Tensor &rows = variance(&Variances::rows), &cols = variance(&Variances::cols),
                    &whole = variance(&Variances::whole);
-  bool in_inference = w.is_inference() || m.is_inference() || (lost.defined() && lost.is_inference()) ||
+  bool in_inference = w.is_inference() || m.is_inference() || (codes && scales.is_inference()) || (lost.defined() && lost.is_inference()) ||
                       (step.defined() && step.is_inference());
   if (variances != nullptr) {
     if (!has_those_of(*variances, w)) return "not the running means of g² that the diagonal needs";
@@ -244,12 +258,12 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
     return "an inference tensor, which cannot be updated outside of torch.inference_mode()";
   }
 
-  const bool flat = m.is_contiguous() ? w.is_contiguous() && g.is_contiguous() &&
+  const bool flat = codes || m.is_contiguous() ? w.is_contiguous() && g.is_contiguous() &&
                                             (!lost.defined() || lost.is_contiguous())
                                       : m.is_non_overlapping_and_dense() && same_order(w, m) && same_order(g, m) &&
                                             (!lost.defined() || same_order(lost, m));
   const bool by_element = whole.defined() && whole.dim() > 0;
-  const bool in_place = flat && as_stored(g) && as_stored(w) && as_stored(m);
+  const bool in_place = flat && as_stored(g) && as_stored(w) && as_stored(m) && !(codes && !m.is_contiguous());
   at::Tensor made;  // what copies are laid out like, if that is not m
   if (in_place) {
     record.w = address_to_write(w);
@@ -260,7 +274,9 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
     for (const at::Tensor* x : {&w, &m, &lost}) {
       if (x->defined() && may_overlap(*x)) return "a parameter or its state whose elements may share memory";
     }
-    if (!m.is_non_overlapping_and_dense()) made = m.new_empty(m.sizes());
+    if (!m.is_non_overlapping_and_dense() || (codes && !m.is_contiguous())) {
+      made = m.new_empty(m.sizes());  // blocks follow the order of a contiguous tensor
+    }
     const at::Tensor& order = made.defined() ? made : m;
     const auto copy_of = [&](const at::Tensor& x) {
       at::Tensor copy = x.new_empty_strided(order.sizes(), order.strides());
@@ -285,6 +301,14 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
     }
   }
   record.copied = !in_place;
+  if (codes) {
+    record.scales = static_cast<float*>(address_to_write(scales));
+    if (!scales.is_contiguous()) {
+      copied_.push_back({scales, scales.contiguous(), true});
+      record.scales = static_cast<float*>(address_to_write(copied_.back().copy));
+      record.copied = true;
+    }
+  }
   record.numel = w.numel() * (w.is_complex() ? 2 : 1);
   if (variances != nullptr) {
     const auto address = [&](const at::Tensor& x, at::IntArrayRef strides) {
@@ -312,6 +336,7 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
   const auto address = [](const void* at) { return reinterpret_cast<uintptr_t>(at); };
   record.aligned = (address(record.w) | address(record.g) | address(record.m) | address(record.lost)) % 16 == 0;
   members_.push_back({w.unsafeGetTensorImpl(), g.unsafeGetTensorImpl(), m.unsafeGetTensorImpl(),
+                      codes ? scales.unsafeGetTensorImpl() : nullptr,
                       lost.defined() ? lost.unsafeGetTensorImpl() : nullptr,
                       step.defined() ? step.unsafeGetTensorImpl() : nullptr});
   if (variances != nullptr) {
@@ -326,7 +351,8 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
 bool StepTensors::is_known(const Row& record, size_t place) const {
   if (place >= known_) return false;
   const Row& before = records_[place];
-  if (record.w != before.w || record.m != before.m || record.lost != before.lost || record.step != before.step ||
+  if (record.w != before.w || record.m != before.m || record.scales != before.scales || record.lost != before.lost ||
+      record.step != before.step ||
       record.numel != before.numel || record.w_type != before.w_type || record.m_type != before.m_type || record.master != before.master ||
       record.copied || before.copied) {
     return false;
@@ -380,7 +406,7 @@ bool StepTensors::sort_written() {
     if (range.begin < range.end) sorted_.push_back(range);
   };
   for (const Member& member : members_) {
-    for (const c10::TensorImpl* x : {member.w, member.m, member.lost, member.step}) add(x);
+    for (const c10::TensorImpl* x : {member.w, member.m, member.scales, member.lost, member.step}) add(x);
   }
   for (const MeansOfMember& means : means_) {
     for (const c10::TensorImpl* x : {means.rows, means.cols, means.whole}) add(x);
@@ -400,7 +426,7 @@ bool StepTensors::is_written(const Range& range) const {
 
 void StepTensors::key_random_bits(int64_t ahead) {
   for (size_t i = 0; i < size(); ++i) {
-    if (records_[i].m_type == Type::bfloat16) {
+    if (records_[i].m_type == Type::bfloat16 || records_[i].m_type == Type::codes) {
       records_[i].key = tensor_key(records_[i].ordinal, updates(i) + ahead);
     }
   }
@@ -419,7 +445,10 @@ void StepTensors::bump_weights() {
 }
 
 void StepTensors::bump_moments() {
-  for (Member& member : members_) member.m->bump_version();
+  for (Member& member : members_) {
+    member.m->bump_version();
+    if (member.scales != nullptr) member.scales->bump_version();
+  }
 }
 
 void StepTensors::bump_variances() {
@@ -446,7 +475,7 @@ void StepTensors::hold() {
     if (x != nullptr) held_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(x));
   };
   for (const Member& member : members_) {
-    for (c10::TensorImpl* x : {member.w, member.g, member.m, member.lost, member.step}) add(x);
+    for (c10::TensorImpl* x : {member.w, member.g, member.m, member.scales, member.lost, member.step}) add(x);
   }
   for (const MeansOfMember& means : means_) {
     for (c10::TensorImpl* x : {means.rows, means.cols, means.whole}) add(x);

@@ -41,11 +41,13 @@ class StepTensors {
   // lazily conjugated and negated ones.
   //
   // `variances`: of a tensor whose diagonal adapts, nullptr of others. They go through copies if their elements lie in
-  // another order than w's.
-  const char* add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& lost,
-                  const at::Tensor& step, int64_t ordinal, const Variances* variances = nullptr);
+  // another order than w's. `scales`: those of m, if that is codes, else undefined; codes are taken on the CPU alone.
+  const char* add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& scales,
+                  const at::Tensor& lost, const at::Tensor& step, int64_t ordinal,
+                  const Variances* variances = nullptr);
 
-  // Whether memory that a step writes (w, m, lost, step, running means) may belong to another tensor as well: the ranges of addresses
+  // Whether memory that a step writes (w, m, scales, lost, step, running
+  // means) may belong to another tensor as well: the ranges of addresses
   // overlap. Then no pass over all tensors at once is correct: two threads would write the same elements. Allowed are
   // gradients that share memory with each other, and a gradient that is its own w, element by element.
   //
@@ -86,7 +88,7 @@ class StepTensors {
 
  private:
   struct Member {
-    c10::TensorImpl *w, *g, *m, *lost, *step;
+    c10::TensorImpl *w, *g, *m, *scales, *lost, *step;
   };
   struct MeansOfMember {
     c10::TensorImpl *rows, *cols, *whole;  // nullptr: it has none of that kind
@@ -101,8 +103,9 @@ class StepTensors {
   };
 
   // add(), with a row of zeros to fill.
-  const char* fill(Row& record, const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& lost,
-                   const at::Tensor& step, int64_t ordinal, const Variances* variances);
+  const char* fill(Row& record, const at::Tensor& w, const at::Tensor& g, const at::Tensor& m,
+                   const at::Tensor& scales, const at::Tensor& lost, const at::Tensor& step, int64_t ordinal,
+                   const Variances* variances);
   // Whether a tensor is where it was in the last step, apart from its gradient.
   bool is_known(const Row& record, size_t place) const;
   static Range range_of(const c10::TensorImpl* x);

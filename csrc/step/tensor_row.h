@@ -9,8 +9,11 @@
 namespace sofim {
 
 // How elements are stored. A complex tensor is treated as a real one with twice as many elements.
-enum class Type : uint8_t { float32, float64, bfloat16, float16 };
-SOFIM_HD constexpr int type_size(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
+// Codes are those of step/codes.h, of first moments alone.
+enum class Type : uint8_t { float32, float64, bfloat16, float16, codes };
+SOFIM_HD constexpr int type_size(Type type) {
+  return type == Type::float64 ? 8 : type == Type::float32 ? 4 : type == Type::codes ? 1 : 2;
+}
 constexpr bool is_narrow(Type type) { return type == Type::bfloat16 || type == Type::float16; }
 
 // Sums of products per tensor, in this order wherever several are stored. accumulate returns mm, then mg, then mw; dots
@@ -54,6 +57,10 @@ struct Row : TensorRow {
   Decay decay;    // the first moment
   Update update;  // the weight
   const Scale* scale = nullptr;  // the diagonal, where that adapts
+  // Of moments that are codes: their scales, without gaps, and the elements of a row, each of which begins a block.
+  float* scales = nullptr;
+  int64_t row_size = 0;
+  int64_t first = 0;  // the element that m points to
 };
 
 }  // namespace sofim

@@ -57,6 +57,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
         new_sharded: makes an object that takes steps of which other ranks hold a part.
         device: the kind of device for which the operators are registered.
         any_order: sweeps with an adaptive diagonal take moments in any order of memory; others copy some of them.
+        blockwise: it takes moments in 8 bits.
     """
 
     def __init__(
@@ -69,10 +70,11 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
         new_sharded: Callable[[], NativeSharded | None] = lambda: None,
         device: str = "CPU",
         any_order: bool = False,
+        blockwise: bool = False,
     ) -> None:
         self.name = name
         self.emulated = emulated
-        self.blockwise = False
+        self.blockwise = blockwise
         self._new_step = new_step
         self._new_in_backward = new_in_backward
         self._new_sharded = new_sharded
@@ -89,14 +91,12 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
         return getattr(torch.ops, self._namespace)
 
     def accumulate(self, tensors: StepTensors, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
-        counts = (tensors.steps, tensors.ordinals)
+        kept, counts = (_scales(tensors), _lost_bits(tensors)), (tensors.steps, tensors.ordinals)
         if gradient_step is None:
-            sums = self._ops.accumulate(
-                tensors.params, tensors.grads, tensors.exp_avgs, _lost_bits(tensors), *counts, *decay
-            )
+            sums = self._ops.accumulate(tensors.params, tensors.grads, tensors.exp_avgs, *kept, *counts, *decay)
         else:
             sums = self._ops.accumulate_step(
-                tensors.params, tensors.grads, tensors.exp_avgs, _lost_bits(tensors), *counts, *decay, *gradient_step
+                tensors.params, tensors.grads, tensors.exp_avgs, *kept, *counts, *decay, *gradient_step
             )
         return Sums(*sums.unbind())
 
@@ -105,6 +105,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
             tensors.params,
             tensors.grads,
             tensors.exp_avgs,
+            _scales(tensors),
             _lost_bits(tensors),
             coefficients.moment,
             coefficients.weight,
@@ -113,7 +114,12 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
 
     def dots(self, tensors: StepTensors, decay: Decay) -> Sums:
         sums = self._ops.dots(
-            tensors.params, tensors.grads, tensors.exp_avgs, _lost_bits(tensors), decay.weight is not None
+            tensors.params,
+            tensors.grads,
+            tensors.exp_avgs,
+            _scales(tensors),
+            _lost_bits(tensors),
+            decay.weight is not None,
         )
         if decay.weight is not None:
             return Sums(*sums.unbind())
@@ -125,6 +131,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
             tensors.params,
             tensors.grads,
             tensors.exp_avgs,
+            _scales(tensors),
             _lost_bits(tensors),
             tensors.steps,
             tensors.ordinals,
@@ -217,6 +224,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
             tensors.params,
             tensors.grads,
             tensors.exp_avgs,
+            _scales(tensors),
             _by_element(tensors),
             _kinds(tensors),
             tensors.steps,
@@ -234,6 +242,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
             tensors.params,
             tensors.grads,
             tensors.exp_avgs,
+            _scales(tensors),
             _lost_bits(tensors),
             _by_element(tensors),
             _kinds(tensors),
@@ -249,6 +258,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
             tensors.params,
             tensors.grads,
             tensors.exp_avgs,
+            _scales(tensors),
             _lost_bits(tensors),
             _by_element(tensors),
             _kinds(tensors),
@@ -339,6 +349,13 @@ def _by_element(tensors: StepTensors) -> list[Tensor]:
     ]
 
 
+def _scales(tensors: StepTensors) -> list[Tensor]:
+    if not tensors.has_codes:
+        return []
+    none = torch.empty(0, device=tensors.device)
+    return [none if scale is None else scale for scale in tensors.exp_avg_scales]
+
+
 def _lost_bits(tensors: StepTensors) -> list[Tensor]:
     none = torch.empty(0, device=tensors.device)  # an operator's list may contain only tensors
     return [none if lost is None else lost for lost in tensors.lost_bits]
@@ -353,22 +370,34 @@ def register_fakes(namespace: str) -> None:
 
     @torch.library.register_fake(f"{namespace}::accumulate")
     def _(  # type: ignore[no-untyped-def]
-        params, grads, exp_avgs, lost_bits, steps, ordinals, moment, gradient, weight, cross
+        params, grads, exp_avgs, exp_avg_scales, lost_bits, steps, ordinals, moment, gradient, weight, cross
     ):
         return sums(params, 1 + cross + (cross and weight is not None))
 
     @torch.library.register_fake(f"{namespace}::accumulate_step")
     def _(  # type: ignore[no-untyped-def]
-        params, grads, exp_avgs, lost_bits, steps, ordinals, moment, gradient, weight, cross, step_weight, step_gradient
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_scales,
+        lost_bits,
+        steps,
+        ordinals,
+        moment,
+        gradient,
+        weight,
+        cross,
+        step_weight,
+        step_gradient,
     ):
         return sums(params, 1 + cross + (cross and weight is not None))
 
     @torch.library.register_fake(f"{namespace}::apply")
-    def _(params, grads, exp_avgs, lost_bits, moment, weight, gradient):  # type: ignore[no-untyped-def]
+    def _(params, grads, exp_avgs, exp_avg_scales, lost_bits, moment, weight, gradient):  # type: ignore[no-untyped-def]
         return None
 
     @torch.library.register_fake(f"{namespace}::dots")
-    def _(params, grads, exp_avgs, lost_bits, weights):  # type: ignore[no-untyped-def]
+    def _(params, grads, exp_avgs, exp_avg_scales, lost_bits, weights):  # type: ignore[no-untyped-def]
         return sums(params, 6 if weights else 3)
 
     @torch.library.register_fake(f"{namespace}::commit")

@@ -181,6 +181,10 @@ DIAGONALS: dict[str, dict[str, Any]] = {
 }
 
 
+# The backends that take codes.
+BACKENDS = ["reference", "cpu"]
+
+
 def params_of(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
@@ -217,11 +221,14 @@ def quantum(optimizer: SOFIM, p: Tensor, exact: Tensor) -> Tensor:
 
 
 @once
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("numerator", ["moment", "gradient", "nesterov"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("diagonal", DIAGONALS)
-def test_each_step_follows_the_oracle(diagonal: str, schedule: str, numerator: str, dtype: torch.dtype) -> None:
+def test_each_step_follows_the_oracle(
+    diagonal: str, schedule: str, numerator: str, dtype: torch.dtype, backend: str
+) -> None:
     params = params_of(dtype)
     kind, options = diagonal.partition(",")[0], {**DIAGONALS[diagonal], **SCHEDULES[schedule]}
     optimizer = SOFIM(
@@ -231,7 +238,7 @@ def test_each_step_follows_the_oracle(diagonal: str, schedule: str, numerator: s
         numerator=numerator,  # type: ignore[arg-type]
         state_dtype=F8,
         kahan=False,
-        backend="reference",
+        backend=backend,
         **options,
     )
     rho = math.inf if options["rho"] is None else options["rho"]
@@ -273,9 +280,10 @@ def bits_of(optimizer: SOFIM) -> list[Tensor]:
 
 
 @once
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("diagonal", ["identity", "factored"])
-def test_a_skipped_step_leaves_every_bit(diagonal: str) -> None:
-    optimizer, params = trained(diagonal=diagonal, skip_nonfinite=True)
+def test_a_skipped_step_leaves_every_bit(diagonal: str, backend: str) -> None:
+    optimizer, params = trained(diagonal=diagonal, skip_nonfinite=True, backend=backend)
     before = [x.clone() for x in bits_of(optimizer)]
     grads = gradients(params, 1)[0]
     assert grads[1] is not None
@@ -287,8 +295,9 @@ def test_a_skipped_step_leaves_every_bit(diagonal: str) -> None:
 
 
 @once
-def test_without_skipping_an_infinity_does_not_become_a_number() -> None:
-    optimizer, params = trained(fisher="parameter")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_skipping_an_infinity_does_not_become_a_number(backend: str) -> None:
+    optimizer, params = trained(fisher="parameter", backend=backend)
     grads = gradients(params, 1)[0]
     assert grads[1] is not None
     grads[1][3, 7] = math.inf
@@ -310,10 +319,11 @@ def test_without_skipping_an_infinity_does_not_become_a_number() -> None:
     ],
     ids=str,
 )
-def test_in_backward_takes_the_same_step(options: dict[str, Any]) -> None:
-    expected, _ = trained(**options)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_in_backward_takes_the_same_step(options: dict[str, Any], backend: str) -> None:
+    expected, _ = trained(backend=backend, **options)
     params = params_of()
-    optimizer = SOFIM(params, lr=0.1, state_dtype=F8, backend="reference", in_backward=True, **options)
+    optimizer = SOFIM(params, lr=0.1, state_dtype=F8, backend=backend, in_backward=True, **options)
     for grads in gradients(params, 3):
         for p in params:
             p.grad = None
@@ -325,25 +335,28 @@ def test_in_backward_takes_the_same_step(options: dict[str, Any]) -> None:
 
 
 @once
-def test_the_state_does_not_depend_on_the_order_in_memory() -> None:
-    _, params = trained()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_state_does_not_depend_on_the_order_in_memory(backend: str) -> None:
+    expected, params = trained(backend=backend)
     contiguous = [nn.Parameter(p.detach().contiguous()) for p in params_of()]
-    optimizer = SOFIM(contiguous, lr=0.1, state_dtype="float8_e4m3fn", backend="reference")
+    optimizer = SOFIM(contiguous, lr=0.1, state_dtype="float8_e4m3fn", backend=backend)
     for grads in gradients(params, 3):
         give(contiguous, grads)
         optimizer.step()
-    expected, _ = trained()
     for (_, a), (_, b) in zip(optimizer.state.items(), expected.state.items(), strict=True):
         assert torch.equal(a["exp_avg"].contiguous().view(torch.uint8), b["exp_avg"].contiguous().view(torch.uint8))
 
 
 @once
-def test_codes_in_another_order_take_the_same_step() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_codes_in_another_order_take_the_same_step(backend: str) -> None:
     """They are contiguous where SOFIM makes them, but users copy state."""
-    optimizer, params = trained(2)
-    twin, others = trained(2)
+    optimizer, params = trained(2, backend=backend)
+    twin, others = trained(2, backend=backend)
     known = twin.state[others[2]]
     known["exp_avg"] = known["exp_avg"].clone().contiguous(memory_format=torch.channels_last)
+    scales = twin.state[others[1]]
+    scales["exp_avg_scale"] = scales["exp_avg_scale"].t().clone().t()
     for one, its in ((optimizer, params), (twin, others)):
         give(its, gradients(its, 1)[0])
         one.step()
@@ -352,14 +365,15 @@ def test_codes_in_another_order_take_the_same_step() -> None:
 
 
 @once
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("diagonal", ["identity", "row, with a term of rank one", "factored"])
-def test_the_random_bits_are_those_of_the_step_and_the_ordinal(diagonal: str, schedule: str) -> None:
+def test_the_random_bits_are_those_of_the_step_and_the_ordinal(diagonal: str, schedule: str, backend: str) -> None:
     options = {**DIAGONALS[diagonal], **SCHEDULES[schedule], "diagonal": diagonal.partition(",")[0]}
     if schedule == "clip":
         options["max_grad_norm"] = 1e9  # so that gradients enter as they are
     params = params_of()
-    optimizer = SOFIM(params, lr=0.1, momentum=0.5, state_dtype=F8, backend="reference", **options)
+    optimizer = SOFIM(params, lr=0.1, momentum=0.5, state_dtype=F8, backend=backend, **options)
     moments = [torch.zeros(p.shape) for p in params]
     for count, grads in enumerate(gradients(params, 2), start=1):
         give(params, grads)
@@ -400,25 +414,102 @@ def test_adasofim_has_it_as_a_group_option() -> None:
 
 
 @once
-def test_a_backend_that_does_not_take_codes_says_so_before_anything_changes() -> None:
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("diagonal", ["identity", "row, with a term of rank one", "factored", "element"])
+@pytest.mark.parametrize("shape", [(33, 130), (40, 128), (300, 1000), (2, 70_000), (9, 64, 3, 3)], ids=str)
+def test_native_codes_are_those_of_the_definition(shape: tuple[int, ...], diagonal: str, schedule: str) -> None:
+    """At momentum 1/2 a moment has the same bits in both backends; then so have its codes, of numbers of any size."""
+    kind, _, finite = diagonal.partition(",")
+    options: dict[str, Any] = {"rho": 0.5} if finite or kind == "identity" else {"rho": None}
+    options |= {"max_grad_norm": 1e30} if schedule == "clip" else SCHEDULES[schedule]
+    generator = torch.Generator().manual_seed(3)
+    for size in (1.0, 1e-20, 1e-38, 1e-42, 1e25):
+        grads = [torch.randn(shape, generator=generator) * size for _ in range(2)]
+        grads[0][0] = 0
+        grads[1][0] = 0
+        state = []
+        for backend in BACKENDS:
+            p = nn.Parameter(torch.ones(shape))
+            optimizer = SOFIM(
+                [p],
+                lr=1e-9,
+                momentum=0.5,
+                diagonal=kind,
+                state_dtype=F8,
+                backend=backend,
+                **options,  # type: ignore[arg-type]
+            )
+            for g in grads:
+                p.grad = g.clone()
+                optimizer.step()
+            known = optimizer.state[p]
+            state.append((known["exp_avg"].view(torch.uint8), known["exp_avg_scale"]))
+        assert all(torch.equal(a, b) for a, b in zip(*state, strict=True)), size
+
+
+@once
+def test_native_steps_need_no_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = params_of()
+    optimizer = SOFIM(params, lr=0.1, state_dtype=F8, backend="cpu")
+    give(params, gradients(params, 1)[0])
+    optimizer.step()  # it makes the state
+    monkeypatch.setattr("sofim_fused.step.plan.Plan.shares", None)
+    before = [p.detach().clone() for p in params]
+    versions = [optimizer.state[params[0]][name]._version for name in ("exp_avg", "exp_avg_scale")]
+    optimizer.step()
+    assert not any(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+    after = [optimizer.state[params[0]][name]._version for name in ("exp_avg", "exp_avg_scale")]
+    assert all(now > then for now, then in zip(after, versions, strict=True))
+
+
+@once
+@pytest.mark.parametrize("diagonal", DIAGONALS)
+@pytest.mark.parametrize("numerator", ["moment", "nesterov"])
+def test_a_native_step_by_passes_has_the_bits_of_one_in_a_call(
+    diagonal: str, numerator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**DIAGONALS[diagonal], "diagonal": diagonal.partition(",")[0], "numerator": numerator}
+    whole, _ = trained(backend="cpu", **options)
+    monkeypatch.setattr("sofim_fused.backends.operators.OperatorPasses.native_step", lambda _: lambda *given: None)
+    by_passes, _ = trained(backend="cpu", **options)
+    assert same_bits(bits_of(by_passes), bits_of(whole))
+
+
+@once
+def test_sixteen_threads_have_the_bits_of_one() -> None:
+    found = []
+    for threads in (1, 16):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            found.append(bits_of(trained(backend="cpu")[0]))
+        finally:
+            torch.set_num_threads(before)
+    assert same_bits(*found)
+
+
+def declines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the CPU's native part decline codes, as those of GPUs do."""
+    monkeypatch.setattr(backends, "_WARNED", set())
+    found = backends.best("cpu", torch.device("cpu"))[0]
+    assert found is not None
+    monkeypatch.setattr(found, "blockwise", False)
+
+
+@once
+def test_a_backend_that_does_not_take_codes_says_so_before_anything_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    declines(monkeypatch)
     p = nn.Parameter(torch.ones(32, 128))
     SOFIM([nn.Parameter(torch.ones(31, 128))], state_dtype=F8, backend="cpu")  # too small: it stays in float32
     with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run on cpu .*does not take moments in 8 bits"):
         SOFIM([p], state_dtype=F8, backend="cpu")
     with pytest.raises(RuntimeError, match="fused=True cannot run on cpu"):
         SOFIM([p], state_dtype=F8, fused=True)
-    optimizer = SOFIM([p], backend="cpu")
-    optimizer.param_groups[0]["state_dtype"] = F8
-    p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match="take backend='auto', which computes these moments in pure PyTorch"):
-        optimizer.step()
-    assert not optimizer.state
-    assert bool((p == 1).all())
 
 
 @once
 def test_auto_falls_back_to_pure_pytorch_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_WARNED", set())
+    declines(monkeypatch)
     p = nn.Parameter(torch.ones(32, 128))
     with pytest.warns(UserWarning, match="do not take moments in 8 bits"):
         optimizer = SOFIM([p], state_dtype=F8)
@@ -427,13 +518,6 @@ def test_auto_falls_back_to_pure_pytorch_with_one_warning(monkeypatch: pytest.Mo
         SOFIM([nn.Parameter(torch.ones(32, 128))], state_dtype=F8)
     assert set(optimizer.backends.values()) == {"reference"}
     assert set(SOFIM([nn.Parameter(torch.ones(3))], state_dtype=F8).backends.values()) == {"cpu"}
-    twin = nn.Parameter(torch.ones(32, 128))
-    reference = SOFIM([twin], state_dtype=F8, backend="reference")
-    for _ in range(2):
-        p.grad = twin.grad = torch.arange(4096.0).view(32, 128)
-        optimizer.step()
-        reference.step()
-    assert same_bits(bits_of(optimizer), bits_of(reference))
 
 
 # Stored and restored

@@ -1,0 +1,241 @@
+// Moments in 8 bits on a CPU: elements of a tensor are decoded into memory that stays in the cache, go through the same
+// passes as moments in float32, and are encoded again. step/codes.h has the arithmetic of one element.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/kernels.h"
+#include "cpu/lanes.h"
+#include "step/codes.h"
+
+namespace sofim {
+namespace {
+
+// Elements that are decoded at a time, up to a block more or less; a few thousand bytes for each tensor of the pass.
+constexpr int64_t kDecoded = 2048 - kBlockSize;
+// How far ahead codes are prefetched.
+constexpr ptrdiff_t kCodesAhead = 2048;
+
+SOFIM_HD Words larger(const Words& a, const Words& b) {
+  return Words(Words::Indices(), [&](auto i) SOFIM_INLINE { return a.part[i] > b.part[i] ? a.part[i] : b.part[i]; });
+}
+SOFIM_HD Words where_below(const Words& x, uint32_t limit, const Words& a, const Words& b) {
+  return Words(Words::Indices(), [&](auto i) SOFIM_INLINE {
+    typedef int32_t Signed __attribute__((vector_size(sizeof(Words::Part))));  // compared faster than unsigned ones
+    return reinterpret_cast<Signed>(x.part[i]) < static_cast<int32_t>(limit) ? a.part[i] : b.part[i];
+  });
+}
+SOFIM_HD uint32_t largest_lane(const Words& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_reduce_max_epu32(reinterpret_cast<__m512i>(x.part[0]));
+#else
+  uint32_t lane[kLanes];
+  memcpy(lane, x.part, sizeof lane);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
+  }
+  return lane[0];
+#endif
+}
+
+// Sixteen codes from memory, as the numbers they stand for.
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+SOFIM_HD Floats load_codes(const uint8_t* from) {
+  const __m256i extended = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  __m256i half = _mm256_and_si256(_mm256_slli_epi16(extended, 7), _mm256_set1_epi16(static_cast<int16_t>(0xBF80)));
+  const __m256i magnitude = _mm256_and_si256(half, _mm256_set1_epi16(0x3F80));
+  const __m256i none = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x3F80));
+  half = _mm256_or_si256(half, _mm256_and_si256(none, _mm256_set1_epi16(0x7E00)));
+#if defined(CPU_CAPABILITY_AVX512)
+  Floats result;
+  result.part[0] = _mm512_cvtph_ps(half);
+#else
+  const auto part = [](__m128i x) { return Floats::Part(_mm256_cvtph_ps(x)); };
+  Floats result;
+  result.part[0] = part(_mm256_castsi256_si128(half));
+  result.part[1] = part(_mm256_extracti128_si256(half, 1));
+#endif
+  return result * Floats(256.0f);
+}
+#else
+SOFIM_NOINLINE Floats load_codes(const uint8_t* from) {
+  Half half[kLanes];
+  for (int i = 0; i < kLanes; ++i) half[i] = Half(half_of_code(from[i]), Half::from_bits());
+  return load(half) * Floats(256.0f);
+}
+#endif
+
+// Sixteen numbers below 256, to memory.
+#if defined(CPU_CAPABILITY_AVX512)
+SOFIM_HD void store_codes(uint8_t* to, const Words& x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(x.part[0])));
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+SOFIM_HD void store_codes(uint8_t* to, const Words& x) {
+  const __m256i pairs = _mm256_packus_epi32(reinterpret_cast<__m256i>(x.part[0]), reinterpret_cast<__m256i>(x.part[1]));
+  const __m256i ordered = _mm256_permute4x64_epi64(pairs, 0xD8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
+}
+#else
+SOFIM_HD void store_codes(uint8_t* to, const Words& x) {
+  uint32_t word[kLanes];
+  memcpy(word, x.part, sizeof word);
+  for (int i = 0; i < kLanes; ++i) to[i] = static_cast<uint8_t>(word[i]);
+}
+#endif
+
+// What the random bits of sixteen elements are a hash of, wherever they begin.
+SOFIM_NOINLINE Words places_from(uint32_t key, int64_t index) {
+  uint32_t place[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) {
+    place[i] = stretch_key(key, index + i) + static_cast<uint32_t>(index + i) * kWeyl;
+  }
+  Words places;
+  memcpy(places.part, place, sizeof place);
+  return places;
+}
+
+// Whole blocks of a tensor, a part of it that is decoded at a time.
+class Blocks {
+ public:
+  // The first block that begins at element `begin` or after it.
+  Blocks(const Row& r, int64_t begin) : r_(r), row_(begin / r.row_size), column_(begin % r.row_size), begin_(begin) {
+    const int64_t ahead = (kBlockSize - column_ % kBlockSize) % kBlockSize;
+    if (column_ + ahead < r.row_size) {
+      skip(ahead);
+    } else if (column_ > 0) {
+      skip(r.row_size - column_);
+    }
+    end_ = begin_;
+  }
+
+  int64_t begin() const { return begin_; }
+  int64_t size() const { return end_ - begin_; }
+
+  // Goes on to the next blocks of about kDecoded elements, of those that begin before element `limit`, and decodes them.
+  // `moments` has room for kDecoded + kBlockSize + kLanes elements. False: there are none.
+  bool decode(int64_t limit, float* moments) {
+    skip(end_ - begin_);
+    if (begin_ >= limit) return false;
+    const uint8_t* const codes = static_cast<const uint8_t*>(r_.m);
+    each(limit, [&](int64_t at, int64_t size, const float* scale) SOFIM_INLINE {
+      const Floats factor(*scale);
+      float* to = moments + (at - begin_);
+      for (int64_t i = 0; i < size; i += kLanes) {
+        // Behind the block's end are codes of the next one; behind the tensor's are none.
+        if (at + i + kLanes <= r_.numel) {
+          (load_codes(codes + at + i) * factor).store(to + i);
+        } else {
+          uint8_t few[kLanes] = {};
+          memcpy(few, codes + at + i, static_cast<size_t>(r_.numel - at - i));
+          (load_codes(few) * factor).store(to + i);
+        }
+      }
+    });
+    return true;
+  }
+
+  // Asks for the codes of the blocks after these.
+  void prefetch() const {
+    const uint8_t* const codes = static_cast<const uint8_t*>(r_.m) + begin_ + kCodesAhead;
+    for (int64_t i = 0; i < size(); i += 64) ask_for(codes, i);
+  }
+
+  // Encodes the moments, which are changed to what is stored if `as_stored`.
+  void encode(float* moments, bool as_stored) const {
+    uint8_t* const codes = static_cast<uint8_t*>(r_.m);
+    Blocks reader = *this;
+    reader.end_ = begin_;
+    reader.each(end_, [&](int64_t at, int64_t size, float* scale) SOFIM_INLINE {
+      float* const from = moments + (at - begin_);
+      const int64_t whole = size / kLanes * kLanes;
+      Words largest(0u);
+      for (int64_t i = 0; i < whole; i += kLanes) largest = larger(largest, bits_of(load(from + i)) & 0x7FFFFFFFu);
+      float few[kLanes] = {};
+      if (whole < size) {
+        memcpy(few, from + whole, static_cast<size_t>(size - whole) * sizeof *few);
+        largest = larger(largest, bits_of(load(few)) & 0x7FFFFFFFu);
+      }
+      const BlockScale block = block_scale(largest_lane(largest));
+      *scale = block.scale;
+      const Floats lift(block.lift), inverse(block.inverse), factor(block.scale);
+      const uint32_t mask = block.finite ? ~0u : 0u;
+      // All have one key, unless this is the one block that goes across a multiple of 2^32.
+      const bool together = ((at ^ (at + size - 1)) >> 32) == 0;
+      Words places = keyed_places(stretch_key(r_.key, at), at);
+      const auto coded = [&](const Floats& x, int64_t i) SOFIM_INLINE {
+        if (!together) places = places_from(r_.key, at + i);
+        const Words random = random_bits(places, Words(0u));
+        places = places + kLanes * kWeyl;
+        return code_of((x * lift) * inverse, random) & mask;
+      };
+      for (int64_t i = 0; i < whole; i += kLanes) {
+        store_codes(codes + at + i, coded(load(from + i), i));
+        if (as_stored) (load_codes(codes + at + i) * factor).store(from + i);
+      }
+      if (whole == size) return;
+      uint8_t of_few[kLanes];
+      store_codes(of_few, coded(load(few), whole));
+      memcpy(codes + at + whole, of_few, static_cast<size_t>(size - whole));
+      if (!as_stored) return;
+      (load_codes(of_few) * factor).store(few);
+      memcpy(from + whole, few, static_cast<size_t>(size - whole) * sizeof *few);
+    });
+  }
+
+ private:
+  // Over elements of a row, to the next one at its end.
+  void skip(int64_t elements) {
+    begin_ += elements;
+    column_ += elements;
+    while (column_ >= r_.row_size) {
+      column_ -= r_.row_size;
+      ++row_;
+    }
+  }
+
+  // Calls `call` with the first element, the size and the scale of each block, and moves end_ behind them.
+  template <class Call>
+  SOFIM_HD void each(int64_t limit, Call call) {
+    const int64_t per_row = (r_.row_size + kBlockSize - 1) / kBlockSize;
+    int64_t row = row_, column = column_;
+    end_ = begin_;
+    while (end_ < limit && end_ - begin_ < kDecoded) {
+      const int64_t size = std::min(kBlockSize, r_.row_size - column);
+      call(end_, size, r_.scales + row * per_row + column / kBlockSize);
+      end_ += size;
+      column += size;
+      if (column < r_.row_size) continue;
+      column = 0;
+      ++row;
+    }
+  }
+
+  const Row& r_;
+  int64_t row_, column_;  // of the first element
+  int64_t begin_, end_;
+};
+
+// Calls `run` for the blocks of a tensor that begin in elements [begin, begin + size): with a row that is like `r`, but
+// whose moments are these blocks' alone, in float32; with their first element and their number; and with a function that
+// encodes them, and changes the moments to what is stored if its argument is true.
+template <class Run>
+void over_codes(const Row& r, const Mode& mode, int64_t begin, int64_t size, Run run) {
+  alignas(64) float moments[kDecoded + kBlockSize + kLanes];
+  Row decoded = r;
+  decoded.m = moments;
+  decoded.m_type = Type::float32;
+  decoded.scales = nullptr;
+  Blocks blocks(r, begin);
+  while (blocks.decode(begin + size, moments)) {
+    if (mode.prefetch) blocks.prefetch();
+    decoded.first = blocks.begin();
+    run(static_cast<const Row&>(decoded), blocks.begin(), blocks.size(),
+        [&](bool as_stored) { blocks.encode(moments, as_stored); });
+  }
+}
+
+}  // namespace
+}  // namespace sofim

@@ -1,0 +1,55 @@
+// First moments in 8 bits: codes of torch.float8_e4m3fn with one scale per block of a row.
+// sofim_fused/blockwise.py defines them. Each formula is written once, for a scalar and for a vector of elements, as in
+// element.h; V is float or a vector of them.
+#pragma once
+
+#include "step/element.h"
+
+namespace sofim {
+
+constexpr int64_t kBlockSize = 128;  // elements with one scale; the last block of a row may have fewer
+
+// 2 to an integer power from -149 to 127.
+SOFIM_HD float power_of_two(int exponent) {
+  return from_bits(exponent < -126 ? 1u << (exponent + 149) : static_cast<uint32_t>(exponent + 127) << 23);
+}
+
+// How a block is stored: code = rounded((m·lift)·inverse), unless it has a number that is not finite; then codes are 0.
+// `lift` is 1, or a power of two where the block's numbers are near float32's least.
+struct BlockScale {
+  float scale, lift, inverse;
+  bool finite;
+};
+
+// From the bits of the block's largest magnitude; those of a NaN are larger than all others.
+SOFIM_HD BlockScale block_scale(uint32_t largest) {
+  if (largest >= 0x7F800000u) return {from_bits(0x7FC00000u), 1.0f, 0.0f, false};
+  const int lifted = largest < 0x21800000u ? 64 : 0;  // less than 2^-60
+  const float lift = power_of_two(lifted);
+  // The exponent of the largest; 1 more if its fraction is above that of 448 = 1.75·2^8.
+  const int of_largest = static_cast<int>((bits_of(from_bits(largest) * lift) + 0x1FFFFFu) >> 23) - 127 - lifted;
+  const int least = of_largest - 8;
+  const int exponent = least < -140 ? -140 : least > 119 ? 119 : least;
+  return {largest == 0 ? 0.0f : power_of_two(exponent), lift, power_of_two(-exponent - lifted), true};
+}
+
+// a where x < limit, else b; all are below 2^31.
+SOFIM_HD uint32_t where_below(uint32_t x, uint32_t limit, uint32_t a, uint32_t b) { return x < limit ? a : b; }
+
+// The code of a number of at most 448 in magnitude, or limited to that; `random`: 16 bits for its stochastic rounding.
+template <class V, class U>
+SOFIM_HD U code_of(V x, U random) {
+  const U bits = bits_of(x), magnitude = bits & 0x7FFFFFFFu, entering = random * 16u;
+  const U normal = ((magnitude + entering) >> 20) + (0u - 960u);
+  const U small = ((bits_of(from_bits(magnitude) + V(0x1p-6f)) + entering) >> 20) + (0u - 968u);
+  const U code = where_below(magnitude, 0x3C800000u, small, normal);  // 2^-6
+  return where_below(code, 0x7Eu, code, code * 0u + 0x7Eu) + ((bits >> 24) & 0x80u);
+}
+
+// The number of a code, as a float16 that is 256 times too small; a NaN for the codes that are none.
+SOFIM_HD uint16_t half_of_code(uint8_t code) {
+  const uint32_t magnitude = code & 0x7Fu, sign = static_cast<uint32_t>(code & 0x80u) << 8;
+  return static_cast<uint16_t>(sign | (magnitude == 0x7Fu ? 0x7E00u : magnitude << 7));
+}
+
+}  // namespace sofim
