@@ -61,12 +61,12 @@ STATE_DTYPES = {  # by their names in state dicts
 }
 
 VARIANCES = ("row_var", "col_var", "variance")  # running means of g², of a diagonal that adapts
+LOST_BITS = ("kahan", "master_bits")  # what 16-bit weights could not hold; see lost_bits()
 STATE = (
     "exp_avg",
     "exp_avg_scale",
     "step",
-    "kahan",
-    "master_bits",
+    *LOST_BITS,
     *VARIANCES,
 )  # what SOFIM keeps for a parameter; other entries are a user's own
 CONSTRUCTOR_ONLY = (

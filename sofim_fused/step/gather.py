@@ -76,6 +76,16 @@ def check_state(entry: Entry, group: Mapping[str, Any], state: Mapping[Tensor, A
         checks.first_gradient(entry.param, entry.ordinal, group["state_dtype"])
 
 
+def has_fitting_state(entry: Entry, group: Mapping[str, Any], state: Mapping[Tensor, Any]) -> bool:
+    """Whether a parameter still has the state that a pass needs, of its shape, dtype and device: a quick look."""
+    param, known = entry.param, state[entry.param]
+    moment, lost = known["exp_avg"], checks.lost_bits(param, group)
+    kept = known if lost is None else known.get(lost)
+    if kept is None or moment.shape != param.shape or moment.device != param.device:
+        return False
+    return bool(moment.dtype == moment_dtype(param, group["state_dtype"]))
+
+
 def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[Tensor, Any]) -> Any:
     """Give a parameter that has its first gradient a zero moment and a zero step count.
 
@@ -83,7 +93,7 @@ def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[T
         The state before; ``None`` if nothing was missing.
     """
     param = entry.param
-    known = state.get(param, {})
+    before = known = state.get(param, {})
     whole = "exp_avg" in known
     lost = checks.lost_bits(param, group)
     kept = lost is None or lost in known
@@ -102,8 +112,10 @@ def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[T
         if lost is not None and not kept:
             dtype = lost_bits_dtype(param, lost)
             made[lost] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            # Those of an earlier setting or dtype would be out of date if they were ever used again.
+            known = {name: value for name, value in known.items() if name not in checks.LOST_BITS}
     state[param] = {**known, **made}
-    return known
+    return before
 
 
 def variance_shapes(param: Tensor, diagonal: str) -> dict[str, tuple[int, ...]]:

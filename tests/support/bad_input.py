@@ -1517,6 +1517,15 @@ TOO_LATE = [
         "backward() or after step()",
     ),
     _too_late(
+        "the model cast to float64, with `release_grads=True`",
+        lambda _, params: [setattr(p, "data", p.data.double()) for p in params],
+        ValueError,
+        "state of parameter 0 (shape (4,), float64, cpu): exp_avg is shape (4,), float32, cpu, expected shape (4,), "
+        "float64, cpu: … With in_backward=True this has to wait while a step is under way: undo it, call step(), and "
+        "do it after that",
+        release=True,
+    ),
+    _too_late(
         "a parameter in two groups, put there by hand",
         _in_two_places,
         ValueError,
