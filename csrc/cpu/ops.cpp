@@ -73,11 +73,12 @@ Tensor accumulate_step(TensorList params, TensorList grads, TensorList exp_avgs,
   return accumulated(tensors, mode, cross);
 }
 
-void apply(TensorList params, TensorList grads, TensorList exp_avgs, TensorList lost_bits, const Tensor& moment,
-           const Vector& weight, const Vector& gradient) {
-  StepTensors tensors = gathered(false, params, grads, exp_avgs, lost_bits, std::nullopt);
+void apply(TensorList params, TensorList grads, TensorList exp_avgs, TensorList lost_bits, TensorList steps,
+           at::IntArrayRef ordinals, const Tensor& moment, const Vector& weight, const Vector& gradient) {
+  StepTensors tensors = gathered(false, params, grads, exp_avgs, lost_bits, Counts{steps, ordinals});
   Mode mode;
   set_update(tensors, mode, moment, weight, gradient);
+  tensors.key_random_bits(0);
   tensors.bump_weights();
   std::vector<double> scratch;
   run_pass(Pass::apply, tensors.records(), tensors.tiling(), mode, scratch);

@@ -120,8 +120,8 @@ Tensor accumulate_step(TensorList params, TensorList grads, TensorList exp_avgs,
   return accumulated(tensors, sweep, weight.has_value(), cross);
 }
 
-void apply(TensorList params, TensorList grads, TensorList exp_avgs, TensorList lost_bits, const Tensor& moment,
-           const Vector& weight, const Vector& gradient) {
+void apply(TensorList params, TensorList grads, TensorList exp_avgs, TensorList lost_bits, TensorList, at::IntArrayRef,
+           const Tensor& moment, const Vector& weight, const Vector& gradient) {
   StepTensors tensors = gathered(true, params, grads, exp_avgs, lost_bits, std::nullopt);
   Sweep sweep(tensors);
   sweep.set_update(moment, weight, gradient);

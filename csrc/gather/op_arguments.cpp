@@ -13,8 +13,8 @@ const std::array<const char*, 14> schemas = {
     "accumulate_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] lost_bits,"
     " Tensor[] steps, int[] ordinals, float[] moment, float[] gradient, float[]? weight, bool cross,"
     " Tensor? step_weight, Tensor step_gradient) -> Tensor",
-    "apply(Tensor(a!)[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor(b!)[] lost_bits, Tensor moment,"
-    " Tensor? weight, Tensor? gradient) -> ()",
+    "apply(Tensor(a!)[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor(b!)[] lost_bits, Tensor[] steps,"
+    " int[] ordinals, Tensor moment, Tensor? weight, Tensor? gradient) -> ()",
     "dots(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] lost_bits, bool weights) -> Tensor",
     "commit(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] lost_bits, Tensor[] steps,"
     " int[] ordinals, float[] decay_moment, float[] decay_gradient, float[]? decay_weight, Tensor moment,"
@@ -35,7 +35,7 @@ const std::array<const char*, 14> schemas = {
     " Tensor[] steps, int[] ordinals, float[] moment, float[] gradient, Tensor by_row, Tensor by_col, Tensor trace,"
     " Tensor beta2, Tensor eps, Tensor root, Tensor? gain, Tensor? skip) -> Tensor",
     "apply_scaled(Tensor(a!)[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor(b!)[] lost_bits, Tensor[] variances,"
-    " int[] kinds, Tensor moment, Tensor? weight, Tensor? gradient, Tensor by_row, Tensor by_col, Tensor trace,"
+    " int[] kinds, Tensor[] steps, int[] ordinals, Tensor moment, Tensor? weight, Tensor? gradient, Tensor by_row, Tensor by_col, Tensor trace,"
     " Tensor beta2, Tensor eps, Tensor root, Tensor? gain, Tensor? skip) -> ()",
     "commit_scaled(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] lost_bits,"
     " Tensor(d!)[] variances, int[] kinds, Tensor[] steps, int[] ordinals, float[] decay_moment,"

@@ -103,6 +103,7 @@ class ParamGroups {
     std::optional<at::ScalarType> state_dtype;
     bool kahan = true;
     bool master = false;  // bfloat16 weights are halves of float32 ones; else `kahan` is for them, too
+    bool cut = false;     // if so: these have 24 bits
     PyObject* params = nullptr;
   };
   struct Entries;

@@ -106,6 +106,8 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
             tensors.grads,
             tensors.exp_avgs,
             _lost_bits(tensors),
+            tensors.steps,
+            tensors.ordinals,
             coefficients.moment,
             coefficients.weight,
             coefficients.gradient,
@@ -237,6 +239,8 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
             _lost_bits(tensors),
             _by_element(tensors),
             _kinds(tensors),
+            tensors.steps,
+            tensors.ordinals,
             *coefficients[:3],
             *scales,
         )
@@ -364,7 +368,7 @@ def register_fakes(namespace: str) -> None:
         return sums(params, 1 + cross + (cross and weight is not None))
 
     @torch.library.register_fake(f"{namespace}::apply")
-    def _(params, grads, exp_avgs, lost_bits, moment, weight, gradient):  # type: ignore[no-untyped-def]
+    def _(params, grads, *rest):  # type: ignore[no-untyped-def]
         return None
 
     @torch.library.register_fake(f"{namespace}::dots")
