@@ -213,7 +213,6 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
   if (lost.defined()) {
     record.cut = record.w_type == Type::bfloat16 && lost.scalar_type() == at::kChar;
     record.master = record.cut || (record.w_type == Type::bfloat16 && lost.scalar_type() == at::kShort);
-    if (record.cut && anywhere_) return "lost bits: int8 is for the CPU's passes alone";
     if (!readable(lost) || !(record.master || lost.scalar_type() == w.scalar_type()) || !same_sizes(lost, w)) {
       return "lost bits: not a dense tensor on the step's device of its parameter's shape, and of its dtype, or int16 or"
              " int8 (of a bfloat16 parameter)";
