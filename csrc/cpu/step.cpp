@@ -484,6 +484,7 @@ bool Step::finish(PyObject* groups, PyObject* state, PyObject* current) {
     for (size_t i = 0; i < tensors_.size() && options().reads_gradient(); ++i) {  // take() applied the other terms
       tensors_.record(i).update = {1.0, 0.0, tensors_.record(i).update.moment};
     }
+    tensors_.key_random_bits(1);
     tensors_.bump_weights();
     run_pass(Pass::apply, tensors_.records(), tensors_.tiling(), Mode(), scratch_);
     tensors_.write_back(true, false);

@@ -120,9 +120,9 @@ Tensor accumulate_step(TensorList params, TensorList grads, TensorList exp_avgs,
   return accumulated(tensors, sweep, weight.has_value(), cross);
 }
 
-void apply(TensorList params, TensorList grads, TensorList exp_avgs, TensorList lost_bits, TensorList, at::IntArrayRef,
-           const Tensor& moment, const Vector& weight, const Vector& gradient) {
-  StepTensors tensors = gathered(true, params, grads, exp_avgs, lost_bits, std::nullopt);
+void apply(TensorList params, TensorList grads, TensorList exp_avgs, TensorList lost_bits, TensorList steps,
+           at::IntArrayRef ordinals, const Tensor& moment, const Vector& weight, const Vector& gradient) {
+  StepTensors tensors = gathered(true, params, grads, exp_avgs, lost_bits, Counts{steps, ordinals});
   Sweep sweep(tensors);
   sweep.set_update(moment, weight, gradient);
   sweep.form().gradient = gradient.has_value();

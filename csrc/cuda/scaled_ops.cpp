@@ -386,10 +386,10 @@ Tensor accumulate_scaled(TensorList params, TensorList grads, TensorList exp_avg
 }
 
 void apply_scaled(TensorList params, TensorList grads, TensorList exp_avgs, TensorList lost_bits, TensorList variances,
-                  at::IntArrayRef kinds, TensorList, at::IntArrayRef, const Tensor& moment, const Vector& weight,
-                  const Vector& gradient, const Tensor& by_row, const Tensor& by_col, const Tensor&,
+                  at::IntArrayRef kinds, TensorList steps, at::IntArrayRef ordinals, const Tensor& moment,
+                  const Vector& weight, const Vector& gradient, const Tensor& by_row, const Tensor& by_col, const Tensor&,
                   const Tensor& beta2, const Tensor& eps, const Tensor& root, const Vector& gain, const Vector& skip) {
-  Sweep sweep(params, grads, exp_avgs, lost_bits, variances, kinds, std::nullopt, false);
+  Sweep sweep(params, grads, exp_avgs, lost_bits, variances, kinds, Counts{steps, ordinals}, false);
   sweep.set_update(moment, weight, gradient);
   sweep.run(launch_apply_scaled, {by_row, by_col, beta2, eps, root, gain, skip});
   sweep.finish(true);

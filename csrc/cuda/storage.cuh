@@ -62,14 +62,16 @@ __device__ __forceinline__ void keep_upper(uint32_t bits, To& to) {
   if constexpr (std::is_same_v<To, BFloat16> || std::is_same_v<To, Loose>) to.bits = static_cast<uint16_t>(bits >> 16);
 }
 
-// A float32 weight from the bits of its halves (joined() in step/element.h), and the halves of one.
+// A float32 weight from the bits of its halves (joined() in step/element.h), and the halves of one. Of weights of 24
+// bits the lower byte of the rest is 0; load_rest() and store_rest() leave it out.
 __device__ __forceinline__ float whole(uint32_t shown, uint32_t rest) {
   const auto extended = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(rest)));
   return from_bits(joined(shown << 16, extended));
 }
 template <class To>
-__device__ __forceinline__ void split(float weight, To& shown, To& rest) {
-  const uint32_t bits = splittable(bits_of(weight));
+__device__ __forceinline__ void split(float weight, To& shown, To& rest, bool cut, uint32_t stretch, uint32_t place) {
+  uint32_t bits = splittable(bits_of(weight));
+  if (cut) bits = cut_stochastically(bits, random_byte(stretch, place));
   shown.bits = static_cast<uint16_t>(shown_half(bits) >> 16);
   rest.bits = static_cast<uint16_t>(bits);
 }
@@ -140,6 +142,48 @@ __device__ __forceinline__ void store(void* to, int64_t at, const Elements<T, si
     memcpy(piece, &x, sizeof x);
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof x / 16); ++i) vector[i] = piece[i];
+  }
+}
+
+// The rests of weights in two parts, of 16 bits each.
+template <int size, class T>
+__device__ __forceinline__ void load_rest(Elements<T, size>& x, const void* from, int64_t at, Type type, bool cut) {
+  if (!cut) return load(x, from, at, type);
+  SOFIM_IN_MEMORY(from);
+  const auto* const byte = static_cast<const uint8_t*>(from) + at;
+  Elements<uint8_t, size> bytes;
+  if constexpr (size % 8 == 0) {
+#pragma unroll
+    for (int i = 0; i < size / 8; ++i) {
+      const uint64_t eight = reinterpret_cast<const uint64_t*>(byte)[i];
+      memcpy(bytes.at + 8 * i, &eight, sizeof eight);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < size; ++i) bytes.at[i] = byte[i];
+  }
+#pragma unroll
+  for (int i = 0; i < size; ++i) x.at[i].bits = static_cast<uint16_t>(bytes.at[i] << 8);
+}
+
+template <int size, class T>
+__device__ __forceinline__ void store_rest(void* to, int64_t at, const Elements<T, size>& x, Type type, bool cut) {
+  if (!cut) return store(to, at, x, type);
+  SOFIM_IN_MEMORY(to);
+  auto* const byte = static_cast<uint8_t*>(to) + at;
+  Elements<uint8_t, size> bytes;
+#pragma unroll
+  for (int i = 0; i < size; ++i) bytes.at[i] = static_cast<uint8_t>(x.at[i].bits >> 8);
+  if constexpr (size % 8 == 0) {
+#pragma unroll
+    for (int i = 0; i < size / 8; ++i) {
+      uint64_t eight;
+      memcpy(&eight, bytes.at + 8 * i, sizeof eight);
+      reinterpret_cast<uint64_t*>(byte)[i] = eight;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < size; ++i) byte[i] = bytes.at[i];
   }
 }
 

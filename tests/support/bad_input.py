@@ -99,7 +99,7 @@ AN_EPS = "it must be at least 1e-18 and less than 1e+18"
 DIAGONALS = "take one of 'identity', 'tensor', 'row', 'factored', 'element'"
 NOTHING_LEFT = "leaves out the term of rank one, and with diagonal='identity' nothing would be left: pass a number"
 A_FLAG = "pass True or False"
-MASTER_BITS = "pass 32, None (what kahan says) or 'auto' (32, unless kahan is set)"
+MASTER_BITS = "pass 32, 24, None (what kahan says) or 'auto' (32, unless kahan is set)"
 MOMENT_TYPES = "pass torch.float32, torch.bfloat16, torch.float8_e4m3fn or None (by parameter)"
 FISHERS = "take one of 'model', 'group', 'parameter'"
 NO_NORM = "is impossible: the norm of all gradients is known only after … Leave out one of them"
@@ -560,6 +560,16 @@ ADDED = [
         "with master_weight_bits=32",
         in_backward=True,
         kahan=True,
+        numerator="gradient",
+    ),
+    _added(
+        "of bfloat16 parameters with `master_weight_bits=24`, `in_backward=True` and the gradient form",
+        lambda _: {"params": [torch.ones(2, dtype=torch.bfloat16).requires_grad_()]},
+        ValueError,
+        "parameter 0 of group 1 (shape (2,), bfloat16, cpu): in_backward=True with numerator='gradient' would round "
+        "it twice … with master_weight_bits=32",
+        in_backward=True,
+        master_weight_bits=24,
         numerator="gradient",
     ),
     _added(
