@@ -618,7 +618,8 @@ class SOFIM(Optimizer):
 
         Groups contain plain values, which all file formats and :mod:`torch.distributed.checkpoint` accept:
         ``state_dtype`` by its name, and numbers of other types (such as NumPy's) as Python numbers. ``master_bits`` in
-        int16 are float16 there, the same bits, because ranks cannot send each other int16.
+        int16 are float16 there, the same bits, because ranks cannot send each other int16; those in int8 as well if
+        FullyShardedDataParallel shards the parameters, because it flattens no integers.
 
         Raises:
             RuntimeError: with ``in_backward=True``, between a backward pass and the step.
@@ -631,7 +632,8 @@ class SOFIM(Optimizer):
         if isinstance(made, dict) and isinstance(made.get("param_groups"), list):  # a user's hook may return anything
             made = {**made, "param_groups": [_plain(group) for group in made["param_groups"]]}
         if isinstance(made, dict) and isinstance(made.get("state"), dict):
-            made["state"] = {key: gather.for_state_dict(known) for key, known in made["state"].items()}
+            flat = any(is_flattened(param) for group in self.param_groups for param in group["params"])
+            made["state"] = {key: gather.for_state_dict(known, flat) for key, known in made["state"].items()}
         return made
 
     def load_state_dict(self, state_dict: StateDict) -> None:

@@ -331,12 +331,18 @@ def moment_dtype(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
-def for_state_dict(known: Any) -> Any:
-    """A parameter's state as state dicts have it: its rest has a dtype that ranks can send each other."""
+def for_state_dict(known: Any, flattened: bool) -> Any:
+    """A parameter's state as state dicts have it: its rest has a dtype that ranks can send each other.
+
+    ``flattened``: the parameters are those of FullyShardedDataParallel, which flattens no integers; a rest of 8 bits
+    becomes one of 16 bits there, a copy.
+    """
     rest = known.get("master_bits") if isinstance(known, dict) else None
-    if not isinstance(rest, Tensor) or rest.dtype != REST or rest.layout != torch.strided:
+    if not isinstance(rest, Tensor) or rest.layout != torch.strided:
         return known
-    return {**known, "master_bits": viewed_as(rest, SENT_AS)}
+    if flattened and rest.dtype in checks.RESTS.values():
+        rest = converted(rest, REST)
+    return {**known, "master_bits": viewed_as(rest, SENT_AS)} if rest.dtype == REST else known
 
 
 def _is_sent(rest: Any) -> bool:
