@@ -55,7 +55,7 @@ __device__ __forceinline__ void put(void* to, int64_t at, const Elements<T, size
 // The same of the rests of weights of 24 bits.
 template <class T, int size>
 __device__ __forceinline__ void fetch_rest(Elements<T, size>& x, const void* from, int64_t at) {
-  if constexpr (!std::is_same_v<T, double>) {
+  if constexpr (!std::is_same_v<T, double> && size == 1) {
     Elements<BFloat16, size> narrow;
     load_rest(narrow, from, at, Type::bfloat16, true);
     memcpy(&x, &narrow, sizeof narrow);
@@ -64,7 +64,7 @@ __device__ __forceinline__ void fetch_rest(Elements<T, size>& x, const void* fro
 
 template <class T, int size>
 __device__ __forceinline__ void put_rest(void* to, int64_t at, const Elements<T, size>& x) {
-  if constexpr (!std::is_same_v<T, double>) {
+  if constexpr (!std::is_same_v<T, double> && size == 1) {
     Elements<BFloat16, size> narrow;
     memcpy(&narrow, &x, sizeof narrow);
     store_rest(to, at, narrow, Type::bfloat16, true);
@@ -173,7 +173,7 @@ struct ScaledChunk {
 
   // Whether it can be loaded in pieces of `many` elements, none of which ends in another row than it begins.
   __device__ __forceinline__ bool full(int many) const {
-    return row.aligned && row.numel - begin >= kTile && (by_element || scaling.cols % many == 0);
+    return row.aligned && !row.cut && row.numel - begin >= kTile && (by_element || scaling.cols % many == 0);
   }
 
   __device__ __forceinline__ void sweep(double (&sum)[kScaledSums]) const {
@@ -191,7 +191,7 @@ struct ScaledChunk {
     const Type w_type = kIs32 && all32 ? Type::float32 : row.w_type;
     const Type g_type = kIs32 && all32 ? Type::float32 : row.g_type;
     const bool keeps = kIs32 && narrow && row.lost != nullptr;
-    const bool master = keeps && row.master, cut = master && row.cut;
+    const bool master = keeps && row.master, cut = size == 1 && master && row.cut;
     const T half_eps = w_type == Type::float16 ? T(1) / 2048 : T(1) / 256;
     const auto given = [&](const double* from, T missing) {
       return from == nullptr ? missing : static_cast<T>(load_cg(from));

@@ -88,6 +88,7 @@ struct Storage {
   static constexpr bool kLoose = std::is_same_v<W, Loose>;
   static constexpr bool kNarrow = sizeof(W) == 2 || kLoose;  // it may have lost bits
   static constexpr bool kSplits = std::is_same_v<W, BFloat16> || kLoose;  // it may be half of a float32 (Row::master)
+  static constexpr bool kCuts = kLoose;  // it may be, and the float32 has 24 bits (Row::cut)
   static constexpr bool kRounds = sizeof(M) == 2 || kLoose;  // the moment may be bfloat16
   static constexpr int kSmallest = least(sizeof(W), least(sizeof(G), sizeof(M)));
   static constexpr int kVector = kLoose ? 1 : 16 / kSmallest;  // elements: the smallest of the types fills 16 bytes
@@ -145,46 +146,20 @@ __device__ __forceinline__ void store(void* to, int64_t at, const Elements<T, si
   }
 }
 
-// The rests of weights in two parts, of 16 bits each.
-template <int size, class T>
-__device__ __forceinline__ void load_rest(Elements<T, size>& x, const void* from, int64_t at, Type type, bool cut) {
+// The rest of one weight in two parts, as 16 bits. Weights of 24 bits are read and written one by one: in vectors, they
+// would need code beside that of all other 16-bit weights, and registers there.
+template <class T>
+__device__ __forceinline__ void load_rest(Elements<T, 1>& x, const void* from, int64_t at, Type type, bool cut) {
   if (!cut) return load(x, from, at, type);
   SOFIM_IN_MEMORY(from);
-  const auto* const byte = static_cast<const uint8_t*>(from) + at;
-  Elements<uint8_t, size> bytes;
-  if constexpr (size % 8 == 0) {
-#pragma unroll
-    for (int i = 0; i < size / 8; ++i) {
-      const uint64_t eight = reinterpret_cast<const uint64_t*>(byte)[i];
-      memcpy(bytes.at + 8 * i, &eight, sizeof eight);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < size; ++i) bytes.at[i] = byte[i];
-  }
-#pragma unroll
-  for (int i = 0; i < size; ++i) x.at[i].bits = static_cast<uint16_t>(bytes.at[i] << 8);
+  x.at[0].bits = static_cast<uint16_t>(static_cast<const uint8_t*>(from)[at] << 8);
 }
 
-template <int size, class T>
-__device__ __forceinline__ void store_rest(void* to, int64_t at, const Elements<T, size>& x, Type type, bool cut) {
+template <class T>
+__device__ __forceinline__ void store_rest(void* to, int64_t at, const Elements<T, 1>& x, Type type, bool cut) {
   if (!cut) return store(to, at, x, type);
   SOFIM_IN_MEMORY(to);
-  auto* const byte = static_cast<uint8_t*>(to) + at;
-  Elements<uint8_t, size> bytes;
-#pragma unroll
-  for (int i = 0; i < size; ++i) bytes.at[i] = static_cast<uint8_t>(x.at[i].bits >> 8);
-  if constexpr (size % 8 == 0) {
-#pragma unroll
-    for (int i = 0; i < size / 8; ++i) {
-      uint64_t eight;
-      memcpy(&eight, bytes.at + 8 * i, sizeof eight);
-      reinterpret_cast<uint64_t*>(byte)[i] = eight;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < size; ++i) byte[i] = bytes.at[i];
-  }
+  static_cast<uint8_t*>(to)[at] = static_cast<uint8_t>(x.at[0].bits >> 8);
 }
 
 }  // namespace sofim::cuda
