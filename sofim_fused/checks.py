@@ -32,7 +32,9 @@ DTYPES = (
 )
 
 NARROW_DTYPES = (torch.bfloat16, torch.float16)
-REST = torch.int16  # of master_bits; in state dicts they are float16, the same bits: NCCL and gloo send no int16
+RESTS = {32: torch.int16, 24: torch.int8}  # the dtype of master_bits, by master_weight_bits
+# In state dicts int16 is float16, the same bits: NCCL and gloo send no int16.
+REST = RESTS[32]
 SENT_AS = torch.float16
 SMALLEST_RHO = 1e-30  # keeps ‖m̂‖²/ρ far below float64's overflow
 SMALLEST_EPS = 1e-18  # above the root of what is lost below float32's range, so that s bounds the step there too
@@ -61,12 +63,12 @@ STATE_DTYPES = {  # by their names in state dicts
 }
 
 VARIANCES = ("row_var", "col_var", "variance")  # running means of g², of a diagonal that adapts
+LOST_BITS = ("kahan", "master_bits")  # what 16-bit weights could not hold; see lost_bits()
 STATE = (
     "exp_avg",
     "exp_avg_scale",
     "step",
-    "kahan",
-    "master_bits",
+    *LOST_BITS,
     *VARIANCES,
 )  # what SOFIM keeps for a parameter; other entries are a user's own
 CONSTRUCTOR_ONLY = (
@@ -166,9 +168,10 @@ def group(values: Mapping[str, Any], index: int | None = None, saved: bool = Fal
 def _master_weight_bits(where: str, bits: Any, kahan: bool | None) -> None:
     if bits is None or (isinstance(bits, str) and bits == "auto"):
         return
-    if type(bits) is not int or bits != 32:
+    if type(bits) is not int or bits not in RESTS:
         raise ValueError(
-            f"{where}master_weight_bits={bits!r}: pass 32, None (what kahan says) or 'auto' (32, unless kahan is set)"
+            f"{where}master_weight_bits={bits!r}: pass 32, 24, None (what kahan says) or 'auto' (32, unless kahan is "
+            "set)"
         )
     if kahan:
         raise ValueError(
@@ -180,12 +183,22 @@ def _master_weight_bits(where: str, bits: Any, kahan: bool | None) -> None:
 def lost_bits(param: Tensor, values: Mapping[str, Any]) -> str | None:
     """The name of the state with the bits that a parameter lost, by the values of its group; ``None``: it has none.
 
-    ``"master_bits"``: the lower halves of float32 weights; ``"kahan"``: Kahan's compensation.
+    ``"master_bits"``: more bits of float32 weights; ``"kahan"``: Kahan's compensation.
     """
     bits, kahan = values["master_weight_bits"], values["kahan"]
     if param.dtype == torch.bfloat16 and (kahan is None if bits == "auto" else bits is not None):
         return "master_bits"
     return "kahan" if param.dtype in NARROW_DTYPES and kahan is not False else None
+
+
+def lost_bits_dtype(param: Tensor, values: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of the bits that a 16-bit parameter lost, if :func:`lost_bits` are kept."""
+    return rest_dtype(values) if lost_bits(param, values) == "master_bits" else param.dtype
+
+
+def rest_dtype(values: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of ``master_bits`` in a group with these values."""
+    return RESTS[24] if values["master_weight_bits"] == 24 else REST
 
 
 def _rho(where: str, rho: Any, diagonal: str) -> None:
@@ -298,7 +311,8 @@ def in_backward_parameter(param: Tensor, where: str, values: Mapping[str, Any]) 
     numerator = values["numerator"]
     if values.get("diagonal", "identity") != "identity":  # the hook takes the whole step, and rounds it once
         return
-    if reads_gradient(numerator) and param.dtype in NARROW_DTYPES and lost_bits(param, values) != "master_bits":
+    whole = lost_bits(param, values) == "master_bits" and rest_dtype(values) == REST
+    if reads_gradient(numerator) and param.dtype in NARROW_DTYPES and not whole:
         raise ValueError(
             f"{where} ({described(param)}): in_backward=True with numerator={numerator!r} would round it twice in a "
             "step, between two large terms: take numerator='moment', leave out in_backward, or keep the weights in "
@@ -605,14 +619,16 @@ def state_of_parameter(
         known: its state.
         dtype: that of its moment.
         ordinal: the parameter's place among all.
-        lost: the name of its lost bits, if it has any; others, of an earlier setting, are not used.
+        lost: the name of its lost bits, if it has any; others, of an earlier setting, are not used, and more or fewer
+            ``master_bits`` are converted.
     """
     for name, expected in (("exp_avg", dtype), ("kahan", param.dtype), ("master_bits", REST)):
         if name not in known or (name != "exp_avg" and name != lost):
             continue
         value = known[name]
         _state_tensor(param, ordinal, name, value)
-        if value.dtype == expected and value.shape == param.shape and value.device == param.device:
+        dtypes = RESTS.values() if name == "master_bits" else (expected,)
+        if value.dtype in dtypes and value.shape == param.shape and value.device == param.device:
             _placed_alike(param, value, ordinal, name)
             if _may_overlap(value):
                 raise _sharing(value, f"{_state(param, ordinal)}: {name}", _REPLACE)

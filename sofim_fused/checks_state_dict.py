@@ -15,7 +15,7 @@ from sofim_fused import blockwise
 from sofim_fused.checks import (
     DTYPES,
     PER_GROUP,
-    REST,
+    RESTS,
     SENT_AS,
     STATE,
     VARIANCES,
@@ -252,7 +252,7 @@ def _saved_state(known: Any, param: Tensor, key: Any, values: Mapping[str, Any],
                 f"{where}: {name} has the shape {tuple(value.shape)}, expected {shape}: it was saved for another model"
                 + (f", or with another diagonal than {diagonal!r}" if name in VARIANCES else "")
             )
-        dtypes = (REST, SENT_AS) if name == "master_bits" else DTYPES
+        dtypes = (*RESTS.values(), SENT_AS) if name == "master_bits" else DTYPES
         known_dtype = value.dtype in dtypes or name == "step" or (name == "exp_avg" and _in_codes(entries))
         if value.layout != torch.strided or not known_dtype:
             raise ValueError(f"{where}: {name} is {short(value.dtype)}, {value.layout}: the state dict is damaged")

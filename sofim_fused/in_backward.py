@@ -41,6 +41,9 @@ BATCH = 1 << 20
 INDICES = 64
 """How many index tensors are kept on a device, each for a choice of parameters."""
 
+_FIXED = ("momentum", "numerator", "diagonal")
+"""Settings that the moment form, too, reads at the first gradient of a step."""
+
 _NOTHING, _PART, _WHOLE = range(3)  # how much of a parameter's gradient was taken in this step
 
 
@@ -286,7 +289,7 @@ class InBackward:
         if native:
             assert self._native is not None
             self._take = self._native.take
-            if not self._depth:
+            if not self._depth and isinstance(self._state, dict):  # a user may have put any mapping there
                 self._native.serve_hooks(self._state, self._progress)
         else:
             for index, group in enumerate(groups):
@@ -582,14 +585,17 @@ class InBackward:
         return len(groups) == len(self._frozen) and self._native.finish(self._settings(), optimizer.state, groups)
 
     def _settings(self) -> list[dict[str, Any]]:
-        """The groups for the rest of the step; the moment form reads lr, rho and decoupled decay only now."""
+        """The groups for the rest of the step; the moment form reads lr, rho and decoupled decay only now.
+
+        The kind of the step, and what has entered the moments, are those of its first gradient in any case.
+        """
         assert self._frozen is not None
         groups = self._optimizer.param_groups
         if checks.reads_gradient(self._frozen[0]["numerator"]) or is_adaptive(self._frozen):
             return self._frozen
         for now, then in zip(groups, self._frozen, strict=True):
-            if now["momentum"] != then["momentum"] or now["numerator"] != "moment":
-                fixed = [{"momentum": group["momentum"], "numerator": "moment"} for group in self._frozen]
+            if any(now[name] != then[name] for name in _FIXED):
+                fixed = [{name: group[name] for name in _FIXED} for group in self._frozen]
                 return [{**now, **then} for now, then in zip(groups, fixed, strict=True)]
         return groups
 
@@ -617,8 +623,19 @@ class InBackward:
                 torch.cuda.current_stream(device).wait_stream(stream)
         if self._frozen is not None and is_adaptive(self._frozen):
             return  # the hooks have taken all of the step
-        self._plan.compare_ranks(optimizer, guarded=False)
-        shares = self._plan.shares_of(optimizer, present)
+        for entry in present:  # the parameter may have been converted since its gradient was taken
+            if gather.has_fitting_state(entry, groups[entry.group], optimizer.state):
+                continue
+            try:
+                gather.check_state(entry, groups[entry.group], optimizer.state)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}. With in_backward=True this has to wait while a step is under way: undo it, call step(), "
+                    "and do it after that"
+                ) from None
+            gather.ensure_state(entry, groups[entry.group], optimizer.state)
+        self._plan.compare_ranks(optimizer, guarded=False, groups=groups)
+        shares = self._plan.shares_of(optimizer, present, groups)
         decays = self._frozen is not None and any(group["weight_decay"] for group in self._frozen)
         reads_w = decays and checks.reads_gradient(groups[0]["numerator"])
         for share in shares:

@@ -102,8 +102,9 @@ class SOFIM(Optimizer):
             later. ``None``: yes for 16-bit parameters that have no ``master_weight_bits``.
         master_weight_bits: ``32``: the weights of bfloat16 parameters are the upper halves of float32 weights, and the
             lower halves are kept in an int16 tensor; training is that of float32 weights, bit for bit, in the bytes
-            that ``kahan`` would take. ``None``: no such bits. ``"auto"``: 32, unless ``kahan`` is set. Parameters of
-            other dtypes ignore it.
+            that ``kahan`` would take. ``24``: only 8 more bits are kept, in an int8 tensor, and each update is rounded
+            to these 24 stochastically, without bias and reproducibly. ``None``: no such bits. ``"auto"``: 32, unless
+            ``kahan`` is set. Parameters of other dtypes ignore it.
         max_grad_norm: clip the gradients, as one vector over all groups, to this norm inside the step.
             :attr:`grad_norm` is then the norm before clipping.
         skip_nonfinite: a step changes nothing if any gradient has a NaN or an infinity; :attr:`skipped_steps` counts
@@ -126,7 +127,8 @@ class SOFIM(Optimizer):
             (on a GPU, only if version counters show it) or state was deleted. For several backward passes per step use
             :meth:`accumulate_grads`. Does not work with ``max_grad_norm``, ``skip_nonfinite``, GradScaler,
             DistributedDataParallel, FullyShardedDataParallel (``fully_shard`` works) or ZeroRedundancyOptimizer, nor
-            with 16-bit parameters that have no ``master_weight_bits``, except in the moment form.
+            with 16-bit parameters that do not have 32 ``master_weight_bits``, except in the moment form and with a
+            diagonal that adapts.
         release_grads: free each gradient once it has entered its moment (``in_backward=True``), so that memory for all
             of them at once is never needed. Clipping then finds no gradients and has no effect, without an error.
         differentiable: ``True`` is refused, because the update is made in place.
@@ -152,12 +154,12 @@ class SOFIM(Optimizer):
 
     The state of a parameter, created at its first gradient: ``exp_avg`` (of its shape), ``step`` (0-dimensional int64),
     ``exp_avg_scale`` (float32, rows times blocks of a row) if ``exp_avg`` is in 8 bits, of 16-bit parameters
-    ``master_bits`` (of its shape, int16) or ``kahan`` (of its shape and dtype), if either is kept, and for a diagonal
-    that adapts running means of g²
-    (float32, or float64 for 64-bit parameters): ``row_var`` (one per row), with ``"factored"`` also ``col_var`` (of the
-    shape of a row), or ``variance`` (0-dimensional for a tensor, of the parameter's shape for elements). A parameter
-    without a gradient is not part of that step's Fisher matrix, and its state does not change. Nothing in a step waits
-    for the device, unless the parameters are on devices of different kinds.
+    ``master_bits`` (of its shape, int16; int8 for 24 bits) or ``kahan`` (of its shape and dtype), if either is kept,
+    and for a diagonal that adapts running means of g² (float32, or float64 for 64-bit parameters): ``row_var`` (one per
+    row), with ``"factored"`` also ``col_var`` (of the shape of a row), or ``variance`` (0-dimensional for a tensor, of
+    the parameter's shape for elements). A parameter without a gradient is not part of that step's Fisher matrix, and
+    its state does not change. Nothing in a step waits for the device, unless the parameters are on devices of different
+    kinds.
     """
 
     def __init__(
@@ -177,7 +179,7 @@ class SOFIM(Optimizer):
         maximize: bool = False,
         state_dtype: torch.dtype | Literal["float32", "bfloat16", "float8_e4m3fn"] | None = None,
         kahan: bool | None = None,
-        master_weight_bits: Literal[32, "auto"] | None = "auto",
+        master_weight_bits: Literal[24, 32, "auto"] | None = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         capturable: bool = False,
@@ -615,8 +617,9 @@ class SOFIM(Optimizer):
         """Return the groups and the state by number of parameter, as every optimizer does.
 
         Groups contain plain values, which all file formats and :mod:`torch.distributed.checkpoint` accept:
-        ``state_dtype`` by its name, and numbers of other types (such as NumPy's) as Python numbers. ``master_bits`` are
-        float16 there, the same bits, because ranks cannot send each other int16.
+        ``state_dtype`` by its name, and numbers of other types (such as NumPy's) as Python numbers. ``master_bits`` in
+        int16 are float16 there, the same bits, because ranks cannot send each other int16; those in int8 as well if
+        FullyShardedDataParallel shards the parameters, because it flattens no integers.
 
         Raises:
             RuntimeError: with ``in_backward=True``, between a backward pass and the step.
@@ -629,7 +632,8 @@ class SOFIM(Optimizer):
         if isinstance(made, dict) and isinstance(made.get("param_groups"), list):  # a user's hook may return anything
             made = {**made, "param_groups": [_plain(group) for group in made["param_groups"]]}
         if isinstance(made, dict) and isinstance(made.get("state"), dict):
-            made["state"] = {key: gather.for_state_dict(known) for key, known in made["state"].items()}
+            flat = any(is_flattened(param) for group in self.param_groups for param in group["params"])
+            made["state"] = {key: gather.for_state_dict(known, flat) for key, known in made["state"].items()}
         return made
 
     def load_state_dict(self, state_dict: StateDict) -> None:

@@ -36,7 +36,7 @@ struct ScaledBlock : Block<Y> {
   }
 };
 
-// The three sweeps in one, because their code is nearly the same and there are eleven kinds of storage to compile it for.
+// The three sweeps in one, because their code is nearly the same and there are fifteen kinds of storage to compile it for.
 template <class Y>
 struct Scaled {
   using Sums = std::array<LaneSums, kScaledSums>;
@@ -80,7 +80,7 @@ struct Scaled {
     }
     m = m * inverse;
     if (updates) {
-      factors.update(b, v * inverse, m, gradient, true);
+      factors.update(b, v * inverse, m, gradient, true, keyed_places(factors.stretch, b.index));
     } else {
       // m itself, which no register holds any more.
       const Doubles scaled = widened(m);
@@ -154,7 +154,7 @@ typename Scaled<Y>::Sums over_scaled_tile(const Scaled<Y>& pass, const Row& r, c
   block.w = static_cast<typename Y::W*>(r.w) + begin;
   block.g = static_cast<const typename Y::G*>(r.g) + begin;
   block.m = static_cast<typename Y::M*>(r.m) + (begin - r.first);
-  block.lost = r.lost == nullptr ? nullptr : static_cast<typename Y::W*>(r.lost) + begin;
+  block.lost = r.lost == nullptr ? nullptr : static_cast<typename Y::L*>(r.lost) + begin;
   block.index = begin;
   block.inverse = inverse;
   block.variance = scale.variance == nullptr ? nullptr : static_cast<T*>(scale.variance) + begin;
@@ -185,7 +185,7 @@ typename Scaled<Y>::Sums over_scaled_tile(const Scaled<Y>& pass, const Row& r, c
   alignas(64) typename Y::W w[kPair] = {};
   alignas(64) typename Y::G g[kPair] = {};
   alignas(64) typename Y::M m[kPair] = {};
-  alignas(64) typename Y::W lost[kPair] = {};
+  alignas(64) typename Y::L lost[kPair] = {};
   alignas(64) T variance[kPair];
   std::fill_n(variance, kPair, T(1));  // so that s is not 0
   if (use.w) memcpy(w, block.w, rest * sizeof *w);

@@ -361,13 +361,15 @@ Tensor accumulate_scaled(TensorList params, TensorList grads, TensorList exp_avg
 
 void apply_scaled(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
                   TensorList lost_bits, TensorList variances,
-                  at::IntArrayRef kinds, const Tensor& moment, const Vector& weight, const Vector& gradient,
-                  const Tensor& by_row, const Tensor& by_col, const Tensor& trace, const Tensor& beta2,
-                  const Tensor& eps, const Tensor& root, const Vector& gain, const Vector& skip) {
-  Sweep sweep(params, grads, exp_avgs, exp_avg_scales, lost_bits, std::nullopt,
+                  at::IntArrayRef kinds, TensorList steps, at::IntArrayRef ordinals, const Tensor& moment,
+                  const Vector& weight, const Vector& gradient, const Tensor& by_row, const Tensor& by_col,
+                  const Tensor& trace, const Tensor& beta2, const Tensor& eps, const Tensor& root, const Vector& gain,
+                  const Vector& skip) {
+  Sweep sweep(params, grads, exp_avgs, exp_avg_scales, lost_bits, Counts{steps, ordinals},
               {variances, kinds, by_row, by_col, trace, beta2, eps, root, gain, skip});
   Mode mode;
   set_update(sweep.tensors(), mode, moment, weight, gradient);
+  sweep.tensors().key_random_bits(0);
   sweep.tensors().bump_weights();
   if (sweep.is_idle()) return;
   sweep.sweeps().apply(mode);

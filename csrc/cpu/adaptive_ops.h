@@ -40,11 +40,10 @@ at::Tensor accumulate_scaled(at::TensorList params, at::TensorList grads, at::Te
                              const at::Tensor& eps, const at::Tensor& root, const Vector& gain, const Vector& skip);
 
 void apply_scaled(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
-                  at::TensorList exp_avg_scales, at::TensorList lost_bits,
-                  at::TensorList variances, at::IntArrayRef kinds, const at::Tensor& moment, const Vector& weight,
-                  const Vector& gradient, const at::Tensor& by_row, const at::Tensor& by_col, const at::Tensor& trace,
-                  const at::Tensor& beta2, const at::Tensor& eps, const at::Tensor& root, const Vector& gain,
-                  const Vector& skip);
+                  at::TensorList exp_avg_scales, at::TensorList lost_bits, at::TensorList variances, at::IntArrayRef kinds, at::TensorList steps, at::IntArrayRef ordinals,
+                  const at::Tensor& moment, const Vector& weight, const Vector& gradient, const at::Tensor& by_row,
+                  const at::Tensor& by_col, const at::Tensor& trace, const at::Tensor& beta2, const at::Tensor& eps,
+                  const at::Tensor& root, const Vector& gain, const Vector& skip);
 
 void commit_scaled(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                   at::TensorList exp_avg_scales, at::TensorList lost_bits,

@@ -74,9 +74,9 @@ SOFIM_HD typename Pass::Sums over_tile(const Pass& pass, const Row& r, const Mod
       {static_cast<typename Y::W*>(r.w) + begin,
        static_cast<const typename Y::G*>(r.g) + begin,
        static_cast<typename Y::M*>(r.m) + (begin - r.first),
-       r.lost == nullptr ? nullptr : static_cast<typename Y::W*>(r.lost) + begin,
+       r.lost == nullptr ? nullptr : static_cast<typename Y::L*>(r.lost) + begin,
        begin},
-      kLanes, count, kPair, mode.prefetch, size, 0, Y::kRounds ? stretch_key(r.key, begin) : 0};
+      kLanes, count, kPair, mode.prefetch, size, 0, Y::kRounds || Y::kCuts ? stretch_key(r.key, begin) : 0};
   if (size >= kSplit) {
     pairs.gap = half;
     pairs.stride = kLanes;
@@ -93,7 +93,7 @@ SOFIM_HD typename Pass::Sums over_tile(const Pass& pass, const Row& r, const Mod
   alignas(64) typename Y::W w[kPair] = {};
   alignas(64) typename Y::G g[kPair] = {};
   alignas(64) typename Y::M m[kPair] = {};
-  alignas(64) typename Y::W lost[kPair] = {};
+  alignas(64) typename Y::L lost[kPair] = {};
   if (use.w) memcpy(w, block.w, rest * sizeof *w);
   if (use.g) memcpy(g, block.g, rest * sizeof *g);
   memcpy(m, block.m, rest * sizeof *m);
@@ -132,7 +132,7 @@ struct Accumulate {
     if constexpr (cross) {
       sums[kMG].add(wide, widened(g));
       if (weights) sums[kMW].add(wide, wide_weight_of(b, factors.master));
-      if (step) factors.update(b, g, g, true, false);
+      if (step) factors.update(b, g, g, true, false, places);
     }
   }
 
@@ -167,12 +167,12 @@ struct Apply {
 
   SOFIM_HD Use use() const { return {true, gradient, false, true}; }
 
-  SOFIM_HD void operator()(const Block<Y>& b, const Words&, Sums&) const {
+  SOFIM_HD void operator()(const Block<Y>& b, const Words& places, Sums&) const {
     const auto m = load(b.m);
     if constexpr (gradient) {
-      factors.update(b, load(b.g), m, true, true);
+      factors.update(b, load(b.g), m, true, true, places);
     } else {
-      factors.update(b, m, m, false, true);
+      factors.update(b, m, m, false, true, places);
     }
   }
 
@@ -217,7 +217,7 @@ struct Commit {
     if (scaled) v = v * typename Y::V(factors.gain);
     const auto m = factors.moment(load(b.m), v, b);
     factors.store_moment(b.m, m, places);
-    factors.update(b, v, m, gradient, true);
+    factors.update(b, v, m, gradient, true, places);
   }
 
   Factors<Y> factors;
@@ -241,6 +241,9 @@ void with_decoded_types(const Row& r, Run run) {
   const bool wide_g = r.g_type == Type::float32;
   switch (r.w_type) {
     case Type::bfloat16:
+      if (r.cut) {
+        return wide_g ? run(Types<BFloat16, float, float, int8_t>()) : run(Types<BFloat16, BFloat16, float, int8_t>());
+      }
       return wide_g ? run(Types<BFloat16, float, float>()) : run(Types<BFloat16, BFloat16, float>());
     case Type::float16:
       return wide_g ? run(Types<Half, float, float>()) : run(Types<Half, Half, float>());

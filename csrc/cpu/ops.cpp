@@ -53,7 +53,8 @@ Tensor accumulated(StepTensors& tensors, Mode& mode, bool cross) {
   return table(products, {&Products::mm, &Products::mg, &Products::mw});
 }
 
-Tensor accumulate(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales, TensorList lost_bits, TensorList steps,
+Tensor accumulate(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
+                  TensorList lost_bits, TensorList steps,
                   at::IntArrayRef ordinals, Floats moment, Floats gradient, std::optional<Floats> weight, bool cross) {
   StepTensors tensors = gathered(false, params, grads, exp_avgs, exp_avg_scales, lost_bits, Counts{steps, ordinals});
   Mode mode;
@@ -62,7 +63,8 @@ Tensor accumulate(TensorList params, TensorList grads, TensorList exp_avgs, Tens
   return accumulated(tensors, mode, cross);
 }
 
-Tensor accumulate_step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales, TensorList lost_bits, TensorList steps,
+Tensor accumulate_step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
+                       TensorList lost_bits, TensorList steps,
                        at::IntArrayRef ordinals, Floats moment, Floats gradient, std::optional<Floats> weight,
                        bool cross, const Vector& step_weight, const Tensor& step_gradient) {
   StepTensors tensors = gathered(false, params, grads, exp_avgs, exp_avg_scales, lost_bits, Counts{steps, ordinals});
@@ -73,18 +75,20 @@ Tensor accumulate_step(TensorList params, TensorList grads, TensorList exp_avgs,
   return accumulated(tensors, mode, cross);
 }
 
-void apply(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales, TensorList lost_bits, const Tensor& moment,
-           const Vector& weight, const Vector& gradient) {
-  StepTensors tensors = gathered(false, params, grads, exp_avgs, exp_avg_scales, lost_bits, std::nullopt);
+void apply(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
+           TensorList lost_bits, TensorList steps, at::IntArrayRef ordinals, const Tensor& moment, const Vector& weight, const Vector& gradient) {
+  StepTensors tensors = gathered(false, params, grads, exp_avgs, exp_avg_scales, lost_bits, Counts{steps, ordinals});
   Mode mode;
   set_update(tensors, mode, moment, weight, gradient);
+  tensors.key_random_bits(0);
   tensors.bump_weights();
   std::vector<double> scratch;
   run_pass(Pass::apply, tensors.records(), tensors.tiling(), mode, scratch);
   tensors.write_back(true, false);
 }
 
-Tensor dots(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales, TensorList lost_bits, bool weights) {
+Tensor dots(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
+            TensorList lost_bits, bool weights) {
   StepTensors tensors = gathered(false, params, grads, exp_avgs, exp_avg_scales, lost_bits, std::nullopt);
   Mode mode;
   mode.weights = weights;
@@ -94,7 +98,8 @@ Tensor dots(TensorList params, TensorList grads, TensorList exp_avgs, TensorList
   return table(products, {&Products::mm, &Products::mg, &Products::mw, &Products::gg, &Products::gw, &Products::ww});
 }
 
-void commit(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales, TensorList lost_bits, TensorList steps,
+void commit(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
+            TensorList lost_bits, TensorList steps,
             at::IntArrayRef ordinals, Floats decay_moment, Floats decay_gradient, std::optional<Floats> decay_weight,
             const Tensor& moment, const Vector& weight, const Vector& gradient, const Vector& gain,
             const Vector& skip) {

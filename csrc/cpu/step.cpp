@@ -379,7 +379,7 @@ bool Step::take(PyObject* param, PyObject* state, size_t group, int64_t ordinal,
   if (!hook_groups_.read_one(param, state, group, ordinal, place_in_state(param, state, ordinal))) return false;
   const Numerator numerator = hook_groups_.options().numerator;
   const Row& given = hook_groups_.tensors().records()[0];
-  const bool rounds_twice = reads_gradient(numerator) && is_narrow(given.w_type) && !given.master;
+  const bool rounds_twice = reads_gradient(numerator) && is_narrow(given.w_type) && (!given.master || given.cut);
   const bool whole = hook_groups_.options().adaptive;  // then nothing is left for finish()
   if (whole ? again : rounds_twice) return false;
   const at::Tensor& grad = gradient_of(param);
@@ -484,6 +484,7 @@ bool Step::finish(PyObject* groups, PyObject* state, PyObject* current) {
     for (size_t i = 0; i < tensors_.size() && options().reads_gradient(); ++i) {  // take() applied the other terms
       tensors_.record(i).update = {1.0, 0.0, tensors_.record(i).update.moment};
     }
+    tensors_.key_random_bits(1);
     tensors_.bump_weights();
     run_pass(Pass::apply, tensors_.records(), tensors_.tiling(), Mode(), scratch_);
     tensors_.write_back(true, false);

@@ -7,16 +7,18 @@
 namespace sofim {
 namespace {
 
-// Storage types of weight, gradient and moment, and the types of computation.
-template <class Weight, class Gradient, class Moment>
+// Storage types of weight, gradient, moment and lost bits, and the types of computation.
+template <class Weight, class Gradient, class Moment, class Lost = Weight>
 struct Types {
   using W = Weight;
   using G = Gradient;
   using M = Moment;
+  using L = Lost;
   using T = std::conditional_t<std::is_same_v<W, double>, double, float>;
   using V = std::conditional_t<std::is_same_v<W, double>, Doubles, Floats>;
   static constexpr bool kNarrow = sizeof(W) == 2;
   static constexpr bool kSplits = std::is_same_v<W, BFloat16>;  // w may be half of a float32 (TensorRow::master)
+  static constexpr bool kCuts = std::is_same_v<L, int8_t>;       // it is, and the float32 has 24 bits (TensorRow::cut)
   static constexpr bool kRounds = std::is_same_v<M, BFloat16>;
   // Half of the distance from 1 to the next W.
   static constexpr float kHalfEps = std::is_same_v<W, Half> ? 1.0f / 2048 : 1.0f / 256;
@@ -28,7 +30,7 @@ struct Block {
   typename Y::W* w;
   const typename Y::G* g;
   typename Y::M* m;
-  typename Y::W* lost;
+  typename Y::L* lost;
   int64_t index;
 
   SOFIM_HD void advance(int64_t elements) {
@@ -46,7 +48,7 @@ struct Block {
 template <class Y>
 SOFIM_HD typename Y::V weight_of(const Block<Y>& b, bool master) {
   if constexpr (Y::kSplits) {
-    if (master) return from_bits(joined(bits_of(load(b.w)), load_signed(b.lost)));
+    if (Y::kCuts || master) return from_bits(joined(bits_of(load(b.w)), load_signed(b.lost)));
   }
   return load(b.w);
 }
@@ -163,15 +165,20 @@ struct Factors {
   }
 
   // Updates w and its lost bits. `with_v`, `with_m`: whether to add the terms of v and m.
-  SOFIM_HD void update(const Block<Y>& b, const V& v, const V& m, bool with_v, bool with_m) const {
+  SOFIM_HD void update(const Block<Y>& b, const V& v, const V& m, bool with_v, bool with_m, const Words& places) const {
     V w = weight_of(b, master);
-    if constexpr (Y::kNarrow) {
+    if constexpr (Y::kNarrow && !Y::kCuts) {
       if (b.lost != nullptr && !master) w = with_lost_bits(w, load(b.lost), V(Y::kHalfEps));
     }
     w = w * V(update_w);
     if (with_v) w = Ops<V>::multiply_add(V(update_g), v, w);
     if (with_m) w = Ops<V>::multiply_add(V(update_m), m, w);
-    if constexpr (Y::kSplits) {
+    if constexpr (Y::kCuts) {
+      const Words bits = cut_stochastically(splittable(bits_of(w)), random_byte(places, Words(0u)));
+      store_upper(b.w, shown_half(bits));
+      store_second_byte(b.lost, bits);
+      return;
+    } else if constexpr (Y::kSplits) {
       if (master) {
         const Words bits = splittable(bits_of(w));
         store_upper(b.w, shown_half(bits));
@@ -180,7 +187,7 @@ struct Factors {
       }
     }
     store(b.w, w);
-    if constexpr (Y::kNarrow) {
+    if constexpr (Y::kNarrow && !Y::kCuts) {
       if (b.lost != nullptr) {
         store(b.lost, lost_bits(w, load(b.w), V(std::numeric_limits<float>::max())));
       }
@@ -192,6 +199,15 @@ struct Factors {
   uint32_t stretch;
 };
 
+// with_types() of a bfloat16 weight of which 8 more bits are kept.
+template <class Run>
+void with_cut_types(bool wide_g, bool wide_m, Run run) {
+  if (wide_g) {
+    return wide_m ? run(Types<BFloat16, float, float, int8_t>()) : run(Types<BFloat16, float, BFloat16, int8_t>());
+  }
+  return wide_m ? run(Types<BFloat16, BFloat16, float, int8_t>()) : run(Types<BFloat16, BFloat16, BFloat16, int8_t>());
+}
+
 // Calls `run` with the Types of a row: the choice is made once per tile.
 template <class Run>
 void with_types(const Row& r, Run run) {
@@ -202,6 +218,7 @@ void with_types(const Row& r, Run run) {
     case Type::float32:
       return wide_m ? run(Types<float, float, float>()) : run(Types<float, float, BFloat16>());
     case Type::bfloat16:
+      if (r.cut) return with_cut_types(wide_g, wide_m, run);
       if (wide_g) return wide_m ? run(Types<BFloat16, float, float>()) : run(Types<BFloat16, float, BFloat16>());
       return wide_m ? run(Types<BFloat16, BFloat16, float>()) : run(Types<BFloat16, BFloat16, BFloat16>());
     case Type::float16:

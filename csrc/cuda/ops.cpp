@@ -101,7 +101,8 @@ Tensor accumulated(StepTensors& tensors, Sweep& sweep, bool weights, bool cross)
   return weights ? sweep.sums({kMM, kMG, kMW}) : sweep.sums({kMM, kMG});
 }
 
-Tensor accumulate(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales, TensorList lost_bits, TensorList steps,
+Tensor accumulate(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
+                  TensorList lost_bits, TensorList steps,
                   at::IntArrayRef ordinals, Floats moment, Floats gradient, std::optional<Floats> weight, bool cross) {
   StepTensors tensors = gathered(true, params, grads, exp_avgs, exp_avg_scales, lost_bits, Counts{steps, ordinals});
   set_decay(tensors, moment, gradient, weight);
@@ -109,7 +110,8 @@ Tensor accumulate(TensorList params, TensorList grads, TensorList exp_avgs, Tens
   return accumulated(tensors, sweep, weight.has_value(), cross);
 }
 
-Tensor accumulate_step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales, TensorList lost_bits, TensorList steps,
+Tensor accumulate_step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
+                       TensorList lost_bits, TensorList steps,
                        at::IntArrayRef ordinals, Floats moment, Floats gradient, std::optional<Floats> weight,
                        bool cross, const Vector& step_weight, const Tensor& step_gradient) {
   StepTensors tensors = gathered(true, params, grads, exp_avgs, exp_avg_scales, lost_bits, Counts{steps, ordinals});
@@ -120,9 +122,9 @@ Tensor accumulate_step(TensorList params, TensorList grads, TensorList exp_avgs,
   return accumulated(tensors, sweep, weight.has_value(), cross);
 }
 
-void apply(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales, TensorList lost_bits, const Tensor& moment,
-           const Vector& weight, const Vector& gradient) {
-  StepTensors tensors = gathered(true, params, grads, exp_avgs, exp_avg_scales, lost_bits, std::nullopt);
+void apply(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
+           TensorList lost_bits, TensorList steps, at::IntArrayRef ordinals, const Tensor& moment, const Vector& weight, const Vector& gradient) {
+  StepTensors tensors = gathered(true, params, grads, exp_avgs, exp_avg_scales, lost_bits, Counts{steps, ordinals});
   Sweep sweep(tensors);
   sweep.set_update(moment, weight, gradient);
   sweep.form().gradient = gradient.has_value();
@@ -131,7 +133,8 @@ void apply(TensorList params, TensorList grads, TensorList exp_avgs, TensorList 
   tensors.write_back(true, false);
 }
 
-Tensor dots(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales, TensorList lost_bits, bool weights) {
+Tensor dots(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
+            TensorList lost_bits, bool weights) {
   StepTensors tensors = gathered(true, params, grads, exp_avgs, exp_avg_scales, lost_bits, std::nullopt);
   Sweep sweep(tensors);
   sweep.task().l2 = weights;
@@ -139,7 +142,8 @@ Tensor dots(TensorList params, TensorList grads, TensorList exp_avgs, TensorList
   return weights ? sweep.sums({kMM, kMG, kMW, kGG, kGW, kWW}) : sweep.sums({kMM, kMG, kGG});
 }
 
-void commit(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales, TensorList lost_bits, TensorList steps,
+void commit(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
+            TensorList lost_bits, TensorList steps,
             at::IntArrayRef ordinals, Floats decay_moment, Floats decay_gradient, std::optional<Floats> decay_weight,
             const Tensor& moment, const Vector& weight, const Vector& gradient, const Vector& gain,
             const Vector& skip) {

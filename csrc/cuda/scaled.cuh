@@ -52,6 +52,25 @@ __device__ __forceinline__ void put(void* to, int64_t at, const Elements<T, size
   }
 }
 
+// The same of the rests of weights of 24 bits.
+template <class T, int size>
+__device__ __forceinline__ void fetch_rest(Elements<T, size>& x, const void* from, int64_t at) {
+  if constexpr (!std::is_same_v<T, double> && size == 1) {
+    Elements<BFloat16, size> narrow;
+    load_rest(narrow, from, at, Type::bfloat16, true);
+    memcpy(&x, &narrow, sizeof narrow);
+  }
+}
+
+template <class T, int size>
+__device__ __forceinline__ void put_rest(void* to, int64_t at, const Elements<T, size>& x) {
+  if constexpr (!std::is_same_v<T, double> && size == 1) {
+    Elements<BFloat16, size> narrow;
+    memcpy(&narrow, &x, sizeof narrow);
+    store_rest(to, at, narrow, Type::bfloat16, true);
+  }
+}
+
 // From fetched elements to numbers, and back, rounding to nearest.
 template <class T, int size>
 __device__ __forceinline__ void widen(Elements<T, size>& x, Type type) {
@@ -96,11 +115,14 @@ __device__ __forceinline__ void join(Elements<T, size>& w, const Elements<T, siz
   }
 }
 template <class T, int size>
-__device__ __forceinline__ void halve(Elements<T, size>& w, Elements<T, size>& lost) {
+__device__ __forceinline__ void halve(Elements<T, size>& w, Elements<T, size>& lost, bool cut, uint32_t stretch,
+                                      uint32_t index) {
   if constexpr (!std::is_same_v<T, double>) {
     Elements<BFloat16, size> shown, rest;
 #pragma unroll
-    for (int j = 0; j < size; ++j) split(w.at[j], shown.at[j], rest.at[j]);
+    for (int j = 0; j < size; ++j) {
+      split(w.at[j], shown.at[j], rest.at[j], cut, stretch, (index + static_cast<uint32_t>(j)) * kWeyl);
+    }
     memcpy(&w, &shown, sizeof shown);
     memcpy(&lost, &rest, sizeof rest);
   }
@@ -151,7 +173,7 @@ struct ScaledChunk {
 
   // Whether it can be loaded in pieces of `many` elements, none of which ends in another row than it begins.
   __device__ __forceinline__ bool full(int many) const {
-    return row.aligned && row.numel - begin >= kTile && (by_element || scaling.cols % many == 0);
+    return row.aligned && !row.cut && row.numel - begin >= kTile && (by_element || scaling.cols % many == 0);
   }
 
   __device__ __forceinline__ void sweep(double (&sum)[kScaledSums]) const {
@@ -169,7 +191,7 @@ struct ScaledChunk {
     const Type w_type = kIs32 && all32 ? Type::float32 : row.w_type;
     const Type g_type = kIs32 && all32 ? Type::float32 : row.g_type;
     const bool keeps = kIs32 && narrow && row.lost != nullptr;
-    const bool master = keeps && row.master;
+    const bool master = keeps && row.master, cut = size == 1 && master && row.cut;
     const T half_eps = w_type == Type::float16 ? T(1) / 2048 : T(1) / 256;
     const auto given = [&](const double* from, T missing) {
       return from == nullptr ? missing : static_cast<T>(load_cg(from));
@@ -186,7 +208,9 @@ struct ScaledChunk {
     }
     const Inverse<T> diagonal(scaling, begin);
     uint32_t stretch = 0;
-    if (writes_m && kIs32 && rounds) stretch = stretch_key(tensor_key(row.ordinal, *row.step + (sums ? 1 : 0)), begin);
+    if (kIs32 && ((writes_m && rounds) || (writes_w && cut))) {
+      stretch = stretch_key(tensor_key(row.ordinal, *row.step + (sums ? 1 : 0)), begin);
+    }
     const int64_t rest = row.numel - begin;
     const int left = static_cast<int>(rest < kTile ? rest : kTile);
 
@@ -198,7 +222,13 @@ struct ScaledChunk {
       fetch(m, row.m, place, row.m_type);
       if (gradient || writes_m) fetch(g, row.g, place, g_type);
       if constexpr (writes_w) fetch(w, row.w, place, w_type);
-      if (keeps) fetch(lost, row.lost, place, w_type);
+      if (keeps) {
+        if (cut) {
+          fetch_rest(lost, row.lost, place);
+        } else {
+          fetch(lost, row.lost, place, w_type);
+        }
+      }
       if (by_element) {
         load(v, scaling.v, place, Type());
       } else {
@@ -267,8 +297,12 @@ struct ScaledChunk {
         }
         Elements<T, size> rounded = w;
         if (master) {
-          halve(rounded, lost);
-          put(row.lost, place, lost, w_type);
+          halve(rounded, lost, cut, stretch, static_cast<uint32_t>(place));
+          if (cut) {
+            put_rest(row.lost, place, lost);
+          } else {
+            put(row.lost, place, lost, w_type);
+          }
         } else {
           round_to(rounded, w_type);
         }

@@ -389,10 +389,10 @@ Tensor accumulate_scaled(TensorList params, TensorList grads, TensorList exp_avg
 
 void apply_scaled(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
                   TensorList lost_bits, TensorList variances,
-                  at::IntArrayRef kinds, const Tensor& moment, const Vector& weight, const Vector& gradient,
-                  const Tensor& by_row, const Tensor& by_col, const Tensor&, const Tensor& beta2, const Tensor& eps,
-                  const Tensor& root, const Vector& gain, const Vector& skip) {
-  Sweep sweep(params, grads, exp_avgs, exp_avg_scales, lost_bits, variances, kinds, std::nullopt, false);
+                  at::IntArrayRef kinds, TensorList steps, at::IntArrayRef ordinals, const Tensor& moment,
+                  const Vector& weight, const Vector& gradient, const Tensor& by_row, const Tensor& by_col, const Tensor&,
+                  const Tensor& beta2, const Tensor& eps, const Tensor& root, const Vector& gain, const Vector& skip) {
+  Sweep sweep(params, grads, exp_avgs, exp_avg_scales, lost_bits, variances, kinds, Counts{steps, ordinals}, false);
   sweep.set_update(moment, weight, gradient);
   sweep.run(launch_apply_scaled, {by_row, by_col, beta2, eps, root, gain, skip});
   sweep.finish(true);

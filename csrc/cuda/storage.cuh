@@ -62,14 +62,16 @@ __device__ __forceinline__ void keep_upper(uint32_t bits, To& to) {
   if constexpr (std::is_same_v<To, BFloat16> || std::is_same_v<To, Loose>) to.bits = static_cast<uint16_t>(bits >> 16);
 }
 
-// A float32 weight from the bits of its halves (joined() in step/element.h), and the halves of one.
+// A float32 weight from the bits of its halves (joined() in step/element.h), and the halves of one. Of weights of 24
+// bits the lower byte of the rest is 0; load_rest() and store_rest() leave it out.
 __device__ __forceinline__ float whole(uint32_t shown, uint32_t rest) {
   const auto extended = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(rest)));
   return from_bits(joined(shown << 16, extended));
 }
 template <class To>
-__device__ __forceinline__ void split(float weight, To& shown, To& rest) {
-  const uint32_t bits = splittable(bits_of(weight));
+__device__ __forceinline__ void split(float weight, To& shown, To& rest, bool cut, uint32_t stretch, uint32_t place) {
+  uint32_t bits = splittable(bits_of(weight));
+  if (cut) bits = cut_stochastically(bits, random_byte(stretch, place));
   shown.bits = static_cast<uint16_t>(shown_half(bits) >> 16);
   rest.bits = static_cast<uint16_t>(bits);
 }
@@ -86,6 +88,7 @@ struct Storage {
   static constexpr bool kLoose = std::is_same_v<W, Loose>;
   static constexpr bool kNarrow = sizeof(W) == 2 || kLoose;  // it may have lost bits
   static constexpr bool kSplits = std::is_same_v<W, BFloat16> || kLoose;  // it may be half of a float32 (Row::master)
+  static constexpr bool kCuts = kLoose;  // it may be, and the float32 has 24 bits (Row::cut)
   static constexpr bool kRounds = sizeof(M) == 2 || kLoose;  // the moment may be bfloat16
   static constexpr int kSmallest = least(sizeof(W), least(sizeof(G), sizeof(M)));
   static constexpr int kVector = kLoose ? 1 : 16 / kSmallest;  // elements: the smallest of the types fills 16 bytes
@@ -141,6 +144,22 @@ __device__ __forceinline__ void store(void* to, int64_t at, const Elements<T, si
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof x / 16); ++i) vector[i] = piece[i];
   }
+}
+
+// The rest of one weight in two parts, as 16 bits. Weights of 24 bits are read and written one by one: in vectors, they
+// would need code beside that of all other 16-bit weights, and registers there.
+template <class T>
+__device__ __forceinline__ void load_rest(Elements<T, 1>& x, const void* from, int64_t at, Type type, bool cut) {
+  if (!cut) return load(x, from, at, type);
+  SOFIM_IN_MEMORY(from);
+  x.at[0].bits = static_cast<uint16_t>(static_cast<const uint8_t*>(from)[at] << 8);
+}
+
+template <class T>
+__device__ __forceinline__ void store_rest(void* to, int64_t at, const Elements<T, 1>& x, Type type, bool cut) {
+  if (!cut) return store(to, at, x, type);
+  SOFIM_IN_MEMORY(to);
+  static_cast<uint8_t*>(to)[at] = static_cast<uint8_t>(x.at[0].bits >> 8);
 }
 
 }  // namespace sofim::cuda

@@ -74,7 +74,7 @@ struct Chunk {
         gradient(reads_gradient(task.numerator)) {}
 
   // Whether all of it can be loaded in vectors.
-  __device__ __forceinline__ bool full() const { return row.aligned && row.numel - begin >= kTile; }
+  __device__ __forceinline__ bool full() const { return row.aligned && !row.cut && row.numel - begin >= kTile; }
 
   template <class S, class K>
   __device__ __forceinline__ Factors<S> factors() const {
@@ -87,8 +87,15 @@ struct Chunk {
       if constexpr (K::l2 || K::pass == Pass::commit) {
         if (l2) f.decay_w = static_cast<T>(decay.w);
       }
-      if constexpr (S::kRounds) {
-        const int64_t update = *row.step + (K::pass == Pass::accumulate ? 1 : 0);
+    }
+    if constexpr ((K::writes_m && S::kRounds) || (K::writes_w && S::kCuts)) {
+      if (K::writes_m || row.cut) {
+        int64_t update = K::pass == Pass::accumulate ? 1 : 0;
+        if constexpr (S::kCuts) {  // not from a cache that this block filled before the step was counted
+          update += __ldcg(reinterpret_cast<const long long*>(row.step));
+        } else {
+          update += *row.step;
+        }
         f.stretch = stretch_key(tensor_key(row.ordinal, update), begin);
       }
     }
@@ -111,6 +118,23 @@ struct Chunk {
     return K::pass == Pass::commit ? gradient : K::gradient;
   }
 
+  template <class W, int size>
+  __device__ __forceinline__ void load_lost(Elements<W, size>& lost, int64_t at, bool cut) const {
+    if constexpr (std::is_same_v<W, Loose>) {
+      load_rest(lost, row.lost, at, row.w_type, cut);
+    } else {
+      load(lost, row.lost, at, row.w_type);
+    }
+  }
+  template <class W, int size>
+  __device__ __forceinline__ void store_lost(const Elements<W, size>& lost, int64_t at, bool cut) const {
+    if constexpr (std::is_same_v<W, Loose>) {
+      store_rest(row.lost, at, lost, row.w_type, cut);
+    } else {
+      store(row.lost, at, lost, row.w_type);
+    }
+  }
+
   // Works on `size` elements at a time: S::kVector for a full chunk, else 1.
   template <class S, class K, int size>
   __device__ __forceinline__ void sweep(Sums<K>& sums) const {
@@ -121,7 +145,7 @@ struct Chunk {
     const int64_t rest = row.numel - begin;
     const int left = static_cast<int>(rest < kTile ? rest : kTile);
     const bool keeps = S::kNarrow && row.lost != nullptr;
-    const bool master = S::kSplits && keeps && row.master;
+    const bool master = S::kSplits && keeps && row.master, cut = S::kCuts && master && row.cut;
     const bool rounds = S::kLoose ? row.m_type == Type::bfloat16 : S::kRounds;
     const bool decays = f.decay_w != 0;  // a zero factor adds no term: zero times an infinite weight is NaN
     const bool half = S::kLoose ? row.w_type == Type::float16 : std::is_same_v<typename S::W, Float16>;
@@ -153,10 +177,10 @@ struct Chunk {
           if (l2) load(ws[i], row.w, begin + at, row.w_type);
         }
         if constexpr (K::writes_w && S::kNarrow) {
-          if (keeps) load(lost[i], row.lost, begin + at, row.w_type);
+          if (keeps) load_lost(lost[i], begin + at, cut);
         } else if constexpr (K::sums && K::l2 && S::kSplits) {
           lost[i] = {};
-          if (l2 && master) load(lost[i], row.lost, begin + at, row.w_type);
+          if (l2 && master) load_lost(lost[i], begin + at, cut);
         }
       }
 #pragma unroll
@@ -203,7 +227,8 @@ struct Chunk {
             if (has_gradient_term<K>()) weight = Ops<T>::multiply_add(f.by_gradient, v, weight);
             if constexpr (!K::sums) weight = Ops<T>::multiply_add(f.by_moment, moment, weight);
             if constexpr (S::kSplits) {
-              if (master) split(weight, ws[i].at[j], lost[i].at[j]);
+              const uint32_t place = (static_cast<uint32_t>(begin) + static_cast<uint32_t>(at + j)) * kWeyl;
+              if (master) split(weight, ws[i].at[j], lost[i].at[j], cut, f.stretch, place);
             }
             if (!master) narrow(weight, ws[i].at[j], row.w_type);
             if constexpr (S::kNarrow) {
@@ -229,7 +254,7 @@ struct Chunk {
         if constexpr (K::writes_m) store(row.m, begin + at, ms[i], row.m_type);
         if constexpr (K::writes_w) store(row.w, begin + at, ws[i], row.w_type);
         if constexpr (K::writes_w && S::kNarrow) {
-          if (keeps) store(row.lost, begin + at, lost[i], row.w_type);
+          if (keeps) store_lost(lost[i], begin + at, cut);
         }
       }
     }

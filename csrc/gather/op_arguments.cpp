@@ -15,12 +15,12 @@ const std::array<const char*, 14> schemas = {
     " Tensor[] steps, int[] ordinals, float[] moment, float[] gradient, float[]? weight, bool cross,"
     " Tensor? step_weight, Tensor step_gradient) -> Tensor",
     "apply(Tensor(a!)[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_scales, Tensor(b!)[] lost_bits,"
-    " Tensor moment,"
-    " Tensor? weight, Tensor? gradient) -> ()",
+    " Tensor[] steps, int[] ordinals, Tensor moment, Tensor? weight, Tensor? gradient) -> ()",
     "dots(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_scales, Tensor[] lost_bits,"
     " bool weights) -> Tensor",
     "commit(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(d!)[] exp_avg_scales,"
-    " Tensor(c!)[] lost_bits, Tensor[] steps, int[] ordinals, float[] decay_moment, float[] decay_gradient, float[]? decay_weight, Tensor moment,"
+    " Tensor(c!)[] lost_bits, Tensor[] steps, int[] ordinals, float[] decay_moment, float[] decay_gradient,"
+    " float[]? decay_weight, Tensor moment,"
     " Tensor? weight, Tensor? gradient, Tensor? gain, Tensor? skip) -> ()",
     "fold(Tensor mm, Tensor? mg, Tensor? mw, Tensor? gg, Tensor? gw, Tensor? ww, Tensor[] steps, Tensor hyper,"
     " int[] sizes, int fisher, int numerator, bool guarded, Tensor? class_of, int classes)"
@@ -39,8 +39,8 @@ const std::array<const char*, 14> schemas = {
     " Tensor[] steps, int[] ordinals, float[] moment, float[] gradient, Tensor by_row, Tensor by_col, Tensor trace,"
     " Tensor beta2, Tensor eps, Tensor root, Tensor? gain, Tensor? skip) -> Tensor",
     "apply_scaled(Tensor(a!)[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_scales,"
-    " Tensor(b!)[] lost_bits, Tensor[] variances,"
-    " int[] kinds, Tensor moment, Tensor? weight, Tensor? gradient, Tensor by_row, Tensor by_col, Tensor trace,"
+    " Tensor(b!)[] lost_bits, Tensor[] variances, int[] kinds, Tensor[] steps, int[] ordinals, Tensor moment,"
+    " Tensor? weight, Tensor? gradient, Tensor by_row, Tensor by_col, Tensor trace,"
     " Tensor beta2, Tensor eps, Tensor root, Tensor? gain, Tensor? skip) -> ()",
     "commit_scaled(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(e!)[] exp_avg_scales,"
     " Tensor(c!)[] lost_bits,"

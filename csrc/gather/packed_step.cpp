@@ -26,7 +26,7 @@ int64_t address(const void* pointer) { return static_cast<int64_t>(reinterpret_c
 
 int64_t kind_of(const Row& r, int64_t addresses, bool by_element) {
   return static_cast<int64_t>(r.w_type) | int64_t{is_narrow(r.w_type) && r.g_type == Type::float32} << 2 |
-         int64_t{r.m_type == Type::bfloat16} << 3 | int64_t{r.lost != nullptr} << 4 |
+         int64_t{r.m_type == Type::bfloat16} << 3 | int64_t{r.lost != nullptr && !r.cut} << 4 |
          int64_t{addresses % 16 != 0} << 5 | int64_t{by_element} << 6 | int64_t{r.master} << 7;
 }
 

@@ -342,8 +342,11 @@ bool ParamGroups::read_group(PyObject* dict, Group& group) {
   if (is(bits, "auto")) {
     group.master = kahan == Py_None;
   } else if (bits != Py_None) {
-    if (bits == nullptr || !PyLong_CheckExact(bits) || PyLong_AsLong(bits) != 32 || kahan == Py_True) return false;
+    if (bits == nullptr || !PyLong_CheckExact(bits) || kahan == Py_True) return false;
+    const long count = PyLong_AsLong(bits);
+    if (count != 32 && count != 24) return false;
     group.master = true;
+    group.cut = count == 24;
   }
   PyObject* state_dtype = item(dict, n.state_dtype);
   if (state_dtype == nullptr) return false;
@@ -410,7 +413,8 @@ bool ParamGroups::add_param(PyObject* param, const Group& group, size_t index, S
   const at::Tensor& t = THPVariable_Unpack(entries.step);
   const at::Tensor& lost = keeps ? THPVariable_Unpack(entries.lost) : none;
   if (!plain(w) || !plain(g) || !plain(m) || !plain(t) || (keeps && !plain(lost))) return false;
-  if (keeps && (lost.scalar_type() == at::kShort) != master) return false;
+  if (master && lost.scalar_type() != (group.cut ? at::kChar : at::kShort)) return false;
+  if (keeps && !master && lost.scalar_type() != w.scalar_type()) return false;
   const at::ScalarType natural = narrow ? at::kFloat : w.scalar_type();
   // Of a part of a sharded parameter it is the whole shape that says whether codes suit it, which is not known here.
   const bool codes = group.codes && m.scalar_type() == at::kFloat8_e4m3fn;

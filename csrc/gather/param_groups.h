@@ -104,6 +104,7 @@ class ParamGroups {
     bool codes = false;  // moments are codes, of tensors that suit them
     bool kahan = true;
     bool master = false;  // bfloat16 weights are halves of float32 ones; else `kahan` is for them, too
+    bool cut = false;     // if so: these have 24 bits
     PyObject* params = nullptr;
   };
   struct Entries;

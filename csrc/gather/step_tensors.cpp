@@ -225,10 +225,11 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
   if (!same_sizes(g, w)) return "gradient: of another shape than its parameter";
   if (!same_sizes(m, w)) return "exp_avg: of another shape than its parameter";
   if (lost.defined()) {
-    record.master = record.w_type == Type::bfloat16 && lost.scalar_type() == at::kShort;
+    record.cut = record.w_type == Type::bfloat16 && lost.scalar_type() == at::kChar;
+    record.master = record.cut || (record.w_type == Type::bfloat16 && lost.scalar_type() == at::kShort);
     if (!readable(lost) || !(record.master || lost.scalar_type() == w.scalar_type()) || !same_sizes(lost, w)) {
-      return "lost bits: not a dense tensor on the step's device of its parameter's shape, and of its dtype or int16 (of"
-             " a bfloat16 parameter)";
+      return "lost bits: not a dense tensor on the step's device of its parameter's shape, and of its dtype, or int16 or"
+             " int8 (of a bfloat16 parameter)";
     }
     if (!is_narrow(record.w_type)) return "lost bits: kept for a parameter that is not of 16 bits";
   }
@@ -352,8 +353,8 @@ bool StepTensors::is_known(const Row& record, size_t place) const {
   if (place >= known_) return false;
   const Row& before = records_[place];
   if (record.w != before.w || record.m != before.m || record.scales != before.scales || record.lost != before.lost ||
-      record.step != before.step ||
-      record.numel != before.numel || record.w_type != before.w_type || record.m_type != before.m_type || record.master != before.master ||
+      record.step != before.step || record.numel != before.numel || record.w_type != before.w_type ||
+      record.m_type != before.m_type || record.master != before.master || record.cut != before.cut ||
       record.copied || before.copied) {
     return false;
   }
@@ -426,7 +427,8 @@ bool StepTensors::is_written(const Range& range) const {
 
 void StepTensors::key_random_bits(int64_t ahead) {
   for (size_t i = 0; i < size(); ++i) {
-    if (records_[i].m_type == Type::bfloat16 || records_[i].m_type == Type::codes) {
+    const Row& record = records_[i];
+    if (record.m_type == Type::bfloat16 || record.m_type == Type::codes || record.cut) {
       records_[i].key = tensor_key(records_[i].ordinal, updates(i) + ahead);
     }
   }

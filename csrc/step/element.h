@@ -106,6 +106,16 @@ SOFIM_HD U shown_half(U bits) {
   return bits + 0x8000u;
 }
 
+// With 24 bits instead of 32: the rest is the upper byte of the lower half alone, a signed number of 8 bits.
+
+// Such bits (of splittable()) rounded stochastically to their upper 24, given 8 random bits. The probability of rounding
+// up in magnitude is the part that is cut off. A number that would become infinite is rounded down.
+template <class U>
+SOFIM_HD U cut_stochastically(U bits, U random) {
+  const U raised = (bits + random) & 0xFFFFFF00u;
+  return where_number(raised + 1u, raised, bits & 0xFFFFFF00u);  // one more than infinity is a NaN
+}
+
 // Random bits: a hash of (seed, ordinal, step, index) and nothing else; sofim_fused/backends/rounding.py defines it.
 
 constexpr uint32_t kSeed = 0x50F1u;
@@ -139,6 +149,12 @@ SOFIM_HD U random_bits(U stretch, U place) {
   x = x * 0x7FEB352Du;
   x = x ^ (x >> 15);
   return (x * 0x846CA68Bu) >> 16;
+}
+
+// 8 random bits, likewise: the lowest ones of mixed(stretch + place). Weights are rounded by them, moments by the others.
+template <class U>
+SOFIM_HD U random_byte(U stretch, U place) {
+  return mixed(stretch + place) & 0xFFu;
 }
 
 // A float32's bits, rounded to those of a bfloat16 (the lower half zero). The probability of rounding up in magnitude

@@ -27,13 +27,15 @@ struct TensorRow {
   void* w;
   const void* g;
   void* m;
-  void* lost;     // the bits that a 16-bit w lost, of w's type, or int16 if `master`; nullptr: none are kept
+  // The bits that a 16-bit w lost, of w's type, or int16 if `master`, or int8 if `cut`; nullptr: none are kept.
+  void* lost;
   int64_t* step;  // the number of updates that it has received, on the tensors' device; nullptr: not needed
   int64_t numel;
-  uint32_t ordinal;  // its place among all parameters, which keys the rounding of a bfloat16 moment
+  uint32_t ordinal;  // its place among all parameters, which keys the rounding of a bfloat16 moment, and of w if `cut`
   Type w_type, g_type, m_type;
   bool aligned : 1;  // all four addresses are multiples of 16
   bool master : 1;   // w and `lost` are the two halves of a float32 (joined() in element.h); else w + lost is the weight
+  bool cut : 1;      // if `master`: the float32 has 24 bits
 };
 
 // The running means of g² of one tensor (Variance in sofim_fused/backends/interface.py), float64 for a float64 tensor,
@@ -52,7 +54,7 @@ struct Scale;  // cpu/kernels.h
 
 // The same with the tensor's own coefficients, for passes that run on the host.
 struct Row : TensorRow {
-  uint32_t key;   // of the random bits that round m (tensor_key)
+  uint32_t key;   // of the random bits that round m and w (tensor_key)
   bool copied;    // some of the addresses are those of copies, which this step alone uses
   Decay decay;    // the first moment
   Update update;  // the weight

@@ -31,6 +31,7 @@ from sofim_fused.backends.interface import (
 )
 from sofim_fused.backends.reference import TorchAdaptivePasses
 from sofim_fused.backends.solve import TorchSolve, on_device_of
+from sofim_fused.checks import RESTS
 
 NAMESPACE = "sofim_fused"
 ADAPTIVE = (
@@ -107,6 +108,8 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
             tensors.exp_avgs,
             _scales(tensors),
             _lost_bits(tensors),
+            tensors.steps,
+            tensors.ordinals,
             coefficients.moment,
             coefficients.weight,
             coefficients.gradient,
@@ -236,7 +239,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
         return ScaledSums(*sums.unbind())
 
     def apply_scaled(self, tensors: StepTensors, coefficients: Coefficients, scales: Scales) -> None:
-        if not self._adapts:
+        if not self._adapts or (not self._any_order and _rounds_copies(tensors)):
             return super().apply_scaled(tensors, coefficients, scales)
         self._ops.apply_scaled(
             tensors.params,
@@ -246,6 +249,8 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
             _lost_bits(tensors),
             _by_element(tensors),
             _kinds(tensors),
+            tensors.steps,
+            tensors.ordinals,
             *coefficients[:3],
             *scales,
         )
@@ -325,10 +330,15 @@ def _kinds(tensors: StepTensors) -> list[int]:
 
 
 def _rounds_copies(tensors: StepTensors) -> bool:
-    """Whether operators would round a moment as a copy in another order: the random bits follow the order of memory."""
+    """Whether operators would round something as a copy in another order: the random bits follow the order of memory.
+
+    These are bfloat16 moments, and weights of 24 bits.
+    """
     return any(
-        m.dtype == torch.bfloat16 and variance.row_var is not None and not m.is_contiguous()
-        for m, variance in zip(tensors.exp_avgs, tensors.variances, strict=True)
+        (m.dtype == torch.bfloat16 or (lost is not None and lost.dtype == RESTS[24]))
+        and variance.row_var is not None
+        and not m.is_contiguous()
+        for m, lost, variance in zip(tensors.exp_avgs, tensors.lost_bits, tensors.variances, strict=True)
     )
 
 
@@ -393,7 +403,7 @@ def register_fakes(namespace: str) -> None:
         return sums(params, 1 + cross + (cross and weight is not None))
 
     @torch.library.register_fake(f"{namespace}::apply")
-    def _(params, grads, exp_avgs, exp_avg_scales, lost_bits, moment, weight, gradient):  # type: ignore[no-untyped-def]
+    def _(params, grads, *rest):  # type: ignore[no-untyped-def]
         return None
 
     @torch.library.register_fake(f"{namespace}::dots")

@@ -27,9 +27,9 @@ from sofim_fused.backends.interface import (
 )
 from sofim_fused.backends.master_bits import joined
 from sofim_fused.backends.master_bits import split as split_weight
-from sofim_fused.backends.rounding import random_bits, round_stochastic
+from sofim_fused.backends.rounding import random_bits, random_bytes, round_stochastic
 from sofim_fused.backends.solve import TILE, TorchSolve, ordered_sum
-from sofim_fused.checks import REST
+from sofim_fused.checks import RESTS
 
 CHUNK = 256 * TILE  # elements for which temporaries are made at once: 32 MiB in float64
 _WIDE = {  # the dtype of the arithmetic, by the parameter's
@@ -117,7 +117,7 @@ class ReferencePasses(TorchSolve, TorchAdaptivePasses):
                 if weights is not None:
                     sums.add("mw", batch, stored, weights)
             if known is not None:
-                known.run(tensors, batch, grads, None)
+                known.run(tensors, batch, grads, None, early=True)
         return sums.vectors()
 
     def apply(self, tensors: StepTensors, coefficients: Coefficients) -> None:
@@ -196,18 +196,25 @@ class _Batch(NamedTuple):
 
 def _is_master(tensors: StepTensors, i: int) -> bool:
     rest = tensors.lost_bits[i]
-    return rest is not None and rest.dtype == REST
+    return rest is not None and rest.dtype in RESTS.values()
+
+
+def _random_bytes(tensors: StepTensors, i: int, early: bool) -> Tensor:
+    """What a weight of 24 bits is rounded by, numbered like its moment's bits (:func:`_store_moments`)."""
+    m, step = tensors.exp_avgs[i], tensors.steps[i]
+    like = m if tensors.exp_avg_scales[i] is None else m.contiguous()
+    return random_bytes(like, step + 1 if early else step, tensors.ordinals[i])
 
 
 def _weights(tensors: StepTensors, batch: _Batch, copy: bool = False) -> list[Tensor]:
-    """The batch's weights in the dtype of the arithmetic, whole where the other half of their bits is kept.
+    """The batch's weights in the dtype of the arithmetic, whole where more of their bits are kept.
 
     The bits that Kahan's compensation keeps are no part of them.
     """
     weights = []
     for i in batch.indices:
         w, rest = tensors.params[i], tensors.lost_bits[i]
-        if rest is not None and rest.dtype == REST:
+        if rest is not None and rest.dtype in RESTS.values():
             weights.append(joined(w, rest))
         else:
             weights.append(w if batch.dtype is None and not copy else w.to(batch.dtype or w.dtype, copy=copy))
@@ -411,7 +418,7 @@ def _store_moments(
 class _Update:
     """``w' = weight·w + gradient·g + moment·m``, unless ``skip``; a term without a coefficient is left out.
 
-    If lost bits are kept, the weight is a float32 of which w is one half (:mod:`.master_bits`), or the sum w + lost
+    If lost bits are kept, the weight is a float32 of which w is a part (:mod:`.master_bits`), or the sum w + lost
     (Kahan): w has what fits into its 16 bits, lost has the rest. A rest above half an ulp of w cannot be its own (w was
     replaced from outside) and is dropped.
     """
@@ -435,12 +442,18 @@ class _Update:
         grads: list[Tensor] | None,
         moments: list[Tensor] | None,
         inverse: Tensor | None = None,
+        *,
+        early: bool = False,
     ) -> None:
-        """Update the weights of a batch; ``inverse``: of a single tensor, which its two terms are multiplied by."""
+        """Update the weights of a batch.
+
+        ``inverse``: of a single tensor, which its two terms are multiplied by. ``early``: the step counts have not
+        advanced yet.
+        """
         values = _weights(tensors, batch, copy=not self.in_place)
         for i, value in zip(batch.indices, values, strict=True):
             lost = tensors.lost_bits[i]
-            if lost is not None and lost.dtype != REST:
+            if lost is not None and not _is_master(tensors, i):
                 half_ulp = value.abs().mul_(torch.finfo(lost.dtype).eps / 2)
                 value.add_(torch.where(lost.abs() <= half_ulp, lost, 0.0))
         if self._weight is not None:
@@ -456,9 +469,9 @@ class _Update:
             param, lost = tensors.params[i], tensors.lost_bits[i]
             if param is value:
                 continue
-            if lost is not None and lost.dtype == REST:
+            if lost is not None and _is_master(tensors, i):
                 targets += [param, lost]
-                written += split_weight(value)
+                written += split_weight(value, _random_bytes(tensors, i, early) if lost.dtype == RESTS[24] else None)
                 continue
             rounded = value.to(param.dtype)
             targets.append(param)

@@ -1,4 +1,7 @@
-"""Stochastic rounding to bfloat16: the random bits, and how values are rounded with them, the same in every backend.
+"""Stochastic rounding: the random bits, and how moments are rounded with them, the same in every backend.
+
+Moments become bfloat16, or codes of 8 bits (:mod:`sofim_fused.blockwise`); weights may have 24 bits
+(:mod:`sofim_fused.backends.master_bits`).
 
 The bits are a function of (seed, step, parameter ordinal, element index) and of nothing else, so that a run can be
 repeated, resumed and replicated bit for bit on any backend.
@@ -35,12 +38,27 @@ def random_bits(like: Tensor, step: Tensor, ordinal: int, seed: int = SEED) -> T
     Returns:
         int32, of ``like``'s shape and strides, values in [0, 2**16).
     """
+    return _in_order(like, _hashed(like, step, ordinal, seed) >> 16)
+
+
+def random_bytes(like: Tensor, step: Tensor, ordinal: int, seed: int = SEED) -> Tensor:
+    """8 random bits for each element of ``like``, none of which :func:`random_bits` has.
+
+    Arguments and result are as there; values are in [0, 2**8).
+    """
+    return _in_order(like, _hashed(like, step, ordinal, seed) & 0xFF)
+
+
+def _in_order(like: Tensor, bits: Tensor) -> Tensor:
+    return bits.to(torch.int32).as_strided(like.shape, like.stride())
+
+
+def _hashed(like: Tensor, step: Tensor, ordinal: int, seed: int) -> Tensor:
     key = mix(torch.full((), (seed + ordinal * WEYL) & _LOW, dtype=torch.int64, device=like.device))
     key = mix(key ^ (step.to(torch.int64) & _LOW))
     index = torch.arange(like.numel(), dtype=torch.int64, device=like.device)
     lane = mix(key ^ (index >> 32)) if like.numel() > _LOW else mix(key)
-    bits = mix((lane + (index & _LOW) * WEYL) & _LOW) >> 16
-    return bits.to(torch.int32).as_strided(like.shape, like.stride())
+    return mix((lane + (index & _LOW) * WEYL) & _LOW)
 
 
 def round_stochastic(value: Tensor, bits: Tensor) -> Tensor:

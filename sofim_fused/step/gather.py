@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sofim_fused import blockwise, checks, checks_state_dict
 from sofim_fused.backends import StepTensors, Variance
+from sofim_fused.backends.master_bits import converted
 from sofim_fused.checks import REST, SENT_AS
 from sofim_fused.dtensor import is_sharded, local, placed_as, placements_like, spread_like, viewed_as
 
@@ -76,6 +77,30 @@ def check_state(entry: Entry, group: Mapping[str, Any], state: Mapping[Tensor, A
         checks.first_gradient(entry.param, entry.ordinal, group["state_dtype"])
 
 
+def has_fitting_state(entry: Entry, group: Mapping[str, Any], state: Mapping[Tensor, Any]) -> bool:
+    """Whether a parameter still has the state that a pass needs, of its shape, dtype and device: a quick look."""
+    param, known = entry.param, state[entry.param]
+    moment, lost = known["exp_avg"], checks.lost_bits(param, group)
+    kept = lost is None or (lost in known and _has_right_bits(param, known, group))
+    if not kept or moment.shape != param.shape or moment.device != param.device:
+        return False
+    return bool(moment.dtype == moment_dtype(param, group["state_dtype"]))
+
+
+def _has_right_bits(param: Tensor, known: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+    """Whether ``master_bits``, if they are kept, are as many as the group says now."""
+    if checks.lost_bits(param, group) != "master_bits" or "master_bits" not in known:
+        return True
+    return bool(known["master_bits"].dtype == checks.rest_dtype(group))
+
+
+def _converted(param: Tensor, rest: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rest of a weight with more or fewer bits, laid out like the parameter."""
+    made = torch.empty_like(param.detach(), dtype=dtype, memory_format=torch.preserve_format)
+    local(made).copy_(converted(local(rest), dtype))
+    return made
+
+
 def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[Tensor, Any]) -> Any:
     """Give a parameter that has its first gradient a zero moment and a zero step count.
 
@@ -83,11 +108,11 @@ def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[T
         The state before; ``None`` if nothing was missing.
     """
     param = entry.param
-    known = state.get(param, {})
+    before = known = state.get(param, {})
     whole = "exp_avg" in known
     lost = checks.lost_bits(param, group)
     kept = lost is None or lost in known
-    if whole and kept:
+    if whole and kept and _has_right_bits(param, known, group):
         return None
     made = {}
     with torch.inference_mode(False):  # otherwise no later step could write to them
@@ -99,11 +124,15 @@ def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[T
             else:
                 made["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             made.update(_zero_variances(param, group["diagonal"]))
+        if kept and not _has_right_bits(param, known, group):
+            made["master_bits"] = _converted(param, known["master_bits"], checks.rest_dtype(group))
         if lost is not None and not kept:
-            dtype = lost_bits_dtype(param, lost)
+            dtype = checks.lost_bits_dtype(param, group)
             made[lost] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            # Those of an earlier setting or dtype would be out of date if they were ever used again.
+            known = {name: value for name, value in known.items() if name not in checks.LOST_BITS}
     state[param] = {**known, **made}
-    return known
+    return before
 
 
 def variance_shapes(param: Tensor, diagonal: str) -> dict[str, tuple[int, ...]]:
@@ -225,7 +254,9 @@ def _restored(param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any])
     lost = checks.lost_bits(param, group)
     if lost is not None and lost in entries:
         value = viewed_as(entries[lost], REST) if _is_sent(entries[lost]) and lost == "master_bits" else entries[lost]
-        state[lost] = _like(param, value, lost_bits_dtype(param, lost))
+        state[lost] = _like(param, value, value.dtype if lost == "master_bits" else param.dtype)
+        if not _has_right_bits(param, state, group):
+            state[lost] = _converted(param, state[lost], checks.rest_dtype(group))
     for name, made in _zero_variances(param, group["diagonal"]).items():
         # Saturated, as in a step: other dtypes hold larger numbers.
         state[name] = _filled(made, entries[name]).clamp_(max=torch.finfo(made.dtype).max)
@@ -300,17 +331,18 @@ def moment_dtype(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
-def lost_bits_dtype(param: Tensor, name: str) -> torch.dtype:
-    """The dtype of lost bits; ``name``: as of :func:`sofim_fused.checks.lost_bits`."""
-    return REST if name == "master_bits" else param.dtype
+def for_state_dict(known: Any, flattened: bool) -> Any:
+    """A parameter's state as state dicts have it: its rest has a dtype that ranks can send each other.
 
-
-def for_state_dict(known: Any) -> Any:
-    """A parameter's state as state dicts have it: its rest has a dtype that ranks can send each other."""
+    ``flattened``: the parameters are those of FullyShardedDataParallel, which flattens no integers; a rest of 8 bits
+    becomes one of 16 bits there, a copy.
+    """
     rest = known.get("master_bits") if isinstance(known, dict) else None
-    if not isinstance(rest, Tensor) or rest.dtype != REST or rest.layout != torch.strided:
+    if not isinstance(rest, Tensor) or rest.layout != torch.strided:
         return known
-    return {**known, "master_bits": viewed_as(rest, SENT_AS)}
+    if flattened and rest.dtype in checks.RESTS.values():
+        rest = converted(rest, REST)
+    return {**known, "master_bits": viewed_as(rest, SENT_AS)} if rest.dtype == REST else known
 
 
 def _is_sent(rest: Any) -> bool:

@@ -121,16 +121,21 @@ class Plan:
         """Forget how parameters are sharded: it will be found out again."""
         self._rank_sums = None
 
-    def compare_ranks(self, optimizer: Optimizer, guarded: bool) -> None:
+    def compare_ranks(self, optimizer: Optimizer, guarded: bool, groups: Groups | None = None) -> None:
         """Check that all ranks are about to take the same kind of step.
+
+        Args:
+            optimizer: its parameters are sharded.
+            guarded: which kind of step it is.
+            groups: the settings of the step; ``None``: the optimizer's groups.
 
         Raises:
             RuntimeError: they are not.
         """
         sums = self.rank_sums(optimizer)
         if sums is not None:
-            whole = optimizer.param_groups[0]
-            sums.compare(whole["numerator"], whole["fisher"], len(optimizer.param_groups), guarded)
+            groups = optimizer.param_groups if groups is None else groups
+            sums.compare(groups[0]["numerator"], groups[0]["fisher"], len(groups), guarded)
 
     # The tensors of a step
 
@@ -167,21 +172,33 @@ class Plan:
                     del state[entry.param]
             raise
 
-    def shares_of(self, optimizer: Optimizer, entries: list[gather.Entry]) -> list[DeviceShare]:
+    def shares_of(
+        self, optimizer: Optimizer, entries: list[gather.Entry], groups: Groups | None = None
+    ) -> list[DeviceShare]:
         """Like :meth:`shares`, for chosen parameters that have state, and without checks.
+
+        Args:
+            optimizer: its state is read.
+            entries: the parameters and their gradients.
+            groups: the settings of the step; ``None``: the optimizer's groups.
 
         Raises:
             ValueError: tensors share memory in a way that is refused; nothing was changed.
         """
+        groups = optimizer.param_groups if groups is None else groups
         rank_sums = self.rank_sums(optimizer)
         if rank_sums is not None:  # even if it is empty: other ranks wait for this one
-            return [self._share(optimizer, self.first_device(optimizer.param_groups), entries, rank_sums)]
-        return [self._share(optimizer, device, mine, None) for device, mine in gather.by_device(entries)]
+            return [self._share(optimizer, groups, self.first_device(groups), entries, rank_sums)]
+        return [self._share(optimizer, groups, device, mine, None) for device, mine in gather.by_device(entries)]
 
     def _share(
-        self, optimizer: Optimizer, device: torch.device, entries: list[gather.Entry], rank_sums: RankSums | None
+        self,
+        optimizer: Optimizer,
+        groups: Groups,
+        device: torch.device,
+        entries: list[gather.Entry],
+        rank_sums: RankSums | None,
     ) -> DeviceShare:
-        groups = optimizer.param_groups
         sizes = [0] * len(groups)
         for entry in entries:
             sizes[entry.group] += 1

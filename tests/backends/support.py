@@ -147,7 +147,7 @@ def adaptive_operator_samples(device: torch.device) -> list[tuple[str, tuple[Any
         ("adapt", (*adapted, *sums, False, None, None, None, None, False)),
         ("adapt", (*adapted, *sums, True, fours[0], 0.5, fours[1], fours[2].clone(), True)),
         ("accumulate_scaled", (w, g, m, element, kinds, *counts, *factors, *scales, None, None)),
-        ("apply_scaled", (w, g, m, none, element, kinds, fours, None, None, *scales, None, None)),
+        ("apply_scaled", (w, g, m, none, element, kinds, *counts, fours, None, None, *scales, None, None)),
         ("commit_scaled", (w, g, m, none, element, kinds, *counts, *factors, *[fours] * 3, *scales, fours[0], skip)),
         ("fold_scaled", (fours, fours, fours, *settings, 1, 2, torch.tensor([0, 1, 0, 1], device=device), 2)),
         ("solve_scaled", (None, None, *settings, 0, 2)),

@@ -249,12 +249,17 @@ def test_mixed_models_on_the_passes_and_in_one_call() -> None:
     assert same_bits(*results)
 
 
+def one(w: Tensor) -> tuple[Any, ...]:
+    """A list of one tensor for each of the first arguments of an operator."""
+    return [w], [w], [w], [NONE], [torch.tensor(1)], [0]
+
+
 @emulated
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda ops, w: ops.apply([w], [w], [w], [NONE], torch.ones(2).double(), None, None), "moment: a float64"),
-        (lambda ops, w: ops.apply([w], [w], [w], [NONE], torch.ones(1), None, None), "moment: a float64 vector of 1"),
+        (lambda ops, w: ops.apply(*one(w), torch.ones(2).double(), None, None), "moment: a float64"),
+        (lambda ops, w: ops.apply(*one(w), torch.ones(1), None, None), "moment: a float64 vector of 1"),
         (lambda ops, w: ops.accumulate([w], [w], [], [], [], [], [0.9], [0.1], None, False), "the lists differ in"),
         (lambda ops, w: ops.dots([w], [w[:1]], [w], [NONE], False), "tensor 0: gradient: of another shape"),
         (

@@ -219,7 +219,7 @@ def test_the_operators_are_what_their_schemas_say() -> None:
         ("adapt", 10, torch.ones(8), "rows: 8 contiguous float64"),
         ("accumulate_scaled", 3, [torch.ones(6)] * 4, "tensor 3: variance:"),
         ("accumulate_scaled", 9, torch.ones(3).double(), "rows: 9 contiguous float64"),
-        ("apply_scaled", 6, torch.ones(3).double(), "moment: 4 contiguous float64"),
+        ("apply_scaled", 8, torch.ones(3).double(), "moment: 4 contiguous float64"),
         ("solve_scaled", 1, torch.zeros(2, dtype=torch.bool), "skip: one bool"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

@@ -42,7 +42,7 @@ TYPES = [
         for w in (torch.bfloat16, torch.float16)
         for g in (w, torch.float32)
         for m in (torch.float32, torch.bfloat16)
-        for lost in (None, w, *([torch.int16] if w == torch.bfloat16 else []))
+        for lost in (None, w, *([torch.int16, torch.int8] if w == torch.bfloat16 else []))
     ),
 ]
 OPTIONS: list[dict[str, Any]] = [
@@ -79,7 +79,9 @@ class Memory:
 
 def made_tensors(types: Types, memory: Memory, sizes: list[int]) -> StepTensors:
     w, g, m, lost = types
-    scale = 2**12 if lost == torch.int16 else torch.finfo(w).eps / 16
+    scale = (
+        {torch.int16: 2**12, torch.int8: 2**4}[lost] if lost in (torch.int16, torch.int8) else torch.finfo(w).eps / 16
+    )
     return StepTensors(
         CPU,
         params=[memory.integers(n, w) for n in sizes],
@@ -145,8 +147,8 @@ def operator_samples() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "accumulate", (*lists, lost_bits, *counts, factors, factors, decays, True)
         yield "accumulate_step", (*lists, lost_bits, *counts, factors, factors, decays, True, v, v)
         yield "accumulate_step", (*lists, lost_bits, *counts, factors, factors, None, True, None, v)
-        yield "apply", (*lists, lost_bits, v, None, None)
-        yield "apply", (*lists, lost_bits, v, v, v)
+        yield "apply", (*lists, lost_bits, *counts, v, None, None)
+        yield "apply", (*lists, lost_bits, *counts, v, v, v)
         yield "dots", (*lists, lost_bits, False)
         yield "dots", (*lists, lost_bits, True)
         yield "commit", (*lists, lost_bits, *counts, factors, factors, None, v, None, None, None, None)
@@ -179,7 +181,9 @@ def test_the_operators_compile() -> None:
     def step(w: list[Tensor], g: list[Tensor], m: list[Tensor], t: list[Tensor], lost: list[Tensor]) -> Tensor:
         ops = torch.ops.sofim_fused
         sums = ops.accumulate(w, g, m, lost, t, [0, 1], [0.9, 0.9], [0.1, 0.1], None, False)
-        ops.apply(w, g, m, lost, -0.1 / (1.0 + sums[0].sum()) * torch.ones(2, dtype=torch.float64), None, None)
+        ops.apply(
+            w, g, m, lost, t, [0, 1], -0.1 / (1.0 + sums[0].sum()) * torch.ones(2, dtype=torch.float64), None, None
+        )
         return sums
 
     results = []
@@ -233,7 +237,7 @@ def test_the_operators_refuse_factors_that_do_not_fit() -> None:
         ops.accumulate(*lists, [NONE] * 2, [torch.tensor(0.0)] * 2, [0, 1], [1.0] * 2, [1.0] * 2, None, False)
     for moment in (torch.ones(2), torch.ones(3, dtype=torch.float64)):
         with pytest.raises(RuntimeError, match=r"moment: a float64 vector of 2 on the CPU is needed"):
-            ops.apply(*lists, [NONE] * 2, moment, None, None)
+            ops.apply(*lists, [NONE] * 2, *counts, moment, None, None)
     assert all(torch.equal(x, torch.ones_like(x)) for some in lists for x in some)
 
 

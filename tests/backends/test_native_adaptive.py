@@ -200,7 +200,7 @@ def test_operators_are_what_their_schemas_say() -> None:
         ("accumulate_scaled", 3, [torch.ones(6)] * 4, "tensor 3: not the running means"),
         ("accumulate_scaled", 9, torch.ones(3).double(), "rows: more factors are needed"),
         ("accumulate_scaled", 9, torch.ones(10).double(), "rows and cols: 9 and 3 factors"),
-        ("apply_scaled", 6, torch.ones(3).double(), "moment: a float64 vector of 4"),
+        ("apply_scaled", 8, torch.ones(3).double(), "moment: a float64 vector of 4"),
         ("commit_scaled", 4, [torch.zeros(0)], "the lists differ in length; params has 4"),
         ("solve_scaled", 1, torch.zeros(2, dtype=torch.bool), "skip: Bool"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,8 @@ def whole_states(rank: int) -> bool:
     )
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    def made(wrapped: Any) -> tuple[Any, SOFIM]:
-        optimizer = SOFIM(wrapped.parameters(), lr=0.05)
+    def made(wrapped: Any, bits: Any) -> tuple[Any, SOFIM]:
+        optimizer = SOFIM(wrapped.parameters(), lr=0.05, master_weight_bits=bits)
         return wrapped, optimizer
 
     def net() -> Net:
@@ -100,8 +101,9 @@ def whole_states(rank: int) -> bool:
         return [known["master_bits"] for known in saved["state"].values() if "master_bits" in known]
 
     options = StateDictOptions(full_state_dict=True)
-    for wrap in (lambda: fsdp(net(), mesh_of((2,), ("shard",))), lambda: fsdp1(net())):
-        (model, optimizer), (other, loaded) = made(wrap()), made(wrap())
+    kinds = (lambda: fsdp(net(), mesh_of((2,), ("shard",)))), lambda: fsdp1(net())
+    for wrap, bits in product(kinds, ("auto", 24)):
+        (model, optimizer), (other, loaded) = made(wrap(), bits), made(wrap(), bits)
         for p in model.parameters():
             p.grad = torch.full_like(p, 0.01)
         for _ in range(3):
@@ -116,7 +118,9 @@ def whole_states(rank: int) -> bool:
             set_optimizer_state_dict(other, loaded, saved, options=options)
             again = get_optimizer_state_dict(other, loaded, options=options)
         rest = [known["master_bits"] for known in loaded.state.values()]
-        if {x.dtype for x in rest} != {torch.int16} or not any(bool(local(x).any()) for x in rest):
+        if {x.dtype for x in rest} != {torch.int8 if bits == 24 else torch.int16} or not any(
+            bool(local(x).any()) for x in rest
+        ):
             return False
         if not rests(saved) or not same_bits(rests(saved), rests(again)):
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -376,4 +377,84 @@ def test_copies_of_edited_groups(run: Run) -> None:
     backward(params, [torch.randn(p.shape, generator=generator).to(p.device) for p in params])
     optimizer.step()
     assert [int(optimizer.state[p]["step"]) for p in params[:5]] == [2] * 5
+    assert twins.alike()
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    "settings",
+    [{"numerator": "gradient"}, {"numerator": "nesterov", "momentum": 0.5}, {"maximize": True}],
+    ids=str,
+)
+def test_what_has_entered_the_moment_is_not_undone_by_settings(settings: dict[str, Any], run: Run) -> None:
+    """The kind of a step, and how gradients enter moments, are read at its first gradient."""
+    twins = Twins(run)
+    twins.step(2)
+    twins.backward()
+    for group in twins.optimizer.param_groups:
+        group.update(settings, lr=0.02)
+    for group in twins.plain.param_groups:
+        group["lr"] = 0.02
+    for optimizer in twins.optimizers:
+        optimizer.step()
+    assert twins.alike()
+
+
+@on_cpu
+def test_a_diagonal_that_is_set_too_late(run: Run) -> None:
+    """The gradients are in the moments of the other kind of step, for which rho=None is no value."""
+    twins = Twins(run)
+    twins.step()
+    twins.backward()
+    groups = [dict(group) for group in twins.optimizer.param_groups]
+    before = snapshot(twins.optimizer)
+    for group in twins.optimizer.param_groups:
+        group.update(diagonal="factored", rho=None)
+    with pytest.raises(ValueError, match=r"parameter group 0: .*rho=None"):
+        twins.optimizer.step()
+    assert same_bits(before, snapshot(twins.optimizer))
+    for group, was in zip(twins.optimizer.param_groups, groups, strict=True):
+        group.update(was)
+    for optimizer in twins.optimizers:
+        optimizer.step()
+    assert twins.alike()
+
+
+@on_cpu
+def test_state_in_another_mapping(run: Run) -> None:
+    twins = Twins(run)
+    twins.step()
+    for optimizer in twins.optimizers:
+        optimizer.state = UserDict(optimizer.state)  # type: ignore[assignment]
+    twins.step(2)
+    assert twins.alike()
+
+
+CONVERSIONS: list[tuple[torch.dtype, str | None]] = [
+    (torch.bfloat16, "master_bits"),
+    (torch.float16, "kahan"),
+    (torch.float64, None),
+]
+
+
+@on_cpu
+@pytest.mark.parametrize(("dtype", "lost"), CONVERSIONS, ids=str)
+def test_a_model_that_is_converted_between_backward_and_step(dtype: torch.dtype, lost: str | None, run: Run) -> None:
+    """Its weights get what their new dtype needs; where the moment does not fit, this is said by name."""
+    twins = Twins(run, release=True)
+    twins.step(2)
+    twins.backward()
+    for p in (p for params in twins.params for p in params):
+        p.data = p.data.to(dtype)
+    if lost is None:
+        before = snapshot(twins.optimizer)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"state of parameter 0 .* expected shape \(5,\), float64, cpu: after"):
+                twins.optimizer.step()
+        assert same_bits(before, snapshot(twins.optimizer))
+        for p in (p for params in twins.params for p in params):
+            p.data = p.data.float()
+    for optimizer in twins.optimizers:
+        optimizer.step()
+    assert all(lost is None or lost in known for known in twins.optimizer.state.values())
     assert twins.alike()

@@ -41,6 +41,7 @@ KINDS: dict[str, Callable[[], tuple[list[dict[str, Any]], dict[str, Any]]]] = {
     "float32": lambda: (_two_groups(F32), {}),
     "kahan": lambda: (_two_groups(BF16, torch.float16, F32), {"backend": "reference", "kahan": True}),
     "master bits": lambda: (_two_groups(BF16, torch.float16, F32), {}),
+    "24 bits": lambda: (_two_groups(BF16, F32), {"master_weight_bits": 24}),
     "bf16-moments": lambda: (_two_groups(BF16, F32), {"state_dtype": BF16}),
     "8-bit-moments": lambda: (_with_rows(), {"state_dtype": torch.float8_e4m3fn, "backend": "reference"}),
     "wide": lambda: (_two_groups(torch.complex64, torch.float64), {}),
@@ -195,7 +196,7 @@ def check_valid(optimizer: SOFIM, params: list[Tensor]) -> None:
                 check_like(known["kahan"], p, p.dtype)
             if "master_bits" in known:
                 assert p.dtype == BF16
-                check_like(known["master_bits"], p, torch.int16)
+                check_like(known["master_bits"], p, torch.int8 if group["master_weight_bits"] == 24 else torch.int16)
             means = gather.variance_shapes(p, group["diagonal"])
             assert {name for name in VARIANCES if name in known} == set(means)
             for name, shape in means.items():

@@ -99,7 +99,7 @@ AN_EPS = "it must be at least 1e-18 and less than 1e+18"
 DIAGONALS = "take one of 'identity', 'tensor', 'row', 'factored', 'element'"
 NOTHING_LEFT = "leaves out the term of rank one, and with diagonal='identity' nothing would be left: pass a number"
 A_FLAG = "pass True or False"
-MASTER_BITS = "pass 32, None (what kahan says) or 'auto' (32, unless kahan is set)"
+MASTER_BITS = "pass 32, 24, None (what kahan says) or 'auto' (32, unless kahan is set)"
 MOMENT_TYPES = "pass torch.float32, torch.bfloat16, torch.float8_e4m3fn or None (by parameter)"
 FISHERS = "take one of 'model', 'group', 'parameter'"
 NO_NORM = "is impossible: the norm of all gradients is known only after … Leave out one of them"
@@ -544,14 +544,6 @@ ADDED = [
         backend="cpu",
     ),
     _added(
-        "of a moment in 8 bits, which the backend does not take",
-        lambda _: {"params": [torch.ones(32, 128)], "state_dtype": torch.float8_e4m3fn},
-        RuntimeError,
-        "backend='cpu' cannot run on cpu (cpu: it does not take moments in 8 bits (state_dtype=torch.float8_e4m3fn)): "
-        "take backend='auto', which computes these moments in pure PyTorch, or another state_dtype",
-        backend="cpu",
-    ),
-    _added(
         "of 16-bit parameters, with `in_backward=True` and the gradient form",
         lambda _: {"params": [torch.ones(2, dtype=torch.bfloat16).requires_grad_()]},
         ValueError,
@@ -560,6 +552,16 @@ ADDED = [
         "with master_weight_bits=32",
         in_backward=True,
         kahan=True,
+        numerator="gradient",
+    ),
+    _added(
+        "of bfloat16 parameters with `master_weight_bits=24`, `in_backward=True` and the gradient form",
+        lambda _: {"params": [torch.ones(2, dtype=torch.bfloat16).requires_grad_()]},
+        ValueError,
+        "parameter 0 of group 1 (shape (2,), bfloat16, cpu): in_backward=True with numerator='gradient' would round "
+        "it twice … with master_weight_bits=32",
+        in_backward=True,
+        master_weight_bits=24,
         numerator="gradient",
     ),
     _added(
@@ -1515,6 +1517,15 @@ TOO_LATE = [
         RuntimeError,
         "the state of parameter 0 of group 0 was deleted between backward() and step(): … delete state before "
         "backward() or after step()",
+    ),
+    _too_late(
+        "the model cast to float64, with `release_grads=True`",
+        lambda _, params: [setattr(p, "data", p.data.double()) for p in params],
+        ValueError,
+        "state of parameter 0 (shape (4,), float64, cpu): exp_avg is shape (4,), float32, cpu, expected shape (4,), "
+        "float64, cpu: … With in_backward=True this has to wait while a step is under way: undo it, call step(), and "
+        "do it after that",
+        release=True,
     ),
     _too_late(
         "a parameter in two groups, put there by hand",

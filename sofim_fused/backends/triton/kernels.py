@@ -108,8 +108,9 @@ _CANCELLED = tl.constexpr(2.0**-46)  # (2 ulp of float32 arithmetic)², as in so
 _FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 # Triton's interpreter truncates where it should round to bfloat16, and computes wrongly with subnormal numbers.
 _EMULATED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-_HALVES = tl.constexpr(4)  # beside the dtypes of pack.TYPES: 16 bits, int16 in Python
+_HALVES, _BYTES = tl.constexpr(4), tl.constexpr(5)  # beside the dtypes of pack.TYPES: int16 and int8 in Python
 _UPPER = tl.constexpr(0xFFFF0000)
+_UPPER_24 = tl.constexpr(0xFFFFFF00)
 _SIGN_BIT = tl.constexpr(0x80000000)
 _QUIET_NAN = tl.constexpr(0x7FC00000)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
@@ -130,6 +131,8 @@ def _typed(address, TYPE: tl.constexpr, UNALIGNED: tl.constexpr):
         pointer = address.to(tl.pointer_type(tl.bfloat16))
     elif TYPE == _HALVES:
         pointer = address.to(tl.pointer_type(tl.uint16))
+    elif TYPE == _BYTES:
+        pointer = address.to(tl.pointer_type(tl.uint8))
     else:
         pointer = address.to(tl.pointer_type(tl.float16))
     if not UNALIGNED:
@@ -145,7 +148,7 @@ def _weights(row, at, KIND: tl.constexpr):
 @triton.jit
 def _lost(row, at, KIND: tl.constexpr):
     if (KIND >> 7) & 1:
-        pointer = _typed(tl.load(row + _LOST), _HALVES, (KIND >> 5) & 1)
+        pointer = _typed(tl.load(row + _LOST), _HALVES if (KIND >> 4) & 1 else _BYTES, (KIND >> 5) & 1)
     else:
         pointer = _typed(tl.load(row + _LOST), KIND & 3, (KIND >> 5) & 1)
     return pointer + at
@@ -231,7 +234,7 @@ def _load(pointer, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr):
 
 @triton.jit
 def _weight(row, at, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr):
-    """The weights in the type of the arithmetic: whole if they are kept in two halves (``backends/master_bits.py``)."""
+    """The weights in the type of the arithmetic: whole if they are kept in two parts (``backends/master_bits.py``)."""
     if (KIND >> 7) & 1:
         shown_at, rest_at = _weights(row, at, KIND), _lost(row, at, KIND)
         if FULL:
@@ -241,7 +244,10 @@ def _weight(row, at, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr):
             shown = _load_tail(shown_at, offsets, left)
             rest = _load_tail(rest_at, offsets, left)
         upper = shown.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-        whole = upper + (rest.to(tl.uint32) ^ 0x8000) - 0x8000  # sign extended
+        lower = rest.to(tl.uint32)
+        if not (KIND >> 4) & 1:
+            lower = lower << 8
+        whole = upper + (lower ^ 0x8000) - 0x8000  # sign extended
         # A rest that would make a NaN of a number is not its own.
         w = tl.where((whole & _MAGNITUDE) > _INFINITY_BITS, upper, whole).to(tl.float32, bitcast=True)
     else:
@@ -250,14 +256,21 @@ def _weight(row, at, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit
-def _store_halves(w, row, at, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr):
-    """Store float32 weights in two halves."""
+def _store_parts(w, row, ahead, at, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr):
+    """Store float32 weights in two parts. ``ahead``: 1 where the step count is still the last step's."""
     shown_at, rest_at = _weights(row, at, KIND), _lost(row, at, KIND)
     bits = w.to(tl.uint32, bitcast=True)
     bits = tl.where((bits & _MAGNITUDE) > _INFINITY_BITS, (bits & _SIGN_BIT) | _QUIET_NAN, bits)
+    if not (KIND >> 4) & 1:
+        update = tl.load(tl.load(row + _STEP).to(tl.pointer_type(tl.int64))) + ahead
+        raised = (bits + (_hashed(row, update, at, offsets) & 0xFF)) & _UPPER_24
+        bits = tl.where((raised & _MAGNITUDE) < _INFINITY_BITS, raised, bits & _UPPER_24)
     shown = ((bits + 0x8000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     _store(shown_at, shown, offsets, left, FULL)
-    _store(rest_at, (bits & 0xFFFF).to(tl.uint16), offsets, left, FULL)
+    if (KIND >> 4) & 1:
+        _store(rest_at, (bits & 0xFFFF).to(tl.uint16), offsets, left, FULL)
+    else:
+        _store(rest_at, ((bits >> 8) & 0xFF).to(tl.uint8), offsets, left, FULL)
 
 
 @triton.jit
@@ -278,17 +291,22 @@ def _mixed(x):
 
 
 @triton.jit
-def _rounded(value, row, update, at, offsets):
-    """The bits of float32 values, rounded to those of a bfloat16 (the lower half zero) with random bits.
-
-    ``sofim_fused/backends/rounding.py`` defines the random bits. Infinities and NaN stay as they are.
-    """
+def _hashed(row, update, at, offsets):
+    """32 random bits for each element; ``sofim_fused/backends/rounding.py`` defines them."""
     ordinal = tl.load(row + _ORDINAL).to(tl.uint32)
     key = _mixed(_mixed(ordinal * _WEYL + _SEED) ^ update.to(tl.uint32))
     stretch = _mixed(key ^ (at >> 32).to(tl.uint32))
-    place = (at.to(tl.uint32) + offsets.to(tl.uint32)) * _WEYL
+    return _mixed((at.to(tl.uint32) + offsets.to(tl.uint32)) * _WEYL + stretch)
+
+
+@triton.jit
+def _rounded(value, row, update, at, offsets):
+    """The bits of float32 values, rounded stochastically to those of a bfloat16 (the lower half zero).
+
+    Infinities and NaN stay as they are.
+    """
     bits = value.to(tl.uint32, bitcast=True)
-    raised = bits + (_mixed(place + stretch) >> 16)
+    raised = bits + (_hashed(row, update, at, offsets) >> 16)
     return tl.where((bits & _MAGNITUDE) < _INFINITY_BITS, raised, bits) & _UPPER
 
 
@@ -343,7 +361,7 @@ def _update(
     if M:
         w = tl.fma(m, _factor(coefs + _BY_MOMENT * tensors, KIND), w)
     if (KIND >> 7) & 1:
-        _store_halves(w, row, at, offsets, left, KIND, FULL)
+        _store_parts(w, row, 0 if M else 1, at, offsets, left, KIND, FULL)
     else:
         if KIND & 3 == 2:
             rounded = _bfloat16(w)

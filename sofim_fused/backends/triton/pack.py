@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sofim_fused import checks
 from sofim_fused.backends import addresses
-from sofim_fused.checks import REST
+from sofim_fused.checks import RESTS
 
 W, G, M, LOST, STEP, NUMEL, ORDINAL, KIND, GROUP, FIRST = range(10)
 COLUMNS = 10
@@ -52,7 +52,8 @@ WIDE, ROUNDS, KEEPS, UNALIGNED, ELEMENT, MASTER = 1 << 2, 1 << 3, 1 << 4, 1 << 5
 """A tensor's kind, which says how it is stored: the dtype of w (:data:`TYPES`, two bits; complex numbers are stored as
 real ones), and one bit each for: a float32 gradient of a 16-bit w; a bfloat16 moment; lost bits are kept; some
 address among those of w, g, m, lost bits and the variances of elements is not a multiple of 16; each element has a
-variance; the lost bits are the lower halves of float32 weights, in int16 (:mod:`sofim_fused.backends.master_bits`)."""
+variance; the lost bits are more bits of float32 weights (:mod:`sofim_fused.backends.master_bits`). Together with the
+bit for lost bits these are int16, without it int8."""
 
 POINTERS, VALUES, LAYOUT = 1, 2, 4
 EVERYTHING = POINTERS | VALUES | LAYOUT
@@ -178,7 +179,7 @@ def _kind(w: Tensor, g: Tensor, m: Tensor, lost: Tensor | None, addresses: tuple
     kind |= WIDE if w.dtype in checks.NARROW_DTYPES and g.dtype == torch.float32 else 0
     kind |= ROUNDS if m.dtype == torch.bfloat16 else 0
     if lost is not None:
-        kind |= KEEPS | (MASTER if lost.dtype == REST else 0)
+        kind |= {RESTS[32]: KEEPS | MASTER, RESTS[24]: MASTER}.get(lost.dtype, KEEPS)
     at_w, at_g, at_m, at_lost = addresses
     return kind | (UNALIGNED if (at_w | at_g | at_m | at_lost) & 15 else 0)
 
