@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.utils.benchmark import Timer
 
 from sofim_fused import backends, native
 from sofim_fused.adasofim import AdaSOFIM
@@ -61,6 +60,8 @@ def rows(model: str, shapes: Sequence[Shape], device: torch.device, seconds: flo
         ``high`` (the 20th and 80th percentile), ``rounds``, ``baseline``, and ``ratio``, the median of the rounds'
         ratios to it.
     """
+    from torch.utils.benchmark import Timer  # takes long, and looks for CUDA: not for the other commands
+
     ends = time.monotonic() + seconds
     generator = torch.Generator().manual_seed(0)
     params: list[Tensor] = []
