@@ -122,10 +122,12 @@ def verdict(timed: Sequence[Mapping[str, Any]], device: torch.device) -> list[st
             what = "faster than"
         elif least > 1 + ALIKE:
             what = "slower than"
-        elif least >= 1 - ALIKE and most <= 1 + ALIKE:
-            what = "about as fast as"
-        else:
+        elif least < 1 - ALIKE and most > 1 + ALIKE:
             what = "faster or slower, depending on the model, than"
+        elif least < 1 - ALIKE:
+            what = "faster than or as fast as"
+        else:
+            what = "about as fast as" if most <= 1 + ALIKE else "as fast as or slower than"
         times = f"{least:.2f}" if len(ratios) == 1 else f"{least:.2f} to {most:.2f}"
         said.append(f"{name} is {what} {contender.baseline} here: {times} times its step.")
     varied = max((row["high"] / row["low"] for row in timed), default=1.0)

@@ -102,6 +102,8 @@ def rows(*ratios: float, high: float = 1.0) -> list[dict[str, Any]]:
         (rows(0.5), "SOFIM is faster than SGD here: 0.50 times its step."),
         (rows(0.5, 0.9), "SOFIM is faster than SGD here: 0.50 to 0.90 times its step."),
         (rows(0.96, 1.04), "SOFIM is about as fast as SGD here: 0.96 to 1.04 times its step."),
+        (rows(0.5, 1.04), "SOFIM is faster than or as fast as SGD here: 0.50 to 1.04 times its step."),
+        (rows(0.96, 1.2), "SOFIM is as fast as or slower than SGD here: 0.96 to 1.20 times its step."),
         (rows(1.2, 3.0), "SOFIM is slower than SGD here: 1.20 to 3.00 times its step."),
         (rows(0.5, 3.0), "SOFIM is faster or slower, depending on the model, than SGD here: 0.50 to 3.00 times its s"),
         (rows(0.5, high=1.7), "Times of one optimizer varied by a factor of 1.7: other programs were running."),

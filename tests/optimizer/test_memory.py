@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sofim_fused import SOFIM, AdaSOFIM, checks, memory, shapes
 
@@ -96,6 +99,19 @@ def test_parameters_with_memory_are_refused() -> None:
     with pytest.raises(ValueError, match=r"parameter 1 of group 0 is on cpu, .* under torch.device\('meta'\)"):
         memory.count(SOFIM([*memory.parameters([(2,)]), param]))
     assert torch.equal(param, torch.ones(3))
+
+
+def test_sharded_parameters_are_refused() -> None:
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        param = nn.Parameter(DTensor.from_local(torch.empty(2, 3, device="meta"), mesh, [Shard(0)], run_check=False))
+        with pytest.raises(
+            ValueError, match="parameter 0 of group 0 is a DTensor: count the memory of the model"
+        ):
+            memory.count(torch.optim.SGD([param]))
+    finally:
+        distributed.destroy_process_group()
 
 
 class Tied(nn.Module):
