@@ -106,9 +106,7 @@ def test_sharded_parameters_are_refused() -> None:
     try:
         mesh = init_device_mesh("cpu", (2,))
         param = nn.Parameter(DTensor.from_local(torch.empty(2, 3, device="meta"), mesh, [Shard(0)], run_check=False))
-        with pytest.raises(
-            ValueError, match="parameter 0 of group 0 is a DTensor: count the memory of the model"
-        ):
+        with pytest.raises(ValueError, match="parameter 0 of group 0 is a DTensor: count the memory of the model"):
             memory.count(torch.optim.SGD([param]))
     finally:
         distributed.destroy_process_group()
