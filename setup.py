@@ -9,6 +9,7 @@ Settings that do not depend on the machine are in pyproject.toml. Environment va
         kernels for the CPU, for the tests (tests/emulator), and fail if they cannot be built
     SOFIM_INSTRUCTION_SETS=avx512,avx2,default  build the CPU part only for these
     SOFIM_SANITIZE=address,undefined  build with these sanitizers, for the tests
+    SOFIM_WHEEL=1  record that a wheel was built, for others to install (make wheel)
     SOFIM_WERROR=1  turn warnings of the C++ compiler into errors, as in .ci/run
     TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX, CFLAGS, MAX_JOBS  as in PyTorch's extensions; GPUs from 8.0
 
@@ -330,6 +331,7 @@ def plan() -> tuple[list[Extension], type[build_ext], dict[str, Any], str | None
         "compiler": None,
         "instruction_sets": [],
         "sanitizers": os.environ.get("SOFIM_SANITIZE") or None,
+        "wheel": os.environ.get("SOFIM_WHEEL") == "1",
         "reason": None,
         "cuda": {
             "reason": None,

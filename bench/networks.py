@@ -10,7 +10,7 @@ from torch.nn import functional
 
 
 class ResNet9(nn.Module):
-    """ResNet-9 for 32x32 images, as in DAWNBench; with the defaults its parameters are ``bench.shapes.resnet9``.
+    """ResNet-9 for 32x32 images, as in DAWNBench; with the defaults its parameters are ``sofim_fused.shapes.resnet9``.
 
     Maps images (N, channels, 32, 32) to logits (N, classes).
     """

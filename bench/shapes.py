@@ -1,22 +1,34 @@
-"""The shapes of the parameters of models, from the models' definitions, and a grid of sizes."""
+"""The shapes of the parameters of models, and a grid of sizes."""
 
 from __future__ import annotations
 
-import math
+import importlib.util
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-Shape = tuple[int, ...]
+if not TYPE_CHECKING and importlib.util.find_spec("sofim_fused.shapes") is None:
+    # bench.builds and bench.gpu.compare time earlier builds of the package, which had no such module.
+    path = Path(__file__).parents[1] / "sofim_fused" / "shapes.py"
+    spec = importlib.util.spec_from_file_location("sofim_fused.shapes", path)
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])
 
+from sofim_fused.shapes import Shape, elements, gpt2_small, lenet5, lm_1b, resnet9, resnet50, vit_b
 
-def elements(shapes: Sequence[Shape]) -> int:
-    """How many elements tensors of these shapes have together."""
-    return sum(map(math.prod, shapes))
-
-
-def lenet5() -> list[Shape]:
-    """LeNet-5 for one colour and ten classes, as examples/models.py defines it."""
-    weights: list[Shape] = [(6, 1, 5, 5), (16, 6, 5, 5), (120, 16 * 5 * 5), (84, 120), (10, 84)]
-    return [shape for weight in weights for shape in (weight, weight[:1])]
+__all__ = [
+    "CPU_MODELS",
+    "GPU_MODELS",
+    "MODELS",
+    "Shape",
+    "elements",
+    "gpt2_small",
+    "grid",
+    "lenet5",
+    "miniature",
+    "resnet50",
+]
 
 
 def many_small() -> list[Shape]:
@@ -27,46 +39,6 @@ def many_small() -> list[Shape]:
 def many_matrices() -> list[Shape]:
     """1,000 matrices of 32 rows and columns, as many elements as :func:`many_small` has."""
     return [(32, 32)] * 1000
-
-
-def resnet9() -> list[Shape]:
-    """ResNet-9 for CIFAR-10 as in DAWNBench: eight convolutions with batch normalization, and a linear layer."""
-    convolutions = [(3, 64), (64, 128), (128, 128), (128, 128), (128, 256), (256, 512), (512, 512), (512, 512)]
-    return [shape for entering, leaving in convolutions for shape in _convolution(entering, leaving, 3)] + _linear(
-        512, 10
-    )
-
-
-def resnet50() -> list[Shape]:
-    """ResNet-50 for ImageNet, in torchvision's order."""
-    shapes = _convolution(3, 64, 7)
-    entering = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        leaving = 4 * width
-        for block in range(blocks):
-            shapes += _convolution(entering, width, 1) + _convolution(width, width, 3) + _convolution(width, leaving, 1)
-            if block == 0:
-                shapes += _convolution(entering, leaving, 1)  # the shortcut, where the number of channels changes
-            entering = leaving
-    return shapes + _linear(entering, 1000)
-
-
-def gpt2_small() -> list[Shape]:
-    """GPT-2 small: weights as (entering, leaving), the head tied to the token embedding."""
-    width, layers, tokens, context = 768, 12, 50257, 1024
-    norm: list[Shape] = [(width,), (width,)]
-    attention: list[Shape] = [(width, 3 * width), (3 * width,), (width, width), (width,)]
-    feed_forward: list[Shape] = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
-    return [(tokens, width), (context, width), *(norm + attention + norm + feed_forward) * layers, *norm]
-
-
-def _convolution(entering: int, leaving: int, kernel: int) -> list[Shape]:
-    """A convolution without bias, and the scale and shift of its batch normalization."""
-    return [(leaving, entering, kernel, kernel), (leaving,), (leaving,)]
-
-
-def _linear(entering: int, leaving: int) -> list[Shape]:
-    return [(leaving, entering), (leaving,)]
 
 
 MODELS: dict[str, Callable[[], list[Shape]]] = {
@@ -90,26 +62,6 @@ def grid(limit: int = 200_000_000) -> dict[str, list[Shape]]:
         for tensors in (1, 100, 1000)
         if tensors * size <= limit
     }
-
-
-def vit_b() -> list[Shape]:
-    """ViT-B/16 for ImageNet, in torchvision's order."""
-    width, patches = 768, (224 // 16) ** 2
-    stem: list[Shape] = [(1, 1, width), (width, 3, 16, 16), (width,), (1, patches + 1, width)]
-    return [*stem, *_transformer_layer(width) * 12, (width,), (width,), *_linear(width, 1000)]
-
-
-def lm_1b() -> list[Shape]:
-    """A language model of 1.1 billion parameters: GPT-2's layers, the head tied to the token embedding."""
-    width, layers, tokens, context = 2048, 20, 50257, 2048
-    return [(tokens, width), (context, width), *_transformer_layer(width) * layers, (width,), (width,)]
-
-
-def _transformer_layer(width: int) -> list[Shape]:
-    norm: list[Shape] = [(width,), (width,)]
-    attention = _linear(width, 3 * width) + _linear(width, width)
-    feed_forward = _linear(width, 4 * width) + _linear(4 * width, width)
-    return norm + attention + norm + feed_forward
 
 
 # Besides what bench.step runs on a CPU, models that would take it minutes and many GB.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -12,31 +15,65 @@ import sofim_fused
 from sofim_fused import backends, native
 
 
+def facts() -> dict[str, Any]:
+    """The report as plain values, as ``--json`` prints them."""
+    module = native.cpu()
+    return {
+        "sofim_fused": sofim_fused.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "triton": _version("triton"),
+        "native": native.build(),
+        "instruction_set": None if isinstance(module, str) else native.instruction_set(),
+        "not_in_use": module if isinstance(module, str) else None,  # why the native CPU part is not
+        "instruction_set_of_torch": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "devices": [_device(device, name) for device, name in _devices()],
+    }
+
+
+def _device(device: torch.device, name: str) -> dict[str, Any]:
+    """Which backend a device gets by default, and of each one ``"ok"`` or why it cannot run there."""
+    passes, _ = backends.best("auto", device)
+    states = {}
+    for backend, passes_for in backends._REGISTRY.items():
+        found = passes_for(device)
+        states[backend] = found if isinstance(found, str) else "ok"
+    if states["triton"] == "ok" and isinstance(native.cpu(), str):
+        states["triton"] = "ok, but steps run pass by pass: whole steps in one call take the native CPU part"
+    chosen = passes.name if passes is not None else None
+    slow = chosen == "reference" and bool(backends.missing(device))
+    return {
+        "device": str(device),
+        "name": name,
+        "default": chosen,
+        "backends": states,
+        "remedy": native.remedy() if slow else None,
+    }
+
+
 def lines() -> Iterator[str]:
     """The report, line by line."""
-    yield f"sofim_fused      {sofim_fused.__version__}"
-    yield f"torch            {torch.__version__}"
-    yield f"Python           {platform.python_version()}, {platform.system()}, {platform.machine()}"
-    yield f"triton           {_version('triton')}"
-    yield f"native CPU part  {_built()}"
-    yield f"native CUDA part {_built_cuda()}"
-    module = native.cpu()
-    used = "not in use" if isinstance(module, str) else f"{native.instruction_set()} in use"
-    yield f"instruction set  {used}; PyTorch uses {torch.backends.cpu.get_cpu_capability()}"
-    yield f"threads          {torch.get_num_threads()}"
-    for device, name in _devices():
+    known = facts()
+    yield f"sofim_fused      {known['sofim_fused']}"
+    yield f"torch            {known['torch']}"
+    yield f"Python           {known['python']}, {known['system']}, {known['machine']}"
+    yield f"triton           {known['triton']}"
+    yield f"native CPU part  {_built(known['native'])}"
+    yield f"native CUDA part {_built_cuda(known['native']['cuda'])}"
+    used = "not in use" if known["instruction_set"] is None else f"{known['instruction_set']} in use"
+    yield f"instruction set  {used}; PyTorch uses {known['instruction_set_of_torch']}"
+    yield f"threads          {known['threads']}"
+    for device in known["devices"]:
         yield ""
-        yield f"Backends for {device} ({name}), * by default:" if name else f"Backends for {device}, * by default:"
-        passes, _ = backends.best("auto", device)
-        chosen = passes.name if passes is not None else ""
-        for backend, passes_for in backends._REGISTRY.items():
-            found = passes_for(device)
-            state = found if isinstance(found, str) else "ok"
-            if backend == "triton" and state == "ok" and isinstance(module, str):
-                state = "ok, but steps run pass by pass: whole steps in one call take the native CPU part"
-            yield f"  {'*' if backend == chosen else ' '} {backend:<10} {state}"
-        if chosen == "reference" and backends.missing(device):
-            yield f"  Pure PyTorch is many times slower than native kernels. To build them: {native.remedy()}"
+        name = f" ({device['name']})" if device["name"] else ""
+        yield f"Backends for {device['device']}{name}, * by default:"
+        for backend, state in device["backends"].items():
+            yield f"  {'*' if backend == device['default'] else ' '} {backend:<10} {state}"
+        if device["remedy"] is not None:
+            yield f"  Pure PyTorch is many times slower than native kernels. To build them: {device['remedy']}"
 
 
 def _version(module: str) -> str:
@@ -46,8 +83,7 @@ def _version(module: str) -> str:
         return "not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported ({error})"
 
 
-def _built() -> str:
-    record = native.build()
+def _built(record: dict[str, Any]) -> str:
     if record["reason"] is not None:
         return f"not built: {record['reason']}"
     sanitizers = f", with sanitizers {record['sanitizers']}" if record["sanitizers"] else ""
@@ -57,8 +93,7 @@ def _built() -> str:
     )
 
 
-def _built_cuda() -> str:
-    record = native.build()["cuda"]
+def _built_cuda(record: dict[str, Any]) -> str:
     if record["reason"] is not None:
         return f"not built: {record['reason']}"
     if record["emulated"]:
@@ -77,5 +112,26 @@ def _devices() -> Iterator[tuple[torch.device, str]]:
         yield device, str(name_of(device)) if name_of else ""
 
 
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace) -> Iterator[str]:
+    """What the command prints."""
+    if options.json:
+        yield json.dumps(facts(), indent=1)
+    else:
+        yield from lines()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m sofim_fused.info", description=__doc__.splitlines()[0])
+    configure(parser)
+    for line in run(parser.parse_args(arguments)):
+        print(line)
+
+
 if __name__ == "__main__":
-    print("\n".join(lines()))
+    main()

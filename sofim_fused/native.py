@@ -27,9 +27,9 @@ def build() -> dict[str, Any]:
 
     Keys: ``reason`` (why the CPU part was not built, ``None`` if it was), ``expected`` (``False`` if it was left out on
     purpose, or the system is not supported), ``torch`` and ``python`` (the versions it was built for),
-    ``compiler``, ``instruction_sets``, ``sanitizers``, and ``cuda``, the record of the CUDA part: its ``reason``,
-    ``compiler``, ``architectures`` ("sm_90", or "compute_80" for PTX) and ``emulated`` (its kernels are run by the
-    CPU). If the record cannot be read, ``reason`` says so.
+    ``compiler``, ``instruction_sets``, ``sanitizers``, ``wheel`` (whether a wheel of ``make wheel`` was installed), and
+    ``cuda``, the record of the CUDA part: its ``reason``, ``compiler``, ``architectures`` ("sm_90", or "compute_80" for
+    PTX) and ``emulated`` (its kernels are run by the CPU). If the record cannot be read, ``reason`` says so.
     """
     record = dict.fromkeys(("reason", "torch", "python", "compiler", "instruction_sets", "sanitizers"))
     cuda = dict.fromkeys(("reason", "compiler", "architectures", "emulated"))
@@ -45,9 +45,10 @@ def build() -> dict[str, Any]:
             cuda = {key: read["cuda"][key] for key in cuda}
         except (TypeError, LookupError) as error:
             cuda["reason"] = f"{_RECORD.name} has no record of it ({error!r}): reinstall sofim_fused"
-        expected = read.get("expected") is not False  # records of earlier versions have no such key
-        return {**record, "expected": expected, "cuda": cuda}
-    return {**record, "reason": reason, "expected": True, "cuda": {**cuda, "reason": reason}}
+        # Records of earlier versions have neither key.
+        expected, wheel = read.get("expected") is not False, read.get("wheel") is True
+        return {**record, "expected": expected, "wheel": wheel, "cuda": cuda}
+    return {**record, "reason": reason, "expected": True, "wheel": False, "cuda": {**cuda, "reason": reason}}
 
 
 def remedy() -> str:
@@ -98,7 +99,7 @@ def _find() -> tuple[ModuleType, str] | str:
         ("Python", record["python"], platform.python_version()),
     ):
         if _minor(built) != _minor(running):
-            return f"it was built for {what} {built}, and this is {what} {running}: reinstall sofim_fused"
+            return f"it was built for {what} {built}, and this is {what} {running}: {_another()}"
     runs = _RUNS.get(torch.backends.cpu.get_cpu_capability(), ("default",))
     name = next((name for name in runs if name in record["instruction_sets"]), None)
     if name is None:
@@ -155,8 +156,16 @@ def _cut_off(file: Path) -> bool:
 def _unfit(error: Exception) -> str:
     return (
         f"it was built for torch {build()['torch']} and cannot be loaded under torch {torch.__version__} "
-        f"({str(error).partition(chr(10))[0]}): reinstall sofim_fused"
+        f"({str(error).partition(chr(10))[0]}): {_another()}"
     )
+
+
+def _another() -> str:
+    """What to do about a native part that was built for another torch or Python."""
+    if not build()["wheel"]:
+        return "reinstall sofim_fused"
+    name = f"+torch{'.'.join(_minor(torch.__version__))}-cp{''.join(platform.python_version_tuple()[:2])}"
+    return f"install the wheel of sofim_fused with {name} in its name, if there is one, or build it from its sources"
 
 
 def _minor(version: str) -> list[str]:

@@ -51,6 +51,7 @@ docs/from_sgd
 docs/from_adamw
 docs/adaptive
 docs/in_backward
+docs/memory
 docs/distributed
 ```
 

@@ -450,6 +450,22 @@ def test_why_there_is_no_native_part(content: str | None, reason: str, record: P
     assert any("not in use" in line for line in info.lines())
 
 
+def test_a_wheel_for_another_torch_names_the_right_one(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records of earlier versions do not say whether they are of a wheel: they ask to install the package again."""
+    monkeypatch.setattr(torch, "__version__", "2.99.1+cu130")
+    python = "".join(map(str, sys.version_info[:2]))
+    named = f"the wheel of sofim_fused with +torch2.99-cp{python} in its name"
+    for wheel, what in (
+        ({}, "reinstall sofim_fused"),
+        ({"wheel": False}, "reinstall sofim_fused"),
+        ({"wheel": True}, f"install {named}, if there is one, or build it from its sources"),
+    ):
+        record.write_text(json.dumps({**WHOLE, "torch": "2.98.0", **wheel}))
+        native.build.cache_clear()
+        native._find.cache_clear()
+        assert native.cpu() == f"it was built for torch 2.98.0, and this is torch 2.99.1+cu130: {what}"
+
+
 def test_a_module_that_does_not_load_is_a_reason(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record.write_text(json.dumps(WHOLE))
 
