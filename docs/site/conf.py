@@ -47,11 +47,13 @@ CONTENTS = """
 Overview <self>
 docs/installation
 docs/usage
+docs/tuning
 docs/from_sgd
 docs/from_adamw
 docs/adaptive
 docs/in_backward
 docs/distributed
+docs/frameworks
 ```
 
 ```{toctree}
