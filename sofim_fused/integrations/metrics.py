@@ -35,8 +35,9 @@ def metrics(optimizer: Any) -> dict[str, float]:
         optimizer: a :class:`SOFIM`, or a framework's wrapper around one.
 
     Returns:
-        ``lr``; ``rho``, unless it is ``None``; ``skipped_steps``; and, where the last step has taken them,
-        ``grad_norm`` (the norm of all gradients before clipping) and ``signal``. Where groups, or Fisher blocks, have
+        ``lr`` and, unless it is ``None``, ``rho``, as the groups have them now (a scheduler may have set those of the
+        next step already); ``skipped_steps``; and, where the last step has taken them, ``grad_norm`` (the norm of all
+        gradients before clipping) and ``signal``. Where groups, or Fisher blocks, have
         different values, ``lr_min`` and ``lr_max`` stand for ``lr``, and likewise for the others.
 
     Raises:
