@@ -46,7 +46,7 @@ SPREAD = $(if $(filter 1,$(JOBS)),,-n $(JOBS) --dist worksteal)
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo      train LeNet-5 on real images with SOFIM, SGD-momentum and AdaSOFIM"
+	@echo "make demo      train LeNet-5 on real images with SOFIM, SGD-momentum, AdaSOFIM and AdamW"
 	@echo "make test      run the tests; ARGS='-k guarded -x' passes arguments to pytest"
 	@echo "make clients   test with Hugging Face's Trainer, Accelerate, Lightning, timm, DeepSpeed and others, in build/clients"
 	@echo "make lint      check style (make format: repair it)"

@@ -731,11 +731,11 @@ def plot(settings: Settings, runs: Sequence[Run]) -> Figure:
     memory.bar_label(bars, fmt="%.2f", padding=-30, color="white")
     memory.invert_yaxis()
     memory.set(xlabel="MB", title="State that the optimizer keeps")
-    # Away from the curves:
-    for axes, corner in ((losses, "lower left"), (accuracy, "lower right"), (times, "upper right")):
+    for axes in (losses, accuracy, times):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend(loc=corner, fontsize="small")
+    losses.legend(loc="lower left", fontsize="small")  # away from the curves
+    accuracy.legend(loc="lower right", fontsize="small")
     figure.suptitle(headline(settings))
     return figure
 
