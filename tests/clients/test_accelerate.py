@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
@@ -100,6 +101,20 @@ def test_bf16() -> None:
     run(accelerator, model, optimizer, range(STEPS))
     full = weights(trained(lambda net: SOFIM(net.parameters(), max_grad_norm=0.1), STEPS))
     assert 0 < distance(weights(model), full) < 2e-2
+
+
+def test_steps_that_a_scaler_skips() -> None:
+    """Accelerate takes a step as skipped if the optimizer was not called; SOFIM is called, and decides itself."""
+    accelerator_of()
+    for amp_fused in (True, False):
+        (param,) = params = [torch.nn.Parameter(torch.ones(3))]
+        sofim = SOFIM(params, amp_fused=amp_fused)
+        wrapper = AcceleratedOptimizer(sofim, scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+        wrapper.scaler.scale(param.sum() * float("inf")).backward()
+        wrapper.step()
+        assert torch.equal(param.detach(), torch.ones(3))
+        assert int(sofim.skipped_steps) == amp_fused
+        assert wrapper.step_was_skipped == (not amp_fused)
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
