@@ -79,6 +79,16 @@ def test_without_the_helper(two: Ranks) -> None:
     two.run(unsharded_sums)
 
 
+def in_backward(rank: int) -> None:
+    with pytest.raises(ValueError, match=r"in_backward=True .*shard_group"):
+        engine_of(2, SOFIM, in_backward=True)
+
+
+def test_in_backward_is_refused(two: Ranks) -> None:
+    """DeepSpeed averages gradients over the ranks after the hooks have run."""
+    two.run(in_backward)
+
+
 def resumed(rank: int, folder: str) -> bool:
     engine = engine_of(2, AdaSOFIM, max_grad_norm=0.1)
     run(engine, rank, range(2))

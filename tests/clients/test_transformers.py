@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
+from bench.ranks import Ranks
 from sofim_fused import SOFIM, AdaSOFIM
 from sofim_fused.integrations.metrics import find_sofim
 from sofim_fused.integrations.transformers import SOFIMCallback, attach, optimizer_cls_and_kwargs
@@ -204,6 +206,23 @@ def test_what_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(TypeError, match=r"SOFIMCallback with a AcceleratedOptimizer: pass optimizer_cls_and_kwargs="):
         other.train()
+
+
+def on_two_ranks(rank: int, out: str) -> list[Tensor]:
+    os.environ.update(MASTER_ADDR="localhost", LOCAL_WORLD_SIZE=os.environ["WORLD_SIZE"])
+    trainer = trainer_of(Path(out), per_device_train_batch_size=2, ddp_backend="gloo", ours={"max_grad_norm": 1.0})
+    assert trainer.args.world_size == 2
+    trainer.train()
+    return weights(trainer.model)
+
+
+def test_two_processes(two: Ranks, tmp_path: Path) -> None:
+    """Halves of the same batches, under DistributedDataParallel."""
+    one = trained(tmp_path, ours={"max_grad_norm": 1.0})
+    first, second = two.run(on_two_ranks, str(tmp_path))
+    assert same_bits(first, second)
+    model = torch.cat([weight.flatten() for weight in first])
+    assert float((model - torch.cat([weight.flatten() for weight in one])).norm() / model.norm()) < 1e-4
 
 
 def test_a_model_with_lora_adapters(tmp_path: Path) -> None:
