@@ -58,8 +58,8 @@ def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
             setattr(sys.modules[parent], child, module)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def two() -> Iterator[Ranks]:
-    """Two ranks."""
+    """Two ranks, of one framework alone: what one sets up in a process may stand in the way of another."""
     with Ranks(2) as ranks:
         yield ranks
