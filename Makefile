@@ -25,6 +25,7 @@ KERNEL_TESTS := tests/step/test_matrix.py tests/step/test_master_bits.py tests/s
 # Many steps each, which take long there; test_triton_adaptive.py has the edges of these kernels.
 INTERPRETER_TESTS := $(filter-out tests/step/test_adaptive.py,$(KERNEL_TESTS)) $(wildcard tests/backends/test_triton*.py) \
     tests/backends/test_solve.py
+CLIENTS := build/clients
 EMULATED := build/emulated
 EMULATED_TESTS := $(KERNEL_TESTS) $(wildcard tests/backends/test_cuda*.py) tests/backends/test_solve.py
 CUDA_SYNTAX := build/cuda-syntax
@@ -43,13 +44,14 @@ JOBS ?= 2
 # Slow tests are adjacent; idle workers steal them. One job needs no worker.
 SPREAD = $(if $(filter 1,$(JOBS)),,-n $(JOBS) --dist worksteal)
 
-.PHONY: help demo test against wheel wheel-check deep coverage convergence native instruction-sets interpreter emulated cuda-syntax kernels gpu \
+.PHONY: help demo test clients against wheel wheel-check deep coverage convergence native instruction-sets interpreter emulated cuda-syntax kernels gpu \
     sanitize threads tidy lint format types docs mutations clean FORCE
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo      train LeNet-5 on real images with SOFIM, SGD-momentum and AdaSOFIM"
+	@echo "make demo      train LeNet-5 on real images with SOFIM, SGD-momentum, AdaSOFIM and AdamW"
 	@echo "make test      run the tests; ARGS='-k guarded -x' passes arguments to pytest"
+	@echo "make clients   test with Hugging Face's Trainer, Accelerate, Lightning, timm, DeepSpeed and others, in build/clients"
 	@echo "make lint      check style (make format: repair it)"
 	@echo "make types     check types"
 	@echo "make docs      build the documentation site in build/site, and check its links"
@@ -80,6 +82,20 @@ demo: $(READY) $(NATIVE)
 
 test: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
+
+# With the real frameworks, in an environment of its own, and the native part as it was built for .venv: so torch and Python
+# are those of .venv. DeepSpeed's setup.py imports torch, and only asks which of its kernels could be compiled.
+clients: $(CLIENTS)/.ready $(NATIVE)
+	$(CLIENTS)/bin/python -m pytest -q -p no:cacheprovider --timeout=300 tests/clients $(ARGS)
+
+$(CLIENTS)/.ready: $(READY) tests/clients/requirements.txt tests/clients/requirements-alone.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install -q --upgrade pip 'setuptools>=77' wheel
+	$(CLIENTS)/bin/python -m pip install -q '$(TORCH)' '$(NUMPY)'
+	$(CLIENTS)/bin/python -m pip install -q -r tests/clients/requirements.txt
+	$(CLIENTS)/bin/python -m pip install -q --no-deps -r tests/clients/requirements-alone.txt
+	DS_ACCELERATOR=cpu $(CLIENTS)/bin/python -m pip install -q --no-build-isolation deepspeed==0.19.8
+	@touch $@
 
 # Builds a source distribution, compiles it for that torch, and tests it (so it has to contain all that the tests need).
 # .venv and the native parts in this folder stay as they are. With torch 2.10 set NUMPY='numpy<2.4': the interpreter of

@@ -1,4 +1,4 @@
-"""Train LeNet-5 with SOFIM, SGD-momentum and AdaSOFIM from the same initial weights, and compare them.
+"""Train LeNet-5 with SOFIM, SGD-momentum, AdaSOFIM and AdamW from the same initial weights, and compare them.
 
 Run it from the repository root:
 
@@ -6,7 +6,8 @@ Run it from the repository root:
     python examples/train.py --data fashion-mnist --epochs 10
 
 All optimizers start from the same weights and see the same batches in the same order. The run
-writes checkpoint.pt (after every epoch), history.json and history.png, and prints a table.
+writes checkpoint.pt (after every epoch), history.json and history.png (losses, accuracies, times of
+steps, memory), and prints a table; with --tensorboard also files for TensorBoard.
 """
 
 from __future__ import annotations
@@ -38,15 +39,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from examples import data as image_data
 from examples.data import ImageData
 from examples.models import LeNet5
 from sofim_fused import SOFIM, AdaSOFIM
+from sofim_fused.integrations.metrics import metrics
 
 SGD_MOMENTUM = 0.9
-LABELS = {"sofim": "SOFIM", "sgd": "SGD-momentum", "adasofim": "AdaSOFIM"}
+LABELS = {"sofim": "SOFIM", "sgd": "SGD-momentum", "adasofim": "AdaSOFIM", "adamw": "AdamW"}
 EVALUATION_BATCH = 1000
 DIGEST = 64  # characters
 LOG_WIDTH = 110
@@ -63,17 +65,21 @@ class Defaults(NamedTuple):
     rho: float
     sgd_lr: float
     ada_lr: float
+    adamw_lr: float
+    threads: int
 
 
 # digits: the best of 12 configurations each on validation images, ten seeds each
 # (bench/demo_defaults.py). fashion-mnist: from a coarse search by training loss. The others take
-# these values over, untuned. AdaSOFIM has its own default there.
+# these values over, untuned. AdaSOFIM has its own default there. AdamW's rate is the one that the
+# comparison of optimizers chose for these two (docs/convergence.md). Threads: 0 leaves their number to
+# PyTorch; on images as few as the digits a second thread mostly waits.
 DEFAULTS = {
-    "digits": Defaults(25, 32, 0.2, 0.9, 1.0, 0.015, 0.003),
-    "fashion-mnist": Defaults(6, 100, 0.5, 0.9, 1.0, 0.03, 0.004),
-    "cifar10": Defaults(20, 100, 0.5, 0.9, 1.0, 0.03, 0.004),
-    "cifar100": Defaults(20, 100, 0.5, 0.9, 1.0, 0.03, 0.004),
-    "svhn": Defaults(10, 100, 0.5, 0.9, 1.0, 0.03, 0.004),
+    "digits": Defaults(25, 32, 0.2, 0.9, 1.0, 0.015, 0.003, 0.004, 1),
+    "fashion-mnist": Defaults(6, 100, 0.5, 0.9, 1.0, 0.03, 0.004, 0.004, 0),
+    "cifar10": Defaults(20, 100, 0.5, 0.9, 1.0, 0.03, 0.004, 0.004, 0),
+    "cifar100": Defaults(20, 100, 0.5, 0.9, 1.0, 0.03, 0.004, 0.004, 0),
+    "svhn": Defaults(10, 100, 0.5, 0.9, 1.0, 0.03, 0.004, 0.004, 0),
 }
 
 
@@ -97,6 +103,9 @@ class Settings:
     rho: float
     sgd_lr: float
     ada_lr: float
+    adamw_lr: float
+    threads: int
+    tensorboard: bool = False
 
 
 class Row(TypedDict):
@@ -123,6 +132,12 @@ class Run:
     optimizer: Optimizer
     history: list[Row] = field(default_factory=list)
     diverged_in: int | None = None
+
+    @property
+    def state_bytes(self) -> int:
+        """What the optimizer keeps from one step to the next."""
+        kept = (value for entry in self.optimizer.state.values() for value in entry.values())
+        return sum(value.nbytes for value in kept if isinstance(value, Tensor))
 
     def state(self) -> dict[str, Any]:
         """Everything that `restore` needs, in types that `torch.load(weights_only=True)` reads."""
@@ -152,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = Console(width=LOG_WIDTH)
     try:
         settings, out, resume = parse(argv)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
         train(settings, out, resume, console)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -176,6 +193,7 @@ def train(settings: Settings, out: Path, resume: bool, console: Console) -> None
     introduce(settings, data, console)
     data = data.to(device)
     runs = [new_run(name, settings, data, device) for name in settings.optimizers]
+    tell = {run.name: writer(run, out) for run in runs} if settings.tensorboard else {}
     if saved is not None:
         for run in runs:
             run.restore(saved["runs"][run.name])
@@ -186,7 +204,7 @@ def train(settings: Settings, out: Path, resume: bool, console: Console) -> None
     # The fastest convolutions on CUDA add up in an order that changes from run to run.
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         for run in runs:
-            fit(run, data, settings, save, console)
+            fit(run, data, settings, save, console, tell.get(run.name))
     report(settings, runs, out, console)
 
 
@@ -217,6 +235,9 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Path, bool]:
         rho=options.rho,
         sgd_lr=options.sgd_lr,
         ada_lr=options.ada_lr,
+        adamw_lr=options.adamw_lr,
+        threads=options.threads,
+        tensorboard=options.tensorboard,
     )
     return settings, options.out or Path("runs") / options.data, options.resume
 
@@ -224,7 +245,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, Path, bool]:
 def _parser() -> _Parser:
     parser = _Parser(
         prog="python -m examples.train",
-        description="Train LeNet-5 with SOFIM, SGD-momentum and AdaSOFIM from the same initial weights"
+        description="Train LeNet-5 with SOFIM, SGD-momentum, AdaSOFIM and AdamW from the same initial weights"
         " and on the same batches.",
         epilog=f"defaults by data set (digits comes with scikit-learn):\n\n{_defaults_table()}\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -247,6 +268,9 @@ def _parser() -> _Parser:
     sgd = f"learning rate of SGD with momentum {SGD_MOMENTUM} {by_data}"
     add("--sgd-lr", type=_real(0), metavar="X", help=sgd)
     add("--ada-lr", type=_real(0), metavar="X", help=f"learning rate of AdaSOFIM {by_data}")
+    add("--adamw-lr", type=_real(0), metavar="X", help=f"learning rate of AdamW {by_data}")
+    add("--threads", type=_whole(0), metavar="N", help=f"threads on a CPU; 0: as many as PyTorch likes {by_data}")
+    add("--tensorboard", action="store_true", help="also write losses, times and SOFIM's numbers for TensorBoard")
     files = "checkpoint.pt, history.json and history.png, which are overwritten"
     add("--out", type=Path, metavar="DIR", help=f"folder for {files} (default: runs/<data>)")
     resume = "continue from the checkpoint in --out; only --epochs may differ from its settings"
@@ -373,16 +397,50 @@ def new_optimizer(name: str, params: Iterable[nn.Parameter], settings: Settings)
     """The optimizer called `name`, as the settings have it."""
     if name == "sgd":
         return SGD(params, lr=settings.sgd_lr, momentum=SGD_MOMENTUM)
+    if name == "adamw":
+        return AdamW(params, lr=settings.adamw_lr)
+    # An infinite limit clips nothing; the norm of the gradients is then known.
+    measure: dict[str, Any] = {"max_grad_norm": math.inf} if settings.tensorboard else {}
     if name == "adasofim":
-        return AdaSOFIM(params, lr=settings.ada_lr)
-    return SOFIM(params, lr=settings.lr, momentum=settings.momentum, rho=settings.rho)
+        return AdaSOFIM(params, lr=settings.ada_lr, **measure)
+    return SOFIM(params, lr=settings.lr, momentum=settings.momentum, rho=settings.rho, **measure)
+
+
+def writer(run: Run, out: Path) -> Callable[[Row], None]:
+    """Writes a row to TensorBoard's files in `out`/tensorboard, with what SOFIM knows of its last step.
+
+    Raises:
+        UserError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard: the package is missing: pip install tensorboard") from error
+    file = SummaryWriter(str(out / "tensorboard" / run.name))
+
+    def write(row: Row) -> None:
+        numbers: dict[str, Any] = {name: value for name, value in row.items() if name != "epoch"}
+        if isinstance(run.optimizer, SOFIM):
+            numbers |= {f"sofim/{name}": value for name, value in metrics(run.optimizer).items()}
+        for name, value in numbers.items():
+            file.add_scalar(name, value, row["epoch"])
+        file.flush()
+
+    return write
 
 
 # Training
 
 
-def fit(run: Run, data: ImageData, settings: Settings, save: Callable[[], None], console: Console) -> None:
-    """Train `run` up to the last epoch or until it diverges; call `save` after every epoch."""
+def fit(
+    run: Run,
+    data: ImageData,
+    settings: Settings,
+    save: Callable[[], None],
+    console: Console,
+    tell: Callable[[Row], None] | None = None,
+) -> None:
+    """Train `run` up to the last epoch or until it diverges; call `save` after every epoch, and `tell` with its row."""
     batches = math.ceil(len(data.train_labels) / settings.batch_size)
     with progress(console) as bars:
         bar = bars.add_task(
@@ -399,6 +457,8 @@ def fit(run: Run, data: ImageData, settings: Settings, save: Callable[[], None],
                 run.diverged_in = epoch
             else:
                 run.history.append(row)
+                if tell is not None:
+                    tell(row)
             save()
             note = describe(row)
             bars.update(bar, note=note)
@@ -531,7 +591,7 @@ def read_checkpoint(path: Path, settings: Settings) -> dict[str, Any]:
     differences = [
         f"{name} was {saved.get(name)!r} and is {now[name]!r} now"
         for name in now
-        if name != "epochs" and saved.get(name) != now[name]
+        if name not in ("epochs", "tensorboard") and saved.get(name) != now[name]
     ]
     if differences:
         raise UserError(f"--resume: {path} has other settings: {'; '.join(differences)}")
@@ -583,7 +643,10 @@ def report(settings: Settings, runs: Sequence[Run], out: Path, console: Console)
     content = {
         "settings": asdict(settings),
         "torch": torch.__version__,
-        "runs": {run.name: {"history": run.history, "diverged_in": run.diverged_in} for run in runs},
+        "runs": {
+            run.name: {"history": run.history, "diverged_in": run.diverged_in, "state_bytes": run.state_bytes}
+            for run in runs
+        },
     }
     with replacing(out / "history.json") as file:
         file.write(json.dumps(content, indent=2, allow_nan=False).encode() + b"\n")
@@ -640,10 +703,12 @@ def remark(row: Row, history: Sequence[Row]) -> str:
 
 
 def plot(settings: Settings, runs: Sequence[Run]) -> Figure:
-    """Losses, and test accuracy, against the epoch."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    losses, accuracy = figure.subplots(1, 2)
-    for colour, run in zip(("C0", "C1", "C2"), runs, strict=False):
+    """Losses and test accuracy against the epoch, and what the optimizers take: time of a step, memory."""
+    figure = Figure(figsize=(16, 4.6), layout="constrained")
+    losses, accuracy, times, memory = figure.subplots(1, 4, width_ratios=[3, 3, 2, 2])
+    colours = dict(zip(LABELS, ("C0", "C1", "C2", "C3"), strict=True))
+    for run in runs:
+        colour = colours[run.name]
         label = LABELS[run.name] + (" (diverged)" if run.diverged_in is not None else "")
         epochs = [row["epoch"] for row in run.history]
         train_losses = [row["train_loss"] for row in run.history]
@@ -652,24 +717,27 @@ def plot(settings: Settings, runs: Sequence[Run]) -> Figure:
         losses.plot(epochs, train_losses, color=colour, marker=".", label=f"{label}, training")
         losses.plot(epochs, test_losses, color=colour, ls="--", marker=".", label=f"{label}, test")
         accuracy.plot(epochs, accuracies, color=colour, marker=".", label=label)
+        steps = [row["step_ms"] for row in run.history]
+        times.plot(epochs, steps, color=colour, marker=".", label=label)
     losses.set(xlabel="epoch", ylabel="mean cross-entropy (nats)", title="Loss", yscale="log")
     accuracy.set(xlabel="epoch", ylabel="test accuracy (%)", title="Test accuracy")
-    accuracy.set_ylim(accuracy_limits(runs))
-    for axes, corner in ((losses, "lower left"), (accuracy, "lower right")):  # away from the curves
+    times.set(xlabel="epoch", ylabel="ms", title="Time of an optimizer step")
+    times.set_ylim(bottom=0)
+    bars = memory.barh(
+        [LABELS[run.name] for run in runs],
+        [run.state_bytes / 1e6 for run in runs],
+        color=[colours[run.name] for run in runs],
+    )
+    memory.bar_label(bars, fmt="%.2f", padding=-30, color="white")
+    memory.invert_yaxis()
+    memory.set(xlabel="MB", title="State that the optimizer keeps")
+    for axes in (losses, accuracy, times):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend(loc=corner, fontsize="small")
+    losses.legend(loc="lower left", fontsize="small")  # away from the curves
+    accuracy.legend(loc="lower right", fontsize="small")
     figure.suptitle(headline(settings))
     return figure
-
-
-def accuracy_limits(runs: Sequence[Run]) -> tuple[float, float] | None:
-    """Where the accuracy axis starts and ends, in %; `None` leaves it to the plot.
-
-    The first fifth of the epochs may lie below: it would press the others together.
-    """
-    later = [100 * row["test_accuracy"] for run in runs for row in run.history if row["epoch"] > len(run.history) // 5]
-    return (max(0.0, min(later) - 0.5), max(later) + 0.5) if later else None
 
 
 def headline(settings: Settings) -> str:
@@ -678,6 +746,7 @@ def headline(settings: Settings) -> str:
         "sofim": f"SOFIM lr {settings.lr:g}, momentum {settings.momentum:g}, rho {settings.rho:g}",
         "sgd": f"SGD lr {settings.sgd_lr:g}, momentum {SGD_MOMENTUM:g}",
         "adasofim": f"AdaSOFIM lr {settings.ada_lr:g}",
+        "adamw": f"AdamW lr {settings.adamw_lr:g}",
     }
     return f"LeNet-5 on {settings.data}, batch {settings.batch_size}, seed {settings.seed}\n" + "; ".join(
         parts[name] for name in settings.optimizers

@@ -760,7 +760,8 @@ def _after_the_fact(param: Tensor, where: str, what: str) -> RuntimeError:
     return RuntimeError(
         f"the gradient of {where} (shape {tuple(param.shape)}) was {what} between backward() and step(): with "
         "in_backward=True its moment already included it, and the change would have no effect. To clip, leave out "
-        "in_backward and pass max_grad_norm= to SOFIM, and switch off the clipping of a Trainer (max_grad_norm=0, "
+        "in_backward and pass max_grad_norm= to SOFIM, and switch off the clipping of a Trainer "
+        "(Hugging Face's: max_grad_norm=0 and sofim_fused.integrations.transformers.attach(); Lightning's: "
         "gradient_clip_val=None); to average, unscale or edit gradients, or to call zero_grad() before step(), leave "
         "out in_backward. Nothing else was changed: call step() again to use the gradients of the backward pass, or "
         "load_state_dict() to return to a saved state"

@@ -23,7 +23,7 @@ from bench.convergence.tasks import TASKS, Size
 from examples.train import UserError, usable_device
 
 RESULTS = report.RESULTS / "convergence"
-DOCUMENT = Path(__file__).parents[2] / "docs" / "convergence.md"
+DOCUMENTS = [Path(__file__).parents[2] / "docs" / name for name in ("convergence.md", "tuning.md")]
 SENSITIVE = "fashion-mnist-lenet5"
 SENSITIVE_SIZE = Size(4, 4_000)
 COMMAND = "python -m bench.convergence"
@@ -282,8 +282,9 @@ def _report(options: argparse.Namespace, console: Console) -> None:
         language_model.write(path)
         console.print(f"{path.stem}: written")
     if options.out == RESULTS:
-        DOCUMENT.write_text(documents.filled(DOCUMENT.read_text(), RESULTS))
-        console.print(f"{DOCUMENT.name}: tables written")
+        for document in DOCUMENTS:
+            document.write_text(documents.filled(document.read_text(), RESULTS))
+            console.print(f"{document.name}: tables written")
 
 
 def _report_comparisons(lineup: str, options: argparse.Namespace, console: Console) -> list[compare.Comparison]:

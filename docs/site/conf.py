@@ -47,12 +47,14 @@ CONTENTS = """
 Overview <self>
 docs/installation
 docs/usage
+docs/tuning
 docs/from_sgd
 docs/from_adamw
 docs/adaptive
 docs/in_backward
 docs/memory
 docs/distributed
+docs/frameworks
 ```
 
 ```{toctree}

@@ -251,7 +251,7 @@ def test_mixed_models_on_the_passes_and_in_one_call() -> None:
 
 def one(w: Tensor) -> tuple[Any, ...]:
     """A list of one tensor for each of the first arguments of an operator."""
-    return [w], [w], [w], [NONE], [torch.tensor(1)], [0]
+    return [w], [w], [w], [], [NONE], [torch.tensor(1)], [0]
 
 
 @emulated
@@ -261,11 +261,11 @@ def one(w: Tensor) -> tuple[Any, ...]:
         (lambda ops, w: ops.apply(*one(w), torch.ones(2).double(), None, None), "moment: a float64"),
         (lambda ops, w: ops.apply(*one(w), torch.ones(1), None, None), "moment: a float64 vector of 1"),
         (lambda ops, w: ops.accumulate([w], [w], [], [], [], [], [0.9], [0.1], None, False), "the lists differ in"),
-        (lambda ops, w: ops.dots([w], [w[:1]], [w], [NONE], False), "tensor 0: gradient: of another shape"),
+        (lambda ops, w: ops.dots([w], [w[:1]], [w], [], [NONE], False), "tensor 0: gradient: of another shape"),
         (
             lambda ops, w: ops.commit(
-                [w], [w], [w], [NONE], [torch.tensor(1)], [0], [0.9], [0.1], None, torch.ones(1).double(), None, None,
-                torch.ones(()), None,
+                [w], [w], [w], [], [NONE], [torch.tensor(1)], [0], [0.9], [0.1], None, torch.ones(1).double(), None,
+                None, torch.ones(()), None,
             ),
             "gain: one float64",
         ),
@@ -284,8 +284,8 @@ def test_operators_pass_pytorchs_own_checks() -> None:
     ops = torch.ops.sofim_fused_emulated
     w, g, m = torch.randn(3, 5000).unbind()
     count = torch.zeros((), dtype=torch.int64)
-    torch.library.opcheck(ops.dots.default, ([w], [g], [m], [NONE], True))
-    torch.library.opcheck(ops.accumulate.default, ([w], [g], [m], [NONE], [count], [0], [0.9], [0.1], [0.01], True))
+    torch.library.opcheck(ops.dots.default, ([w], [g], [m], [], [NONE], True))
+    torch.library.opcheck(ops.accumulate.default, ([w], [g], [m], [], [NONE], [count], [0], [0.9], [0.1], [0.01], True))
     case = Case.of([2, 1])
     method = case.method("group", "nesterov", True)
     sums = case.sums(True, True)

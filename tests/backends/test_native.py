@@ -143,18 +143,18 @@ def operator_samples() -> Iterator[tuple[str, tuple[Any, ...]]]:
         counts = (tensors.steps, tensors.ordinals)
         factors, decays = [0.5, 0.25, 1.0], [0.0, 0.5, 0.0]
         v = vector(3, 0.5, -1.0)
-        yield "accumulate", (*lists, lost_bits, *counts, factors, factors, None, False)
-        yield "accumulate", (*lists, lost_bits, *counts, factors, factors, decays, True)
-        yield "accumulate_step", (*lists, lost_bits, *counts, factors, factors, decays, True, v, v)
-        yield "accumulate_step", (*lists, lost_bits, *counts, factors, factors, None, True, None, v)
-        yield "apply", (*lists, lost_bits, *counts, v, None, None)
-        yield "apply", (*lists, lost_bits, *counts, v, v, v)
-        yield "dots", (*lists, lost_bits, False)
-        yield "dots", (*lists, lost_bits, True)
-        yield "commit", (*lists, lost_bits, *counts, factors, factors, None, v, None, None, None, None)
+        yield "accumulate", (*lists, [], lost_bits, *counts, factors, factors, None, False)
+        yield "accumulate", (*lists, [], lost_bits, *counts, factors, factors, decays, True)
+        yield "accumulate_step", (*lists, [], lost_bits, *counts, factors, factors, decays, True, v, v)
+        yield "accumulate_step", (*lists, [], lost_bits, *counts, factors, factors, None, True, None, v)
+        yield "apply", (*lists, [], lost_bits, *counts, v, None, None)
+        yield "apply", (*lists, [], lost_bits, *counts, v, v, v)
+        yield "dots", (*lists, [], lost_bits, False)
+        yield "dots", (*lists, [], lost_bits, True)
+        yield "commit", (*lists, [], lost_bits, *counts, factors, factors, None, v, None, None, None, None)
         yield (
             "commit",
-            (*lists, lost_bits, *counts, factors, factors, decays, v, v, v, v[0].clone(), torch.tensor(False)),
+            (*lists, [], lost_bits, *counts, factors, factors, decays, v, v, v, v[0].clone(), torch.tensor(False)),
         )
     steps, hyper, sums = [torch.tensor(i) for i in range(3)], vector(12, 0.5).view(2, 6), vector(3, 2.0)
     settings = (steps, hyper, [1, 2])
@@ -180,9 +180,9 @@ def test_the_operators_compile() -> None:
 
     def step(w: list[Tensor], g: list[Tensor], m: list[Tensor], t: list[Tensor], lost: list[Tensor]) -> Tensor:
         ops = torch.ops.sofim_fused
-        sums = ops.accumulate(w, g, m, lost, t, [0, 1], [0.9, 0.9], [0.1, 0.1], None, False)
+        sums = ops.accumulate(w, g, m, [], lost, t, [0, 1], [0.9, 0.9], [0.1, 0.1], None, False)
         ops.apply(
-            w, g, m, lost, t, [0, 1], -0.1 / (1.0 + sums[0].sum()) * torch.ones(2, dtype=torch.float64), None, None
+            w, g, m, [], lost, t, [0, 1], -0.1 / (1.0 + sums[0].sum()) * torch.ones(2, dtype=torch.float64), None, None
         )
         return sums
 
@@ -225,19 +225,19 @@ def test_the_operators_refuse_what_they_cannot_read(text: str) -> None:
     lists: dict[str, Any] = {name: [torch.ones(4), torch.ones(9)] for name in ("params", "grads", "exp_avgs")}
     REFUSED[text](lists)
     with pytest.raises(RuntimeError, match=text):
-        torch.ops.sofim_fused.dots(lists["params"], lists["grads"], lists["exp_avgs"], [NONE] * 2, False)
+        torch.ops.sofim_fused.dots(lists["params"], lists["grads"], lists["exp_avgs"], [], [NONE] * 2, False)
 
 
 def test_the_operators_refuse_factors_that_do_not_fit() -> None:
     lists, ops = [[torch.ones(4), torch.ones(9)] for _ in range(3)], torch.ops.sofim_fused
     counts = ([torch.tensor(0)] * 2, [0, 1])
     with pytest.raises(RuntimeError, match=r"decay: one value per tensor, 2 are needed"):
-        ops.accumulate(*lists, [NONE] * 2, *counts, [1.0], [1.0], None, False)
+        ops.accumulate(*lists, [], [NONE] * 2, *counts, [1.0], [1.0], None, False)
     with pytest.raises(RuntimeError, match=r"tensor 0: step: not a 0-dimensional int64 tensor"):
-        ops.accumulate(*lists, [NONE] * 2, [torch.tensor(0.0)] * 2, [0, 1], [1.0] * 2, [1.0] * 2, None, False)
+        ops.accumulate(*lists, [], [NONE] * 2, [torch.tensor(0.0)] * 2, [0, 1], [1.0] * 2, [1.0] * 2, None, False)
     for moment in (torch.ones(2), torch.ones(3, dtype=torch.float64)):
         with pytest.raises(RuntimeError, match=r"moment: a float64 vector of 2 on the CPU is needed"):
-            ops.apply(*lists, [NONE] * 2, *counts, moment, None, None)
+            ops.apply(*lists, [], [NONE] * 2, *counts, moment, None, None)
     assert all(torch.equal(x, torch.ones_like(x)) for some in lists for x in some)
 
 

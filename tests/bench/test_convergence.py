@@ -750,9 +750,10 @@ def test_documents_come_from_the_results_that_are_committed(tmp_path: Path) -> N
     assert written
     for name in written:
         assert (tmp_path / name).read_text() == (RESULTS / name).read_text(), name
-    document = (REPOSITORY / "docs" / "convergence.md").read_text()
-    assert documents.BLOCK.search(document)
-    assert documents.filled(document, tmp_path) == document
+    for name in ("convergence.md", "tuning.md"):
+        document = (REPOSITORY / "docs" / name).read_text()
+        assert documents.BLOCK.search(document)
+        assert documents.filled(document, tmp_path) == document, f"{name}: python -m bench.convergence report"
 
 
 def test_marks_in_a_document(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 from pathlib import Path
@@ -55,6 +56,41 @@ def test_a_dead_link_is_noticed(tmp_path: Path) -> None:
         "[4](b.md) [5](#another) ![6](b.png) `bench/step.py` `tests/*.py` `bench/gone.py`\n"
     )
     assert dead_links(document) == ["b.md", "#another", "b.png", "bench/gone.py"]
+
+
+def unknown_tests(path: Path) -> list[str]:
+    """The tests that rows of tables name and that are in none of the files to which the row links; and empty cells."""
+    unknown = []
+    for row in re.findall(r"^\| .*\.py\).* \|$", path.read_text(encoding="utf-8"), re.MULTILINE):
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        known = set()
+        for file in re.findall(r"\]\(([^)#]+\.py)\)", cells[0]):
+            tree = ast.parse((path.parent / file).read_text(encoding="utf-8"))
+            known |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        unknown += [name for name in re.findall(r"`(test_\w+)`", row) if name not in known]
+        unknown += [f"an empty cell beside {cells[0]}" for cell in cells if not cell]
+    return unknown
+
+
+@pytest.mark.skipif(not DOCUMENTS, reason="these are not the sources")
+def test_the_table_of_frameworks_names_tests() -> None:
+    document = ROOT / "docs" / "frameworks.md"
+    assert unknown_tests(document) == []
+    rows = [row for row in document.read_text(encoding="utf-8").splitlines() if ".py)" in row and row.startswith("|")]
+    assert len(rows) >= 10
+    assert all(re.search(r"`test_\w+`", row) for row in rows)
+    versions = (ROOT / "tests" / "clients" / "requirements.txt").read_text(encoding="utf-8")
+    versions += (ROOT / "tests" / "clients" / "requirements-alone.txt").read_text(encoding="utf-8")
+    versions += (ROOT / "Makefile").read_text(encoding="utf-8")
+    for name, version in re.findall(r"^\| ([\w-]+) (\d[\d.]+), ", "\n".join(rows), re.MULTILINE):
+        assert f"{name}=={version}" in versions, f"{name} {version} is not what make clients installs"
+
+
+def test_an_unknown_test_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "test_a.py").write_text("def test_known(): ...\n")
+    document = tmp_path / "a.md"
+    document.write_text("| [a](test_a.py) | `test_known` | `test_gone` | – |\n| [b](test_a.py) | | `test_known` |\n")
+    assert unknown_tests(document) == ["test_gone", "an empty cell beside [b](test_a.py)"]
 
 
 @pytest.mark.skipif(not DOCUMENTS, reason="these are not the sources")

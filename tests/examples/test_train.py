@@ -61,9 +61,10 @@ def test_run_writes_plot_history_and_table(
     assert content["settings"]["data"] == "digits"
     assert content["settings"]["epochs"] == 3
     assert content["settings"]["batch_size"] == train.DEFAULTS["digits"].batch_size
-    assert list(content["runs"]) == ["sofim", "sgd", "adasofim"]
+    assert list(content["runs"]) == ["sofim", "sgd", "adasofim", "adamw"]
     for name, kept in content["runs"].items():
         assert kept["diverged_in"] is None
+        assert kept["state_bytes"] >= 4 * 61_706
         assert [row["epoch"] for row in kept["history"]] == [1, 2, 3]
         losses = [row["train_loss"] for row in kept["history"]]
         assert losses == sorted(losses, reverse=True)
@@ -107,6 +108,8 @@ def test_log_is_plain_and_states_the_settings(tmp_path: Path, capsys: pytest.Cap
         ["rho", str(defaults.rho)],
         ["sgd", "lr", str(defaults.sgd_lr)],
         ["ada", "lr", str(defaults.ada_lr)],
+        ["adamw", "lr", str(defaults.adamw_lr)],
+        ["threads", "1"],
         ["sgd", "momentum", "0.9"],
     ):
         assert stated in words
@@ -165,6 +168,7 @@ def test_one_optimizer_alone_gives_what_it_gives_beside_others(tmp_path: Path, t
 
 def test_optimizers_are_what_the_settings_say(tmp_path: Path) -> None:
     options = ["--lr", "0.25", "--momentum", "0.8", "--rho", "2", "--sgd-lr", "0.125", "--ada-lr", "0.5"]
+    options += ["--adamw-lr", "0.75"]
     settings, out, resume = train.parse([*options, "--out", str(tmp_path)])
     assert (out, resume) == (tmp_path, False)
     params = [nn.Parameter(torch.zeros(2))]
@@ -179,6 +183,9 @@ def test_optimizers_are_what_the_settings_say(tmp_path: Path) -> None:
     ada = train.new_optimizer("adasofim", params, settings)
     assert isinstance(ada, AdaSOFIM)
     assert (ada.param_groups[0]["lr"], ada.param_groups[0]["diagonal"]) == (0.5, "factored")
+    adamw = train.new_optimizer("adamw", params, settings)
+    assert type(adamw) is torch.optim.AdamW
+    assert adamw.param_groups[0]["lr"] == 0.75
 
 
 @pytest.mark.parametrize("name", train.DEFAULTS)
@@ -206,6 +213,7 @@ def test_all_optimizers_start_alike_and_see_the_same_batches(tmp_path: Path, mon
     runs = checkpoint(tmp_path)["runs"]
     assert_equal(runs["sofim"], runs["sgd"])
     assert_equal(runs["adasofim"], runs["sgd"])
+    assert_equal(runs["adamw"], runs["sgd"])
 
 
 def test_batch_order_is_a_function_of_seed_and_epoch() -> None:
@@ -267,7 +275,7 @@ def test_resumed_run_equals_uninterrupted_run(
 
 @pytest.mark.parametrize(
     ("victim", "step", "done"),
-    [("sofim", 1, [0, 0, 0]), ("sofim", 15, [2, 0, 0]), ("sgd", 1, [3, 0, 0]), ("adasofim", 12, [3, 3, 1])],
+    [("sofim", 1, [0, 0, 0, 0]), ("sofim", 15, [2, 0, 0, 0]), ("sgd", 1, [3, 0, 0, 0]), ("adasofim", 12, [3, 3, 1, 0])],
 )
 def test_interrupted_epoch_is_all_that_is_lost(
     tmp_path: Path,
@@ -357,8 +365,10 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         (["--rho", "7"], "rho was {rho} and is 7.0 now"),
         (["--sgd-lr", "0.5"], "sgd_lr was {sgd_lr} and is 0.5 now"),
         (["--ada-lr", "0.5"], "ada_lr was {ada_lr} and is 0.5 now"),
+        (["--adamw-lr", "0.5"], "adamw_lr was {adamw_lr} and is 0.5 now"),
+        (["--threads", "2"], "threads was 1 and is 2 now"),
         (["--batch-size", "128"], "batch_size was 256 and is 128 now"),
-        (["--optimizer", "sgd"], "optimizers was ['sofim', 'sgd', 'adasofim'] and is ['sgd'] now"),
+        (["--optimizer", "sgd"], "optimizers was ['sofim', 'sgd', 'adasofim', 'adamw'] and is ['sgd'] now"),
         (["--data", "svhn"], "data was 'digits' and is 'svhn' now"),
         (["--root", "images"], "root was None and is 'images' now"),
         (["--device", "cuda"], "device was 'cpu' and is 'cuda' now"),
@@ -412,14 +422,14 @@ def test_divergence_is_reported(
     output = capsys.readouterr().out
     assert ["SGD-momentum", "1", "-", "-", "-", "-", "-", "diverged"] in [line.split() for line in output.splitlines()]
     runs = history(tmp_path)["runs"]
-    assert runs["sgd"] == {"history": [], "diverged_in": 1}
+    assert (runs["sgd"]["history"], runs["sgd"]["diverged_in"]) == ([], 1)
     assert len(runs["sofim"]["history"]) == 2
     assert runs["sofim"]["diverged_in"] is None
     assert (tmp_path / "history.png").read_bytes().startswith(b"\x89PNG")
     # It stays so, and no time is spent on it again.
     monkeypatch.setattr(train, "run_epoch", None)
     assert run(tmp_path, *options, "--resume") == 0
-    assert history(tmp_path)["runs"]["sgd"] == {"history": [], "diverged_in": 1}
+    assert history(tmp_path)["runs"]["sgd"] == runs["sgd"]
 
 
 def test_divergence_ends_the_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,6 +469,7 @@ def test_divergence_ends_the_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["--lr", "nan"], "argument --lr: 'nan' is no finite number from 0 on"),
         (["--lr", "inf"], "argument --lr: 'inf' is no finite number from 0 on"),
         (["--sgd-lr", "-0.1"], "argument --sgd-lr: '-0.1' is no finite number from 0 on"),
+        (["--threads", "-1"], "argument --threads: '-1' is no whole number from 0 on"),
         (["--ada-lr", "x"], "argument --ada-lr: 'x' is no finite number from 0 on"),
         (["--momentum", "1"], "argument --momentum: '1' is no finite number from 0 on and below 1"),
         (["--rho", "0"], "argument --rho: '0' is not above 0"),
@@ -534,16 +545,41 @@ def test_long_history_is_shown_in_part() -> None:
     assert train.remark(many[0], many[:1]) == "best, last"
 
 
-def test_accuracy_axis_leaves_the_first_epochs_out() -> None:
-    def of(*accuracies: float) -> train.Run:
+def test_the_plot_shows_every_epoch_and_what_steps_take() -> None:
+    settings, _, _ = train.parse([])
+    runs = []
+    for name, accuracies in (("sgd", (0.1, 0.9, 0.8)), ("adamw", (0.5, 0.7, 0.95))):
         model = LeNet5(1, 10)
-        return train.Run("sgd", model, SGD(model.parameters()), rows(accuracies))
+        optimizer = train.new_optimizer(name, model.parameters(), settings)
+        model(torch.zeros(1, 1, 32, 32)).sum().backward()
+        optimizer.step()
+        runs.append(train.Run(name, model, optimizer, rows(accuracies)))
+    losses, accuracy, times, memory = train.plot(settings, runs).axes
+    for axes, bounds in ((losses, (1, 1)), (accuracy, (10, 95)), (times, (1, 1))):
+        assert axes.get_ylim()[0] <= bounds[0]
+        assert axes.get_ylim()[1] >= bounds[1]
+        assert all(list(line.get_xdata()) == [1, 2, 3] for line in axes.lines)
+    assert [bar.get_width() for bar in memory.patches] == [run.state_bytes / 1e6 for run in runs]
+    assert runs[1].state_bytes > 1.9 * runs[0].state_bytes
 
-    five = of(0.1, 0.9, 0.8, 0.9, 0.85)
-    assert train.accuracy_limits([five]) == pytest.approx((79.5, 90.5))
-    assert train.accuracy_limits([of(0.3), five]) == pytest.approx((29.5, 90.5))
-    assert train.accuracy_limits([of(0.001)]) == pytest.approx((0, 0.6))
-    assert train.accuracy_limits([of()]) is None
+
+def test_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digits take one; 0 leaves the number as it is."""
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    for options in ([], ["--threads", "3"], ["--threads", "0"]):
+        assert run(tmp_path, "--epochs", "1", "--optimizer", "sgd", *options) == 0
+    assert asked == [1, 3]
+
+
+def test_tensorboard_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`make clients` runs it with TensorBoard."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert run(tmp_path, "--epochs", "1", "--tensorboard") == 2
+    assert capsys.readouterr().err == "error: --tensorboard: the package is missing: pip install tensorboard\n"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("epochs", "lines"), [(1, 1), (7, 7), (10, 10), (11, 10), (300, 10)])

@@ -32,7 +32,7 @@ def test_folders_of_csrc_include_what_is_below() -> None:
 # package that stands for all of them may import each other.
 FLOORS = (
     {"__main__"},
-    {"info", "memory", "bench"},
+    {"info", "memory", "bench", "integrations"},
     {""},  # sofim_fused itself
     {"adasofim"},
     {"optimizer"},
@@ -52,7 +52,7 @@ def floor_of(module: str) -> tuple[int, str]:
     """The floor of ``sofim_fused.<module>``, and the entry that stands for it there."""
     for floor, names in enumerate(FLOORS):
         for name in names:
-            if module == name or (name == "backends" and module.startswith("backends.")):
+            if module == name or (name in ("backends", "integrations") and module.startswith(f"{name}.")):
                 return floor, name
     raise AssertionError(f"sofim_fused.{module} has no floor: add it to FLOORS")
 
@@ -87,6 +87,8 @@ def test_modules_import_what_is_below() -> None:
         floor, mine = floor_of(name)
         for other in imported(file):
             below, theirs = floor_of(other)
-            assert below > floor or mine == theirs == "backends", f"sofim_fused.{name} imports sofim_fused.{other}"
+            assert below > floor or mine == theirs in ("backends", "integrations"), (
+                f"sofim_fused.{name} imports sofim_fused.{other}"
+            )
             seen.add((mine, theirs))
     assert {("optimizer", "step.plan"), ("in_backward", "step.plan"), ("step.reduce", "backends")} <= seen
