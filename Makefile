@@ -14,7 +14,9 @@ SOURCES := setup.py csrc/bindings.cpp $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/
 
 SITE := build/site
 SANITIZED := build/sanitized
-SANITIZE_TESTS ?= tests/backends/test_native.py tests/backends/test_native_adaptive.py tests/backends/test_passes.py
+SANITIZE_TESTS ?= tests/backends/test_native.py tests/backends/test_native_adaptive.py tests/backends/test_passes.py \
+    tests/step/test_blockwise.py::test_codes_in_another_order_take_the_same_step \
+    tests/step/test_blockwise.py::test_in_backward_takes_the_same_step
 LESSER_SETS := avx2 default
 # One instruction set is enough for builds that test something else.
 ONE_SET = SOFIM_INSTRUCTION_SETS=$$(grep -qw avx2 /proc/cpuinfo 2> /dev/null && echo avx2 || echo default)
@@ -163,7 +165,8 @@ instruction-sets: $(READY) $(NATIVE)
 	for set in $(LESSER_SETS); do \
 	    export ATEN_CPU_CAPABILITY=$$set && \
 	    $(BIN)/python -c 'from sofim_fused import native; print(native.instruction_set())' && \
-	    $(BIN)/python -m pytest -q $(SPREAD) -k "cpu and not reference" tests/step/test_matrix.py tests/backends/test_passes.py $(ARGS) || exit 1; \
+	    $(BIN)/python -m pytest -q $(SPREAD) -k "cpu and not reference" tests/step/test_matrix.py tests/backends/test_passes.py $(ARGS) && \
+	    $(BIN)/python -m pytest -q -k "native_codes" tests/step/test_blockwise.py $(ARGS) || exit 1; \
 	done
 
 # TRITON_INTERPRET holds for a whole process. The interpreter is slow: it runs a selection of the matrix of cases, unless

@@ -26,6 +26,12 @@ SOFIM_HD Words where_below(const Words& x, uint32_t limit, const Words& a, const
     return reinterpret_cast<Signed>(x.part[i]) < static_cast<int32_t>(limit) ? a.part[i] : b.part[i];
   });
 }
+SOFIM_HD Words smaller(const Words& a, uint32_t b) {
+  return Words(Words::Indices(), [&](auto i) SOFIM_INLINE {
+    const Words::Part all = Words::Part{} + b;
+    return a.part[i] < all ? a.part[i] : all;
+  });
+}
 SOFIM_HD uint32_t largest_lane(const Words& x) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_reduce_max_epu32(reinterpret_cast<__m512i>(x.part[0]));
@@ -161,27 +167,38 @@ class Blocks {
       const BlockScale block = block_scale(largest_lane(largest));
       *scale = block.scale;
       const Floats lift(block.lift), inverse(block.inverse), factor(block.scale);
-      const uint32_t mask = block.finite ? ~0u : 0u;
-      // All have one key, unless this is the one block that goes across a multiple of 2^32.
-      const bool together = ((at ^ (at + size - 1)) >> 32) == 0;
-      Words places = keyed_places(stretch_key(r_.key, at), at);
-      const auto coded = [&](const Floats& x, int64_t i) SOFIM_INLINE {
-        if (!together) places = places_from(r_.key, at + i);
-        const Words random = random_bits(places, Words(0u));
-        places = places + kLanes * kWeyl;
-        return code_of((x * lift) * inverse, random) & mask;
-      };
-      for (int64_t i = 0; i < whole; i += kLanes) {
-        store_codes(codes + at + i, coded(load(from + i), i));
-        if (as_stored) (load_codes(codes + at + i) * factor).store(from + i);
+      if (!block.finite) {
+        memset(codes + at, 0, static_cast<size_t>(size));
+        if (as_stored) std::fill_n(from, size, block.scale);
+        return;
       }
-      if (whole == size) return;
-      uint8_t of_few[kLanes];
-      store_codes(of_few, coded(load(few), whole));
-      memcpy(codes + at + whole, of_few, static_cast<size_t>(size - whole));
-      if (!as_stored) return;
-      (load_codes(of_few) * factor).store(few);
-      memcpy(from + whole, few, static_cast<size_t>(size - whole) * sizeof *few);
+      // All have one key, unless this is the one block that goes across a multiple of 2^32. Two loops: a call in the first
+      // would leave no registers for its constants.
+      const auto store_all = [&](auto place_of) SOFIM_INLINE {
+        const auto coded = [&](const Floats& x, int64_t i) SOFIM_INLINE {
+          return code_of((x * lift) * inverse, random_bits(place_of(i), Words(0u)));
+        };
+        for (int64_t i = 0; i < whole; i += kLanes) {
+          store_codes(codes + at + i, coded(load(from + i), i));
+          if (as_stored) (load_codes(codes + at + i) * factor).store(from + i);
+        }
+        if (whole == size) return;
+        uint8_t of_few[kLanes];
+        store_codes(of_few, coded(load(few), whole));
+        memcpy(codes + at + whole, of_few, static_cast<size_t>(size - whole));
+        if (!as_stored) return;
+        (load_codes(of_few) * factor).store(few);
+        memcpy(from + whole, few, static_cast<size_t>(size - whole) * sizeof *few);
+      };
+      if (((at ^ (at + size - 1)) >> 32) != 0) {
+        return store_all([&](int64_t i) { return places_from(r_.key, at + i); });
+      }
+      Words places = keyed_places(stretch_key(r_.key, at), at);
+      store_all([&](int64_t) SOFIM_INLINE {
+        const Words here = places;
+        places = places + kLanes * kWeyl;
+        return here;
+      });
     });
   }
 

@@ -35,15 +35,16 @@ SOFIM_HD BlockScale block_scale(uint32_t largest) {
 
 // a where x < limit, else b; all are below 2^31.
 SOFIM_HD uint32_t where_below(uint32_t x, uint32_t limit, uint32_t a, uint32_t b) { return x < limit ? a : b; }
+SOFIM_HD uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
 // The code of a number of at most 448 in magnitude, or limited to that; `random`: 16 bits for its stochastic rounding.
 template <class V, class U>
 SOFIM_HD U code_of(V x, U random) {
-  const U bits = bits_of(x), magnitude = bits & 0x7FFFFFFFu, entering = random * 16u;
-  const U normal = ((magnitude + entering) >> 20) + (0u - 960u);
-  const U small = ((bits_of(from_bits(magnitude) + V(0x1p-6f)) + entering) >> 20) + (0u - 968u);
-  const U code = where_below(magnitude, 0x3C800000u, small, normal);  // 2^-6
-  return where_below(code, 0x7Eu, code, code * 0u + 0x7Eu) + ((bits >> 24) & 0x80u);
+  const U bits = bits_of(x), magnitude = bits & 0x7FFFFFFFu;
+  const U small = bits_of(from_bits(magnitude) + V(0x1p-6f)) + (0u - (8u << 20));
+  const U shown = where_below(magnitude, 0x3C800000u, small, magnitude);  // 2^-6
+  const U code = ((shown + random * 16u) >> 20) + (0u - 960u);
+  return smaller(code, 0x7Eu) + ((bits >> 24) & 0x80u);
 }
 
 // The number of a code, as a float16 that is 256 times too small; a NaN for the codes that are none.
