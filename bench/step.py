@@ -173,6 +173,7 @@ ADAPTIVE = {
     "SOFIM, factored": adaptive(24),
     "SOFIM, factored, guarded": adaptive(24, **GUARD),
     "SOFIM, factored, rank one": adaptive(32, rho=1.0),
+    "SOFIM, factored, 8-bit moment": adaptive(18, state_dtype=F8),
     "SOFIM, row": adaptive(24, diagonal="row"),
     "SOFIM, element": adaptive(28, diagonal="element"),
     "AdamW fused": Recipe(AdamW, {"lr": 1e-4, "betas": (0.9, 0.99), "fused": True}, 28),
@@ -214,6 +215,7 @@ TARGETS: dict[tuple[str, str], dict[str, float]] = {
         "gpt2-small": 1.25,
     },
     ("plain", "SOFIM, bfloat16 moment"): {"gpt2-small": 1.0},
+    ("plain", "SOFIM, 8-bit moment"): {"lenet-5": 0.45, "resnet-9": 0.95, "gpt2-small": 0.88},
     ("passes", "apply"): {"resnet-50": 0.65, "gpt2-small": 0.65},
     ("guarded", "SOFIM"): {
         "lenet-5": 0.7,
@@ -230,6 +232,7 @@ TARGETS: dict[tuple[str, str], dict[str, float]] = {
         "resnet-50": 0.92,
         "gpt2-small": 0.92,
     },
+    ("adaptive", "SOFIM, factored, 8-bit moment"): {"resnet-50": 0.7, "gpt2-small": 0.7},
     ("memory", "SOFIM"): {"resnet-50": 1.001, "gpt2-small": 1.001},
 }
 
