@@ -260,7 +260,7 @@ def one(w: Tensor) -> tuple[Any, ...]:
     [
         (lambda ops, w: ops.apply(*one(w), torch.ones(2).double(), None, None), "moment: a float64"),
         (lambda ops, w: ops.apply(*one(w), torch.ones(1), None, None), "moment: a float64 vector of 1"),
-        (lambda ops, w: ops.accumulate([w], [w], [], [], [], [], [0.9], [0.1], None, False), "the lists differ in"),
+        (lambda ops, w: ops.accumulate([w], [w], [], [], [], [], [], [0.9], [0.1], None, False), "the lists differ in"),
         (lambda ops, w: ops.dots([w], [w[:1]], [w], [], [NONE], False), "tensor 0: gradient: of another shape"),
         (
             lambda ops, w: ops.commit(
