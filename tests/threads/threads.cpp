@@ -96,6 +96,9 @@ void fill(std::vector<char>& bytes, Type type, uint32_t& state) {
       case Type::float16:
         bits = sign << 15 | (12 + step) << 10 | (fraction & 0x3FF);
         break;
+      case Type::codes:
+        bits = sign << 7 | (4 + step) << 3 | (fraction & 7);
+        break;
     }
     memcpy(&bytes[i], &bits, size);
   }
