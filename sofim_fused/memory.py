@@ -25,7 +25,7 @@ from sofim_fused import checks
 from sofim_fused.adasofim import AdaSOFIM
 from sofim_fused.dtensor import is_sharded
 from sofim_fused.optimizer import SOFIM
-from sofim_fused.shapes import MODELS
+from sofim_fused.shapes import MODELS, elements
 from sofim_fused.step import gather
 
 META = torch.device("meta")
@@ -228,7 +228,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         ValueError: an argument is refused.
     """
     model = _model(options.model)
-    if not sum(map(math.prod, model.shapes)):
+    if not elements(model.shapes):
         raise ValueError(f"MODEL {options.model!r} has no parameters")
     choices = _choices(options)
     rows = [_row(name, choice, dtype, model) for dtype in options.dtype for name, choice in choices.items()]
@@ -275,8 +275,8 @@ def _row(name: str, choice: Choice, dtype: str, model: _Model) -> dict[str, Any]
 
 
 def _table(name: str, model: _Model, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    elements, largest = rows[0]["parameters"], max(map(math.prod, model.shapes))
-    yield f"{name}: {elements:,} parameters in {len(model.shapes)} tensors, the largest of {largest:,}"
+    size, largest = rows[0]["parameters"], max(map(math.prod, model.shapes))
+    yield f"{name}: {size:,} parameters in {len(model.shapes)} tensors, the largest of {largest:,}"
     yield "Bytes per parameter, and GB (1e9 bytes) in all, without activations, buffers and temporary memory."
     yield "Released: with in_backward=True and release_grads=True, which free each gradient once it has been used."
     width = max(30, *(len(row["optimizer"]) for row in rows))
@@ -286,11 +286,11 @@ def _table(name: str, model: _Model, rows: Sequence[Mapping[str, Any]]) -> Itera
         for row in rows:
             if row["dtype"] != dtype:
                 continue
-            cells = [f"{row[key] / elements:{size}.2f}" for key, size in (("weights", 7), ("gradients", 9))]
-            cells += [f"{row['state'] / elements:6.2f}"]
-            for key, size in (("peak", 6), ("peak_release_grads", 8)):
+            cells = [f"{row[key] / size:{width_of}.2f}" for key, width_of in (("weights", 7), ("gradients", 9))]
+            cells += [f"{row['state'] / size:6.2f}"]
+            for key, width_of in (("peak", 6), ("peak_release_grads", 8)):
                 if row[key] is not None:
-                    cells += [f"{row[key] / elements:{size}.2f}", f"{_gigabytes(row[key]):>6}"]
+                    cells += [f"{row[key] / size:{width_of}.2f}", f"{_gigabytes(row[key]):>6}"]
             yield f"{row['optimizer']:<{width}} {' '.join(cells)}"
     if "bfloat16" in (row["dtype"] for row in rows) and any("master_bits" in row["entries"] for row in rows):
         yield ""

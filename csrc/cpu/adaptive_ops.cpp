@@ -60,13 +60,9 @@ class Running {
 class Sweep {
  public:
   Sweep(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
-        std::optional<TensorList> lost_bits,
-        std::optional<Counts> counts, const GivenScales& scales) {
+        std::optional<TensorList> lost_bits, std::optional<Counts> counts, const GivenScales& scales) {
     const size_t n = params.size();
-    TORCH_CHECK(grads.size() == n && exp_avgs.size() == n &&
-                    (exp_avg_scales.empty() || exp_avg_scales.size() == n) && (!lost_bits || lost_bits->size() == n) &&
-                    (!counts || (counts->steps.size() == n && counts->ordinals.size() == n)) &&
-                    scales.variances.size() == n && scales.kinds.size() == n,
+    TORCH_CHECK(scales.variances.size() == n && scales.kinds.size() == n,
                 "sofim_fused: the lists differ in length; params has ", n);
     const int64_t count = static_cast<int64_t>(n);
     const Tensor beta2 = doubles("beta2", scales.beta2, count), eps = doubles("eps", scales.eps, count),
@@ -83,7 +79,7 @@ class Sweep {
       return of.narrow(0, from - size, size).view(sizes);
     };
     factors_.reserve(2 * n);
-    const Tensor none;
+    std::vector<Variances> variances;
     for (size_t i = 0; i < n; ++i) {
       const Diagonal diagonal = diagonal_of(scales.kinds[i]);
       const Tensor& w = params[i];
@@ -103,19 +99,15 @@ class Sweep {
       } else {
         given.whole = &scales.variances[i];
       }
-      const bool kept = lost_bits && (*lost_bits)[i].numel() > 0;
-      const bool codes = !exp_avg_scales.empty() && exp_avgs[i].scalar_type() == at::kFloat8_e4m3fn;
-      const char* wrong =
-          tensors_.add(w, grads[i], exp_avgs[i], codes ? exp_avg_scales[i] : none, kept ? (*lost_bits)[i] : none, counts ? counts->steps[i] : none,
-                       counts ? counts->ordinals[i] : 0, &given);
-      TORCH_CHECK(wrong == nullptr, "sofim_fused: tensor ", i, ": ", wrong);
+      variances.push_back(given);
       mixes_.push_back({beta2.const_data_ptr<double>()[i], eps.const_data_ptr<double>()[i],
                         root.const_data_ptr<double>()[i]});
     }
     TORCH_CHECK(row == rows64.numel() && col == cols64.numel(), "sofim_fused: rows and cols: ", row, " and ", col,
                 " factors are needed");
+    tensors_.emplace(gathered(false, params, grads, exp_avgs, exp_avg_scales, lost_bits, counts, variances.data()));
     if (n > 0) {
-      sweeps_.begin(&tensors_.record(0), tensors_.variances(), tensors_.tiling(), mixes_.data());
+      sweeps_.begin(&tensors_->record(0), tensors_->variances(), tensors_->tiling(), mixes_.data());
       sweeps_.take_factors(trace_.const_data_ptr<double>());
     }
     if (scales.gain) sweeps_.set_gain(*doubles("gain", *scales.gain, 1).const_data_ptr<double>());
@@ -125,13 +117,13 @@ class Sweep {
     skips_ = *scales.skip->const_data_ptr<bool>();
   }
 
-  StepTensors& tensors() { return tensors_; }
+  StepTensors& tensors() { return *tensors_; }
   AdaptiveSweeps& sweeps() { return sweeps_; }
   // Whether there is nothing to do but to raise version counters.
-  bool is_idle() const { return skips_ || tensors_.size() == 0; }
+  bool is_idle() const { return skips_ || tensors_->size() == 0; }
 
  private:
-  StepTensors tensors_;
+  std::optional<StepTensors> tensors_;
   AdaptiveSweeps sweeps_;
   std::vector<Mix> mixes_;
   std::vector<Tensor> factors_;
@@ -329,8 +321,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapt(
 }
 
 Tensor accumulate_scaled(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
-                         TensorList variances,
-                         at::IntArrayRef kinds, TensorList steps, at::IntArrayRef ordinals, Floats moment,
+                         TensorList variances, at::IntArrayRef kinds, TensorList steps, at::IntArrayRef ordinals, Floats moment,
                          Floats gradient, const Tensor& by_row, const Tensor& by_col, const Tensor& trace,
                          const Tensor& beta2, const Tensor& eps, const Tensor& root, const Vector& gain,
                          const Vector& skip) {

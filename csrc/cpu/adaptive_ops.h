@@ -34,20 +34,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> adapt(
     bool skip_nonfinite);
 
 at::Tensor accumulate_scaled(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
-                             at::TensorList exp_avg_scales, at::TensorList variances, at::IntArrayRef kinds, at::TensorList steps,
-                             at::IntArrayRef ordinals, Floats moment, Floats gradient, const at::Tensor& by_row,
+                             at::TensorList exp_avg_scales, at::TensorList variances, at::IntArrayRef kinds,
+                             at::TensorList steps, at::IntArrayRef ordinals, Floats moment, Floats gradient, const at::Tensor& by_row,
                              const at::Tensor& by_col, const at::Tensor& trace, const at::Tensor& beta2,
                              const at::Tensor& eps, const at::Tensor& root, const Vector& gain, const Vector& skip);
 
 void apply_scaled(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
-                  at::TensorList exp_avg_scales, at::TensorList lost_bits, at::TensorList variances, at::IntArrayRef kinds, at::TensorList steps, at::IntArrayRef ordinals,
+                  at::TensorList exp_avg_scales, at::TensorList lost_bits, at::TensorList variances,
+                  at::IntArrayRef kinds, at::TensorList steps, at::IntArrayRef ordinals,
                   const at::Tensor& moment, const Vector& weight, const Vector& gradient, const at::Tensor& by_row,
                   const at::Tensor& by_col, const at::Tensor& trace, const at::Tensor& beta2, const at::Tensor& eps,
                   const at::Tensor& root, const Vector& gain, const Vector& skip);
 
 void commit_scaled(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
-                  at::TensorList exp_avg_scales, at::TensorList lost_bits,
-                   at::TensorList variances, at::IntArrayRef kinds, at::TensorList steps, at::IntArrayRef ordinals,
+                   at::TensorList exp_avg_scales, at::TensorList lost_bits, at::TensorList variances,
+                   at::IntArrayRef kinds, at::TensorList steps, at::IntArrayRef ordinals,
                    Floats decay_moment, Floats decay_gradient, const at::Tensor& moment, const Vector& weight,
                    const Vector& gradient, const at::Tensor& by_row, const at::Tensor& by_col, const at::Tensor& trace,
                    const at::Tensor& beta2, const at::Tensor& eps, const at::Tensor& root, const Vector& gain,

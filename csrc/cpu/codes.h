@@ -72,26 +72,6 @@ SOFIM_NOINLINE Floats load_codes(const uint8_t* from) {
 }
 #endif
 
-// Sixteen numbers below 256, to memory.
-#if defined(CPU_CAPABILITY_AVX512)
-SOFIM_HD void store_codes(uint8_t* to, const Words& x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(x.part[0])));
-}
-#elif defined(CPU_CAPABILITY_AVX2)
-SOFIM_HD void store_codes(uint8_t* to, const Words& x) {
-  const __m256i pairs = _mm256_packus_epi32(reinterpret_cast<__m256i>(x.part[0]), reinterpret_cast<__m256i>(x.part[1]));
-  const __m256i ordered = _mm256_permute4x64_epi64(pairs, 0xD8);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
-                   _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
-}
-#else
-SOFIM_HD void store_codes(uint8_t* to, const Words& x) {
-  uint32_t word[kLanes];
-  memcpy(word, x.part, sizeof word);
-  for (int i = 0; i < kLanes; ++i) to[i] = static_cast<uint8_t>(word[i]);
-}
-#endif
-
 // What the random bits of sixteen elements are a hash of, wherever they begin.
 SOFIM_NOINLINE Words places_from(uint32_t key, int64_t index) {
   uint32_t place[kLanes];
@@ -126,7 +106,7 @@ class Blocks {
     skip(end_ - begin_);
     if (begin_ >= limit) return false;
     const uint8_t* const codes = static_cast<const uint8_t*>(r_.m);
-    each(limit, [&](int64_t at, int64_t size, const float* scale) SOFIM_INLINE {
+    end_ = each(limit, [&](int64_t at, int64_t size, const float* scale) SOFIM_INLINE {
       const Floats factor(*scale);
       float* to = moments + (at - begin_);
       for (int64_t i = 0; i < size; i += kLanes) {
@@ -152,9 +132,7 @@ class Blocks {
   // Encodes the moments, which are changed to what is stored if `as_stored`.
   void encode(float* moments, bool as_stored) const {
     uint8_t* const codes = static_cast<uint8_t*>(r_.m);
-    Blocks reader = *this;
-    reader.end_ = begin_;
-    reader.each(end_, [&](int64_t at, int64_t size, float* scale) SOFIM_INLINE {
+    each(end_, [&](int64_t at, int64_t size, float* scale) SOFIM_INLINE {
       float* const from = moments + (at - begin_);
       const int64_t whole = size / kLanes * kLanes;
       Words largest(0u);
@@ -179,12 +157,12 @@ class Blocks {
           return code_of((x * lift) * inverse, random_bits(place_of(i), Words(0u)));
         };
         for (int64_t i = 0; i < whole; i += kLanes) {
-          store_codes(codes + at + i, coded(load(from + i), i));
+          store_bytes(codes + at + i, coded(load(from + i), i));
           if (as_stored) (load_codes(codes + at + i) * factor).store(from + i);
         }
         if (whole == size) return;
         uint8_t of_few[kLanes];
-        store_codes(of_few, coded(load(few), whole));
+        store_bytes(of_few, coded(load(few), whole));
         memcpy(codes + at + whole, of_few, static_cast<size_t>(size - whole));
         if (!as_stored) return;
         (load_codes(of_few) * factor).store(few);
@@ -213,21 +191,21 @@ class Blocks {
     }
   }
 
-  // Calls `call` with the first element, the size and the scale of each block, and moves end_ behind them.
+  // Calls `call` with the first element, the size and the scale of each block of these; returns where they end.
   template <class Call>
-  SOFIM_HD void each(int64_t limit, Call call) {
+  SOFIM_HD int64_t each(int64_t limit, Call call) const {
     const int64_t per_row = (r_.row_size + kBlockSize - 1) / kBlockSize;
-    int64_t row = row_, column = column_;
-    end_ = begin_;
-    while (end_ < limit && end_ - begin_ < kDecoded) {
+    int64_t row = row_, column = column_, end = begin_;
+    while (end < limit && end - begin_ < kDecoded) {
       const int64_t size = std::min(kBlockSize, r_.row_size - column);
-      call(end_, size, r_.scales + row * per_row + column / kBlockSize);
-      end_ += size;
+      call(end, size, r_.scales + row * per_row + column / kBlockSize);
+      end += size;
       column += size;
       if (column < r_.row_size) continue;
       column = 0;
       ++row;
     }
+    return end;
   }
 
   const Row& r_;
@@ -236,21 +214,24 @@ class Blocks {
 };
 
 // Calls `run` for the blocks of a tensor that begin in elements [begin, begin + size): with a row that is like `r`, but
-// whose moments are these blocks' alone, in float32; with their first element and their number; and with a function that
-// encodes them, and changes the moments to what is stored if its argument is true.
+// whose moments are these blocks' alone, in float32; with the mode, their first element and their number; with the place
+// of `count` sums, which are added to `sums`; and with a function that encodes the moments, and changes them to what is
+// stored if its argument is true.
 template <class Run>
-void over_codes(const Row& r, const Mode& mode, int64_t begin, int64_t size, Run run) {
+void over_codes(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums, int count, Run run) {
   alignas(64) float moments[kDecoded + kBlockSize + kLanes];
   Row decoded = r;
   decoded.m = moments;
   decoded.m_type = Type::float32;
-  decoded.scales = nullptr;
   Blocks blocks(r, begin);
+  if (count > 0) std::fill_n(sums, count, 0.0);
   while (blocks.decode(begin + size, moments)) {
     if (mode.prefetch) blocks.prefetch();
     decoded.first = blocks.begin();
-    run(static_cast<const Row&>(decoded), blocks.begin(), blocks.size(),
+    double more[kSums] = {};  // in dots, that of mw may not be written
+    run(static_cast<const Row&>(decoded), mode, blocks.begin(), blocks.size(), more,
         [&](bool as_stored) { blocks.encode(moments, as_stored); });
+    for (int i = 0; i < count; ++i) sums[i] += more[i];
   }
 }
 

@@ -235,45 +235,34 @@ void accumulate(const Row& r, const Mode& mode, int64_t begin, int64_t size, dou
   }
 }
 
-// Calls `run` with the Types of a row of codes that over_codes() has decoded.
-template <class Run>
-void with_decoded_types(const Row& r, Run run) {
-  const bool wide_g = r.g_type == Type::float32;
-  switch (r.w_type) {
-    case Type::bfloat16:
-      if (r.cut) {
-        return wide_g ? run(Types<BFloat16, float, float, int8_t>()) : run(Types<BFloat16, BFloat16, float, int8_t>());
-      }
-      return wide_g ? run(Types<BFloat16, float, float>()) : run(Types<BFloat16, BFloat16, float>());
-    case Type::float16:
-      return wide_g ? run(Types<Half, float, float>()) : run(Types<Half, Half, float>());
-    default:
-      return run(Types<float, float, float>());
-  }
+// For a row that over_codes() has decoded: the gradient enters m, which then is as stored. Sums are of that, and it is
+// known when all of a block is: then its elements, still in the cache, are gone through again, without asking for more.
+template <class Encode>
+void enter(const Row& r, Mode& mode, int64_t begin, int64_t size, Encode encode) {
+  with_types_of<float>(r, [&](auto types) {
+    using Y = decltype(types);
+    over_tile<Y>(Enter<Y>(r, mode, begin), r, mode, begin, size);
+  });
+  encode(true);
+  mode.entered = true;
+  mode.prefetch = false;
 }
 
-// run_accumulate() for codes. Sums are of m as stored, which is known when all of a block is: then its elements, still in
-// the cache, are gone through again.
-void accumulate_codes(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
-  const int count = sums_of_accumulate(mode);
-  std::fill_n(sums, count, 0.0);
-  over_codes(r, mode, begin, size, [&](const Row& part, int64_t from, int64_t elements, auto encode) {
-    with_decoded_types(part, [&](auto types) {
-      using Y = decltype(types);
-      over_tile<Y>(Enter<Y>(part, mode, from), part, mode, from, elements);
-      encode(true);
-      Mode near = mode;
-      near.prefetch = false;
-      double more[kSums];
-      (mode.cross || mode.gradient ? accumulate<Y, true, true> : accumulate<Y, false, true>)(part, near, from, elements,
-                                                                                            more);
-      for (int i = 0; i < count; ++i) sums[i] += more[i];
-    });
+void accumulate_entered(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
+  with_types_of<float>(r, [&](auto types) {
+    using Y = decltype(types);
+    (mode.cross || mode.gradient ? accumulate<Y, true, true> : accumulate<Y, false, true>)(r, mode, begin, size, sums);
   });
 }
 
 void run_accumulate(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
-  if (r.m_type == Type::codes) return accumulate_codes(r, mode, begin, size, sums);
+  if (r.m_type == Type::codes) {
+    return over_codes(r, mode, begin, size, sums, sums_of_accumulate(mode),
+                      [](const Row& part, Mode now, int64_t from, int64_t elements, double* more, auto encode) {
+                        enter(part, now, from, elements, encode);
+                        accumulate_entered(part, now, from, elements, more);
+                      });
+  }
   with_types(r, [&](auto types) {
     using Y = decltype(types);
     (mode.cross || mode.gradient ? accumulate<Y, true> : accumulate<Y, false>)(r, mode, begin, size, sums);
@@ -293,9 +282,10 @@ void apply(const Row& r, const Mode& mode, int64_t begin, int64_t size) {
 
 void run_apply(const Row& r, const Mode& mode, int64_t begin, int64_t size, double*) {
   if (r.m_type != Type::codes) return apply(r, mode, begin, size);
-  over_codes(r, mode, begin, size, [&](const Row& part, int64_t from, int64_t elements, auto) {
-    apply(part, mode, from, elements);
-  });
+  over_codes(r, mode, begin, size, nullptr, 0,
+             [](const Row& part, const Mode& now, int64_t from, int64_t elements, double*, auto) {
+               apply(part, now, from, elements);
+             });
 }
 
 void dots(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
@@ -314,13 +304,10 @@ void dots(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* s
 
 void run_dots(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
   if (r.m_type != Type::codes) return dots(r, mode, begin, size, sums);
-  const int count = sums_of_dots(mode);
-  std::fill_n(sums, count, 0.0);
-  over_codes(r, mode, begin, size, [&](const Row& part, int64_t from, int64_t elements, auto) {
-    double more[kSums] = {};
-    dots(part, mode, from, elements, more);
-    for (int i = 0; i < count; ++i) sums[i] += more[i];
-  });
+  over_codes(r, mode, begin, size, sums, sums_of_dots(mode),
+             [](const Row& part, const Mode& now, int64_t from, int64_t elements, double* more, auto) {
+               dots(part, now, from, elements, more);
+             });
 }
 
 void commit(const Row& r, const Mode& mode, int64_t begin, int64_t size) {
@@ -333,33 +320,22 @@ void commit(const Row& r, const Mode& mode, int64_t begin, int64_t size) {
 // w is updated by m before that is stored.
 void run_commit(const Row& r, const Mode& mode, int64_t begin, int64_t size, double*) {
   if (r.m_type != Type::codes) return commit(r, mode, begin, size);
-  over_codes(r, mode, begin, size, [&](const Row& part, int64_t from, int64_t elements, auto encode) {
-    commit(part, mode, from, elements);
-    encode(false);
-  });
+  over_codes(r, mode, begin, size, nullptr, 0,
+             [](const Row& part, const Mode& now, int64_t from, int64_t elements, double*, auto encode) {
+               commit(part, now, from, elements);
+               encode(false);
+             });
 }
 
-// The sweeps with a diagonal that adapts. Where sums are taken, they are of m as stored.
+// The sweeps with a diagonal that adapts. Without sums, w is updated by m before that is stored.
 void run_scaled(const Row& r, const Mode& mode, int64_t begin, int64_t size, double* sums) {
   if (r.m_type != Type::codes) return scaled(r, mode, begin, size, sums);
-  const bool sums_up = !mode.updates;
-  if (sums_up) std::fill_n(sums, kScaledSums, 0.0);
-  over_codes(r, mode, begin, size, [&](const Row& part, int64_t from, int64_t elements, auto encode) {
-    Mode now = mode;
-    if (mode.enters && sums_up) {
-      with_decoded_types(part, [&](auto types) {
-        using Y = decltype(types);
-        over_tile<Y>(Enter<Y>(part, mode, from), part, mode, from, elements);
-      });
-      encode(true);
-      now.entered = true;
-      now.prefetch = false;
-    }
-    double more[kScaledSums];
-    scaled(part, now, from, elements, more);
-    for (int i = 0; i < kScaledSums && sums_up; ++i) sums[i] += more[i];
-    if (mode.enters && !sums_up) encode(false);
-  });
+  over_codes(r, mode, begin, size, sums, mode.updates ? 0 : kScaledSums,
+             [](const Row& part, Mode now, int64_t from, int64_t elements, double* more, auto encode) {
+               if (now.enters && !now.updates) enter(part, now, from, elements, encode);
+               scaled(part, now, from, elements, more);
+               if (now.enters && now.updates) encode(false);
+             });
 }
 
 }  // namespace

@@ -321,7 +321,7 @@ SOFIM_HD Words load_signed(const BFloat16* from) {
 #endif
 SOFIM_HD void store_lower(BFloat16* to, const Words& x) { store_upper(to, x * 0x10000u); }
 
-// Sixteen signed 8-bit integers in units of 256, widened; and the second lowest bytes of words, to memory.
+// Sixteen signed 8-bit integers in units of 256, widened; and the lowest bytes of words, to memory.
 #if defined(CPU_CAPABILITY_AVX512)
 SOFIM_HD Words load_signed(const int8_t* from) {
   const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -329,9 +329,8 @@ SOFIM_HD Words load_signed(const int8_t* from) {
   result.part[0] = reinterpret_cast<Words::Part>(_mm512_slli_epi32(wide, 8));
   return result;
 }
-SOFIM_HD void store_second_byte(int8_t* to, const Words& x) {
-  const __m512i moved = _mm512_srli_epi32(reinterpret_cast<__m512i>(x.part[0]), 8);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(moved));
+SOFIM_HD void store_bytes(void* to, const Words& x) {
+  _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(x.part[0])));
 }
 #elif defined(CPU_CAPABILITY_AVX2)
 SOFIM_HD Words load_signed(const int8_t* from) {
@@ -340,11 +339,11 @@ SOFIM_HD Words load_signed(const int8_t* from) {
     return reinterpret_cast<Words::Part>(_mm256_slli_epi32(_mm256_cvtepi8_epi32(bytes), 8));
   });
 }
-SOFIM_HD void store_second_byte(int8_t* to, const Words& x) {
-  const Words bytes = (x >> 8) & 0xFFu;
+SOFIM_HD void store_bytes(void* to, const Words& x) {
+  const Words bytes = x & 0xFFu;
   const __m256i words = _mm256_permute4x64_epi64(
       _mm256_packus_epi32(reinterpret_cast<__m256i>(bytes.part[0]), reinterpret_cast<__m256i>(bytes.part[1])), 0xD8);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+  _mm_storeu_si128(static_cast<__m128i*>(to),
                    _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
 #else
@@ -355,10 +354,10 @@ SOFIM_HD Words load_signed(const int8_t* from) {
   memcpy(result.part, word, sizeof word);
   return result;
 }
-SOFIM_HD void store_second_byte(int8_t* to, const Words& x) {
+SOFIM_HD void store_bytes(void* to, const Words& x) {
   uint32_t word[kLanes];
   memcpy(word, x.part, sizeof word);
-  for (int i = 0; i < kLanes; ++i) to[i] = static_cast<int8_t>(word[i] >> 8);
+  for (int i = 0; i < kLanes; ++i) static_cast<uint8_t*>(to)[i] = static_cast<uint8_t>(word[i]);
 }
 #endif
 

@@ -176,7 +176,7 @@ struct Factors {
     if constexpr (Y::kCuts) {
       const Words bits = cut_stochastically(splittable(bits_of(w)), random_byte(places, Words(0u)));
       store_upper(b.w, shown_half(bits));
-      store_second_byte(b.lost, bits);
+      store_bytes(b.lost, bits >> 8);
       return;
     } else if constexpr (Y::kSplits) {
       if (master) {
@@ -199,34 +199,29 @@ struct Factors {
   uint32_t stretch;
 };
 
-// with_types() of a bfloat16 weight of which 8 more bits are kept.
-template <class Run>
-void with_cut_types(bool wide_g, bool wide_m, Run run) {
-  if (wide_g) {
-    return wide_m ? run(Types<BFloat16, float, float, int8_t>()) : run(Types<BFloat16, float, BFloat16, int8_t>());
+// Calls `run` with the Types of a row whose weights and gradients have at most 32 bits; M: those of the moment.
+template <class M, class Run>
+void with_types_of(const Row& r, Run run) {
+  const bool wide_g = r.g_type == Type::float32;
+  switch (r.w_type) {
+    case Type::float32:
+      return run(Types<float, float, M>());
+    case Type::bfloat16:
+      if (r.cut) return wide_g ? run(Types<BFloat16, float, M, int8_t>()) : run(Types<BFloat16, BFloat16, M, int8_t>());
+      return wide_g ? run(Types<BFloat16, float, M>()) : run(Types<BFloat16, BFloat16, M>());
+    case Type::float16:
+      return wide_g ? run(Types<Half, float, M>()) : run(Types<Half, Half, M>());
+    case Type::float64:
+    case Type::codes:  // of moments alone
+      return;
   }
-  return wide_m ? run(Types<BFloat16, BFloat16, float, int8_t>()) : run(Types<BFloat16, BFloat16, BFloat16, int8_t>());
 }
 
 // Calls `run` with the Types of a row: the choice is made once per tile.
 template <class Run>
 void with_types(const Row& r, Run run) {
-  const bool wide_g = r.g_type == Type::float32, wide_m = r.m_type == Type::float32;
-  switch (r.w_type) {
-    case Type::float64:
-      return run(Types<double, double, double>());
-    case Type::float32:
-      return wide_m ? run(Types<float, float, float>()) : run(Types<float, float, BFloat16>());
-    case Type::bfloat16:
-      if (r.cut) return with_cut_types(wide_g, wide_m, run);
-      if (wide_g) return wide_m ? run(Types<BFloat16, float, float>()) : run(Types<BFloat16, float, BFloat16>());
-      return wide_m ? run(Types<BFloat16, BFloat16, float>()) : run(Types<BFloat16, BFloat16, BFloat16>());
-    case Type::float16:
-      if (wide_g) return wide_m ? run(Types<Half, float, float>()) : run(Types<Half, float, BFloat16>());
-      return wide_m ? run(Types<Half, Half, float>()) : run(Types<Half, Half, BFloat16>());
-    case Type::codes:  // of moments alone
-      return;
-  }
+  if (r.w_type == Type::float64) return run(Types<double, double, double>());
+  r.m_type == Type::float32 ? with_types_of<float>(r, run) : with_types_of<BFloat16>(r, run);
 }
 
 }  // namespace

@@ -72,7 +72,7 @@ Type gradient_type(size_t i, const Tensor& g) {
 }
 
 StepTensors gathered(bool anywhere, TensorList params, TensorList grads, TensorList exp_avgs, TensorList scales,
-                     std::optional<TensorList> lost_bits, std::optional<Counts> counts) {
+                     std::optional<TensorList> lost_bits, std::optional<Counts> counts, const Variances* variances) {
   const size_t n = params.size();
   TORCH_CHECK(grads.size() == n && exp_avgs.size() == n && (scales.empty() || scales.size() == n) &&
                   (!lost_bits || lost_bits->size() == n) &&
@@ -83,8 +83,9 @@ StepTensors gathered(bool anywhere, TensorList params, TensorList grads, TensorL
   for (size_t i = 0; i < n; ++i) {
     const bool kept = lost_bits && (*lost_bits)[i].numel() > 0;
     const bool codes = !scales.empty() && exp_avgs[i].scalar_type() == at::kFloat8_e4m3fn;
-    const char* wrong = tensors.add(params[i], grads[i], exp_avgs[i], codes ? scales[i] : none, kept ? (*lost_bits)[i] : none,
-                                    counts ? counts->steps[i] : none, counts ? counts->ordinals[i] : 0);
+    const char* wrong = tensors.add(params[i], grads[i], exp_avgs[i], codes ? scales[i] : none,
+                                    kept ? (*lost_bits)[i] : none, counts ? counts->steps[i] : none,
+                                    counts ? counts->ordinals[i] : 0, variances == nullptr ? nullptr : variances + i);
     TORCH_CHECK(wrong == nullptr, "sofim_fused: tensor ", i, ": ", wrong);
   }
   return tensors;

@@ -24,8 +24,10 @@ extern const std::array<const char*, 14> schemas;
 
 // Collects and validates lists of tensors. Throws c10::Error if their lengths differ or a tensor is not accepted.
 // `anywhere`: see StepTensors. `scales`: of the moments that are codes, and any tensors of others; or none at all.
+// `variances`: one for each tensor if their diagonals adapt, else nullptr.
 StepTensors gathered(bool anywhere, at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
-                     at::TensorList scales, std::optional<at::TensorList> lost_bits, std::optional<Counts> counts);
+                     at::TensorList scales, std::optional<at::TensorList> lost_bits, std::optional<Counts> counts,
+                     const Variances* variances = nullptr);
 
 // The numerator of an index; throws c10::Error if there is none.
 Numerator numerator_of(int64_t index);

@@ -259,12 +259,13 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
     return "an inference tensor, which cannot be updated outside of torch.inference_mode()";
   }
 
-  const bool flat = codes || m.is_contiguous() ? w.is_contiguous() && g.is_contiguous() &&
+  // Blocks of codes follow the order of a contiguous tensor.
+  const bool flat = m.is_contiguous() ? w.is_contiguous() && g.is_contiguous() &&
                                             (!lost.defined() || lost.is_contiguous())
-                                      : m.is_non_overlapping_and_dense() && same_order(w, m) && same_order(g, m) &&
+                                      : !codes && m.is_non_overlapping_and_dense() && same_order(w, m) && same_order(g, m) &&
                                             (!lost.defined() || same_order(lost, m));
   const bool by_element = whole.defined() && whole.dim() > 0;
-  const bool in_place = flat && as_stored(g) && as_stored(w) && as_stored(m) && !(codes && !m.is_contiguous());
+  const bool in_place = flat && as_stored(g) && as_stored(w) && as_stored(m);
   at::Tensor made;  // what copies are laid out like, if that is not m
   if (in_place) {
     record.w = address_to_write(w);
@@ -275,9 +276,7 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
     for (const at::Tensor* x : {&w, &m, &lost}) {
       if (x->defined() && may_overlap(*x)) return "a parameter or its state whose elements may share memory";
     }
-    if (!m.is_non_overlapping_and_dense() || (codes && !m.is_contiguous())) {
-      made = m.new_empty(m.sizes());  // blocks follow the order of a contiguous tensor
-    }
+    if (codes ? !m.is_contiguous() : !m.is_non_overlapping_and_dense()) made = m.new_empty(m.sizes());
     const at::Tensor& order = made.defined() ? made : m;
     const auto copy_of = [&](const at::Tensor& x) {
       at::Tensor copy = x.new_empty_strided(order.sizes(), order.strides());

@@ -214,7 +214,7 @@ def _weights(tensors: StepTensors, batch: _Batch, copy: bool = False) -> list[Te
     weights = []
     for i in batch.indices:
         w, rest = tensors.params[i], tensors.lost_bits[i]
-        if rest is not None and rest.dtype in RESTS.values():
+        if rest is not None and _is_master(tensors, i):
             weights.append(joined(w, rest))
         else:
             weights.append(w if batch.dtype is None and not copy else w.to(batch.dtype or w.dtype, copy=copy))
