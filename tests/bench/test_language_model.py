@@ -97,6 +97,31 @@ def test_every_play_is_in_one_part_and_nothing_else_is(root: Path) -> None:
     assert len(whole) == sum(len(text_of(play)) for play in plays.PLAYS) + separators
 
 
+def test_every_documentation_string_is_in_one_part(tmp_path: Path) -> None:
+    names = [f"entry {'x' * i}." for i in range(30)]
+    for i, name in enumerate(names):
+        (tmp_path / f"m{i}.py").write_text(f'"""{name}"""\n')
+    parts = {name: bytes(part.numpy()).split(b"\n\n") for name, part in lm.documentation(tmp_path)._asdict().items()}
+    assert {name: len(strings) for name, strings in parts.items()} == {"train": 24, "validation": 3, "test": 3}
+    assert sorted(string for strings in parts.values() for string in strings) == sorted(name.encode() for name in names)
+
+
+def test_another_text_has_results_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = tmp_path / "python", tmp_path / "out"
+    folder.mkdir()
+    few = ["run", "--size", "tiny", "--text", "docstrings", "--root", str(folder), "--out", str(out)]
+    assert lm.main(few) == 2
+    assert f"{folder} has 0 documentation strings, expected 10 at least" in capsys.readouterr().err
+    for i in range(20):
+        (folder / f"m{i}.py").write_text(f'"""{f"entry {i} of some. " * 20}"""\n')
+    short = ["--steps", "4", "--tuning-steps", "2", "--contenders", "factored,adamw-99", "--seeds", "1"]
+    assert lm.main([*few, *short]) == 0
+    document = (out / "language-model-docstrings-tiny.md").read_text()
+    assert "parameters on documentation strings of Python's standard library" in document
+    assert "Each documentation string is in one part of the text only" in document
+    assert "`python -m bench.language_model run --size tiny --text docstrings --steps 4" in document
+
+
 def test_a_text_that_is_missing_or_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["run", "--size", "tiny", "--root", str(tmp_path), "--out", str(tmp_path / "out")]
     assert lm.main(arguments) == 2
