@@ -7,9 +7,14 @@ TORCH ?= torch==2.13.0
 NUMPY ?= numpy>=1.26
 
 BIN := $(VENV)/bin
+# torch alone; what the demo uses; and all that tests, benchmarks and checks use.
+TORCH_READY := $(VENV)/.torch
+DEMO_READY := $(VENV)/.demo
 READY := $(VENV)/.ready
 DOCS := $(VENV)/docs
+# Compiled for all instruction sets; and for this CPU alone.
 NATIVE := $(VENV)/.native
+DEMO_NATIVE := $(NATIVE)-demo
 SOURCES := setup.py csrc/bindings.cpp $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 SITE := build/site
@@ -40,13 +45,19 @@ GPU_BUDGET ?= 540
 DEEP_TESTS := tests/step/test_properties.py tests/optimizer/test_state_fuzz.py tests/optimizer/test_faults.py \
     tests/optimizer/test_faults_of_processes.py
 # Tests of which other targets run a selection of cases (@pytest.mark.covering).
-COVERED_TESTS := tests/step/test_matrix.py tests/backends/test_shared_memory.py
+COVERED_TESTS := $(shell grep -rl 'mark.covering(' tests --include='test_*.py')
 COVERED := 95
 JOBS ?= 2
+# What is being done, after the seconds since the command was given.
+ifndef BEGAN
+BEGAN := $(shell date +%s)
+endif
+export BEGAN
+SAY = printf '[%3d s] %s\n' $$(($$(date +%s) - $(BEGAN)))
 # Slow tests are adjacent; idle workers steal them. One job needs no worker.
 SPREAD = $(if $(filter 1,$(JOBS)),,-n $(JOBS) --dist worksteal)
 
-.PHONY: help demo test clients against wheel wheel-check deep coverage convergence native instruction-sets interpreter emulated cuda-syntax kernels gpu \
+.PHONY: help demo demo-images test clients against wheel wheel-check deep coverage convergence native instruction-sets interpreter emulated cuda-syntax kernels gpu \
     sanitize threads tidy lint format types docs mutations clean FORCE
 .DEFAULT_GOAL := help
 
@@ -76,11 +87,28 @@ help:
 	@echo "make gpu       on a machine with a GPU: build, test and time there, for GPU_BUDGET seconds at most"
 	@echo "make clean     remove the virtual environment, everything that was built, and caches"
 
-# The demo runs without the native part if that cannot be built; the tests do so only if there is no compiler.
-demo: BUILD_CPU := auto
-demo: $(READY) $(NATIVE)
+# What takes a newcomer's time goes on side by side, and is no more than the demo uses.
+demo: $(TORCH_READY)
+	@$(MAKE) --no-print-directory -j3 $(DEMO_NATIVE) $(DEMO_READY) demo-images
+	@$(SAY) "Training"
+	@$(BIN)/python -m examples.train $(ARGS)
+	@$(SAY) "Done. Next: make test"
+
+demo-images:
 	@$(FASHION_MNIST)
-	$(BIN)/python -m examples.train $(ARGS)
+
+# The list in pyproject.toml. The package itself is imported from this folder.
+$(DEMO_READY): $(TORCH_READY)
+	@$(SAY) "Installing what the demo draws and prints with"
+	@sed -n 's/^demo = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",' | xargs $(BIN)/python -m pip install -q
+	@touch $@
+
+# The demo runs without the native part if that cannot be built; the tests do so only if there is no compiler.
+$(DEMO_NATIVE): $(TORCH_READY) $(SOURCES)
+	@$(SAY) "Compiling the kernels for this CPU (one to two minutes)"
+	@SOFIM_BUILD_CPU=auto SOFIM_INSTRUCTION_SETS=native SOFIM_BUILD_CUDA=$(if $(findstring cuda,$(ARGS)),auto,0) \
+	    $(BIN)/python setup.py build_ext --inplace > $(VENV)/native.log 2>&1 || { cat $(VENV)/native.log; exit 1; }; \
+	grep -E 'warning: |^sofim_fused: ' $(VENV)/native.log; $(call STAMPED,$@)
 
 test: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
@@ -283,7 +311,8 @@ $(DOCS)/.ready: $(READY)
 BUILD_CPU = $$(command -v "$${CXX:-c++}" > /dev/null && $(BIN)/python $(HEADERS) && echo 1 || echo auto)
 HEADERS = -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2> /dev/null
 BUILD = SOFIM_BUILD_CPU=$(or $(SOFIM_BUILD_CPU),$(BUILD_CPU)) $(BIN)/python setup.py build_ext --inplace
-STAMP = { rm -f $(NATIVE); ! grep -q '"reason": null' sofim_fused/_build.json || touch $(NATIVE); }
+STAMPED = { rm -f $(1); ! grep -q '"reason": null' sofim_fused/_build.json || touch $(1); }
+STAMP = $(call STAMPED,$(NATIVE) $(DEMO_NATIVE))
 
 # If nothing was built, the next call tries again; without a compiler that takes a moment.
 $(NATIVE): $(READY) $(SOURCES) $(if $(SOFIM_BUILD_CPU),FORCE)
@@ -294,30 +323,39 @@ $(NATIVE): $(READY) $(SOURCES) $(if $(SOFIM_BUILD_CPU),FORCE)
 # For commands that use Fashion-MNIST: Debian has a package of it. Elsewhere the program says what is missing.
 FASHION_MNIST = case "$(ARGS)" in *--root*) ;; *fashion-mnist*|*sensitivity*|*cost*) \
     if [ ! -d /usr/share/datasets/fashion-mnist ] && command -v apt-get > /dev/null; then \
-        echo "Installing Debian's dataset-fashion-mnist"; \
-        { apt-get update -qq && apt-get install -y -qq --no-install-recommends dataset-fashion-mnist; } \
+        $(SAY) "Installing Debian's dataset-fashion-mnist"; \
+        $(call DEBIAN,dataset-fashion-mnist) \
           || echo "That takes root: run  sudo apt-get install dataset-fashion-mnist" >&2; \
     fi;; esac
+# What apt prints, hundreds of lines, matters only if it fails.
+DEBIAN = { said=$$({ apt-get update -qq && apt-get install -y -qq --no-install-recommends $(1); } 2>&1) \
+    || { printf '%s\n' "$$said" >&2; false; }; }
 
-# torch is installed first and alone: otherwise a dependency could select another build, of several gigabytes.
-$(READY): pyproject.toml setup.py Makefile
+# torch is installed first and alone: otherwise a dependency could select another build, of several gigabytes. ninja compiles
+# several files at a time.
+$(TORCH_READY): pyproject.toml setup.py Makefile
 	@if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
-	    echo "Python's venv module is missing; installing Debian's python3-venv"; \
-	    apt-get update -qq && apt-get install -y -qq python3-venv \
-	      || { echo "That takes root: run  sudo apt-get install python3-venv  and make again" >&2; exit 1; }; \
+	    $(SAY) "Python's venv module is missing; installing Debian's python3-venv"; \
+	    $(call DEBIAN,python3-venv) || { echo "That takes root: run  sudo apt-get install python3-venv  and make again" >&2; exit 1; }; \
 	fi
 	@set --; command -v "$${CXX:-c++}" > /dev/null || set -- g++; \
 	if ! $(PYTHON) $(HEADERS) && $(PYTHON) -c 'import sys; sys.exit(sys.base_prefix != "/usr")'; then set -- "$$@" python3-dev; fi; \
 	if [ $$# -gt 0 ] && [ "$(SOFIM_BUILD_CPU)" != 0 ] && command -v apt-get > /dev/null; then \
-	    echo "To compile the native part, installing Debian's $$*"; \
-	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends "$$@"; } \
-	      || echo "Going on without it. To have it, run  sudo apt-get install $$*  and make again" >&2; \
+	    $(SAY) "To compile the native part, installing Debian's $$*"; \
+	    $(call DEBIAN,"$$@") || echo "Going on without it. To have it, run  sudo apt-get install $$*  and make again" >&2; \
 	fi
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip 'setuptools>=77'
-	$(BIN)/python -m pip install -q '$(TORCH)' 'numpy>=1.26'
-	SOFIM_BUILD_CPU=0 SOFIM_BUILD_CUDA=0 $(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'
+	@$(SAY) "Installing PyTorch in $(VENV) (a download of 200 MB for CPUs, of some GB for GPUs)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --upgrade pip 'setuptools>=77'
+	@$(BIN)/python -m pip install -q '$(TORCH)' 'numpy>=1.26' 'ninja>=1.11'
 	@touch $@
+
+# setuptools warns that an editable installation has to stay where it is: that is what it is for.
+$(READY): $(TORCH_READY)
+	@$(SAY) "Installing what tests, benchmarks and checks use"
+	@SOFIM_BUILD_CPU=0 SOFIM_BUILD_CUDA=0 PYTHONWARNINGS=ignore \
+	    $(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'
+	@touch $@ $(DEMO_READY)
 
 clean:
 	rm -rf $(VENV) sofim_fused/*.so sofim_fused/_build.json build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

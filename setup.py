@@ -7,7 +7,8 @@ Settings that do not depend on the machine are in pyproject.toml. Environment va
         with 0
     SOFIM_BUILD_CUDA=auto|1|0|emulated  the same for the CUDA part, which needs the CPU part; emulated: compile the
         kernels for the CPU, for the tests (tests/emulator), and fail if they cannot be built
-    SOFIM_INSTRUCTION_SETS=avx512,avx2,default  build the CPU part only for these
+    SOFIM_INSTRUCTION_SETS=avx512,avx2,default|native  build the CPU part only for these; native: for the one that
+        PyTorch uses on this machine
     SOFIM_SANITIZE=address,undefined  build with these sanitizers, for the tests
     SOFIM_WHEEL=1  record that a wheel was built, for others to install (make wheel)
     SOFIM_WERROR=1  turn warnings of the C++ compiler into errors, as in .ci/run
@@ -124,8 +125,11 @@ def instruction_sets() -> list[str]:
     """The instruction sets to build for on this machine."""
     possible = list(INSTRUCTION_SETS) if platform.machine().lower() in ("x86_64", "amd64") else ["default"]
     if wanted := os.environ.get("SOFIM_INSTRUCTION_SETS"):
+        if wanted == "native":
+            used = importlib.import_module("torch").backends.cpu.get_cpu_capability().lower()
+            return [used if used in possible else "default"]
         if not set(wanted.split(",")) <= set(possible):
-            raise SystemExit(f"SOFIM_INSTRUCTION_SETS={wanted!r}: take some of {','.join(possible)}")
+            raise SystemExit(f"SOFIM_INSTRUCTION_SETS={wanted!r}: take some of {','.join(possible)}, or native")
         return [name for name in possible if name in wanted.split(",")]
     return possible
 

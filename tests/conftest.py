@@ -78,8 +78,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "ignore:SOFIM runs in pure PyTorch:UserWarning")
     config.addinivalue_line(
         "markers",
-        "covering(strength): on a CPU a selection of cases, in which any so many values meet that meet in all;"
-        " two at most in Triton's interpreter and in the emulator",
+        "covering(strength, slow): on a CPU a selection of cases, in which any so many values meet that meet in all;"
+        " in Triton's interpreter and in the emulator `slow` (2 if it is not given)",
     )
 
 
@@ -100,7 +100,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out: set[pytest.Item] = set()
         for covering in tests.values():
             marker: Any = covering[0].get_closest_marker("covering")
-            strength = min(marker.args[0], 2) if INTERPRETED or EMULATED else marker.args[0]
+            fast, slow = (*marker.args, 2)[:2]
+            strength = slow if INTERPRETED or EMULATED else fast
             kept = chosen([values_of(item) for item in covering], strength)
             left_out |= {*covering} - {covering[place] for place in kept}
         _leave_out(config, items, left_out, COVERED)

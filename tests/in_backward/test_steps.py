@@ -42,6 +42,7 @@ CASES = [
 ]
 
 
+@pytest.mark.covering(3, 2)
 @pytest.mark.parametrize(("numerator", "fisher", "release", "kind", "decay"), CASES)
 def test_equals_a_plain_optimizer(numerator: str, fisher: str, release: bool, kind: str, decay: str, run: Run) -> None:
     dtype, options = KINDS[kind]

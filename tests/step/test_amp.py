@@ -97,6 +97,7 @@ CASES: list[tuple[str, torch.dtype | tuple[torch.dtype, ...], str, dict[str, Any
 ]
 
 
+@pytest.mark.covering(2, 1)
 @pytest.mark.parametrize("numerator", NUMERATORS)
 @pytest.mark.parametrize(("preparation", "dtype", "decay", "options"), CASES, ids=str)
 def test_scaled_training_equals_unscaled(

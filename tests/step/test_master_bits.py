@@ -117,7 +117,7 @@ class Twins:
             assert same_bits([ours[name] for name in names], [theirs[name] for name in names])
 
 
-@pytest.mark.covering(3)
+@pytest.mark.covering(2, 1)
 @pytest.mark.parametrize(("numerator", "state_dtype"), [("moment", None), ("gradient", BF16), ("nesterov", None)])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("form", FORMS)
@@ -143,7 +143,7 @@ def test_training_is_that_of_float32_weights(
     assert int(twins.optimizers[0].skipped_steps) == (schedule == "skip")
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(2, 1)
 @pytest.mark.parametrize("form", ["decoupled decay", "L2 decay"])
 @pytest.mark.parametrize("numerator", NUMERATORS)
 @pytest.mark.parametrize("state_dtype", [None, BF16], ids=str)

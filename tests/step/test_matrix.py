@@ -182,7 +182,7 @@ def test_follows_the_oracle_for_100_steps_above_the_dense_size(numerator: str, d
     assert distance(list(params), oracle) <= TOLERANCES[dtype]
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(2, 1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("numerator", NUMERATORS)
 @pytest.mark.parametrize("schedule", ["plain", "clip"])
@@ -291,7 +291,7 @@ def test_each_step_of_16_bit_and_mixed_tensors(
         oracle.moments = stored
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(2, 1)
 @pytest.mark.parametrize("kahan", [True, False, None])
 @pytest.mark.parametrize(
     ("dtypes", "state_dtype"),

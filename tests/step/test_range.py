@@ -210,9 +210,9 @@ def assert_bounded(change: Tensor, setting: Setting) -> None:
     ("rho", "fisher"), [(1.0, "model"), (1.0, "group"), (1.0, "parameter"), (1e-30, "model"), (1e30, "parameter")]
 )
 def test_every_decade_of_float32(rho: float, fisher: str, numerator: str, schedule: str, backend: str) -> None:
-    """Gradients from 1e-38 to 1e38."""
-    compared = 0
-    for exponent in range(-38, 39):
+    """Gradients from 1e-38 to 1e38, of which each backend has every other decade, with the next schedule the others."""
+    compared, exponents = 0, range(-38 + list(SCHEDULES).index(schedule) % 2, 39, 2)
+    for exponent in exponents:
         limit = SCHEDULES[schedule].get("max_grad_norm")
         setting = Setting(exponent, numerator, fisher, rho=rho, max_grad_norm=limit)
         model = Model(setting, schedule, backend, torch.float32)
@@ -224,7 +224,7 @@ def test_every_decade_of_float32(rho: float, fisher: str, numerator: str, schedu
                 assert distance(change, exact.change) <= rounding(exact), setting
                 if numerator == "moment":
                     assert_bounded(change, setting)
-    everything = 77 * STEPS * (max(BLOCKS[fisher]) + 1)
+    everything = len(exponents) * STEPS * (max(BLOCKS[fisher]) + 1)
     if numerator == "moment" or rho >= 1.0 or limit is not None:
         assert compared == everything
     else:

@@ -145,7 +145,7 @@ class Steps:
             assert np.array_equal(of(whole), rounded(of(q), r.numpy())), ordinal
 
 
-@pytest.mark.covering(3)
+@pytest.mark.covering(3, 1)
 @pytest.mark.parametrize(("numerator", "state_dtype"), [("moment", None), ("gradient", BF16), ("nesterov", None)])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("form", FORMS)
