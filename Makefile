@@ -45,7 +45,7 @@ GPU_BUDGET ?= 540
 DEEP_TESTS := tests/step/test_properties.py tests/optimizer/test_state_fuzz.py tests/optimizer/test_faults.py \
     tests/optimizer/test_faults_of_processes.py
 # Tests of which other targets run a selection of cases (@pytest.mark.covering).
-COVERED_TESTS := $(shell grep -rl 'mark.covering(' tests --include='test_*.py')
+COVERED_TESTS := $(shell grep -rl 'mark[.]covering' tests --include='test_*.py')
 COVERED := 95
 JOBS ?= 2
 # What is being done, after the seconds since the command was given.
@@ -100,7 +100,7 @@ demo-images:
 # The list in pyproject.toml. The package itself is imported from this folder.
 $(DEMO_READY): $(TORCH_READY)
 	@$(SAY) "Installing what the demo draws and prints with"
-	@sed -n 's/^demo = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",' | xargs $(BIN)/python -m pip install -q
+	@sed -n 's/^demo = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",' | xargs $(BIN)/python -m pip install -q --no-compile
 	@touch $@
 
 # The demo runs without the native part if that cannot be built; the tests do so only if there is no compiler.
@@ -346,16 +346,22 @@ $(TORCH_READY): pyproject.toml setup.py Makefile
 	fi
 	@$(SAY) "Installing PyTorch in $(VENV) (a download of 200 MB for CPUs, of some GB for GPUs)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --upgrade pip 'setuptools>=77'
-	@$(BIN)/python -m pip install -q '$(TORCH)' 'numpy>=1.26' 'ninja>=1.11'
+	@$(BIN)/python -m pip install -q --no-compile --upgrade pip 'setuptools>=77'
+	@$(BIN)/python -m pip install -q --no-compile '$(TORCH)' 'numpy>=1.26' 'ninja>=1.11'
 	@touch $@
 
-# setuptools warns that an editable installation has to stay where it is: that is what it is for.
+# setuptools warns that an editable installation has to stay where it is: that is what it is for. pip would compile all of nine
+# thousand modules to bytecode, which takes longer than to install them: Python does it for those that are imported, here for
+# the ones that hundreds of processes import in tests, even if Python is told not to write any.
 $(READY): $(TORCH_READY)
 	@$(SAY) "Installing what tests, benchmarks and checks use"
 	@SOFIM_BUILD_CPU=0 SOFIM_BUILD_CUDA=0 PYTHONWARNINGS=ignore \
-	    $(BIN)/python -m pip install -q --no-build-isolation -e '.[dev]'
+	    $(BIN)/python -m pip install -q --no-compile --no-build-isolation -e '.[dev]'
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c '$(IMPORTED)'
 	@touch $@ $(DEMO_READY)
+IMPORTED := import torch, torch._dynamo, torch._inductor.compile_fx, torch.distributed.fsdp, torch.utils.cpp_extension, \
+    hypothesis, matplotlib.figure, mypy.main, pytest, pytest_benchmark, rich.progress, scipy.io, scipy.stats, sklearn.datasets, \
+    sklearn.model_selection, xdist
 
 clean:
 	rm -rf $(VENV) sofim_fused/*.so sofim_fused/_build.json build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
