@@ -7,7 +7,7 @@ from pathlib import Path
 
 __all__ = ["filled"]
 
-BLOCK = re.compile(r"(<!-- (?P<file>[\w-]+\.md)(?:, (?P<heading>[^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (?P<file>[\w.-]+\.md)(?:, (?P<heading>[^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(document: str, results: Path) -> str:
@@ -15,8 +15,10 @@ def filled(document: str, results: Path) -> str:
 
     Raises:
         FileNotFoundError: there is no such file among the results.
-        ValueError: it has no such heading.
+        ValueError: it has no such heading, or a mark is none of these.
     """
+    for line in re.findall(r"^<!-- .*$", BLOCK.sub("", document), flags=re.MULTILINE):
+        raise ValueError(f"the mark {line!r} is not understood")  # its text would stay as it is, unnoticed
 
     def block(found: re.Match[str]) -> str:
         text = (results / found["file"]).read_text()

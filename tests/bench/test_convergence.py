@@ -762,6 +762,11 @@ def test_marks_in_a_document(tmp_path: Path) -> None:
     filled = "x\n<!-- a.md, Two -->\n\n| 2 |\n\n<!-- end -->\ny\n<!-- a.md -->\n\nIntro.\n\n<!-- end -->\n"
     assert documents.filled(document, tmp_path) == filled
     assert documents.filled(filled, tmp_path) == filled
+    (tmp_path / "b-0.4m.md").write_text("Outro.\n")
+    assert "Outro." in documents.filled("<!-- b-0.4m.md -->\n<!-- end -->\n", tmp_path)
+    for mark in ("<!-- a.md, Two->\n<!-- end -->\n", "<!-- a b.md -->\n<!-- end -->\n", "<!-- end -->\n"):
+        with pytest.raises(ValueError, match="is not understood"):
+            documents.filled(mark, tmp_path)
     with pytest.raises(ValueError, match=r"a\.md has no section 'Three'"):
         documents.filled("<!-- a.md, Three -->\n<!-- end -->", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"b\.md"):
