@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -488,7 +489,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "if __name__ == '__main__':\n"
         "    store.Store.add = add_and_die\n"
         "    task = tasks.TASKS['tabular-mlp']\n"
-        "    tasks.TASKS['tabular-mlp'] = replace(task, small=tasks.Size(20, 200), tuning_seeds=1)\n"
+        "    tasks.TASKS['tabular-mlp'] = replace(task, small=tasks.Size(5, 100), tuning_seeds=1)\n"
         "    sys.exit(command.main(sys.argv[1:]))\n"
     )
     program = tmp_path / "program.py"
@@ -515,7 +516,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [machine["threads"] for machine in Store(path).machines] == [1]  # of each process
 
     # The same here, without the time that processes take to start.
-    monkeypatch.setitem(TASKS, "tabular-mlp", replace(TASKS["tabular-mlp"], small=Size(20, 200), tuning_seeds=1))
+    monkeypatch.setitem(TASKS, "tabular-mlp", replace(TASKS["tabular-mlp"], small=Size(5, 100), tuning_seeds=1))
     for out in ("a", "b"):
         assert command.main([*arguments, "--jobs", "1", "--out", str(tmp_path / out)]) == 0
     resumed, whole = Store(path), Store(tmp_path / "b" / "tabular-mlp.jsonl")
@@ -740,8 +741,9 @@ def test_what_a_user_must_put_right(
     assert error.count("\n") == 1
 
 
-def test_documents_come_from_the_results_that_are_committed(tmp_path: Path) -> None:
+def test_documents_come_from_the_results_that_are_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tables beside the results, and those in docs, are what the results give."""
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # pictures are not compared
     for path in RESULTS.glob("*.json*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     assert command.main(["report", "--out", str(tmp_path)]) == 0
