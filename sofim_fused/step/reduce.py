@@ -110,7 +110,8 @@ def square_of(
             whole[:, 0].index_add_(0, classes, total)
         if found_inf is not None:
             whole[:, 1] = on_device_of(total, found_inf) != 0
-        _, extra = rank_sums.total(whole.new_zeros(rank_sums.classes, 0), whole, shares[0].hyper.fisher)
+        nothing, fisher = whole.new_zeros(rank_sums.classes, 0), shares[0].hyper.fisher
+        _, extra = rank_sums.total(nothing, whole, fisher, found_inf is not None)
         return extra[0], None if found_inf is None else extra[1]
     total = sum_of(squares[0].total)
     for theirs in squares[1:]:
@@ -173,18 +174,18 @@ def over_ranks(
         whole[:, 0] = squares
         if found_inf is not None:
             whole[:, 1] = on_device_of(squares, found_inf) != 0
-    total, extra = _blocks_over_ranks(rank_sums, fisher, present, parts, whole)
+    total, extra = _blocks_over_ranks(rank_sums, fisher, present, parts, whole, found_inf is not None)
     return total, extra[0] if guarded else squares, None if found_inf is None else extra[1]
 
 
 def _blocks_over_ranks(
-    rank_sums: RankSums, fisher: str, present: tuple[int, ...], parts: Tensor, whole: Tensor
+    rank_sums: RankSums, fisher: str, present: tuple[int, ...], parts: Tensor, whole: Tensor, told: bool
 ) -> tuple[Tensor, Tensor]:
     """:meth:`RankSums.total` of blocks, ``[classes, k, B]``, and of sums over everything."""
     places = rank_sums.places(present) if fisher == "parameter" else None
     if places is not None:  # other ranks may have gradients of other parameters
         parts = parts.new_zeros(*parts.shape[:-1], rank_sums.count).index_copy_(-1, places, parts)
-    total, extra = rank_sums.total(parts.flatten(1), whole, fisher)
+    total, extra = rank_sums.total(parts.flatten(1), whole, fisher, told)
     total = total.view(parts.shape[1:])
     return total if places is None else total.index_select(-1, places), extra
 
@@ -249,21 +250,25 @@ class RankSums:
             return None
         return torch.tensor(ordinals, dtype=torch.int64, device=self.device)
 
-    def total(self, blocks: Tensor, whole: Tensor, fisher: str) -> tuple[Tensor, Tensor]:
+    def total(self, blocks: Tensor, whole: Tensor, fisher: str, told: bool = False) -> tuple[Tensor, Tensor]:
         """Totals over classes and ranks: an all-reduce for each mesh axis, and one for the holders of other parameters.
 
         Args:
             blocks: ``[classes, m]``, sums per Fisher block. If each parameter is a block, no holder shares it.
             whole: ``[classes, l]``, sums over everything.
             fisher: as the optimizer's.
+            told: the last of these tells what this rank alone may know, not 0 for yes.
 
         Returns:
-            ``[m]`` and ``[l]``, the same on all ranks.
+            ``[m]`` and ``[l]``, the same on all ranks; what a rank was told is not 0 if any rank was told it.
         """
         from torch import distributed
 
         message = torch.cat((blocks, whole), 1)
         for group, members in self._routes:
+            if told and len(self._routes) > 1 and self.classes > 1:
+                # Along an axis over which only some classes are sharded it has to go with these.
+                message[:, -1] = message[:, -1].sum()
             part = message[members] if len(members) < self.classes else message
             distributed.all_reduce(part, group=group)
             if part is not message:

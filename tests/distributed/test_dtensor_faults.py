@@ -98,6 +98,32 @@ def test_all_ranks_skip_what_only_one_was_told(two: Ranks) -> None:
     assert two.run(found_by_another_rank) == [(1, True), (1, True)]
 
 
+def found_across_a_mesh(rank: int, diagonal: str) -> list[tuple[int, bool]]:
+    """Each parameter is sharded over one of two axes alone, so that no message goes to all ranks."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = mesh_of((2, 2), ("rows", "columns"))
+    found = []
+    for teller in range(4):
+        params, start = [], torch.ones(4, 4)
+        for placements in ([Shard(0), Replicate()], [Replicate(), Shard(0)]):
+            params.append(nn.Parameter(distribute_tensor(start, mesh, placements)))
+            params[-1].grad = distribute_tensor(start, mesh, placements)
+        optimizer = SOFIM(params, lr=0.5, diagonal=diagonal)  # type: ignore[arg-type]
+        optimizer.found_inf = torch.tensor(float(rank == teller))
+        optimizer.step()
+        same = [
+            torch.equal(whole(param), start) for param in params
+        ]  # all of them: ranks that part would wait for ever
+        found.append((int(optimizer.skipped_steps), all(same)))
+    return found
+
+
+@pytest.mark.parametrize("diagonal", ["identity", "factored"])
+def test_ranks_that_no_message_joins_skip_what_only_one_was_told(four: Ranks, diagonal: str) -> None:
+    assert four.run(found_across_a_mesh, diagonal) == [[(1, True)] * 4] * 4
+
+
 def missing_gradients(rank: int, fisher: str) -> float:
     """The second rank's shards of one layer have no gradients; its moments and weights there stay."""
     from torch.distributed.tensor import Shard, distribute_tensor
