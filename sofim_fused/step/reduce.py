@@ -179,7 +179,7 @@ def over_ranks(
 
 
 def _blocks_over_ranks(
-    rank_sums: RankSums, fisher: str, present: tuple[int, ...], parts: Tensor, whole: Tensor, told: bool
+    rank_sums: RankSums, fisher: str, present: tuple[int, ...], parts: Tensor, whole: Tensor, told: bool = False
 ) -> tuple[Tensor, Tensor]:
     """:meth:`RankSums.total` of blocks, ``[classes, k, B]``, and of sums over everything."""
     places = rank_sums.places(present) if fisher == "parameter" else None

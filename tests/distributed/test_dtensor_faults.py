@@ -112,9 +112,7 @@ def found_across_a_mesh(rank: int, diagonal: str) -> list[tuple[int, bool]]:
         optimizer = SOFIM(params, lr=0.5, diagonal=diagonal)  # type: ignore[arg-type]
         optimizer.found_inf = torch.tensor(float(rank == teller))
         optimizer.step()
-        same = [
-            torch.equal(whole(param), start) for param in params
-        ]  # all of them: ranks that part would wait for ever
+        same = [torch.equal(whole(param), start) for param in params]  # of all: ranks that part wait for ever
         found.append((int(optimizer.skipped_steps), all(same)))
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -96,6 +97,14 @@ def test_a_compiler_that_fails(source: Path) -> None:
     done, record = built(source, CXX=command, SOFIM_BUILD_CPU="1")
     assert done.returncode != 0
     assert "SOFIM_BUILD_CPU=1, but the native CPU part cannot be built" in done.stderr
+
+
+def test_native_is_the_instruction_set_that_torch_uses_here(source: Path) -> None:
+    called = source / "called"
+    built(source, CXX=compiler(source, f'echo "$*" >> {called}; exit 1'), SOFIM_INSTRUCTION_SETS="native")
+    names = re.findall(r"-DCPU_CAPABILITY=(\w+)", called.read_text())
+    used = torch.backends.cpu.get_cpu_capability()
+    assert set(names) == {used if used in ("AVX512", "AVX2") else "DEFAULT"}
 
 
 @pytest.mark.parametrize(
