@@ -29,8 +29,8 @@ int64_t kind_of(const Row& r, int64_t addresses, bool by_element) {
   const bool codes = r.m_type == Type::codes;
   return static_cast<int64_t>(r.w_type) | int64_t{is_narrow(r.w_type) && r.g_type == Type::float32} << 2 |
          int64_t{r.m_type == Type::bfloat16} << 3 | int64_t{r.lost != nullptr && !r.cut} << 4 |
-         int64_t{addresses % 16 != 0 || (codes && r.row_size % 16 != 0)} << 5 | int64_t{by_element} << 6 | int64_t{r.master} << 7 | int64_t{codes} << 8 |
-         int64_t{codes && r.row_size % kBlockSize != 0} << 9;
+         int64_t{addresses % 16 != 0 || (codes && r.row_size % 16 != 0)} << 5 | int64_t{by_element} << 6 |
+         int64_t{r.master} << 7 | int64_t{codes} << 8 | int64_t{codes && r.row_size % kBlockSize != 0} << 9;
 }
 
 // Replaces numbers, and returns whether any of them differ, bit for bit: an unchanged NaN is no change.

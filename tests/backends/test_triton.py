@@ -18,13 +18,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sofim_fused import SOFIM, backends, native
-from sofim_fused.backends import triton
+from sofim_fused import SOFIM, backends, blockwise, native
+from sofim_fused.backends import Decay, StepTensors, triton
+from sofim_fused.backends.rounding import SEED, WEYL, mix
 from sofim_fused.backends.triton import launch, pack, passes, step, workspace
 from tests.support.problems import OPTIONS, give, give_state, mixed_problem, ready_problem, same_bits, snapshot
 from tests.support.runs import INTERPRETED, RUNS, once
 
-pytest.importorskip("triton")
+jit: Any = pytest.importorskip("triton").jit
+tl: Any = pytest.importorskip("triton.language")
+kernels: Any = pytest.importorskip("sofim_fused.backends.triton.kernels")
 CPU = torch.device("cpu")
 DEVICE = "cpu" if INTERPRETED else "cuda"
 runs_kernels = pytest.mark.skipif(not INTERPRETED, reason="runs with TRITON_INTERPRET=1 (make interpreter)")
@@ -380,3 +383,39 @@ def test_other_devices_are_refused_with_a_reason() -> None:
     assert "not on meta" in str(triton.passes_for(torch.device("meta")))
     if not torch.cuda.is_available():
         assert triton.passes_for(torch.device("cuda", 0)) == "PyTorch finds no GPU"
+
+
+@jit
+def hashed(row, out, begin, update, kind: tl.constexpr):  # type: ignore[no-untyped-def]
+    offsets = tl.arange(0, 256)
+    tl.store(out + offsets, kernels._hashed(row, update, tl.load(begin), offsets, kind).to(tl.int64))
+
+
+@runs_kernels
+@pytest.mark.parametrize("begin", [0, 2**32 - 130, 2**32 - 128, 5 * 2**32 - 1, 2**34 + 3])
+def test_random_bits_of_tiles_that_begin_anywhere(begin: int) -> None:
+    """Tiles of codes with short blocks may go across a multiple of 2**32, where the key of the random bits changes."""
+    row = torch.zeros(pack.COLUMNS, dtype=torch.int64)
+    row[pack.ORDINAL] = 3
+    out = torch.empty(256, dtype=torch.int64)
+    hashed[(1,)](row, out, torch.tensor(begin), 7, kind=pack.CODES | pack.RAGGED)
+    index = torch.arange(256) + begin
+    key = mix(mix(torch.tensor(SEED + 3 * WEYL & 0xFFFFFFFF)) ^ 7)
+    expected = mix((mix(key ^ (index >> 32)) + (index & 0xFFFFFFFF) * WEYL) & 0xFFFFFFFF)
+    assert torch.equal(out, expected)
+
+
+@runs_kernels
+def test_a_part_without_elements_of_a_moment_in_8_bits() -> None:
+    """As a rank has it that holds none of a parameter's rows: beside one that has some."""
+    passes_ = passes.passes_for(CPU)
+    assert not isinstance(passes_, str)
+    shapes = ((0, 300), (2, 300), (0, 256))
+    codes = [torch.zeros(shape).to(torch.float8_e4m3fn) for shape in shapes]
+    scales = [torch.zeros(blockwise.scale_shape(shape)) for shape in shapes]
+    weights, grads = [torch.ones(shape) for shape in shapes], [torch.ones(shape) for shape in shapes]
+    steps = [torch.zeros((), dtype=torch.int64) for _ in shapes]
+    tensors = StepTensors(CPU, weights, grads, codes, [None] * 3, steps, [0, 1, 2], exp_avg_scales=[*scales])
+    sums = passes_.accumulate(tensors, Decay([0.5] * 3, [0.5] * 3, None, False))
+    assert sums.mm.tolist() == [0, 150, 0]
+    assert torch.equal(blockwise.decode(codes[1], scales[1]), torch.full((2, 300), 0.5))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sofim_fused import SOFIM, AdaSOFIM, backends, blockwise
+from sofim_fused.backends.master_bits import joined
 from sofim_fused.backends.rounding import random_bits
 from tests.step.support import variances_of, within
 from tests.support.covering import chosen
@@ -264,7 +265,7 @@ def test_each_step_follows_the_oracle(
     oracle = Oracle([p.detach() for p in params], hypers, [0] * len(params), numerator, options.get("max_grad_norm"))
     # A guarded step, and one without the term of rank one, use the moment before its rounding.
     reads_stored = options["rho"] is not None if kind != "identity" else schedule == "plain"
-    for count, grads in enumerate(gradients(params, 2 if INTERPRETED else 3)):
+    for count, grads in enumerate(gradients(params, STEPS)):
         give(params, grads)
         oracle.weights = [real64(p) for p in params]
         oracle.variances = [variances_of(optimizer, p) for p in params]
@@ -281,7 +282,10 @@ def test_each_step_follows_the_oracle(
         oracle.moments = stored
 
 
-def trained(steps: int = 3, start: dict[str, Any] | None = None, **options: Any) -> tuple[SOFIM, list[Tensor]]:
+STEPS = 2 if INTERPRETED else 3
+
+
+def trained(steps: int = STEPS, start: dict[str, Any] | None = None, **options: Any) -> tuple[SOFIM, list[Tensor]]:
     params = params_of()
     optimizer = SOFIM(params, **{"lr": 0.1, "state_dtype": F8, "backend": "reference", **options})
     if start is not None:
@@ -338,7 +342,7 @@ def test_in_backward_takes_the_same_step(options: dict[str, Any], backend: str) 
     expected, _ = trained(backend=backend, **options)
     params = params_of()
     optimizer = SOFIM(params, lr=0.1, state_dtype=F8, backend=backend, in_backward=True, **options)
-    for grads in gradients(params, 3):
+    for grads in gradients(params, STEPS):
         for p in params:
             p.grad = None
         loss: Tensor = sum((p * g).sum() for p, g in zip(params, grads, strict=True))  # type: ignore[operator,misc,assignment]
@@ -353,7 +357,7 @@ def test_the_state_does_not_depend_on_the_order_in_memory(backend: str) -> None:
     expected, params = trained(backend=backend)
     contiguous = [nn.Parameter(p.detach().contiguous()) for p in params_of()]
     optimizer = SOFIM(contiguous, lr=0.1, state_dtype="float8_e4m3fn", backend=backend)
-    for grads in gradients(params, 3):
+    for grads in gradients(params, STEPS):
         give(contiguous, grads)
         optimizer.step()
     for (_, a), (_, b) in zip(optimizer.state.items(), expected.state.items(), strict=True):
@@ -493,7 +497,7 @@ def test_native_steps_need_no_python(diagonal: str, native: tuple[str, str], mon
     ("diagonal", "numerator"),
     [("identity", "nesterov"), ("factored", "moment")]
     if INTERPRETED
-    else itertools.product(DIAGONALS, ["moment", "nesterov"]),
+    else [*itertools.product(DIAGONALS, ["moment", "nesterov"])],
 )
 def test_a_native_step_by_passes_has_the_bits_of_one_in_a_call(
     diagonal: str, numerator: str, backend: str, monkeypatch: pytest.MonkeyPatch
@@ -509,6 +513,48 @@ def test_a_native_step_by_passes_has_the_bits_of_one_in_a_call(
     monkeypatch.setattr(f"sofim_fused.backends.{module}.{native_step}", lambda _: lambda *given: None)
     by_passes, _ = trained(2, backend=backend, **options)
     assert same_bits(bits_of(by_passes), bits_of(whole))
+
+
+@pytest.mark.parametrize("native", NATIVE, ids=lambda value: "-".join(value))
+@pytest.mark.parametrize(
+    ("options", "accuracy"),
+    [
+        ({"master_weight_bits": 32}, 1e-6),
+        ({"master_weight_bits": 24, "max_grad_norm": 1e30}, 2.0**-14),
+        ({"kahan": True, "master_weight_bits": None, "diagonal": "factored", "rho": None}, 2.0**-14),
+    ],
+    ids=str,
+)
+def test_weights_of_16_bits_with_more_beside_them(
+    options: dict[str, Any], accuracy: float, native: tuple[str, str]
+) -> None:
+    """Moments have the bits of the definition, as above; the random bits of weights are those of the same elements."""
+    name, device = native
+    found = []
+    for backend in ("reference", name):
+        generator = torch.Generator().manual_seed(5)
+        shapes = ((33, 130), (40, 128), (9, 64, 3, 3))
+        params = [nn.Parameter(torch.randn(shape, generator=generator).bfloat16().to(device)) for shape in shapes]
+        optimizer = SOFIM(params, lr=0.1, momentum=0.5, state_dtype=F8, backend=backend, **options)
+        for _ in range(2):
+            give(params, [torch.randn(shape, generator=generator).bfloat16().to(device) for shape in shapes])
+            optimizer.step()
+        found.append((optimizer, params))
+    (expected, theirs), (optimizer, ours) = found
+    for p, q in zip(ours, theirs, strict=True):
+        known, reference = optimizer.state[p], expected.state[q]
+        assert torch.equal(known["exp_avg"].view(torch.uint8), reference["exp_avg"].view(torch.uint8))
+        assert torch.equal(known["exp_avg_scale"], reference["exp_avg_scale"])
+        weights = [_whole(*each) for each in ((p, known), (q, reference))]
+        torch.testing.assert_close(*weights, rtol=accuracy, atol=1e-6)
+        assert float((weights[0] == weights[1]).double().mean()) > 0.9
+
+
+def _whole(p: Tensor, known: dict[str, Any]) -> Tensor:
+    """A weight with the bits beside it."""
+    if "kahan" in known:
+        return p.detach().double() + known["kahan"].double()
+    return joined(p.detach(), known["master_bits"]).double()
 
 
 @once

@@ -68,8 +68,8 @@ class KernelConfig:
 
     @property
     def large(self) -> bool:
-        """Whether programs have twice as many threads: for float64, and for rows of codes that begin anywhere."""
-        anywhere = pack.CODES | pack.RAGGED | pack.UNALIGNED
+        """Whether programs have twice as many threads: for float64, and for moments in 8 bits that are not aligned."""
+        anywhere = pack.CODES | pack.UNALIGNED
         return self.double or any(kind & anywhere == anywhere for kind in self.kinds)
 
     def common(self, kernels: ModuleType, waits: bool = False) -> dict[str, Any]:
