@@ -601,6 +601,19 @@ def test_auto_falls_back_to_pure_pytorch_with_one_warning(monkeypatch: pytest.Mo
     assert set(SOFIM([nn.Parameter(torch.ones(3))], state_dtype=F8).backends.values()) == {"cpu"}
 
 
+@once
+def test_whole_steps_are_those_of_a_backend_that_takes_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU whose best backend declines them that is the next one, for all tensors of a step."""
+    declines(monkeypatch)
+    monkeypatch.setattr("sofim_fused.backends.operators.OperatorPasses.native_step", None)  # not to be asked
+    p = nn.Parameter(torch.ones(32, 128))
+    with pytest.warns(UserWarning, match="do not take moments in 8 bits"):
+        optimizer = SOFIM([nn.Parameter(torch.ones(3)), p], state_dtype=F8, lr=0.1)
+    give(optimizer.param_groups[0]["params"], [torch.ones(3), torch.ones(32, 128)])
+    optimizer.step()
+    assert float(p.detach().max()) < 1
+
+
 # Stored and restored
 
 
