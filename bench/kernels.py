@@ -150,7 +150,7 @@ SUMS = "sums"  # replaces the kind for kernels that work on sums
 ALL_KINDS = list(dict.fromkeys([*KINDS, SUMS, *CUDA_KINDS, *SHIPPED.values()]))
 
 
-# Kinds like others, of which these two passes are looked at: they have all that is different there.
+# Kinds like others, of which three passes are looked at, one for each of the targets beside the main one.
 FEW_PASSES = ("fp32, 8-bit moment, ragged", "fp32, 8-bit moment, unaligned", "bf16, 8-bit moment, master bits")
 
 
@@ -170,6 +170,7 @@ def cases(kernels: ModuleType) -> Iterator[tuple[str, Case]]:
             )
             yield label, Case(f"accumulate ({name})", plain, "first")
             if label in FEW_PASSES:
+                yield label, Case(f"commit ({name})", guarded, "second")
                 yield label, Case(f"one launch, guarded ({name})", guarded, "single")
                 continue
             if not l2:

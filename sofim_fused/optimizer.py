@@ -97,7 +97,7 @@ class SOFIM(Optimizer):
             ``torch.float32``, ``torch.bfloat16`` or ``torch.float8_e4m3fn``, or the name of one of them
             (``"bfloat16"``). The last two are stochastically rounded, reproducibly. In 8 bits, each 128 elements of a
             row (dimension 0) share a scale; tensors of fewer than two dimensions, of rows shorter than 128 elements, or
-            of fewer than 4,096 elements keep float32; and on a GPU steps run in pure PyTorch.
+            of fewer than 4,096 elements keep float32; and on a GPU steps run in Triton, or without it in pure PyTorch.
         kahan: keep the bits of an update that a 16-bit parameter cannot hold in a second 16-bit tensor, and add them
             later. ``None``: yes for 16-bit parameters that have no ``master_weight_bits``.
         master_weight_bits: ``32``: the weights of bfloat16 parameters are the upper halves of float32 weights, and the

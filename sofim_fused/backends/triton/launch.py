@@ -28,6 +28,9 @@ REGISTERS = 128  # per thread at most
 # The limit for whole steps in one launch with L2 decay, where one program per multiprocessor runs.
 REGISTERS_ALONE = 224
 
+_FLOAT64 = pack.TYPES[torch.float64]
+_UNALIGNED_CODES = pack.CODES | pack.UNALIGNED
+
 
 @dataclass(frozen=True)
 class KernelConfig:
@@ -62,15 +65,9 @@ class KernelConfig:
         return checks.reads_gradient(checks.NUMERATORS[self.numerator])
 
     @property
-    def double(self) -> bool:
-        """Whether some tensor is float64."""
-        return any(kind & 3 == pack.TYPES[torch.float64] for kind in self.kinds)
-
-    @property
     def large(self) -> bool:
         """Whether programs have twice as many threads: for float64, and for moments in 8 bits that are not aligned."""
-        anywhere = pack.CODES | pack.UNALIGNED
-        return self.double or any(kind & anywhere == anywhere for kind in self.kinds)
+        return any(kind & 3 == _FLOAT64 or kind & _UNALIGNED_CODES == _UNALIGNED_CODES for kind in self.kinds)
 
     def common(self, kernels: ModuleType, waits: bool = False) -> dict[str, Any]:
         """Arguments of every kernel that sweeps. ``waits``: its programs wait for each other."""
