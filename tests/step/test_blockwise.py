@@ -326,6 +326,9 @@ def test_without_skipping_an_infinity_does_not_become_a_number(backend: str) -> 
     moment = stored_moment(optimizer, params[1])
     assert bool(moment[3, :128].isnan().all())
     assert int(moment.isnan().sum()) == 128
+    known = optimizer.state[params[1]]
+    assert known["exp_avg_scale"].view(torch.int32)[3, 0] == 0x7FC00000
+    assert not known["exp_avg"].view(torch.uint8)[3, :128].any()
 
 
 @pytest.mark.parametrize(

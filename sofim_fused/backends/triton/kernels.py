@@ -335,7 +335,8 @@ def _encoded(m, random, there):
     raised = (largest.to(tl.float32, bitcast=True) * lift).to(tl.int32, bitcast=True)
     exponent = ((tl.where(finite, raised, 0) + 0x1FFFFF) >> 23) - 127 - lifted
     exponent = tl.minimum(tl.maximum(exponent - 8, -140), 119)
-    scale = tl.where(finite, tl.where(largest == 0, 0.0, _power_of_two(exponent)), float("nan"))
+    scale = tl.where(largest == 0, 0.0, _power_of_two(exponent))
+    scale = tl.where(finite, scale.to(tl.int32, bitcast=True), _QUIET_NAN).to(tl.float32, bitcast=True)
     x = (m * lift) * _power_of_two(-exponent - lifted)
     shown = x.to(tl.uint32, bitcast=True) & _MAGNITUDE
     small = (shown.to(tl.float32, bitcast=True) + _LEAST_NORMAL).to(tl.uint32, bitcast=True) - (8 << 20)
