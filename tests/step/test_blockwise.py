@@ -456,6 +456,10 @@ def test_native_codes_are_those_of_the_definition(
     of_blocks = sizes[torch.arange(shape[0] * 551).view(shape[0], -1) % len(sizes)].repeat_interleave(128, 1)
     factors = of_blocks[:, : math.prod(shape[1:])].reshape(shape)
     grads = [torch.randn(shape, generator=generator) * factors for _ in range(2)]
+    # The largest of a block at, and just above, the largest code times a power of two.
+    grads[0][1] = 0
+    grads[1][1].clamp_(-1, 1).view(-1)[0] = 1.75
+    grads[1][1].view(-1)[-1] = 1.75 + 2.0**-23
     backend, device = native
     state = []
     for name in ("reference", backend):
