@@ -67,8 +67,7 @@ NARROWEST = 128  # bits of an access in the hot path
 # Instructions for a tile, in kernels of about a hundred accesses each. With room for one block less nothing is spilled,
 # and on an H200 steps with bfloat16 weights took no less time. The guarded step of 16-bit weights in one launch spills
 # three on sm_90 since its coefficients include those of the look-ahead; no GPU has timed that yet.
-# Of moments in 8 bits whose rows begin anywhere, the guarded step in one launch spills four, too.
-SPILLS = {SHIPPED["AnyWeights"]: 16, SHIPPED["NarrowWeights"]: 4, "fp32, 8-bit moment, unaligned": 4}
+SPILLS = {SHIPPED["AnyWeights"]: 16, SHIPPED["NarrowWeights"]: 4}
 # Bits of accesses that are narrower on purpose: weights of 24 bits and their lost bits go element by element, and share
 # the kernels of all weights. Those of single kinds of weights, which are looked at too, have no such accesses.
 NARROWER = {SHIPPED["AnyWeights"]: {8}}
@@ -171,7 +170,10 @@ def cases(kernels: ModuleType) -> Iterator[tuple[str, Case]]:
             yield label, Case(f"accumulate ({name})", plain, "first")
             if label in FEW_PASSES:
                 yield label, Case(f"commit ({name})", guarded, "second")
-                yield label, Case(f"one launch, guarded ({name})", guarded, "single")
+                if guarded.takes_two:
+                    yield label, Case(f"dots ({name})", guarded, "first")
+                else:
+                    yield label, Case(f"one launch, guarded ({name})", guarded, "single")
                 continue
             if not l2:
                 yield label, Case(f"apply ({name})", plain, "second")

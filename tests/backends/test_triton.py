@@ -125,6 +125,35 @@ def test_one_launch_two_launches_and_the_passes_take_the_same_step(
     assert same_bits(results[0], results[2])
 
 
+@whole_steps
+@pytest.mark.parametrize("options", [{}, {"numerator": "nesterov", "max_grad_norm": 1.0}], ids=str)
+def test_moments_in_8_bits_take_one_launch_if_rows_are_aligned(
+    options: dict[str, Any], launches: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise, and if asked for, two, with the same bits."""
+    states = []
+    for single in (True, False):
+        monkeypatch.setattr(triton, "SINGLE_LAUNCH", single)
+        generator = torch.Generator().manual_seed(4)
+        params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((8, 592), (40, 128), (9,))]
+        optimizer = SOFIM(params, lr=0.1, state_dtype=torch.float8_e4m3fn, backend="triton", **options)
+        for _ in range(2):
+            give(params, [torch.randn(p.shape, generator=generator) for p in params])
+            launches.clear()
+            optimizer.step()
+        assert launches == ({"single": 1} if single else {"first": 1, "second": 1})
+        states.append([x.view(torch.uint8) if x.dtype == blockwise.DTYPE else x for x in snapshot(optimizer)])
+    assert same_bits(*states)
+    monkeypatch.setattr(triton, "SINGLE_LAUNCH", True)
+    optimizer.add_param_group({"params": nn.Parameter(torch.ones(33, 130))})
+    params.append(optimizer.param_groups[1]["params"][0])
+    for _ in range(2):
+        give(params, [torch.ones_like(p) for p in params])
+        launches.clear()
+        optimizer.step()
+    assert launches == {"first": 1, "second": 1}
+
+
 @runs_kernels
 @pytest.mark.parametrize("single", [True, False], ids=["one launch", "two launches"])
 @pytest.mark.parametrize("spoiled", [float("nan"), float("inf")])

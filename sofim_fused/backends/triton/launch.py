@@ -69,6 +69,11 @@ class KernelConfig:
         """Whether programs have twice as many threads: for float64, and for moments in 8 bits that are not aligned."""
         return any(kind & 3 == _FLOAT64 or kind & _UNALIGNED_CODES == _UNALIGNED_CODES for kind in self.kinds)
 
+    @property
+    def takes_two(self) -> bool:
+        """Whether a whole step takes two launches, as with moments in 8 bits that are not aligned: one would spill."""
+        return any(kind & _UNALIGNED_CODES == _UNALIGNED_CODES for kind in self.kinds)
+
     def common(self, kernels: ModuleType, waits: bool = False) -> dict[str, Any]:
         """Arguments of every kernel that sweeps. ``waits``: its programs wait for each other."""
         alone = waits and self.l2 and not self.large
