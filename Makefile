@@ -31,7 +31,7 @@ KERNEL_TESTS := tests/step/test_matrix.py tests/step/test_master_bits.py tests/s
     $(filter-out %_changes.py %_edits.py,$(wildcard tests/in_backward/test_*.py))
 # Many steps each, which take long there; test_triton_adaptive.py has the edges of these kernels.
 INTERPRETER_TESTS := $(filter-out tests/step/test_adaptive.py,$(KERNEL_TESTS)) $(wildcard tests/backends/test_triton*.py) \
-    tests/backends/test_solve.py
+    tests/backends/test_solve.py tests/step/test_blockwise.py
 CLIENTS := build/clients
 EMULATED := build/emulated
 EMULATED_TESTS := $(KERNEL_TESTS) $(wildcard tests/backends/test_cuda*.py) tests/backends/test_solve.py

@@ -70,7 +70,7 @@ NARROWEST = 128  # bits of an access in the hot path
 SPILLS = {SHIPPED["AnyWeights"]: 16, SHIPPED["NarrowWeights"]: 4}
 # Bits of accesses that are narrower on purpose: weights of 24 bits and their lost bits go element by element, and share
 # the kernels of all weights. Those of single kinds of weights, which are looked at too, have no such accesses.
-ONE_BY_ONE = {SHIPPED["AnyWeights"]: {8}}
+NARROWER = {SHIPPED["AnyWeights"]: {8}}
 
 # A multiprocessor of sm_80 to sm_100; what is reserved of shared memory per program is in the compiler's figure.
 _REGISTERS, _WARPS, _PROGRAMS = 65_536, 64, 32
@@ -124,10 +124,16 @@ KINDS = {
     "bf16, bf16 moment, Kahan": BFLOAT16 | pack.ROUNDS | pack.KEEPS,
     "bf16, bf16 moment": BFLOAT16 | pack.ROUNDS,
     "bf16, fp32 gradient, Kahan": BFLOAT16 | pack.WIDE | pack.KEEPS,
+    "fp32, 8-bit moment": FLOAT32 | pack.CODES,
+    "fp32, 8-bit moment, ragged": FLOAT32 | pack.CODES | pack.RAGGED,
+    "fp32, 8-bit moment, unaligned": FLOAT32 | pack.CODES | pack.RAGGED | pack.UNALIGNED,
+    "bf16, 8-bit moment, master bits": BFLOAT16 | pack.CODES | pack.KEEPS | pack.MASTER,
     "fp16, Kahan": FLOAT16 | pack.KEEPS,
     "fp64": FLOAT64,
     "fp32, unaligned": FLOAT32 | pack.UNALIGNED,
 }
+# Where a thread has eight elements of a tile, their codes are 64 bits.
+NARROWER.update({label: {64} for label, kind in KINDS.items() if kind & pack.CODES})
 # In CUDA C++, whether bits are kept is found out at run time: kinds that keep none have the code of those that do.
 CUDA_KINDS = {
     "fp32": ("float", "float", "float"),
@@ -141,6 +147,10 @@ CUDA_KINDS = {
 TWO_LAUNCHES = ("bf16, fp32 gradient, Kahan", "fp64")  # kinds whose steps always take two launches
 SUMS = "sums"  # replaces the kind for kernels that work on sums
 ALL_KINDS = list(dict.fromkeys([*KINDS, SUMS, *CUDA_KINDS, *SHIPPED.values()]))
+
+
+# Kinds like others, of which three passes are looked at, one for each of the targets beside the main one.
+FEW_PASSES = ("fp32, 8-bit moment, ragged", "fp32, 8-bit moment, unaligned", "bf16, 8-bit moment, master bits")
 
 
 def cases(kernels: ModuleType) -> Iterator[tuple[str, Case]]:
@@ -158,6 +168,13 @@ def cases(kernels: ModuleType) -> Iterator[tuple[str, Case]]:
                 (kind,), k.DOTS, k.COMMIT, k.GUARDED, l2=l2, numerator=numerator, clip=True, skip=True
             )
             yield label, Case(f"accumulate ({name})", plain, "first")
+            if label in FEW_PASSES:
+                yield label, Case(f"commit ({name})", guarded, "second")
+                if guarded.takes_two:
+                    yield label, Case(f"dots ({name})", guarded, "first")
+                else:
+                    yield label, Case(f"one launch, guarded ({name})", guarded, "single")
+                continue
             if not l2:
                 yield label, Case(f"apply ({name})", plain, "second")
             yield label, Case(f"dots ({name})", guarded, "first")
@@ -248,7 +265,7 @@ def table_bytes(case: Case, kernels: ModuleType) -> tuple[int, int]:
     kind = case.config.kinds[0]
     w = 8 if kind & 3 == FLOAT64 else 4 if kind & 3 == FLOAT32 else 2
     g = 4 if kind & pack.WIDE else w
-    m = 2 if kind & pack.ROUNDS else max(w, 4)
+    m = 1 if kind & pack.CODES else 2 if kind & pack.ROUNDS else max(w, 4)  # scales, 1/32 of a byte, are apart
     lost = w if kind & pack.KEEPS else 0
     l2, cross = case.config.l2, case.config.reads_gradient
     step = case.with_step
@@ -401,7 +418,7 @@ def examined(case: Case, label: str, target: str, kernels: ModuleType) -> Row:
     nvidia = target.startswith("sm_")
     threads = launch.options["num_warps"] * (32 if nvidia else 64)
     text = kernel.asm["ptx" if nvidia else "amdgcn"]
-    accesses, instructions = hot_path(text, _full_lines(kernels))
+    accesses, instructions = hot_path(text, _full_lines(kernels, case.config.kinds[0]))
     read, written, widths = _moved(accesses, threads / kernels.TILE)
     if nvidia:
         registers, spills, shared = _of_cubin(kernel.asm["cubin"])
@@ -462,11 +479,12 @@ def examined_adaptive(case: AdaptiveCase, label: str, target: str) -> Row:
         return row
     sweep = case.what == kernels_adaptive.SWEEP
     source = importlib.import_module("sofim_fused.backends.triton.kernels") if sweep else adaptive
-    accesses, instructions = hot_path(text, _full_lines(source))
+    kind = 0 if case.config is None else case.config.kinds[0]
+    accesses, instructions = hot_path(text, _full_lines(source, kind))
     per_element = warps * (32 if nvidia else 64) / kernels_adaptive.elements(case, hip=not nvidia)
     row.read, row.written, row.widths = _moved(accesses, per_element)
     row.instructions = instructions * per_element if nvidia and sweep else None
-    unaligned = case.config is not None and case.config.kinds[0] & pack.UNALIGNED
+    unaligned = kind & pack.UNALIGNED
     row.wrong = list(_wrong(row, 1) if unaligned else _wrong(row, 1, kernels_adaptive.table_bytes(case), NARROWEST))
     if slots > kernels_adaptive.MOST_SLOTS:
         row.wrong.append(f"slots take {slots:g} bytes per parameter, {kernels_adaptive.MOST_SLOTS} are allowed")
@@ -592,7 +610,7 @@ def _wrong(row: Row, needed: int, moved: tuple[int, int] | None = None, narrowes
         yield f"moves {row.read:g} + {row.written:g} bytes per parameter, docs/method.md has {moved[0]} + {moved[1]}"
     if narrowest and not row.widths:
         yield "no access in the hot path"
-    narrow = [bits for bits in row.widths if bits < narrowest and bits not in ONE_BY_ONE.get(row.kind, set())]
+    narrow = [bits for bits in row.widths if bits < narrowest and bits not in NARROWER.get(row.kind, set())]
     if narrow:
         yield f"accesses of {', '.join(map(str, sorted(narrow)))} bits in the hot path"
     if row.spills > SPILLS.get(row.kind, 0):
@@ -601,11 +619,12 @@ def _wrong(row: Row, needed: int, moved: tuple[int, int] | None = None, narrowes
         yield f"room for {row.programs} programs on a multiprocessor, {needed} are needed"
 
 
-def _full_lines(kernels: ModuleType) -> set[int]:
-    """The lines that call what touches the memory of full tiles."""
+def _full_lines(kernels: ModuleType, kind: int = 0) -> set[int]:
+    """The lines that call what touches the memory of full tiles; of tensors of a kind that has none, of all tiles."""
+    tile = "tail" if kind & pack.RAGGED else "full"
     assert kernels.__file__ is not None
     lines = Path(kernels.__file__).read_text(encoding="utf-8").splitlines()
-    return {i for i, line in enumerate(lines, 1) if re.search(r"(?<!def )_(load|store)_full\(", line)}
+    return {i for i, line in enumerate(lines, 1) if re.search(rf"(?<!def )_(load|store)_{tile}\(", line)}
 
 
 _PTX_LOC = re.compile(r"\s*\.loc\s+\d+ \d+ \d+, function_name \S+, inlined_at \d+ (\d+)")

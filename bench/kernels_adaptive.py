@@ -57,6 +57,10 @@ def cases(kinds: dict[str, int], sums: str) -> Iterator[tuple[str, AdaptiveCase]
     chosen = [("fp32", name, bit) for name in passes for bit in (blocks, elements)]
     chosen += [
         ("fp32, bf16 moment", "accumulate", blocks),
+        ("fp32, 8-bit moment", "accumulate", blocks),
+        ("fp32, 8-bit moment", "apply", blocks),
+        ("fp32, 8-bit moment", "commit", elements),
+        ("fp32, 8-bit moment, ragged", "commit", blocks),
         ("bf16, Kahan", "commit", blocks),
         ("fp64", "commit", blocks),
     ]
@@ -84,7 +88,7 @@ def table_bytes(case: AdaptiveCase) -> tuple[int, int]:
     (kind,) = case.config.kinds
     w = {0: 4, 1: 8}.get(kind & 3, 2)
     g = 4 if kind & pack.WIDE else w
-    m = 2 if kind & pack.ROUNDS else max(w, 4)
+    m = 1 if kind & pack.CODES else 2 if kind & pack.ROUNDS else max(w, 4)
     v = max(w, 4) if kind & k.ELEMENT else 0
     lost = w if kind & pack.KEEPS else 0
     return {

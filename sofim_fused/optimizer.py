@@ -97,7 +97,7 @@ class SOFIM(Optimizer):
             ``torch.float32``, ``torch.bfloat16`` or ``torch.float8_e4m3fn``, or the name of one of them
             (``"bfloat16"``). The last two are stochastically rounded, reproducibly. In 8 bits, each 128 elements of a
             row (dimension 0) share a scale; tensors of fewer than two dimensions, of rows shorter than 128 elements, or
-            of fewer than 4,096 elements keep float32; and on a GPU steps run in pure PyTorch.
+            of fewer than 4,096 elements keep float32; and on a GPU steps run in Triton, or without it in pure PyTorch.
         kahan: keep the bits of an update that a 16-bit parameter cannot hold in a second 16-bit tensor, and add them
             later. ``None``: yes for 16-bit parameters that have no ``master_weight_bits``.
         master_weight_bits: ``32``: the weights of bfloat16 parameters are the upper halves of float32 weights, and the
@@ -399,7 +399,7 @@ class SOFIM(Optimizer):
         if self._step_in_one_call is None:
             plan, device = self._plan, self._plan.first_device(self.param_groups)
             plan.refresh_placement(self.param_groups)
-            passes, rank_sums = plan.passes_for(device), plan.rank_sums(self)
+            passes, rank_sums = plan.passes_for(device, device in self._devices_with_codes()), plan.rank_sums(self)
             if rank_sums is None:
                 self._step_in_one_call = passes.native_step()
             else:
@@ -485,13 +485,17 @@ class SOFIM(Optimizer):
     def backends(self) -> dict[torch.device, str]:
         """The name of the backend that is used for each device on which a parameter lies."""
         devices = {param.device for group in self.param_groups for param in group["params"]}
-        codes = {
+        codes = self._devices_with_codes()
+        return {device: self._plan.passes_for(device, device in codes).name for device in sorted(devices, key=str)}
+
+    def _devices_with_codes(self) -> set[torch.device]:
+        """The devices on which some moment is in 8 bits, so that the backend has to take these."""
+        return {
             param.device
             for group in self.param_groups
             for param in group["params"]
-            if gather.in_8_bits(param, group["state_dtype"])
+            if gather.in_8_bits(param, group.get("state_dtype"))
         }
-        return {device: self._plan.passes_for(device, device in codes).name for device in sorted(devices, key=str)}
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

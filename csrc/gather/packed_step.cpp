@@ -11,12 +11,13 @@
 #include <iterator>
 
 #include "gather/cpu_tensor.h"
+#include "step/codes.h"
 
 namespace sofim {
 namespace {
 
 // Columns of rows and of hyper.
-enum { kW, kG, kM, kLost, kStep, kNumel, kOrdinal, kKind, kGroup, kFirst, kColumns };
+enum { kW, kG, kM, kLost, kScales, kStep, kNumel, kRowSize, kOrdinal, kKind, kGroup, kFirst, kColumns };
 enum { kLr, kMomentum, kRho, kWeightDecay, kL2, kSign, kDecayM, kDecayG, kDecayW, kHypers };
 // Columns of means and of settings, of steps with a diagonal that adapts.
 enum { kRowVar, kColVar, kWhole, kElement, kCount, kColumnsOfRow, kInner, kMeans };
@@ -25,9 +26,11 @@ enum { kBeta2, kEps, kSettings };
 int64_t address(const void* pointer) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer)); }
 
 int64_t kind_of(const Row& r, int64_t addresses, bool by_element) {
+  const bool codes = r.m_type == Type::codes;
   return static_cast<int64_t>(r.w_type) | int64_t{is_narrow(r.w_type) && r.g_type == Type::float32} << 2 |
          int64_t{r.m_type == Type::bfloat16} << 3 | int64_t{r.lost != nullptr && !r.cut} << 4 |
-         int64_t{addresses % 16 != 0} << 5 | int64_t{by_element} << 6 | int64_t{r.master} << 7;
+         int64_t{addresses % 16 != 0 || (codes && r.row_size % 16 != 0)} << 5 | int64_t{by_element} << 6 |
+         int64_t{r.master} << 7 | int64_t{codes} << 8 | int64_t{codes && r.row_size % kBlockSize != 0} << 9;
 }
 
 // Replaces numbers, and returns whether any of them differ, bit for bit: an unchanged NaN is no change.
@@ -124,9 +127,14 @@ int PackedStep::fill_rows() {
       row[kG] = address(r.g);
       row[kM] = address(r.m);
       row[kLost] = address(r.lost);
+      row[kScales] = address(r.scales);
     }
     row[kStep] = address(tensors.count(i));
     row[kNumel] = r.numel;
+    if (r.m_type == Type::codes) {
+      row[kRowSize] = r.row_size;
+      row[kNumel] = r.numel / r.row_size * ((r.row_size + kBlockSize - 1) / kBlockSize * kBlockSize);
+    }
     row[kOrdinal] = tensors.ordinal(i);
     const VarianceRow* means = options_.adaptive ? tensors.variances() + i : nullptr;
     const bool by_element = means != nullptr && means->by_element;
@@ -134,7 +142,7 @@ int PackedStep::fill_rows() {
     row[kKind] = kind_of(r, row[kW] | row[kG] | row[kM] | row[kLost] | variance, by_element);
     row[kGroup] = static_cast<int64_t>(param_groups_.group_of(i));
     row[kFirst] = first;
-    first += std::max<int64_t>(1, (r.numel + tile_ - 1) / tile_);
+    first += std::max<int64_t>(1, (row[kNumel] + tile_ - 1) / tile_);
     int64_t moved = 0, other = 0;
     for (int column = 0; column < kNumel; ++column) moved |= row[column] ^ to[column];
     for (int column = kNumel; column < kColumns; ++column) other |= row[column] ^ to[column];
@@ -144,7 +152,7 @@ int PackedStep::fill_rows() {
   }
   tiles_ = first;
   if (changed & kLayout) {
-    std::bitset<256> seen;  // a kind has 8 bits
+    std::bitset<1024> seen;  // a kind has 10 bits
     const int64_t* row = rows_.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < n; ++i) seen.set(static_cast<size_t>(row[i * kColumns + kKind]));
     kinds_.clear();

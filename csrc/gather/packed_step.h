@@ -50,7 +50,7 @@ class PackedStep {
   int fill_means();
 
   const int64_t tile_;
-  ParamGroups param_groups_{true, true};
+  ParamGroups param_groups_{true, true, true};
   bool busy_ = false;
   int64_t size_ = 0;
   int64_t tiles_ = 0;

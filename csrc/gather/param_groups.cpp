@@ -354,7 +354,7 @@ bool ParamGroups::read_group(PyObject* dict, Group& group) {
     if (!THPDtype_Check(state_dtype)) return false;
     group.state_dtype = reinterpret_cast<THPDtype*>(state_dtype)->scalar_type;
     if (*group.state_dtype == at::kFloat8_e4m3fn) {
-      if (anywhere_) return false;
+      if (!codes_) return false;
       group.codes = true;
       group.state_dtype = at::kFloat;  // of tensors that do not suit codes
     } else if (*group.state_dtype != at::kFloat && *group.state_dtype != at::kBFloat16) {

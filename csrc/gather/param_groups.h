@@ -57,9 +57,9 @@ struct OptionalScalar {
 class ParamGroups {
  public:
   // `anywhere`: all tensors may be on any one device, and lr and rho on others. Otherwise all have to be on the CPU.
-  // `adapts`: diagonals may adapt; otherwise read() leaves such steps to Python.
-  explicit ParamGroups(bool anywhere = false, bool adapts = false)
-      : anywhere_(anywhere), adapts_(adapts), tensors_(anywhere) {}
+  // `adapts`: diagonals may adapt; otherwise read() leaves such steps to Python. `codes`: see StepTensors.
+  explicit ParamGroups(bool anywhere = false, bool adapts = false, bool codes = false)
+      : anywhere_(anywhere), adapts_(adapts), codes_(codes || !anywhere), tensors_(anywhere, codes) {}
   ~ParamGroups() { clear(); }
   ParamGroups(const ParamGroups&) = delete;
   ParamGroups& operator=(const ParamGroups&) = delete;
@@ -117,7 +117,7 @@ class ParamGroups {
   bool add_param(PyObject* param, const Group& group, size_t index, States& states, int64_t ordinal,
                  const std::vector<char>* consumed);
 
-  const bool anywhere_, adapts_;
+  const bool anywhere_, adapts_, codes_;
   // Members, so that their memory is reused from step to step.
   StepTensors tensors_;
   Options options_;

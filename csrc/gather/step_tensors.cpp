@@ -208,7 +208,7 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
   const bool wide = record.w_type == Type::float64, codes = m.scalar_type() == at::kFloat8_e4m3fn;
   if (codes) {
     record.m_type = Type::codes;
-    if (anywhere_) return "exp_avg: codes of 8 bits, which are taken on the CPU alone";
+    if (!codes_) return "exp_avg: codes of 8 bits, which this backend does not take";
     if (wide || w.is_complex() || w.dim() == 0) return "exp_avg: codes of 8 bits, of a parameter that has none";
     record.row_size = w.size(0) == 0 ? 1 : std::max<int64_t>(1, w.numel() / w.size(0));
     const int64_t blocks = (record.row_size + kBlockSize - 1) / kBlockSize;

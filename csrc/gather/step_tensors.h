@@ -32,7 +32,8 @@ struct Variances {
 class StepTensors {
  public:
   // `anywhere`: all tensors may be on any one device, the first one's. Otherwise all have to be on the CPU.
-  explicit StepTensors(bool anywhere = false) : anywhere_(anywhere) {}
+  // `codes`: moments may be codes, as they may be on the CPU in any case.
+  explicit StepTensors(bool anywhere = false, bool codes = false) : anywhere_(anywhere), codes_(codes || !anywhere) {}
   void clear();
 
   // Adds one tensor of a step; it must outlive this step. `lost` and `step` may be undefined: then no lost bits are
@@ -41,7 +42,7 @@ class StepTensors {
   // lazily conjugated and negated ones.
   //
   // `variances`: of a tensor whose diagonal adapts, nullptr of others. They go through copies if their elements lie in
-  // another order than w's. `scales`: those of m, if that is codes, else undefined; codes are taken on the CPU alone.
+  // another order than w's. `scales`: those of m, if that is codes, else undefined.
   const char* add(const at::Tensor& w, const at::Tensor& g, const at::Tensor& m, const at::Tensor& scales,
                   const at::Tensor& lost, const at::Tensor& step, int64_t ordinal,
                   const Variances* variances = nullptr);
@@ -114,7 +115,7 @@ class StepTensors {
   // Whether a range overlaps one of those that were sorted, which do not overlap each other.
   bool is_written(const Range& range) const;
 
-  const bool anywhere_;
+  const bool anywhere_, codes_;
   at::Device device_ = at::kCPU;
   // At least as many as members_. The first known_ of them are those of the last step until add() replaces them; their
   // addresses are only compared, never dereferenced.

@@ -68,6 +68,31 @@ def test_a_moment_with_gaps() -> None:
     check_everything(t, optimizer)
 
 
+@pytest.mark.parametrize("diagonal", ["identity", "element"])
+def test_moments_in_8_bits(diagonal: str) -> None:
+    """Whole rows, rows of 16 elements times a number, and others; a small tensor, and one in another order."""
+    params = [nn.Parameter(torch.randn(shape)) for shape in ((40, 128), (9, 64, 3, 3), (33, 130), (40,))]
+    params.append(nn.Parameter(torch.randn(5, 16, 8, 9).to(memory_format=torch.channels_last)))
+    optimizer = made(params, state_dtype=torch.float8_e4m3fn, diagonal=diagonal)
+    give(params, [torch.randn_like(p) for p in params])
+    t = new()
+    assert gathered(t, optimizer) == pack.EVERYTHING
+    if diagonal == "identity":
+        check_everything(t, optimizer)
+    ragged = pack.CODES | pack.RAGGED
+    by_element = pack.ELEMENT if diagonal == "element" else 0
+    kinds = [kind & ~by_element for kind in t.rows[:, pack.KIND].tolist()]
+    assert kinds == [pack.CODES, ragged, ragged | pack.UNALIGNED, 0, pack.CODES]
+    t.finish(True, True, True)
+
+    scales = optimizer.state[params[0]]["exp_avg_scale"]
+    optimizer.state[params[0]]["exp_avg_scale"] = scales.clone()
+    assert gathered(t, optimizer) == pack.POINTERS
+    version = optimizer.state[params[0]]["exp_avg_scale"]._version
+    t.finish(True, True, True)
+    assert optimizer.state[params[0]]["exp_avg_scale"]._version > version
+
+
 def test_running_means() -> None:
     """Of diagonals that adapt: addresses, sizes, and what counts as a change."""
     shapes = ((4, 5), (3,), (2, 3, 4, 5))
@@ -187,7 +212,7 @@ def test_no_gradient_at_all() -> None:
     give(params, [None] * 3)
     assert gathered(t, optimizer) == pack.EVERYTHING
     assert (t.size, t.tiles, t.kinds, t.device) == (0, 0, [], None)
-    assert t.rows.shape == (0, 10)
+    assert t.rows.shape == (0, pack.COLUMNS)
     assert gathered(t, optimizer) == 0
     t.finish(True, True, True)
     give(params, [torch.ones_like(p) for p in params])
@@ -559,7 +584,11 @@ def test_on_a_gpu() -> None:
     rows = t.rows.tolist()
     for row, p in zip(rows, params, strict=True):
         known = optimizer.state[p]
-        assert [row[0], row[2], row[4]] == [p.data_ptr(), known["exp_avg"].data_ptr(), known["step"].data_ptr()]
+        assert [row[pack.W], row[pack.M], row[pack.STEP]] == [
+            p.data_ptr(),
+            known["exp_avg"].data_ptr(),
+            known["step"].data_ptr(),
+        ]
     assert rows[0][1] == params[0].grad.data_ptr()  # type: ignore[union-attr]
     assert rows[1][1] not in (0, params[1].grad.data_ptr())  # type: ignore[union-attr]
     assert [(group, column) for group, column, _ in t.scalars] == [(1, pack.LR), (1, pack.RHO)]

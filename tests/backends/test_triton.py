@@ -18,13 +18,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sofim_fused import SOFIM, backends, native
-from sofim_fused.backends import triton
+from sofim_fused import SOFIM, backends, blockwise, native
+from sofim_fused.backends import Decay, StepTensors, triton
+from sofim_fused.backends.rounding import SEED, WEYL, mix
 from sofim_fused.backends.triton import launch, pack, passes, step, workspace
 from tests.support.problems import OPTIONS, give, give_state, mixed_problem, ready_problem, same_bits, snapshot
 from tests.support.runs import INTERPRETED, RUNS, once
 
-pytest.importorskip("triton")
+jit: Any = pytest.importorskip("triton").jit
+tl: Any = pytest.importorskip("triton.language")
+kernels: Any = pytest.importorskip("sofim_fused.backends.triton.kernels")
 CPU = torch.device("cpu")
 DEVICE = "cpu" if INTERPRETED else "cuda"
 runs_kernels = pytest.mark.skipif(not INTERPRETED, reason="runs with TRITON_INTERPRET=1 (make interpreter)")
@@ -120,6 +123,35 @@ def test_one_launch_two_launches_and_the_passes_take_the_same_step(
         results.append(snapshot(optimizer) + ([optimizer.grad_norm] if options.get("skip_nonfinite") else []))
     assert same_bits(results[0], results[1])
     assert same_bits(results[0], results[2])
+
+
+@whole_steps
+@pytest.mark.parametrize("options", [{}, {"numerator": "nesterov", "max_grad_norm": 1.0}], ids=str)
+def test_moments_in_8_bits_take_one_launch_if_rows_are_aligned(
+    options: dict[str, Any], launches: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise, and if asked for, two, with the same bits."""
+    states = []
+    for single in (True, False):
+        monkeypatch.setattr(triton, "SINGLE_LAUNCH", single)
+        generator = torch.Generator().manual_seed(4)
+        params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((8, 592), (40, 128), (9,))]
+        optimizer = SOFIM(params, lr=0.1, state_dtype=torch.float8_e4m3fn, backend="triton", **options)
+        for _ in range(2):
+            give(params, [torch.randn(p.shape, generator=generator) for p in params])
+            launches.clear()
+            optimizer.step()
+        assert launches == ({"single": 1} if single else {"first": 1, "second": 1})
+        states.append([x.view(torch.uint8) if x.dtype == blockwise.DTYPE else x for x in snapshot(optimizer)])
+    assert same_bits(*states)
+    monkeypatch.setattr(triton, "SINGLE_LAUNCH", True)
+    optimizer.add_param_group({"params": nn.Parameter(torch.ones(33, 130))})
+    params.append(optimizer.param_groups[1]["params"][0])
+    for _ in range(2):
+        give(params, [torch.ones_like(p) for p in params])
+        launches.clear()
+        optimizer.step()
+    assert launches == {"first": 1, "second": 1}
 
 
 @runs_kernels
@@ -380,3 +412,39 @@ def test_other_devices_are_refused_with_a_reason() -> None:
     assert "not on meta" in str(triton.passes_for(torch.device("meta")))
     if not torch.cuda.is_available():
         assert triton.passes_for(torch.device("cuda", 0)) == "PyTorch finds no GPU"
+
+
+@jit
+def hashed(row, out, begin, update, kind: tl.constexpr):  # type: ignore[no-untyped-def]
+    offsets = tl.arange(0, 256)
+    tl.store(out + offsets, kernels._hashed(row, update, tl.load(begin), offsets, kind).to(tl.int64))
+
+
+@runs_kernels
+@pytest.mark.parametrize("begin", [0, 2**32 - 130, 2**32 - 128, 5 * 2**32 - 1, 2**34 + 3])
+def test_random_bits_of_tiles_that_begin_anywhere(begin: int) -> None:
+    """Tiles of codes with short blocks may go across a multiple of 2**32, where the key of the random bits changes."""
+    row = torch.zeros(pack.COLUMNS, dtype=torch.int64)
+    row[pack.ORDINAL] = 3
+    out = torch.empty(256, dtype=torch.int64)
+    hashed[(1,)](row, out, torch.tensor(begin), 7, kind=pack.CODES | pack.RAGGED)
+    index = torch.arange(256) + begin
+    key = mix(mix(torch.tensor(SEED + 3 * WEYL & 0xFFFFFFFF)) ^ 7)
+    expected = mix((mix(key ^ (index >> 32)) + (index & 0xFFFFFFFF) * WEYL) & 0xFFFFFFFF)
+    assert torch.equal(out, expected)
+
+
+@runs_kernels
+def test_a_part_without_elements_of_a_moment_in_8_bits() -> None:
+    """As a rank has it that holds none of a parameter's rows: beside one that has some."""
+    passes_ = passes.passes_for(CPU)
+    assert not isinstance(passes_, str)
+    shapes = ((0, 300), (2, 300), (0, 256))
+    codes = [torch.zeros(shape).to(torch.float8_e4m3fn) for shape in shapes]
+    scales = [torch.zeros(blockwise.scale_shape(shape)) for shape in shapes]
+    weights, grads = [torch.ones(shape) for shape in shapes], [torch.ones(shape) for shape in shapes]
+    steps = [torch.zeros((), dtype=torch.int64) for _ in shapes]
+    tensors = StepTensors(CPU, weights, grads, codes, [None] * 3, steps, [0, 1, 2], exp_avg_scales=[*scales])
+    sums = passes_.accumulate(tensors, Decay([0.5] * 3, [0.5] * 3, None, False))
+    assert sums.mm.tolist() == [0, 150, 0]
+    assert torch.equal(blockwise.decode(codes[1], scales[1]), torch.full((2, 300), 0.5))

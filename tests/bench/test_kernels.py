@@ -142,6 +142,7 @@ def test_bytes_of_the_table() -> None:
     assert report.table_bytes(CASES["fp32", "apply (gradient)"], triton_kernels) == (12, 4)
     assert report.table_bytes(CASES["bf16, bf16 moment", "one launch, plain (moment)"], triton_kernels) == (8, 4)
     assert report.table_bytes(CASES["bf16, Kahan", "apply (moment)"], triton_kernels) == (8, 4)
+    assert report.table_bytes(CASES["fp32, 8-bit moment", "commit (moment)"], triton_kernels) == (9, 5)
     early = CASES["fp32", "accumulate with the gradient's part of the step"]
     assert report.table_bytes(early, triton_kernels) == (12, 8)
 

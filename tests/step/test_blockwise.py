@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from sofim_fused import SOFIM, AdaSOFIM, backends, blockwise
+from sofim_fused.backends.master_bits import joined
 from sofim_fused.backends.rounding import random_bits
 from tests.step.support import variances_of, within
+from tests.support.covering import chosen
 from tests.support.oracle import Hyper, Oracle, real64
 from tests.support.problems import give, same_bits, snapshot
-from tests.support.runs import once
+from tests.support.runs import CPU_BACKENDS, EMULATED, INTERPRETED, once
 
 F8 = torch.float8_e4m3fn
 LARGEST = float(torch.finfo(torch.float32).max)
@@ -63,6 +66,7 @@ def samples() -> dict[str, Tensor]:
     return {name: x.clamp(-LARGEST, LARGEST).float() for name, x in found.items()}
 
 
+@once
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("name", samples())
 def test_codes_and_scales_are_those_of_exact_arithmetic(name: str, stochastic: bool) -> None:
@@ -86,6 +90,7 @@ def test_codes_and_scales_are_those_of_exact_arithmetic(name: str, stochastic: b
             assert [abs(Fraction(value)) for value in decoded[i, part].tolist()] == values
 
 
+@once
 @pytest.mark.parametrize("name", samples())
 def test_codes_are_those_of_torch(name: str) -> None:
     """Where scaling overflows nothing, the codes are a cast of what was scaled, in float64."""
@@ -96,6 +101,7 @@ def test_codes_are_those_of_torch(name: str) -> None:
     assert torch.equal(scaled.float().to(F8).view(torch.uint8), codes.view(torch.uint8))
 
 
+@once
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("name", samples())
 def test_what_is_read_back_is_stored_without_a_change(name: str, stochastic: bool) -> None:
@@ -104,6 +110,7 @@ def test_what_is_read_back_is_stored_without_a_change(name: str, stochastic: boo
     assert torch.equal(blockwise.decode(*blockwise.encode(once_stored, bits)), once_stored)
 
 
+@once
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_a_number_that_is_not_finite_spoils_its_block_and_no_other(bad: float) -> None:
     x = torch.ones(2, 300)
@@ -117,6 +124,7 @@ def test_a_number_that_is_not_finite_spoils_its_block_and_no_other(bad: float) -
         assert bool((codes[1, 128:256].float() == 0).all())
 
 
+@once
 @pytest.mark.parametrize("value", [0.01, -0.3, 1.03, 1e-6])
 def test_stochastic_rounding_has_no_bias(value: float) -> None:
     """Over half a million draws, of a number far below the largest in its block too, whose codes are few."""
@@ -133,6 +141,7 @@ def test_stochastic_rounding_has_no_bias(value: float) -> None:
     assert abs(deviation) < 5 * (share * (1 - share) / stored.numel()) ** 0.5 + 2.0**-16
 
 
+@once
 def test_which_tensors_are_stored_in_8_bits() -> None:
     assert [blockwise.suits(shape) for shape in ((32, 128), (1, 4096), (32, 8, 4, 4), (0, 128))] == [True] * 3 + [False]
     assert not any(blockwise.suits(shape) for shape in ((), (1 << 20,), (1 << 20, 127), (31, 128), (64, 0)))
@@ -151,12 +160,14 @@ def test_compiled_codes_are_the_same() -> None:
     assert torch.equal(torch.compile(blockwise.decode)(*stored), blockwise.decode(*stored))
 
 
+@once
 def test_codes_of_no_elements() -> None:
     codes, scale = blockwise.encode(torch.empty(0, 300))
     assert (codes.shape, scale.shape) == ((0, 300), (0, 3))
     assert blockwise.decode(codes, scale).shape == (0, 300)
 
 
+@once
 def test_the_default_dtype_changes_nothing() -> None:
     x = samples()["times 1e-40"]
     expected = blockwise.encode(x)
@@ -181,8 +192,16 @@ DIAGONALS: dict[str, dict[str, Any]] = {
 }
 
 
-# The backends that take codes.
-BACKENDS = ["reference", "cpu"]
+# The backends that take codes, and those of them whose codes can be compared with the reference's.
+BACKENDS = [] if EMULATED else CPU_BACKENDS
+NATIVE: list[Any] = [(name, "cpu") for name in BACKENDS if name != "reference"]
+NATIVE.append(pytest.param(("triton", "cuda"), marks=pytest.mark.gpu))
+
+
+def some(strength: int, *values: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """All cases; in Triton's interpreter, where each step takes long, a choice in which any so many values meet."""
+    cases = list(itertools.product(*values))
+    return [cases[i] for i in chosen(cases, strength)] if INTERPRETED else cases
 
 
 def params_of(dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -220,12 +239,12 @@ def quantum(optimizer: SOFIM, p: Tensor, exact: Tensor) -> Tensor:
     return torch.maximum(exact.abs() / 8, scale * 2.0**-9)
 
 
-@once
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("numerator", ["moment", "gradient", "nesterov"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("diagonal", DIAGONALS)
+@pytest.mark.parametrize(
+    ("diagonal", "schedule", "numerator", "dtype"),
+    some(1, [*DIAGONALS], [*SCHEDULES], ["moment", "gradient", "nesterov"], [torch.float32, torch.bfloat16]),
+    ids=str,
+)
 def test_each_step_follows_the_oracle(
     diagonal: str, schedule: str, numerator: str, dtype: torch.dtype, backend: str
 ) -> None:
@@ -246,7 +265,7 @@ def test_each_step_follows_the_oracle(
     oracle = Oracle([p.detach() for p in params], hypers, [0] * len(params), numerator, options.get("max_grad_norm"))
     # A guarded step, and one without the term of rank one, use the moment before its rounding.
     reads_stored = options["rho"] is not None if kind != "identity" else schedule == "plain"
-    for count, grads in enumerate(gradients(params, 3)):
+    for count, grads in enumerate(gradients(params, STEPS)):
         give(params, grads)
         oracle.weights = [real64(p) for p in params]
         oracle.variances = [variances_of(optimizer, p) for p in params]
@@ -263,7 +282,10 @@ def test_each_step_follows_the_oracle(
         oracle.moments = stored
 
 
-def trained(steps: int = 3, start: dict[str, Any] | None = None, **options: Any) -> tuple[SOFIM, list[Tensor]]:
+STEPS = 2 if INTERPRETED else 3
+
+
+def trained(steps: int = STEPS, start: dict[str, Any] | None = None, **options: Any) -> tuple[SOFIM, list[Tensor]]:
     params = params_of()
     optimizer = SOFIM(params, **{"lr": 0.1, "state_dtype": F8, "backend": "reference", **options})
     if start is not None:
@@ -279,7 +301,6 @@ def bits_of(optimizer: SOFIM) -> list[Tensor]:
     return [x.view(torch.uint8) if x.dtype == F8 else x for x in snapshot(optimizer)]
 
 
-@once
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("diagonal", ["identity", "factored"])
 def test_a_skipped_step_leaves_every_bit(diagonal: str, backend: str) -> None:
@@ -294,7 +315,6 @@ def test_a_skipped_step_leaves_every_bit(diagonal: str, backend: str) -> None:
     assert same_bits(bits_of(optimizer), before)
 
 
-@once
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_skipping_an_infinity_does_not_become_a_number(backend: str) -> None:
     optimizer, params = trained(fisher="parameter", backend=backend)
@@ -306,16 +326,17 @@ def test_without_skipping_an_infinity_does_not_become_a_number(backend: str) -> 
     moment = stored_moment(optimizer, params[1])
     assert bool(moment[3, :128].isnan().all())
     assert int(moment.isnan().sum()) == 128
+    known = optimizer.state[params[1]]
+    assert known["exp_avg_scale"].view(torch.int32)[3, 0] == 0x7FC00000
+    assert not known["exp_avg"].view(torch.uint8)[3, :128].any()
 
 
-@once
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"numerator": "gradient"},
         {"numerator": "nesterov", "weight_decay": 0.1, "decoupled_weight_decay": False},
         {"diagonal": "factored", "rho": None},
+        *([] if INTERPRETED else [{}, {"numerator": "gradient"}]),
     ],
     ids=str,
 )
@@ -324,7 +345,7 @@ def test_in_backward_takes_the_same_step(options: dict[str, Any], backend: str) 
     expected, _ = trained(backend=backend, **options)
     params = params_of()
     optimizer = SOFIM(params, lr=0.1, state_dtype=F8, backend=backend, in_backward=True, **options)
-    for grads in gradients(params, 3):
+    for grads in gradients(params, STEPS):
         for p in params:
             p.grad = None
         loss: Tensor = sum((p * g).sum() for p, g in zip(params, grads, strict=True))  # type: ignore[operator,misc,assignment]
@@ -340,14 +361,13 @@ def test_the_state_does_not_depend_on_the_order_in_memory(backend: str) -> None:
     expected, params = trained(backend=backend)
     contiguous = [nn.Parameter(p.detach().contiguous()) for p in params_of()]
     optimizer = SOFIM(contiguous, lr=0.1, state_dtype="float8_e4m3fn", backend=backend)
-    for grads in gradients(params, 3):
+    for grads in gradients(params, STEPS):
         give(contiguous, grads)
         optimizer.step()
     for (_, a), (_, b) in zip(optimizer.state.items(), expected.state.items(), strict=True):
         assert torch.equal(a["exp_avg"].contiguous().view(torch.uint8), b["exp_avg"].contiguous().view(torch.uint8))
 
 
-@once
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_codes_in_another_order_take_the_same_step(backend: str) -> None:
     """They are contiguous where SOFIM makes them, but users copy state."""
@@ -413,45 +433,63 @@ def test_adasofim_has_it_as_a_group_option() -> None:
 # Backends
 
 
-@once
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("diagonal", ["identity", "row, with a term of rank one", "factored", "element"])
-@pytest.mark.parametrize("shape", [(33, 130), (40, 128), (300, 1000), (2, 70_000), (9, 64, 3, 3)], ids=str)
-def test_native_codes_are_those_of_the_definition(shape: tuple[int, ...], diagonal: str, schedule: str) -> None:
+@pytest.mark.parametrize("native", NATIVE, ids=lambda value: "-".join(value))
+@pytest.mark.parametrize(
+    ("shape", "diagonal", "schedule"),
+    some(
+        2,
+        [(33, 130), (40, 128), (9, 64, 3, 3)] + ([] if INTERPRETED else [(300, 1000), (2, 70_000)]),
+        ["identity", "row, with a term of rank one", "factored", "element"],
+        [*SCHEDULES],
+    ),
+    ids=str,
+)
+def test_native_codes_are_those_of_the_definition(
+    shape: tuple[int, ...], diagonal: str, schedule: str, native: tuple[str, str]
+) -> None:
     """At momentum 1/2 a moment has the same bits in both backends; then so have its codes, of numbers of any size."""
     kind, _, finite = diagonal.partition(",")
     options: dict[str, Any] = {"rho": 0.5} if finite or kind == "identity" else {"rho": None}
     options |= {"max_grad_norm": 1e30} if schedule == "clip" else SCHEDULES[schedule]
     generator = torch.Generator().manual_seed(3)
-    for size in (1.0, 1e-20, 1e-38, 1e-42, 1e25):
-        grads = [torch.randn(shape, generator=generator) * size for _ in range(2)]
-        grads[0][0] = 0
-        grads[1][0] = 0
-        state = []
-        for backend in BACKENDS:
-            p = nn.Parameter(torch.ones(shape))
-            optimizer = SOFIM(
-                [p],
-                lr=1e-9,
-                momentum=0.5,
-                diagonal=kind,
-                state_dtype=F8,
-                backend=backend,
-                **options,  # type: ignore[arg-type]
-            )
-            for g in grads:
-                p.grad = g.clone()
-                optimizer.step()
-            known = optimizer.state[p]
-            state.append((known["exp_avg"].view(torch.uint8), known["exp_avg_scale"]))
-        assert all(torch.equal(a, b) for a, b in zip(*state, strict=True)), size
+    sizes = torch.tensor([0, 1.0, 1e-20, 1e-38, 1e-42, 1e25])
+    of_blocks = sizes[torch.arange(shape[0] * 551).view(shape[0], -1) % len(sizes)].repeat_interleave(128, 1)
+    factors = of_blocks[:, : math.prod(shape[1:])].reshape(shape)
+    grads = [torch.randn(shape, generator=generator) * factors for _ in range(2)]
+    # The largest of a block at, and just above, the largest code times a power of two.
+    grads[0][1] = 0
+    grads[1][1].clamp_(-1, 1).view(-1)[0] = 1.75
+    grads[1][1].view(-1)[-1] = 1.75 + 2.0**-23
+    backend, device = native
+    state = []
+    for name in ("reference", backend):
+        p = nn.Parameter(torch.ones(shape, device=device))
+        optimizer = SOFIM(
+            [p],
+            lr=1e-9,
+            momentum=0.5,
+            diagonal=kind,  # type: ignore[arg-type]
+            state_dtype=F8,
+            backend=name,
+            **options,
+        )
+        for g in grads:
+            p.grad = g.to(device, copy=True)
+            optimizer.step()
+        assert set(optimizer.backends.values()) == {name}
+        known = optimizer.state[p]
+        state.append((known["exp_avg"].view(torch.uint8), known["exp_avg_scale"]))
+    assert all(torch.equal(a, b) for a, b in zip(*state, strict=True))
+    assert len(state[0][1].unique()) >= len(sizes)
 
 
-@once
-def test_native_steps_need_no_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = params_of()
-    optimizer = SOFIM(params, lr=0.1, state_dtype=F8, backend="cpu")
-    give(params, gradients(params, 1)[0])
+@pytest.mark.parametrize("native", NATIVE, ids=lambda value: "-".join(value))
+@pytest.mark.parametrize("diagonal", ["identity", "factored"])
+def test_native_steps_need_no_python(diagonal: str, native: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, device = native
+    params = [nn.Parameter(p.detach().to(device)) for p in params_of()]
+    optimizer = SOFIM(params, lr=0.1, diagonal=diagonal, state_dtype=F8, backend=backend)  # type: ignore[arg-type]
+    give(params, [None if g is None else g.to(device) for g in gradients(params, 1)[0]])
     optimizer.step()  # it makes the state
     monkeypatch.setattr("sofim_fused.step.plan.Plan.shares", None)
     before = [p.detach().clone() for p in params]
@@ -462,17 +500,63 @@ def test_native_steps_need_no_python(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(now > then for now, then in zip(after, versions, strict=True))
 
 
-@once
-@pytest.mark.parametrize("diagonal", DIAGONALS)
-@pytest.mark.parametrize("numerator", ["moment", "nesterov"])
+@pytest.mark.parametrize("backend", [name for name, _ in NATIVE[:-1]])
+@pytest.mark.parametrize(
+    ("diagonal", "numerator"),
+    [("identity", "nesterov")] if INTERPRETED else [*itertools.product(DIAGONALS, ["moment", "nesterov"])],
+)
 def test_a_native_step_by_passes_has_the_bits_of_one_in_a_call(
-    diagonal: str, numerator: str, monkeypatch: pytest.MonkeyPatch
+    diagonal: str, numerator: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**DIAGONALS[diagonal], "diagonal": diagonal.partition(",")[0], "numerator": numerator}
-    whole, _ = trained(backend="cpu", **options)
-    monkeypatch.setattr("sofim_fused.backends.operators.OperatorPasses.native_step", lambda _: lambda *given: None)
-    by_passes, _ = trained(backend="cpu", **options)
+    whole, _ = trained(2, backend=backend, **options)
+    native_step = f"{type(backends.choose(backend, torch.device('cpu'))).__name__}.native_step"
+    module = {"cpu": "operators", "triton": "triton.passes"}[backend]
+    monkeypatch.setattr(f"sofim_fused.backends.{module}.{native_step}", lambda _: lambda *given: None)
+    by_passes, _ = trained(2, backend=backend, **options)
     assert same_bits(bits_of(by_passes), bits_of(whole))
+
+
+@pytest.mark.parametrize("native", NATIVE, ids=lambda value: "-".join(value))
+@pytest.mark.parametrize(
+    ("options", "accuracy"),
+    [
+        ({"master_weight_bits": 32}, 1e-6),
+        ({"master_weight_bits": 24, "max_grad_norm": 1e30}, 2.0**-14),
+        ({"kahan": True, "master_weight_bits": None, "diagonal": "factored", "rho": None}, 2.0**-14),
+    ],
+    ids=str,
+)
+def test_weights_of_16_bits_with_more_beside_them(
+    options: dict[str, Any], accuracy: float, native: tuple[str, str]
+) -> None:
+    """Moments have the bits of the definition, as above; the random bits of weights are those of the same elements."""
+    name, device = native
+    found = []
+    for backend in ("reference", name):
+        generator = torch.Generator().manual_seed(5)
+        shapes = ((33, 130), (40, 128), (9, 64, 3, 3))
+        params = [nn.Parameter(torch.randn(shape, generator=generator).bfloat16().to(device)) for shape in shapes]
+        optimizer = SOFIM(params, lr=0.1, momentum=0.5, state_dtype=F8, backend=backend, **options)
+        for _ in range(2):
+            give(params, [torch.randn(shape, generator=generator).bfloat16().to(device) for shape in shapes])
+            optimizer.step()
+        found.append((optimizer, params))
+    (expected, theirs), (optimizer, ours) = found
+    for p, q in zip(ours, theirs, strict=True):
+        known, reference = optimizer.state[p], expected.state[q]
+        assert torch.equal(known["exp_avg"].view(torch.uint8), reference["exp_avg"].view(torch.uint8))
+        assert torch.equal(known["exp_avg_scale"], reference["exp_avg_scale"])
+        weights = [_whole(*each) for each in ((p, known), (q, reference))]
+        torch.testing.assert_close(*weights, rtol=accuracy, atol=1e-6)
+        assert float((weights[0] == weights[1]).double().mean()) > 0.9
+
+
+def _whole(p: Tensor, known: dict[str, Any]) -> Tensor:
+    """A weight with the bits beside it."""
+    if "kahan" in known:
+        return p.detach().double() + known["kahan"].double()
+    return joined(p.detach(), known["master_bits"]).double()
 
 
 @once
@@ -518,6 +602,19 @@ def test_auto_falls_back_to_pure_pytorch_with_one_warning(monkeypatch: pytest.Mo
         SOFIM([nn.Parameter(torch.ones(32, 128))], state_dtype=F8)
     assert set(optimizer.backends.values()) == {"reference"}
     assert set(SOFIM([nn.Parameter(torch.ones(3))], state_dtype=F8).backends.values()) == {"cpu"}
+
+
+@once
+def test_whole_steps_are_those_of_a_backend_that_takes_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU whose best backend declines them that is the next one, for all tensors of a step."""
+    declines(monkeypatch)
+    monkeypatch.setattr("sofim_fused.backends.operators.OperatorPasses.native_step", None)  # not to be asked
+    p = nn.Parameter(torch.ones(32, 128))
+    with pytest.warns(UserWarning, match="do not take moments in 8 bits"):
+        optimizer = SOFIM([nn.Parameter(torch.ones(3)), p], state_dtype=F8, lr=0.1)
+    give(optimizer.param_groups[0]["params"], [torch.ones(3), torch.ones(32, 128)])
+    optimizer.step()
+    assert float(p.detach().max()) < 1
 
 
 # Stored and restored
@@ -657,6 +754,7 @@ def test_scales_that_share_memory_are_refused() -> None:
     assert same_bits([p.detach() for p in params], params_before)
 
 
+@once
 def test_numpy_reads_what_is_stored() -> None:
     """How the documents say to read a moment outside of SOFIM."""
     x = samples()["of many sizes"]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sofim_fused import SOFIM, native
+from sofim_fused import SOFIM, blockwise, native
+from sofim_fused.backends.triton import pack
 from sofim_fused.checks import lost_bits
 from tests.support.problems import give, give_state
 
@@ -76,11 +77,25 @@ def expected_kind(w: Tensor, g: Tensor, m: Tensor, lost: Tensor | None, row: lis
         kind += 4
     if m.element_size() == 2:
         kind += 8
+    columns = row_size(w, m)
+    if columns:
+        kind += 256 + 512 * (columns % 128 > 0)
     if lost is not None:
         kind += 16 + 128 * (lost.dtype == torch.int16)
-    if w.numel() and any(address % 16 for address in row[:4]):
+    if (w.numel() and any(address % 16 for address in row[:4])) or columns % 16:
         kind += 32
     return kind
+
+
+def row_size(w: Tensor, m: Tensor) -> int:
+    """The elements of a row, if the moment is in 8 bits; else 0."""
+    return w[0].numel() if m.dtype == blockwise.DTYPE else 0
+
+
+def padded(w: Tensor, m: Tensor) -> int:
+    """The elements; if the moment is in 8 bits, as if each row had whole blocks."""
+    columns = row_size(w, m)
+    return -(-columns // 128) * 128 * len(w) if columns else w.numel() * (1 + w.is_complex())
 
 
 def check_everything(t: Any, optimizer: SOFIM, tile: int = TILE) -> None:
@@ -98,17 +113,19 @@ def check_everything(t: Any, optimizer: SOFIM, tile: int = TILE) -> None:
                 row = rows[len(expected_rows)]
                 m = known["exp_avg"]
                 check_addresses(row[:4], [p, p.grad, m, lost], m)
-                numel = p.numel() * (1 + p.is_complex())
+                scales = known["exp_avg_scale"].data_ptr() if m.dtype == blockwise.DTYPE else 0
+                numel, columns = padded(p, m), row_size(p, m)
                 kind = expected_kind(p, p.grad, m, lost, row)
-                expected_rows.append([*row[:4], known["step"].data_ptr(), numel, ordinal, kind, index, first])
+                step = known["step"].data_ptr()
+                expected_rows.append([*row[:4], scales, step, numel, columns, ordinal, kind, index, first])
                 first += (numel + tile - 1) // tile if numel else 1
                 present.append(group)
             ordinal += 1
     assert rows == expected_rows
-    assert (t.rows.dtype, t.rows.shape, t.rows.device.type) == (torch.int64, (len(present), 10), "cpu")
+    assert (t.rows.dtype, t.rows.shape, t.rows.device.type) == (torch.int64, (len(present), pack.COLUMNS), "cpu")
     assert t.rows.is_contiguous()
     assert (t.size, t.tiles) == (len(present), first)
-    assert t.kinds == sorted({row[7] for row in rows})
+    assert t.kinds == sorted({row[pack.KIND] for row in rows})
     assert t.device == (present[0]["params"][0].device if present else None)
     hyper = []
     for group in optimizer.param_groups:

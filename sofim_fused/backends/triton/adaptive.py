@@ -169,6 +169,7 @@ class TritonAdaptive(TorchAdaptivePasses):
                 tensors.steps,
                 tensors.ordinals,
                 k.TILE,
+                tensors.exp_avg_scales,
             )
             rows, permuted = self._with_variances(k, tensors, packed)
             n = len(tensors)
@@ -208,7 +209,7 @@ class TritonAdaptive(TorchAdaptivePasses):
         row_at = col_at = 0
         permuted = False
         for i, (m, variance) in enumerate(zip(tensors.exp_avgs, tensors.variances, strict=True)):
-            strides = m.stride() if pack.dense(m) else pack.contiguous(m.shape)
+            strides = pack.order_of(m)
             if variance.by_element:
                 assert variance.variance is not None
                 v = variance.variance

@@ -45,11 +45,14 @@ from sofim_fused.backends.triton.kernels import (
     _load_cg,
     _load_full,
     _look_ahead,
-    _moments,
+    _moment,
     _new_moment,
+    _of_blocks,
+    _split,
     _store,
     _store_moment,
     _sum,
+    _sum_up,
     _typed,
     _update,
     _weight,
@@ -477,21 +480,6 @@ def _ordered(order, at, inside, PERMUTED: tl.constexpr):
 
 
 @triton.jit
-def _split(begin, offsets, size):
-    """Quotients and remainders of ``begin + offsets`` by ``size``, int32; ``begin`` is below ``size``.
-
-    Of a size above 2**30 the remainders are wrong: then there are no columns to look up.
-    """
-    first = tl.minimum(begin, 1 << 30).to(tl.int32)
-    room = tl.minimum(size - begin, 1 << 30).to(tl.int32)
-    step = tl.minimum(size, 1 << 30).to(tl.int32)
-    past = tl.maximum(offsets - room, 0)
-    turns = (past.to(tl.uint32) // step.to(tl.uint32)).to(tl.int32)
-    beyond = offsets >= room
-    return tl.where(beyond, turns + 1, 0), tl.where(beyond, past - turns * step, first + offsets)
-
-
-@triton.jit
 def _by_blocks(
     row, row_factors, col_factors, rows32, cols32, at, offsets, left, KIND: tl.constexpr, PERMUTED: tl.constexpr
 ):  # fmt: skip
@@ -576,8 +564,7 @@ def _sums_of_tile(
     go = True
     if SKIP:
         go = tl.load(extras + _SKIP) == 0.0
-    m_pointer = _moments(row, at, KIND)
-    m = _load(m_pointer, offsets, left, KIND, FULL)
+    m = _moment(row, at, offsets, left, KIND, FULL)
     g = _gained(row, extras, at, offsets, left, KIND, FULL, CLIP)
     inside = offsets < left
     if (KIND >> 6) & 1:
@@ -590,13 +577,11 @@ def _sums_of_tile(
         inverse = _reciprocal(s, KIND)
         if not FULL:
             s = tl.where(inside, s, 0.0)
-        tl.store(slot + _TRACE * tiles, tl.sum(s.to(tl.float64), 0))
+        _sum_up(slot + _TRACE * tiles, s.to(tl.float64))
     else:
         inverse = _by_blocks(row, row_factors, col_factors, rows32, cols32, at, offsets, left, KIND, PERMUTED)
     if go:
-        m = _store_moment(
-            m_pointer, _new_moment(m, g, m, group, KIND, False), row, 1, at, offsets, left, KIND, FULL
-        )  # fmt: skip
+        m = _store_moment(_new_moment(m, g, m, group, KIND, False), row, 1, at, offsets, left, KIND, FULL)
     scaled = m * inverse
     if not FULL:
         scaled = tl.where(inside, scaled, 0.0)
@@ -609,7 +594,7 @@ def _apply_to_tile(
     row, coefs, tensors, extras, row_factors, col_factors, rows32, cols32, eps, root, at, offsets, left,
     KIND: tl.constexpr, FULL: tl.constexpr, GRADIENT: tl.constexpr, CLIP: tl.constexpr, PERMUTED: tl.constexpr,
 ):  # fmt: skip
-    m = _load(_moments(row, at, KIND), offsets, left, KIND, FULL)
+    m = _moment(row, at, offsets, left, KIND, FULL)
     if GRADIENT:
         g = _gained(row, extras, at, offsets, left, KIND, FULL, CLIP)
     else:
@@ -627,8 +612,7 @@ def _commit_to_tile(
     row, group, coefs, tensors, extras, row_factors, col_factors, rows32, cols32, beta2, eps, root, at, offsets, left,
     KIND: tl.constexpr, FULL: tl.constexpr, GRADIENT: tl.constexpr, CLIP: tl.constexpr, PERMUTED: tl.constexpr,
 ):  # fmt: skip
-    m_pointer = _moments(row, at, KIND)
-    m = _load(m_pointer, offsets, left, KIND, FULL)
+    m = _moment(row, at, offsets, left, KIND, FULL)
     g = _gained(row, extras, at, offsets, left, KIND, FULL, CLIP)
     w = _weight(row, at, offsets, left, KIND, FULL)
     if (KIND >> 6) & 1:
@@ -639,7 +623,7 @@ def _commit_to_tile(
     else:
         inverse = _by_blocks(row, row_factors, col_factors, rows32, cols32, at, offsets, left, KIND, PERMUTED)
     m = _new_moment(m, g, m, group, KIND, False)
-    _store_moment(m_pointer, m, row, 0, at, offsets, left, KIND, FULL)
+    _store_moment(m, row, 0, at, offsets, left, KIND, FULL)
     _update(w, g * inverse, m * inverse, row, coefs, tensors, at, offsets, left, KIND, FULL, GRADIENT, True)
 
 
@@ -651,6 +635,8 @@ def _run(
     SKIP: tl.constexpr, PERMUTED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.arange(0, SIZE)
+    if (KIND >> 8) & 1:
+        at, offsets, left = _of_blocks(row, at, left, KIND, SIZE)
     if PASS == _ACCUMULATE:
         _sums_of_tile(
             row, group, extras, slot, tiles,
@@ -685,18 +671,24 @@ def _tile(
     left = tl.load(row + _NUMEL) - at
     kind = tl.load(row + _KIND)
     for i in tl.static_range(N_KINDS):
-        if kind == (KINDS >> (8 * i)) & 255:
-            if left >= SIZE:
+        if kind == (KINDS >> (16 * i)) & 0xFFFF:
+            if (KINDS >> (16 * i + 9)) & 1:
                 _run(
                     row, group, coefs + tensor, tensors, extras, slots + tile, tiles, row_factors, col_factors,
                     rows32, cols32, beta2 + tensor, eps + tensor, root + tensor, at, left,
-                    PASS, (KINDS >> (8 * i)) & 255, True, GRADIENT, CLIP, SKIP, PERMUTED, SIZE,
+                    PASS, (KINDS >> (16 * i)) & 0xFFFF, False, GRADIENT, CLIP, SKIP, PERMUTED, SIZE,
+                )  # fmt: skip
+            elif left >= SIZE:
+                _run(
+                    row, group, coefs + tensor, tensors, extras, slots + tile, tiles, row_factors, col_factors,
+                    rows32, cols32, beta2 + tensor, eps + tensor, root + tensor, at, left,
+                    PASS, (KINDS >> (16 * i)) & 0xFFFF, True, GRADIENT, CLIP, SKIP, PERMUTED, SIZE,
                 )  # fmt: skip
             else:
                 _run(
                     row, group, coefs + tensor, tensors, extras, slots + tile, tiles, row_factors, col_factors,
                     rows32, cols32, beta2 + tensor, eps + tensor, root + tensor, at, left,
-                    PASS, (KINDS >> (8 * i)) & 255, False, GRADIENT, CLIP, SKIP, PERMUTED, SIZE,
+                    PASS, (KINDS >> (16 * i)) & 0xFFFF, False, GRADIENT, CLIP, SKIP, PERMUTED, SIZE,
                 )  # fmt: skip
     return tensor
 

@@ -78,14 +78,13 @@ class AdaptiveStep:
 def _matrices(packed: PackedStep) -> list[Matrix] | None:
     """The gradients as ``squares`` takes them; ``None``: some would have to be copied, or have too many columns."""
     found = []
-    for row, (row_var, col_var, _, _, count, columns, inner) in zip(
+    for row, (row_var, col_var, _, _, rows, cols, inner) in zip(
         packed.rows.tolist(), packed.means.tolist(), strict=True
     ):
-        if (row_var and count > 1 and inner != columns) or columns >= WIDEST:
+        if (row_var and rows > 1 and inner != cols) or cols >= WIDEST:
             return None
         kind = row[pack.KIND]
         dtype = 0 if kind & pack.WIDE else kind & 3
-        rows, cols = (count, columns) if row_var else (1, row[pack.NUMEL])
         pitched = 0 if rows == 1 else cols * _BYTES[dtype]
         aligned = not (kind & pack.UNALIGNED or pitched & 15)
         found.append(Matrix(rows, cols, row_var != 0, col_var != 0, None, dtype, aligned))
@@ -105,8 +104,7 @@ def _means(packed: PackedStep) -> list[Means]:
             by_col = col_var if cols else 0
             found.append(Means(row_var, by_col, double, False, count, cols, (count, columns), columns, None))
         else:
-            numel = row[pack.NUMEL]
-            found.append(Means(whole, 0, double, True, 1, 0, (1, numel), numel, None))
+            found.append(Means(whole, 0, double, True, 1, 0, (1, columns), columns, None))
     return found
 
 

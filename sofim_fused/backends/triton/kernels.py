@@ -5,6 +5,10 @@ the tensor, and that tensor's row in ``rows`` (:mod:`sofim_fused.backends.triton
 it is stored (its kind). A kernel is compiled for the kinds that a model has. Full tiles are read and written without
 masks.
 
+Of a moment in 8 bits (:mod:`sofim_fused.blockwise`) a tile is as many whole blocks, a matrix with a block in each row,
+so that the largest element of a block is a maximum along the other dimension. If rows of the tensor are no multiples
+of a block, masks leave out what their last blocks lack.
+
 A pass with sums writes one float64 per tile and sum into a slot of its own. The program that finishes a tensor's last
 tile adds up that tensor's slots in a fixed order; the one that finishes the last tensor computes the step's
 coefficients (``FINISH``). Which program that is makes no difference to the result, and the host waits for nothing.
@@ -18,6 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sofim_fused import blockwise
 from sofim_fused.backends import rounding
 from sofim_fused.backends.triton import pack
 
@@ -71,10 +76,13 @@ _W = tl.constexpr(pack.W)
 _G = tl.constexpr(pack.G)
 _M = tl.constexpr(pack.M)
 _LOST = tl.constexpr(pack.LOST)
+_SCALES = tl.constexpr(pack.SCALES)
 _STEP = tl.constexpr(pack.STEP)
 _NUMEL = tl.constexpr(pack.NUMEL)
+_ROW_SIZE = tl.constexpr(pack.ROW_SIZE)
 _ORDINAL = tl.constexpr(pack.ORDINAL)
 _KIND = tl.constexpr(pack.KIND)
+_BLOCK = tl.constexpr(blockwise.BLOCK)
 _GROUP = tl.constexpr(pack.GROUP)
 _FIRST = tl.constexpr(pack.FIRST)
 _HYPERS = tl.constexpr(pack.HYPERS)
@@ -106,6 +114,10 @@ _SEED = tl.constexpr(rounding.SEED)
 _WEYL = tl.constexpr(rounding.WEYL)
 _CANCELLED = tl.constexpr(2.0**-46)  # (2 ulp of float32 arithmetic)², as in sofim_fused/backends/solve.py
 _FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
+_FROM_CODE = tl.constexpr(2.0**120)  # a code's exponent and fraction, in the place of a float32's, times this
+_LEAST_NORMAL = tl.constexpr(2.0**-6)  # of codes
+_LEAST_NORMAL_BITS = tl.constexpr(0x3C800000)
+_LIFTED_BELOW = tl.constexpr(0x21800000)  # 2**-60
 # Triton's interpreter truncates where it should round to bfloat16, and computes wrongly with subnormal numbers.
 _EMULATED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _HALVES, _BYTES = tl.constexpr(4), tl.constexpr(5)  # beside the dtypes of pack.TYPES: int16 and int8 in Python
@@ -167,6 +179,8 @@ def _gradients(row, at, KIND: tl.constexpr):
 def _moments(row, at, KIND: tl.constexpr):
     if (KIND >> 3) & 1:
         pointer = _typed(tl.load(row + _M), 2, (KIND >> 5) & 1)
+    elif (KIND >> 8) & 1:
+        pointer = _typed(tl.load(row + _M), _BYTES, (KIND >> 5) & 1)
     elif KIND & 3 == 1:
         pointer = _typed(tl.load(row + _M), 1, (KIND >> 5) & 1)
     else:
@@ -233,6 +247,121 @@ def _load(pointer, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit
+def _split(begin, offsets, size):
+    """Quotients and remainders of ``begin + offsets`` by ``size``, int32; ``begin`` is below ``size``.
+
+    Of a size above 2**30 the remainders are wrong: then there are no columns to look up.
+    """
+    first = tl.minimum(begin, 1 << 30).to(tl.int32)
+    room = tl.minimum(size - begin, 1 << 30).to(tl.int32)
+    step = tl.minimum(size, 1 << 30).to(tl.int32)
+    past = tl.maximum(offsets - room, 0)
+    turns = (past.to(tl.uint32) // step.to(tl.uint32)).to(tl.int32)
+    beyond = offsets >= room
+    return tl.where(beyond, turns + 1, 0), tl.where(beyond, past - turns * step, first + offsets)
+
+
+# Moments in 8 bits. csrc/step/codes.h has the same formulas.
+
+
+@triton.jit
+def _of_blocks(row, at, left, KIND: tl.constexpr, SIZE: tl.constexpr):
+    """A tile of codes as passes take tiles: its first element, places from there on, and where these have no element.
+
+    ``at`` and ``left`` count elements as if each row had whole blocks. The places are a matrix with a block in each
+    row; where blocks may be shorter, each has an end of its own.
+    """
+    blocks = tl.arange(0, SIZE // _BLOCK)
+    begins = blocks * _BLOCK
+    if (KIND >> 9) & 1:
+        size = tl.load(row + _ROW_SIZE)
+        per_row = (size + _BLOCK - 1) // _BLOCK
+        line = at // _BLOCK // per_row
+        column = at // _BLOCK - line * per_row
+        turns, place = _split(column, blocks, per_row)  # a division for each block
+        sizes = tl.minimum(size - place.to(tl.int64) * _BLOCK, _BLOCK).to(tl.int32)
+        sizes = tl.where(begins < left, sizes, 0)
+        begins = (turns * size + (place - column) * _BLOCK).to(tl.int32)
+        at = line * size + column * _BLOCK
+        if not (KIND >> 5) & 1:
+            at, begins, sizes = tl.multiple_of(at, 16), tl.multiple_of(begins, 16), tl.multiple_of(sizes, 16)
+        left = (begins + sizes)[:, None]
+    return at, begins[:, None] + tl.arange(0, _BLOCK)[None, :], left
+
+
+@triton.jit
+def _scales(row, at, offsets, left, KIND: tl.constexpr):
+    """Pointers to the scales of a tile's blocks, a column of them, and which of the blocks there are."""
+    blocks = tl.arange(0, offsets.shape[0])[:, None]
+    if (KIND >> 9) & 1:
+        size = tl.load(row + _ROW_SIZE)
+        line = at // size
+        first = line * ((size + _BLOCK - 1) // _BLOCK) + (at - line * size) // _BLOCK
+        there = first + blocks < tl.load(row + _NUMEL) // _BLOCK
+    else:
+        first = at // _BLOCK
+        there = blocks * _BLOCK < left
+    return tl.load(row + _SCALES).to(tl.pointer_type(tl.float32)) + first + blocks, there
+
+
+@triton.jit
+def _power_of_two(exponent):
+    """2 to an integer power from -149 to 127."""
+    tiny = tl.full(exponent.shape, 1, tl.int32) << tl.minimum(tl.maximum(exponent + 149, 0), 22)
+    normal = (tl.maximum(exponent, -126) + 127) << 23
+    return tl.where(exponent < -126, tiny, normal).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _decoded(codes, scale):
+    """The numbers of codes, uint8."""
+    magnitude = (codes & 0x7F).to(tl.uint32)
+    sign = (codes & 0x80).to(tl.uint32) << 24
+    # All of this is exact. The one NaN has all bits of its exponent and its fraction.
+    shown = tl.where(magnitude == 0x7F, _QUIET_NAN, magnitude << 20)
+    return ((sign | shown).to(tl.float32, bitcast=True) * _FROM_CODE) * scale
+
+
+@triton.jit
+def _encoded(m, random, there):
+    """The codes of blocks of moments and their scales. ``random``: 16 bits for each; ``there``: not masked."""
+    bits = m.to(tl.uint32, bitcast=True)
+    magnitude = (bits & _MAGNITUDE).to(tl.int32)
+    largest = tl.max(tl.where(there, magnitude, 0), 1, keep_dims=True)
+    finite = largest < _INFINITY_BITS
+    lifted = tl.where(largest < _LIFTED_BELOW, 64, 0)
+    lift = _power_of_two(lifted)
+    # The exponent of the largest; 1 more if its fraction is above that of 448 = 1.75·2^8.
+    raised = (largest.to(tl.float32, bitcast=True) * lift).to(tl.int32, bitcast=True)
+    exponent = ((tl.where(finite, raised, 0) + 0x1FFFFF) >> 23) - 127 - lifted
+    exponent = tl.minimum(tl.maximum(exponent - 8, -140), 119)
+    scale = tl.where(largest == 0, 0.0, _power_of_two(exponent))
+    scale = tl.where(finite, scale.to(tl.int32, bitcast=True), _QUIET_NAN).to(tl.float32, bitcast=True)
+    x = (m * lift) * _power_of_two(-exponent - lifted)
+    shown = x.to(tl.uint32, bitcast=True) & _MAGNITUDE
+    small = (shown.to(tl.float32, bitcast=True) + _LEAST_NORMAL).to(tl.uint32, bitcast=True) - (8 << 20)
+    shown = tl.where(shown < _LEAST_NORMAL_BITS, small, shown)
+    code = tl.minimum(((shown + (random << 4)) >> 20) - 960, 0x7E) | ((bits >> 24) & 0x80)
+    return tl.where(finite, code, 0).to(tl.uint8), scale
+
+
+@triton.jit
+def _moment(row, at, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr):
+    """The first moment in the type of the arithmetic."""
+    if (KIND >> 8) & 1:
+        pointer = _moments(row, at, KIND)
+        if FULL:
+            codes = _load_full(pointer, offsets)
+        else:
+            codes = _load_tail(pointer, offsets, left)
+        scales, there = _scales(row, at, offsets, left, KIND)
+        m = _decoded(codes, tl.load(scales, mask=there, other=0.0))
+    else:
+        m = _load(_moments(row, at, KIND), offsets, left, KIND, FULL)
+    return m
+
+
+@triton.jit
 def _weight(row, at, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr):
     """The weights in the type of the arithmetic: whole if they are kept in two parts (``backends/master_bits.py``)."""
     if (KIND >> 7) & 1:
@@ -263,7 +392,7 @@ def _store_parts(w, row, ahead, at, offsets, left, KIND: tl.constexpr, FULL: tl.
     bits = tl.where((bits & _MAGNITUDE) > _INFINITY_BITS, (bits & _SIGN_BIT) | _QUIET_NAN, bits)
     if not (KIND >> 4) & 1:
         update = tl.load(tl.load(row + _STEP).to(tl.pointer_type(tl.int64))) + ahead
-        raised = (bits + (_hashed(row, update, at, offsets) & 0xFF)) & _UPPER_24
+        raised = (bits + (_hashed(row, update, at, offsets, KIND) & 0xFF)) & _UPPER_24
         bits = tl.where((raised & _MAGNITUDE) < _INFINITY_BITS, raised, bits & _UPPER_24)
     shown = ((bits + 0x8000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     _store(shown_at, shown, offsets, left, FULL)
@@ -291,22 +420,25 @@ def _mixed(x):
 
 
 @triton.jit
-def _hashed(row, update, at, offsets):
+def _hashed(row, update, at, offsets, KIND: tl.constexpr):
     """32 random bits for each element; ``sofim_fused/backends/rounding.py`` defines them."""
     ordinal = tl.load(row + _ORDINAL).to(tl.uint32)
     key = _mixed(_mixed(ordinal * _WEYL + _SEED) ^ update.to(tl.uint32))
     stretch = _mixed(key ^ (at >> 32).to(tl.uint32))
-    return _mixed((at.to(tl.uint32) + offsets.to(tl.uint32)) * _WEYL + stretch)
+    place = at.to(tl.uint32) + offsets.to(tl.uint32)
+    if (KIND >> 9) & 1:  # such a tile begins anywhere, and may go across a multiple of 2**32
+        stretch = tl.where(place < at.to(tl.uint32), _mixed(key ^ ((at >> 32) + 1).to(tl.uint32)), stretch)
+    return _mixed(place * _WEYL + stretch)
 
 
 @triton.jit
-def _rounded(value, row, update, at, offsets):
+def _rounded(value, row, update, at, offsets, KIND: tl.constexpr):
     """The bits of float32 values, rounded stochastically to those of a bfloat16 (the lower half zero).
 
     Infinities and NaN stay as they are.
     """
     bits = value.to(tl.uint32, bitcast=True)
-    raised = bits + (_hashed(row, update, at, offsets) >> 16)
+    raised = bits + (_hashed(row, update, at, offsets, KIND) >> 16)
     return tl.where((bits & _MAGNITUDE) < _INFINITY_BITS, raised, bits) & _UPPER
 
 
@@ -327,11 +459,19 @@ def _new_moment(m, v, weight, group, KIND: tl.constexpr, L2: tl.constexpr):
 
 
 @triton.jit
-def _store_moment(pointer, moment, row, ahead, at, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr):
+def _store_moment(moment, row, ahead, at, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr):
     """Store the first moment and return it as stored. ``ahead``: 1 where the step count is still the last step's."""
-    if (KIND >> 3) & 1:
+    pointer = _moments(row, at, KIND)
+    if (KIND >> 8) & 1:
         update = tl.load(tl.load(row + _STEP).to(tl.pointer_type(tl.int64))) + ahead
-        bits = _rounded(moment, row, update, at, offsets)
+        codes, scale = _encoded(moment, _hashed(row, update, at, offsets, KIND) >> 16, offsets < left)
+        _store(pointer, codes, offsets, left, FULL)
+        scales, there = _scales(row, at, offsets, left, KIND)
+        tl.store(scales, scale, mask=there)
+        stored = _decoded(codes, scale)
+    elif (KIND >> 3) & 1:
+        update = tl.load(tl.load(row + _STEP).to(tl.pointer_type(tl.int64))) + ahead
+        bits = _rounded(moment, row, update, at, offsets, KIND)
         _store(pointer, (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), offsets, left, FULL)
         stored = bits.to(tl.float32, bitcast=True)
     else:
@@ -382,7 +522,17 @@ def _update(
 @triton.jit
 def _sum(slot, a, b):
     """Store the dot product of a tile in its slot; masked elements are zero."""
-    tl.store(slot, tl.sum(a.to(tl.float64) * b.to(tl.float64), 0))
+    _sum_up(slot, a.to(tl.float64) * b.to(tl.float64))
+
+
+@triton.jit
+def _sum_up(slot, x):
+    """Store the sum of a tile in its slot."""
+    if len(x.shape) == 2:
+        total = tl.sum(x)
+    else:
+        total = tl.sum(x, 0)
+    tl.store(slot, total)
 
 
 # The passes over one tile.
@@ -393,14 +543,13 @@ def _accumulate(
     row, group, coefs, tensors, slot, tiles, at, offsets, left,
     KIND: tl.constexpr, FULL: tl.constexpr, L2: tl.constexpr, CROSS: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    m_pointer = _moments(row, at, KIND)
-    m = _load(m_pointer, offsets, left, KIND, FULL)
+    m = _moment(row, at, offsets, left, KIND, FULL)
     g = _load(_gradients(row, at, KIND), offsets, left, KIND, FULL)
     if L2 or GRADIENT:
         w = _weight(row, at, offsets, left, KIND, FULL)
     else:
         w = m
-    m = _store_moment(m_pointer, _new_moment(m, g, w, group, KIND, L2), row, 1, at, offsets, left, KIND, FULL)
+    m = _store_moment(_new_moment(m, g, w, group, KIND, L2), row, 1, at, offsets, left, KIND, FULL)
     if not FULL:
         m = tl.where(offsets < left, m, 0.0)  # stochastic rounding does not keep the zeros of masked elements
     _sum(slot + _MM * tiles, m, m)
@@ -416,7 +565,7 @@ def _accumulate(
 def _apply(
     row, coefs, tensors, at, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr, GRADIENT: tl.constexpr
 ):  # fmt: skip
-    m = _load(_moments(row, at, KIND), offsets, left, KIND, FULL)
+    m = _moment(row, at, offsets, left, KIND, FULL)
     if GRADIENT:
         g = _load(_gradients(row, at, KIND), offsets, left, KIND, FULL)
     else:
@@ -427,7 +576,7 @@ def _apply(
 
 @triton.jit
 def _dots(row, slot, tiles, at, offsets, left, KIND: tl.constexpr, FULL: tl.constexpr, L2: tl.constexpr):
-    m = _load(_moments(row, at, KIND), offsets, left, KIND, FULL)
+    m = _moment(row, at, offsets, left, KIND, FULL)
     g = _load(_gradients(row, at, KIND), offsets, left, KIND, FULL)
     _sum(slot + _MM * tiles, m, m)
     _sum(slot + _MG * tiles, m, g)
@@ -444,14 +593,13 @@ def _commit(
     row, group, coefs, tensors, extras, at, offsets, left,
     KIND: tl.constexpr, FULL: tl.constexpr, L2: tl.constexpr, GRADIENT: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    m_pointer = _moments(row, at, KIND)
-    m = _load(m_pointer, offsets, left, KIND, FULL)
+    m = _moment(row, at, offsets, left, KIND, FULL)
     v = _load(_gradients(row, at, KIND), offsets, left, KIND, FULL)
     if SCALED:
         v *= _factor(extras + _GAIN, KIND)
     w = _weight(row, at, offsets, left, KIND, FULL)
     m = _new_moment(m, v, w, group, KIND, L2)
-    _store_moment(m_pointer, m, row, 0, at, offsets, left, KIND, FULL)
+    _store_moment(m, row, 0, at, offsets, left, KIND, FULL)
     _update(w, v, m, row, coefs, tensors, at, offsets, left, KIND, FULL, GRADIENT, True)
 
 
@@ -462,6 +610,8 @@ def _run(
     GRADIENT: tl.constexpr, SCALED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.arange(0, SIZE)
+    if (KIND >> 8) & 1:
+        at, offsets, left = _of_blocks(row, at, left, KIND, SIZE)
     if PASS == _ACCUMULATE:
         _accumulate(row, group, coefs, tensors, slot, tiles, at, offsets, left, KIND, FULL, L2, CROSS, GRADIENT)
     elif PASS == _APPLY:
@@ -479,7 +629,12 @@ def _run_any(
     SCALED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """One pass over a tile of a given kind, full or not."""
-    if left >= SIZE:
+    if (KIND >> 9) & 1:  # no such tile is full
+        _run(
+            row, group, coefs, tensors, extras, slot, tiles, at, left,
+            PASS, KIND, False, L2, CROSS, GRADIENT, SCALED, SIZE,
+        )  # fmt: skip
+    elif left >= SIZE:
         _run(
             row, group, coefs, tensors, extras, slot, tiles, at, left,
             PASS, KIND, True, L2, CROSS, GRADIENT, SCALED, SIZE,
@@ -512,10 +667,10 @@ def _tile(
     else:
         kind = tl.load(row + _KIND)
         for i in tl.static_range(N_KINDS):
-            if kind == (KINDS >> (8 * i)) & 255:
+            if kind == (KINDS >> (16 * i)) & 0xFFFF:
                 _run_any(
                     row, group, coefs + tensor, tensors, extras, slots + tile, tiles, at, left,
-                    PASS, (KINDS >> (8 * i)) & 255, L2, CROSS, GRADIENT, SCALED, SIZE,
+                    PASS, (KINDS >> (16 * i)) & 0xFFFF, L2, CROSS, GRADIENT, SCALED, SIZE,
                 )  # fmt: skip
     return tensor
 

@@ -28,6 +28,9 @@ REGISTERS = 128  # per thread at most
 # The limit for whole steps in one launch with L2 decay, where one program per multiprocessor runs.
 REGISTERS_ALONE = 224
 
+_FLOAT64 = pack.TYPES[torch.float64]
+_UNALIGNED_CODES = pack.CODES | pack.UNALIGNED
+
 
 @dataclass(frozen=True)
 class KernelConfig:
@@ -62,23 +65,28 @@ class KernelConfig:
         return checks.reads_gradient(checks.NUMERATORS[self.numerator])
 
     @property
-    def double(self) -> bool:
-        """Whether some tensor is float64."""
-        return any(kind & 3 == pack.TYPES[torch.float64] for kind in self.kinds)
+    def large(self) -> bool:
+        """Whether programs have twice as many threads: for float64, and for moments in 8 bits that are not aligned."""
+        return any(kind & 3 == _FLOAT64 or kind & _UNALIGNED_CODES == _UNALIGNED_CODES for kind in self.kinds)
+
+    @property
+    def takes_two(self) -> bool:
+        """Whether a whole step takes two launches, as with moments in 8 bits that are not aligned: one would spill."""
+        return any(kind & _UNALIGNED_CODES == _UNALIGNED_CODES for kind in self.kinds)
 
     def common(self, kernels: ModuleType, waits: bool = False) -> dict[str, Any]:
         """Arguments of every kernel that sweeps. ``waits``: its programs wait for each other."""
-        alone = waits and self.l2 and not self.double
+        alone = waits and self.l2 and not self.large
         return {
             # Without a limit, the compiler spills a few registers to fit more programs than memory can keep busy.
             **({} if torch.version.hip else {"maxnreg": REGISTERS_ALONE if alone else REGISTERS}),
-            "KINDS": sum(kind << 8 * i for i, kind in enumerate(self.kinds)),  # one constant, a byte for each
+            "KINDS": sum(kind << pack.KIND_BITS * i for i, kind in enumerate(self.kinds)),  # one constant
             "N_KINDS": len(self.kinds),
             "L2": self.l2,
             "CLIP": self.clip,
             "SKIP": self.skip,
             "SIZE": kernels.TILE,
-            "num_warps": kernels.NUM_WARPS * (2 if self.double else 1),  # as many registers as float32 takes
+            "num_warps": kernels.NUM_WARPS * (2 if self.large else 1),  # as many registers as float32 takes
             "enable_fp_fusion": False,  # the kernels use fma explicitly where they need a single rounding
         }
 
@@ -327,11 +335,11 @@ def number(value: Tensor | float | None, like: Tensor) -> Tensor | None:
 def programs_per_multiprocessor(config: KernelConfig, hip: bool) -> int:
     """How many programs of one launch certainly run on a multiprocessor at once, so that they may wait for each other.
 
-    A multiprocessor has 65,536 registers. A program takes ``REGISTERS`` for each of its 256 threads (512 with
-    float64), or ``REGISTERS_ALONE`` with L2 decay, which needs more sums. The launch is also cooperative: the driver
+    A multiprocessor has 65,536 registers. A program takes ``REGISTERS`` for each of its 256 threads (512 if it is
+    ``large``), or ``REGISTERS_ALONE`` with L2 decay, which needs more sums. The launch is also cooperative: the driver
     refuses it if the programs do not fit. On an AMD GPU, where registers are not limited, the result is 1.
     """
-    return 1 if hip or config.double or config.l2 else 2
+    return 1 if hip or config.large or config.l2 else 2
 
 
 @functools.cache

@@ -17,17 +17,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sofim_fused import checks
+from sofim_fused import blockwise, checks
 from sofim_fused.backends import addresses
 from sofim_fused.checks import RESTS
 
-W, G, M, LOST, STEP, NUMEL, ORDINAL, KIND, GROUP, FIRST = range(10)
-COLUMNS = 10
+W, G, M, LOST, SCALES, STEP, NUMEL, ROW_SIZE, ORDINAL, KIND, GROUP, FIRST = range(12)
+COLUMNS = 12
 """Columns of ``rows``, int64 ``[n, COLUMNS]``: one row per tensor.
 
-``W``, ``G``, ``M``, ``LOST``, ``STEP``: addresses. The first four point to the same number of elements in the same
-memory order, without gaps. ``LOST`` is 0 where no lost bits are kept; all four are 0 for an empty tensor. ``STEP``
-points to the step count, an int64. ``NUMEL``: the number of elements; a complex element counts as two real ones.
+``W``, ``G``, ``M``, ``LOST``, ``SCALES``, ``STEP``: addresses. The first four point to the same number of elements in
+the same memory order, without gaps. ``LOST`` is 0 where no lost bits are kept. ``SCALES`` points to the scales of an m
+in 8 bits (:mod:`sofim_fused.blockwise`), without gaps, and is 0 for others. All five are 0 for an empty tensor.
+``STEP`` points to the step count, an int64. ``NUMEL``: the number of elements; a complex element counts as two real
+ones. ``ROW_SIZE``: of an m in 8 bits, the elements of a row, else 0; ``NUMEL`` then counts each row's last block as a
+whole one.
 ``ORDINAL``: the tensor's place among all parameters of the optimizer. ``KIND``: see :data:`UNALIGNED`. ``GROUP``: the
 row of ``hyper``.
 ``FIRST``: the tensor's first tile; it has ``max(1, ceil(numel / tile))`` tiles."""
@@ -48,12 +51,14 @@ order in which memory has a row's columns. ``BY_ELEMENT``: 1 if each element has
 index of dimension 0 follow each other in memory."""
 
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-WIDE, ROUNDS, KEEPS, UNALIGNED, ELEMENT, MASTER = 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 6, 1 << 7
+WIDE, ROUNDS, KEEPS, UNALIGNED, ELEMENT, MASTER, CODES, RAGGED = (1 << bit for bit in range(2, 10))
+KIND_BITS = 16  # in which kernels are told a kind
 """A tensor's kind, which says how it is stored: the dtype of w (:data:`TYPES`, two bits; complex numbers are stored as
 real ones), and one bit each for: a float32 gradient of a 16-bit w; a bfloat16 moment; lost bits are kept; some
 address among those of w, g, m, lost bits and the variances of elements is not a multiple of 16; each element has a
-variance; the lost bits are more bits of float32 weights (:mod:`sofim_fused.backends.master_bits`). Together with the
-bit for lost bits these are int16, without it int8."""
+variance; the lost bits are more bits of float32 weights (:mod:`sofim_fused.backends.master_bits`), which are int16
+together with the bit for lost bits, without it int8; the moment is in 8 bits; in 8 bits, and rows are no multiples of
+a block. ``UNALIGNED`` then also says that they are no multiples of 16 elements."""
 
 POINTERS, VALUES, LAYOUT = 1, 2, 4
 EVERYTHING = POINTERS | VALUES | LAYOUT
@@ -81,7 +86,8 @@ class PackedTensors:
         kinds: the distinct kinds, sorted.
         tiles: the number of tiles of all tensors.
         copies: the copies that replace tensors which are not laid out like their moment.
-        params, grads, exp_avgs, lost_bits, steps: the tensors; ``lost_bits`` only those that exist.
+        params, grads, exp_avgs, lost_bits, steps: the tensors; ``lost_bits`` only those that exist, and ``exp_avgs``
+            with the scales of those in 8 bits.
     """
 
     rows: Tensor
@@ -123,6 +129,7 @@ def lay_out(
     steps: Sequence[Tensor],
     ordinals: Sequence[int],
     tile: int,
+    scales: Sequence[Tensor | None] | None = None,
 ) -> PackedTensors:
     """Pack tensors of one device that were checked before; see :class:`sofim_fused.backends.StepTensors`.
 
@@ -134,6 +141,7 @@ def lay_out(
         steps: step counts.
         ordinals: places among all parameters of the optimizer.
         tile: elements per tile.
+        scales: those of moments in 8 bits, ``None`` for others; as a whole ``None``: there are none.
 
     Returns:
         Rows whose ``GROUP`` is the index of the tensor.
@@ -142,19 +150,30 @@ def lay_out(
     kept: list[Tensor] = []
     rows: list[list[int]] = []
     tiles = 0
-    for i, (w, g, m, lost) in enumerate(zip(params, grads, exp_avgs, lost_bits, strict=True)):
+    scales = [None] * len(params) if scales is None else scales
+    for i, (w, g, m, lost, its_scales) in enumerate(zip(params, grads, exp_avgs, lost_bits, scales, strict=True)):
         placed = _placed(w, g, m, lost, copies, kept)
-        numel = w.numel()
+        numel, row_size, at_scales = w.numel(), 0, 0
         kind = _kind(w, g, m, lost, placed)
-        rows.append([*placed, addresses.address(steps[i]), numel, ordinals[i], kind, i, tiles])
+        if its_scales is not None:
+            if not its_scales.is_contiguous():
+                copies.append(Copy(its_scales, its_scales.contiguous(), True))
+                at_scales = addresses.address(copies[-1].copy)
+            else:
+                at_scales = addresses.address(its_scales)
+            row_size = max(1, numel // max(1, len(w)))
+            numel = -(-row_size // blockwise.BLOCK) * blockwise.BLOCK * len(w) if numel else 0
+            kind |= CODES | (RAGGED if row_size % blockwise.BLOCK else 0) | (UNALIGNED if row_size & 15 else 0)
+        rows.append([*placed, at_scales, addresses.address(steps[i]), numel, row_size, ordinals[i], kind, i, tiles])
         tiles += max(1, -(-numel // tile))
     flat = array("q", chain.from_iterable(rows))
     # torch.tensor would take several times as long; torch.frombuffer refuses an empty buffer.
     packed = torch.frombuffer(flat, dtype=torch.int64) if rows else torch.empty(0, dtype=torch.int64, device="cpu")
     present = [lost for lost in lost_bits if lost is not None]
+    moments = [*exp_avgs, *(its_scales for its_scales in scales if its_scales is not None)]
     kinds = sorted({row[KIND] for row in rows})
     packed = packed.view(len(rows), COLUMNS)
-    return PackedTensors(packed, kinds, tiles, copies, params, [*grads, *kept], exp_avgs, present, steps)
+    return PackedTensors(packed, kinds, tiles, copies, params, [*grads, *kept], moments, present, steps)
 
 
 def readable(value: Any) -> bool:
@@ -192,13 +211,14 @@ def _placed(
     Copies that are needed are added to ``copies`` if the pass writes them, and to ``kept`` if it only reads them.
     """
     address = addresses.address
+    codes = m.dtype == blockwise.DTYPE
     if m.is_contiguous():
         flat = w.is_contiguous() and g.is_contiguous() and (lost is None or lost.is_contiguous())
     else:
-        flat = dense(m) and all(in_order(x, m.stride()) for x in (w, g, lost) if x is not None)
+        flat = not codes and dense(m) and all(in_order(x, m.stride()) for x in (w, g, lost) if x is not None)
     if flat and not (w.is_neg() or g.is_neg() or m.is_neg()):
         return address(w), address(g), address(m), 0 if lost is None else address(lost)
-    order = m.stride() if dense(m) else contiguous(m.shape)
+    order = order_of(m)
 
     def copy_of(x: Tensor) -> Tensor:
         return torch.empty_strided(x.shape, order, dtype=x.dtype, device=x.device).copy_(x.detach())
@@ -218,6 +238,11 @@ def _placed(
         return at_w, address(g), at_m, at_lost
     kept.append(copy_of(g))
     return at_w, address(kept[-1]), at_m, at_lost
+
+
+def order_of(m: Tensor) -> Sequence[int]:
+    """The strides that tensors have whose moment is ``m``, or their copies. Blocks of codes need contiguous ones."""
+    return m.stride() if dense(m) and m.dtype != blockwise.DTYPE else contiguous(m.shape)
 
 
 def in_order(x: Tensor, strides: Sequence[int]) -> bool:

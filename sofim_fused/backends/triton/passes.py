@@ -51,7 +51,7 @@ class TritonPasses(TritonAdaptive):
     """
 
     name = "triton"
-    blockwise = False
+    blockwise = True
 
     def __init__(self, kernels: ModuleType, emulated: bool = False) -> None:
         super().__init__()
@@ -214,6 +214,7 @@ class TritonPasses(TritonAdaptive):
             tensors.steps,
             tensors.ordinals,
             self._kernels.TILE,
+            tensors.exp_avg_scales,
         )
         n = len(tensors)
         hyper = torch.zeros(n, pack.HYPERS, dtype=torch.float64, device="cpu")

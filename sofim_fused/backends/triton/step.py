@@ -226,7 +226,7 @@ class TritonStep:
 
     def _launch(self, workspace: Workspace, config: KernelConfig) -> None:
         single = workspace.tiles <= SINGLE_UP_TO if triton.SINGLE_LAUNCH is None else triton.SINGLE_LAUNCH
-        if single and self._cooperates:
+        if single and self._cooperates and not config.takes_two:
             try:
                 launch.launch_single(self._kernels, workspace, config, self._programs(workspace.device, config))
             except RuntimeError as error:
