@@ -64,12 +64,12 @@ class KernelConfig:
         """Whether the update has a term in the gradient, for which products with it are summed."""
         return checks.reads_gradient(checks.NUMERATORS[self.numerator])
 
-    @property
+    @functools.cached_property
     def large(self) -> bool:
         """Whether programs have twice as many threads: for float64, and for moments in 8 bits that are not aligned."""
         return any(kind & 3 == _FLOAT64 or kind & _UNALIGNED_CODES == _UNALIGNED_CODES for kind in self.kinds)
 
-    @property
+    @functools.cached_property
     def takes_two(self) -> bool:
         """Whether a whole step takes two launches, as with moments in 8 bits that are not aligned: one would spill."""
         return any(kind & _UNALIGNED_CODES == _UNALIGNED_CODES for kind in self.kinds)
