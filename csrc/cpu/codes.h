@@ -140,71 +140,109 @@ class Blocks {
 
   // Encodes the moments, which are changed to what is stored if `as_stored`.
   void encode(const Coded& to, float* moments, bool as_stored) const {
-    encode(to, moments, as_stored, block_scale, [](const Floats& x, const Scaling& by, const Words& places) SOFIM_INLINE {
-      return code_of((x * by.lift) * by.inverse, random_bits(places, Words(0u)));
+    each(end_, [&](int64_t at, int64_t size, int64_t number) SOFIM_INLINE {
+      const Target<1> target{{to.codes + at}, {moments + (at - begin_)}};
+      const BlockScale scale[] = {block_scale(largest_of(target.values[0], size))};
+      to.scales[number] = scale[0].scale;
+      encode(target, scale, at, size, as_stored, [](const auto& x, const auto& by, const Words& places, auto store)
+                                                     SOFIM_INLINE {
+        store(0, moment_code(x(0), by[0], random_bits(places, Words(0u))));
+      });
     });
   }
 
-  // Encodes roots of second moments, likewise.
-  void encode_roots(const Coded& to, float* roots, bool as_stored) const {
-    encode(to, roots, as_stored, root_scale, [](const Floats& x, const Scaling& by, const Words& places) SOFIM_INLINE {
-      return code_of_root(x, by.inverse, other_random_bits(places, Words(0u)));
+  // Encodes moments and roots of second moments, likewise: both are rounded by one hash.
+  void encode(const Coded& to, float* moments, const Coded& roots_to, float* roots, bool as_stored) const {
+    each(end_, [&](int64_t at, int64_t size, int64_t number) SOFIM_INLINE {
+      const Target<2> target{{to.codes + at, roots_to.codes + at}, {moments + (at - begin_), roots + (at - begin_)}};
+      const BlockScale scales[] = {block_scale(largest_of(target.values[0], size)),
+                                   root_scale(largest_of(target.values[1], size))};
+      to.scales[number] = scales[0].scale;
+      roots_to.scales[number] = scales[1].scale;
+      encode(target, scales, at, size, as_stored, [](const auto& x, const auto& by, const Words& places, auto store)
+                                                      SOFIM_INLINE {
+        const Words hash = mixed(places);
+        store(0, moment_code(x(0), by[0], hash >> 16));
+        store(1, code_of_root(x(1), by[1].inverse, hash & 0xFFFFu));
+      });
     });
   }
 
  private:
+  // Where the codes of a block go, and its numbers, of one tensor or two.
+  template <int n>
+  struct Target {
+    uint8_t* codes[n];
+    float* values[n];
+  };
   struct Scaling {
-    Floats lift, inverse;
+    Floats lift, inverse, scale;
   };
 
-  // `scale_of`: the scale of a block; `code_of`: the codes of sixteen elements.
-  template <class ScaleOf, class CodeOf>
-  SOFIM_HD void encode(const Coded& to, float* values, bool as_stored, ScaleOf scale_of, CodeOf code_of) const {
-    uint8_t* const codes = to.codes;
-    each(end_, [&](int64_t at, int64_t size, int64_t number) SOFIM_INLINE {
-      float* const from = values + (at - begin_);
-      const int64_t whole = size / kLanes * kLanes;
-      Words largest(0u);
-      for (int64_t i = 0; i < whole; i += kLanes) largest = larger(largest, bits_of(load(from + i)) & 0x7FFFFFFFu);
+  static SOFIM_HD Words moment_code(const Floats& x, const Scaling& by, const Words& random) {
+    return code_of((x * by.lift) * by.inverse, random);
+  }
+
+  // The bits of the largest magnitude.
+  static SOFIM_HD uint32_t largest_of(const float* values, int64_t size) {
+    const int64_t whole = size / kLanes * kLanes;
+    Words largest(0u);
+    for (int64_t i = 0; i < whole; i += kLanes) largest = larger(largest, bits_of(load(values + i)) & 0x7FFFFFFFu);
+    if (whole < size) {
       float few[kLanes] = {};
-      if (whole < size) {
-        memcpy(few, from + whole, static_cast<size_t>(size - whole) * sizeof *few);
-        largest = larger(largest, bits_of(load(few)) & 0x7FFFFFFFu);
+      memcpy(few, values + whole, static_cast<size_t>(size - whole) * sizeof *few);
+      largest = larger(largest, bits_of(load(few)) & 0x7FFFFFFFu);
+    }
+    return largest_lane(largest);
+  }
+
+  // The codes of one block: calls `code` with a function that has sixteen numbers, with scales, the places of random bits,
+  // and a function that takes codes; the argument of both functions says of which target.
+  template <int n, class Code>
+  SOFIM_HD void encode(const Target<n>& to, const BlockScale (&scales)[n], int64_t at, int64_t size, bool as_stored,
+                       Code code) const {
+    Scaling by[n];
+    for (int k = 0; k < n; ++k) by[k] = {Floats(scales[k].lift), Floats(scales[k].inverse), Floats(scales[k].scale)};
+    const int64_t whole = size / kLanes * kLanes;
+    // All have one key, unless this is the one block that goes across a multiple of 2^32. Two loops: a call in the first
+    // would leave no registers for its constants.
+    const auto store_all = [&](auto place_of) SOFIM_INLINE {
+      for (int64_t i = 0; i < whole; i += kLanes) {
+        code([&](int k) SOFIM_INLINE { return load(to.values[k] + i); }, by, place_of(i),
+             [&](int k, const Words& codes) SOFIM_INLINE {
+               store_bytes(to.codes[k] + i, codes);
+               if (as_stored) (load_codes(to.codes[k] + i) * by[k].scale).store(to.values[k] + i);
+             });
       }
-      const BlockScale block = scale_of(largest_lane(largest));
-      to.scales[number] = block.scale;
-      const Scaling by{Floats(block.lift), Floats(block.inverse)};
-      const Floats factor(block.scale);
-      if (!block.finite) {
-        memset(codes + at, 0, static_cast<size_t>(size));
-        if (as_stored) std::fill_n(from, size, block.scale);
-        return;
-      }
-      // All have one key, unless this is the one block that goes across a multiple of 2^32. Two loops: a call in the first
-      // would leave no registers for its constants.
-      const auto store_all = [&](auto place_of) SOFIM_INLINE {
-        for (int64_t i = 0; i < whole; i += kLanes) {
-          store_bytes(codes + at + i, code_of(load(from + i), by, place_of(i)));
-          if (as_stored) (load_codes(codes + at + i) * factor).store(from + i);
-        }
-        if (whole == size) return;
-        uint8_t of_few[kLanes];
-        store_bytes(of_few, code_of(load(few), by, place_of(whole)));
-        memcpy(codes + at + whole, of_few, static_cast<size_t>(size - whole));
-        if (!as_stored) return;
-        (load_codes(of_few) * factor).store(few);
-        memcpy(from + whole, few, static_cast<size_t>(size - whole) * sizeof *few);
-      };
-      if (((at ^ (at + size - 1)) >> 32) != 0) {
-        return store_all([&](int64_t i) { return places_from(r_.key, at + i); });
-      }
+      if (whole == size) return;
+      const size_t rest = static_cast<size_t>(size - whole);
+      float few[n][kLanes] = {};
+      for (int k = 0; k < n; ++k) memcpy(few[k], to.values[k] + whole, rest * sizeof(float));
+      code([&](int k) SOFIM_INLINE { return load(few[k]); }, by, place_of(whole),
+           [&](int k, const Words& codes) SOFIM_INLINE {
+             uint8_t of_few[kLanes];
+             store_bytes(of_few, codes);
+             memcpy(to.codes[k] + whole, of_few, rest);
+             if (!as_stored) return;
+             (load_codes(of_few) * by[k].scale).store(few[k]);
+             memcpy(to.values[k] + whole, few[k], rest * sizeof(float));
+           });
+    };
+    if (((at ^ (at + size - 1)) >> 32) != 0) {
+      store_all([&](int64_t i) { return places_from(r_.key, at + i); });
+    } else {
       Words places = keyed_places(stretch_key(r_.key, at), at);
       store_all([&](int64_t) SOFIM_INLINE {
         const Words here = places;
         places = places + kLanes * kWeyl;
         return here;
       });
-    });
+    }
+    for (int k = 0; k < n; ++k) {
+      if (scales[k].finite) continue;
+      memset(to.codes[k], 0, static_cast<size_t>(size));
+      if (as_stored) std::fill_n(to.values[k], size, scales[k].scale);
+    }
   }
 
   // Over elements of a row, to the next one at its end.
@@ -272,8 +310,7 @@ void over_codes(const Row& r, const Mode& mode, int64_t begin, int64_t size, dou
     decoded.first = blocks.begin();
     double more[kSums] = {};  // in dots, that of mw may not be written
     run(static_cast<const Row&>(decoded), mode, blocks.begin(), blocks.size(), more, [&](bool as_stored) {
-      blocks.encode(first, moments, as_stored);
-      if (both) blocks.encode_roots(second, roots, as_stored);
+      both ? blocks.encode(first, moments, second, roots, as_stored) : blocks.encode(first, moments, as_stored);
     });
     for (int i = 0; i < count; ++i) sums[i] += more[i];
   }
