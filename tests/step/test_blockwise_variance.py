@@ -168,6 +168,23 @@ def test_native_codes_are_those_of_the_definition(
 
 
 @once
+@pytest.mark.parametrize("options", [ELEMENT, RANK_ONE], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_skipping_a_nan_spoils_its_block_and_no_other(backend: str, options: dict[str, Any]) -> None:
+    optimizer, params = trained(fisher="parameter", backend=backend, **options)
+    grads = gradients(params, 1)[0]
+    assert grads[1] is not None
+    grads[1][3, 128] = math.nan  # in the last block of a row, which is shorter
+    give(params, grads)
+    optimizer.step()
+    for p, expected in zip(params, (0, 2, 0, 0, 0), strict=True):
+        found = variances_of(optimizer, p)["variance"]
+        assert int(found.isnan().sum()) == expected
+        assert bool((found[~found.isnan()] > 0).all())
+    assert bool(variances_of(optimizer, params[1])["variance"][3, 128:].isnan().all())
+
+
+@once
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_that_overflow_leave_means_that_decay(backend: str) -> None:
     p = nn.Parameter(torch.zeros(32, 128))
