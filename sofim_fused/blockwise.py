@@ -36,7 +36,7 @@ are scales, but that their exponents are at least -65:
 - Above the least code, what is stored has the mean v, not √v: of two neighbouring codes that stand for a ≤ √v < b, the
   upper one has the probability (v - a²)/(b² - a²). For it is v that enters the next mean, β₂v + (1 - β₂)g². Rounded to
   nearest, v would stand still, because with β₂ = 0.999 a step changes it by less than half of the distance of codes;
-  and if the mean were √v, each step would add the variance of its root to v: 3 to 4 % in the end, whatever β₂ is.
+  and if the mean were √v, each step would add the variance of its root to v: 3 to 5 % in the end, whatever β₂ is.
 
 With x = r/scale, its code's number a, the distance q to the next one, and 16 bits u of
 :func:`sofim_fused.backends.rounding.other_random_bits`, none of which round m, the upper one is taken if
