@@ -490,7 +490,10 @@ class SOFIM(Optimizer):
         """The name of the backend that is used for each device on which a parameter lies."""
         devices = {param.device for group in self.param_groups for param in group["params"]}
         codes = self._codes_by_device()
-        return {device: self._plan.passes_for(device, *codes[device]).name for device in sorted(devices, key=str)}
+        return {
+            device: self._plan.passes_for(device, *codes.get(device, (False, False))).name
+            for device in sorted(devices, key=str)
+        }
 
     def _codes_by_device(self) -> dict[torch.device, tuple[bool, bool]]:
         """Whether any first moment on a device, and any second one, is in 8 bits: the backend has to take these."""
@@ -498,8 +501,8 @@ class SOFIM(Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 first, second = gather.codes_of(param, group)
-                known = found.get(param.device, (False, False))
-                found[param.device] = known[0] or first, known[1] or second
+                if first:  # else it may be anything, which is refused later
+                    found[param.device] = True, second or found.get(param.device, (True, False))[1]
         return found
 
     @property

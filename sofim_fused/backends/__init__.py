@@ -129,10 +129,10 @@ def choose(backend: str, device: torch.device, blockwise: bool = False, blockwis
     passes, reasons = best(backend, device, blockwise, blockwise_variance)
     if passes is not None:
         if backend == "auto" and passes.name == "reference" and not torch.compiler.is_compiling():
-            if _NO_CODES in reasons.values():
-                _warn_of_codes(device, _CODES)
-            elif _NO_SECOND_CODES in reasons.values():
+            if _NO_SECOND_CODES in reasons.values():
                 _warn_of_codes(device, _SECOND_CODES)
+            elif _NO_CODES in reasons.values():
+                _warn_of_codes(device, _CODES)
             else:
                 _warn(device, reasons)
         return passes

@@ -163,8 +163,9 @@ def test_native_codes_are_those_of_the_definition(
                 known = optimizer.state[p]
                 assert torch.equal(known["variance"].view(torch.uint8), codes.view(torch.uint8)), (size, backend)
                 assert torch.equal(known["variance_scale"], scale), (size, backend)
-            state.append(optimizer)
-        assert set(state[1].backends.values()) == {"cpu"}
+            assert set(optimizer.backends.values()) == {backend}
+            state.append((known["exp_avg"].view(torch.uint8), known["exp_avg_scale"]))
+        assert all(torch.equal(a, b) for a, b in zip(*state, strict=True)), size
 
 
 @once
