@@ -144,7 +144,8 @@ class Run:
 
 
 @lru_cache(2)
-def _data(task: str) -> Data:
+def data_of(task: str) -> Data:
+    """The examples of a task that runs take."""
     data = TASKS[task].data(None, None)
     count = min(EXAMPLES, len(data.train.targets))
     return data._replace(
@@ -155,14 +156,14 @@ def _data(task: str) -> Data:
 def train(name: str, optimizer: str, code: Code | None, seed: int, steps: int, block: int = 128) -> Trained:
     """Train one of :data:`CASES` by one of :data:`OPTIMIZERS`; ``code``: of the moments, ``None``: float32."""
     case, (options, rates) = CASES[name], OPTIMIZERS[optimizer]
-    data = _data(case.task)
+    data = data_of(case.task)
     torch.manual_seed(seed)
     model = case.model(data)
     made = SOFIM(model.parameters(), lr=rates[list(CASES).index(name)], **options)
     noise = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     held_out: list[float] = []
-    for count, indices in enumerate(_batches(seed, len(data.train.targets), case.batch, steps), start=1):
+    for count, indices in enumerate(batches(seed, len(data.train.targets), case.batch, steps), start=1):
         model.train()
         made.zero_grad()
         loss = loss_of(model, data.train.at(indices))
@@ -177,7 +178,8 @@ def train(name: str, optimizer: str, code: Code | None, seed: int, steps: int, b
     return Trained(mean(losses[-LAST:]), mean(held_out), made)
 
 
-def _batches(seed: int, count: int, size: int, steps: int) -> Iterator[Tensor]:
+def batches(seed: int, count: int, size: int, steps: int) -> Iterator[Tensor]:
+    """The indices of each step's examples."""
     per_epoch = count // size
     for epoch in range(1, math.ceil(steps / per_epoch) + 1):
         yield from batch_order(seed, epoch, count).split(size)[: min(per_epoch, steps - (epoch - 1) * per_epoch)]

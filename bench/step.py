@@ -176,6 +176,7 @@ ADAPTIVE = {
     "SOFIM, factored, 8-bit moment": adaptive(18, state_dtype=F8),
     "SOFIM, row": adaptive(24, diagonal="row"),
     "SOFIM, element": adaptive(28, diagonal="element"),
+    "SOFIM, element, 8-bit moments": adaptive(16, diagonal="element", state_dtype=F8),
     "AdamW fused": Recipe(AdamW, {"lr": 1e-4, "betas": (0.9, 0.99), "fused": True}, 28),
     "Adafactor": Recipe(Adafactor, {"lr": 1e-4}, None),
 }

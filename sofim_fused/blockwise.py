@@ -1,4 +1,4 @@
-"""First moments in 8 bits: how a tensor becomes codes with one scale per block, and back, the same in every backend.
+"""Moments in 8 bits: how a tensor becomes codes with one scale per block, and back, the same in every backend.
 
 A tensor of shape (r, ...) has r rows, of numel/r elements in the order of a contiguous tensor. A row is divided into
 blocks of 128 elements; the last one of a row may be shorter. A block is stored as a float32 scale, and for each element
@@ -23,11 +23,32 @@ Rounding is to nearest (ties to even, as ``Tensor.to(torch.float8_e4m3fn)``), or
     x < 2^-6:  code = ((bits of (x + 2^-6) + 16·u) >> 20) - 968
 
 The probability of rounding up in magnitude is the part that is cut off, in units of the last bit that is kept.
+
+Second moments v, the running means of g² of a diagonal with a number for each element, are stored as their roots:
+r = √v in float32 becomes codes, and v is r², at most float32's largest number. Blocks and codes are those above, and so
+are scales, but that their exponents are at least -65:
+
+- v = 0 has the code 0, and no other v has. One that would get it gets the code 1, so that no gradient is divided by eps
+  alone because others in its block are larger. So v is stored too large, by any factor, where √v is less than 2^-9 of
+  the scale, 2^-16.8 to 2^-17.8 of the block's largest root; steps of such elements are smaller than they would be. As
+  the exponent is at least -65, the square of the code 1 is a number that float32 has.
+- A NaN makes its block NaN. No v is infinite, as steps limit it to float32's largest number.
+- Above the least code, what is stored has the mean v, not √v: of two neighbouring codes that stand for a ≤ √v < b, the
+  upper one has the probability (v - a²)/(b² - a²). For it is v that enters the next mean, β₂v + (1 - β₂)g². Rounded to
+  nearest, v would stand still, because with β₂ = 0.999 a step changes it by less than half of the distance of codes;
+  and if the mean were √v, each step would add the variance of its root to v: 3 to 5 % in the end, whatever β₂ is.
+
+With x = r/scale, its code's number a, the distance q to the next one, and 16 bits u of
+:func:`sofim_fused.backends.rounding.other_random_bits`, none of which round m, the upper one is taken if
+
+    (x - a)·(x + a) > q·(2a + q)·(u + 1/2)/2^16
+
+in float32, where only x + a and the product of the left side are rounded. To nearest, 2^15 takes the place of u + 1/2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +62,7 @@ SMALLEST = 4096
 
 LARGEST_CODE = 448.0
 _SMALLEST_SCALE, _LARGEST_SCALE = -140, 119  # the exponents
+_SMALLEST_ROOT_SCALE = -65  # with the least code 2^-74, whose square is 2^-148
 _NORMAL = 2.0**-6  # from here on a code has 3 bits behind its first
 _LIFT = 64  # blocks of numbers near float32's least are multiplied by 2 to this power first
 _LIFTED_BELOW = 2.0**-60
@@ -76,6 +98,27 @@ def encode(value: Tensor, bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
         The codes, ``torch.float8_e4m3fn``, contiguous, of ``value``'s shape; and the scales, float32, of
         :func:`scale_shape`.
     """
+    return _stored(value, bits, _encoded)
+
+
+def encode_squares(value: Tensor, bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Store running means of squares in 8 bits, as their roots.
+
+    Args:
+        value: float32, not negative, of at least two dimensions, in any order in memory.
+        bits: as in :func:`encode`; ``None``: codes are rounded to nearest.
+
+    Returns:
+        As :func:`encode`: codes, and scales, of the roots.
+    """
+    return _stored(value.sqrt(), bits, _encoded_roots)
+
+
+_Encode = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def _stored(value: Tensor, bits: Tensor | None, encoded: _Encode) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a tensor; ``encoded`` is called with parts of it and of the bits, divided into blocks."""
     rows, blocks = scale_shape(value.shape)
     if not value.numel():
         empty = torch.empty(value.shape, dtype=DTYPE, device=value.device)
@@ -89,7 +132,7 @@ def encode(value: Tensor, bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
     for begin, end, size in ((0, whole, BLOCK), (whole, flat.shape[1], flat.shape[1] - whole)):
         if begin < end:
             its_bits = None if flat_bits is None else flat_bits[:, begin:end].reshape(rows, -1, size)
-            parts.append(_encoded(flat[:, begin:end].reshape(rows, -1, size), its_bits))
+            parts.append(encoded(flat[:, begin:end].reshape(rows, -1, size), its_bits))
     codes = torch.cat([part.view(rows, -1) for part, _ in parts], 1)
     return codes.view(DTYPE).view(value.shape), torch.cat([scale for _, scale in parts], 1)
 
@@ -99,14 +142,37 @@ def _encoded(blocked: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
     largest = blocked.abs().amax(-1)  # NaN if any is
     lifted = (largest < _LIFTED_BELOW).to(torch.int32) * _LIFT
     lift = power_of_two(lifted)
-    # The exponent of the largest; 1 more if its fraction is above that of 448 = 1.75·2^8.
-    exponent = ((largest * lift).view(torch.int32) + 0x1FFFFF >> 23) - 127 - lifted
-    exponent = (exponent - 8).clamp(_SMALLEST_SCALE, _LARGEST_SCALE)
+    exponent = _exponent(largest * lift) - lifted
+    exponent = exponent.clamp(_SMALLEST_SCALE, _LARGEST_SCALE)
     finite = torch.isfinite(largest)
     scale = torch.where(largest == 0, 0.0, torch.where(finite, power_of_two(exponent), torch.nan))
     inverse = power_of_two(-exponent - lifted)
     x = (blocked * lift.unsqueeze(-1)).mul_(inverse.unsqueeze(-1))
     return torch.where(finite.unsqueeze(-1), _rounded(x, bits), 0).to(torch.uint8), scale
+
+
+def _encoded_roots(blocked: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same of roots."""
+    largest = blocked.amax(-1)
+    exponent = _exponent(largest).clamp(_SMALLEST_ROOT_SCALE, _LARGEST_SCALE)
+    finite = torch.isfinite(largest)
+    scale = torch.where(largest == 0, 0.0, torch.where(finite, power_of_two(exponent), torch.nan))
+    x = blocked * power_of_two(-exponent).unsqueeze(-1)
+    shift = torch.where(x < _NORMAL, _NORMAL, 0.0)  # below, numbers have the distance that they have above
+    below = (x + shift).view(torch.int32) & -(1 << 20)
+    a = below.view(torch.float32) - shift
+    q = ((below & 0x7F800000) - (3 << 23)).view(torch.float32)
+    chance = 2.0**-1 if bits is None else (bits.to(torch.float32) + 0.5) * 2.0**-16
+    up = (x - a) * (x + a) > q * (2 * a + q) * chance
+    codes = (below >> 20) - torch.where(x < _NORMAL, 968, 960) + up.to(torch.int32)
+    codes = codes.clamp(max=0x7E).maximum((blocked > 0).to(torch.int32))
+    return torch.where(finite.unsqueeze(-1), codes, 0).to(torch.uint8), scale
+
+
+def _exponent(largest: Tensor) -> Tensor:
+    """The exponent of the least power of two by which a number is at most 448, int32."""
+    # The exponent of the number; 1 more if its fraction is above that of 448 = 1.75·2^8.
+    return ((largest.view(torch.int32) + 0x1FFFFF) >> 23) - 127 - 8
 
 
 def decode(codes: Tensor, scale: Tensor) -> Tensor:
@@ -123,6 +189,11 @@ def decode(codes: Tensor, scale: Tensor) -> Tensor:
         if last.numel()
         else first.view(codes.shape)
     )
+
+
+def decode_squares(codes: Tensor, scale: Tensor) -> Tensor:
+    """The running means of squares whose roots were stored; otherwise as :func:`decode`."""
+    return decode(codes, scale).square_().clamp_(max=torch.finfo(torch.float32).max)
 
 
 def power_of_two(exponent: Tensor) -> Tensor:

@@ -70,6 +70,7 @@ STATE = (
     "step",
     *LOST_BITS,
     *VARIANCES,
+    "variance_scale",
 )  # what SOFIM keeps for a parameter; other entries are a user's own
 CONSTRUCTOR_ONLY = (
     "backend",
@@ -647,33 +648,37 @@ def state_of_parameter(
         )
 
 
-def moment_scale(param: Any, known: Mapping[str, Any], ordinal: int, placements: tuple[Any, ...] | None) -> None:
-    """Check the scales of a parameter's moment, which is stored in 8 bits.
+def scales_of(
+    name: str, param: Any, known: Mapping[str, Any], ordinal: int, placements: tuple[Any, ...] | None
+) -> None:
+    """Check the scales of an entry of a parameter's state, which is stored in 8 bits.
 
     Args:
+        name: ``"exp_avg"`` or ``"variance"``.
         param: the owner of the state.
         known: its state.
         ordinal: the parameter's place among all.
         placements: that the scales of a ``DTensor`` need; ``None``: the parameter is a plain tensor.
     """
-    if "exp_avg_scale" not in known:
+    scale = f"{name}_scale"
+    if scale not in known:
         raise ValueError(
-            f"{_state(param, ordinal)} has exp_avg in 8 bits and lacks exp_avg_scale: put it back, or delete the "
+            f"{_state(param, ordinal)} has {name} in 8 bits and lacks {scale}: put it back, or delete the "
             "parameter's state to start it anew"
         )
-    value, shape = known["exp_avg_scale"], blockwise.scale_shape(param.shape)
-    _state_tensor(param, ordinal, "exp_avg_scale", value)
+    value, shape = known[scale], blockwise.scale_shape(param.shape)
+    _state_tensor(param, ordinal, scale, value)
     if value.dtype != torch.float32 or tuple(value.shape) != shape or value.device != param.device:
         raise ValueError(
-            f"{_state(param, ordinal)}: exp_avg_scale is {described(value)}, expected shape {shape}, float32, "
+            f"{_state(param, ordinal)}: {scale} is {described(value)}, expected shape {shape}, float32, "
             f"{param.device}: {_REPLACE}"
         )
     if _may_overlap(value):
-        raise _sharing(value, f"{_state(param, ordinal)}: exp_avg_scale", _REPLACE)
+        raise _sharing(value, f"{_state(param, ordinal)}: {scale}", _REPLACE)
     if placements is not None:
-        placed(param, value, placements, ordinal, "exp_avg_scale")
+        placed(param, value, placements, ordinal, scale)
     elif is_sharded(value):
-        raise other_mesh(param, value, f"{_state(param, ordinal)}: exp_avg_scale", _SPREAD)
+        raise other_mesh(param, value, f"{_state(param, ordinal)}: {scale}", _SPREAD)
 
 
 def variances(
@@ -708,9 +713,10 @@ def variances(
         value = known[name]
         _state_tensor(param, ordinal, name, value)
         if value.dtype != dtype or tuple(value.shape) != shape or value.device != param.device:
+            casts = tuple(value.shape) == shape and blockwise.DTYPE in (value.dtype, dtype)
             raise ValueError(
                 f"{_state(param, ordinal)}: {name} is {described(value)}, expected shape {shape}, {short(dtype)}, "
-                f"{param.device} for diagonal={diagonal!r}: {_REPLACE}"
+                f"{param.device} for diagonal={diagonal!r}: {_RECAST if casts else _REPLACE}"
             )
         if _may_overlap(value):
             raise _sharing(value, f"{_state(param, ordinal)}: {name}", _REPLACE)
@@ -738,6 +744,7 @@ _MOVED = (
     "moved or cast, or its group's state_dtype changed; optimizer.load_state_dict(optimizer.state_dict()) moves and "
     "casts the state to match"
 )
+_RECAST = "optimizer.load_state_dict(optimizer.state_dict()) casts it to match"
 _RESIZED = (
     "resized, or made complex or real, or its state was replaced: delete the parameter's state to start it anew "
     "(del optimizer.state[param])"

@@ -233,19 +233,22 @@ def _saved_state(known: Any, param: Tensor, key: Any, values: Mapping[str, Any],
             f"{other}: make it with kahan={values['kahan']!r} and master_weight_bits={values['master_weight_bits']!r}, "
             "as the one that was saved"
         )
-    _saved_codes(entries, param, where)
+    for name in ("exp_avg", "variance") if "variance" in shapes else ("exp_avg",):
+        _saved_codes(name, entries, param, where)
     for name, value in entries.items():
         if name in VARIANCES and name not in shapes:
             continue  # of another diagonal: it is not restored
-        if name == "exp_avg_scale" and not _in_codes(entries):
-            continue  # a moment that is not in 8 bits has none: it is not restored
+        if name.endswith("_scale") and not _in_codes(entries, name.removesuffix("_scale")):
+            continue  # what is not in 8 bits has none: it is not restored
+        if name == "variance_scale" and "variance" not in shapes:
+            continue
         if name == "step" and isinstance(value, Real) and not isinstance(value, bool):
             continue  # other optimizers and converted checkpoints have such counts
         if not isinstance(value, Tensor):
             raise TypeError(f"{where}: {name} is of type {type(value).__name__}, not a tensor: it is damaged")
         _readable(value, param, f"{where}: {name}")
         shape = () if name == "step" else shapes.get(name, tuple(param.shape))
-        if name == "exp_avg_scale":
+        if name.endswith("_scale"):
             shape = blockwise.scale_shape(param.shape)
         if tuple(value.shape) != shape:
             raise ValueError(
@@ -253,18 +256,19 @@ def _saved_state(known: Any, param: Tensor, key: Any, values: Mapping[str, Any],
                 + (f", or with another diagonal than {diagonal!r}" if name in VARIANCES else "")
             )
         dtypes = (*RESTS.values(), SENT_AS) if name == "master_bits" else DTYPES
-        known_dtype = value.dtype in dtypes or name == "step" or (name == "exp_avg" and _in_codes(entries))
+        known_dtype = value.dtype in dtypes or name == "step"
+        known_dtype |= name in ("exp_avg", "variance") and value.dtype == blockwise.DTYPE
         if value.layout != torch.strided or not known_dtype:
             raise ValueError(f"{where}: {name} is {short(value.dtype)}, {value.layout}: the state dict is damaged")
-        complex_here = param.is_complex() and name not in (*VARIANCES, "exp_avg_scale", "master_bits")
+        complex_here = param.is_complex() and name not in (*VARIANCES, "master_bits") and not name.endswith("_scale")
         if name != "step" and value.is_complex() != complex_here:
             raise ValueError(f"{where}: {name} is {short(value.dtype)}: it was saved for another model")
         if name != "step" and not on_one_mesh(param, value):
             way = "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict(), which spreads it"
             raise other_mesh(param, value, f"{where}: {name}", way)
-        if name in VARIANCES and not value.is_meta and bool((local(value.detach()) < 0).any()):
+        if name in VARIANCES and not value.is_meta and _has_negative(local(value.detach())):
             raise ValueError(f"{where}: {name} has negative elements, which no mean of squares has: it is damaged")
-        if name == "exp_avg_scale" and not value.is_meta and bool((local(value.detach()) < 0).any()):
+        if name.endswith("_scale") and not value.is_meta and _has_negative(local(value.detach())):
             raise ValueError(f"{where}: {name} has negative elements, which no scale is: it is damaged")
     step = entries["step"]
     if not (isinstance(step, Tensor) and step.is_meta):
@@ -273,22 +277,28 @@ def _saved_state(known: Any, param: Tensor, key: Any, values: Mapping[str, Any],
             raise ValueError(f"{where}: step is {count!r}, expected a count of updates: the state dict is damaged")
 
 
-def _in_codes(entries: Mapping[str, Any]) -> bool:
-    """Whether a saved moment is in 8 bits."""
-    return isinstance(entries["exp_avg"], Tensor) and entries["exp_avg"].dtype == blockwise.DTYPE
+def _in_codes(entries: Mapping[str, Any], name: str) -> bool:
+    """Whether a saved entry is in 8 bits."""
+    return isinstance(entries.get(name), Tensor) and entries[name].dtype == blockwise.DTYPE
 
 
-def _saved_codes(entries: Mapping[str, Any], param: Tensor, where: str) -> None:
-    """Check that a saved moment in 8 bits has scales, and is of a parameter whose moment may be in 8 bits."""
-    if not _in_codes(entries):
+def _saved_codes(name: str, entries: Mapping[str, Any], param: Tensor, where: str) -> None:
+    """Check that a saved entry in 8 bits has scales, and is of a parameter of which it may be in 8 bits."""
+    if not _in_codes(entries, name):
         return
-    if not blockwise.suits(param.shape):
+    if not blockwise.suits(param.shape) or param.is_complex():
+        what = "moment" if name == "exp_avg" else "second moment"
         raise ValueError(
-            f"{where}: exp_avg is {short(blockwise.DTYPE)}, in which no parameter of this shape keeps its moment: it "
+            f"{where}: {name} is {short(blockwise.DTYPE)}, in which no parameter of this shape keeps its {what}: it "
             "was saved for another model, or is damaged"
         )
-    if "exp_avg_scale" not in entries:
-        raise ValueError(f"{where} has exp_avg in 8 bits and lacks exp_avg_scale: it is damaged")
+    if f"{name}_scale" not in entries:
+        raise ValueError(f"{where} has {name} in 8 bits and lacks {name}_scale: it is damaged")
+
+
+def _has_negative(x: Tensor) -> bool:
+    """Whether any number is below zero; a code of -0 counts."""
+    return bool((x.contiguous().view(torch.int8) if x.dtype == blockwise.DTYPE else x).lt(0).any())
 
 
 def is_count(value: Any) -> bool:

@@ -136,8 +136,7 @@ def convert(
             known["step"].fill_(step)
             squares = torch.view_as_real(exp_avg_sq) if exp_avg_sq.is_complex() else exp_avg_sq
             for name in gather.variance_shapes(entry.param, group["diagonal"]):
-                means, dtype = _means(squares.detach(), name, known[name]), known[name].dtype
-                known[name].copy_(means.to(torch.promote_types(means.dtype, dtype)).clamp(max=torch.finfo(dtype).max))
+                gather.store_variance(entry.param, known, name, _means(squares.detach(), name, known[name]))
 
 
 def _means(squares: Tensor, name: str, made: Tensor) -> Tensor:

@@ -339,8 +339,7 @@ class InBackward:
         (grad,) = placed_as([param], [param.grad])
         entry = gather.Entry(group, ordinal, param, grad)
         gather.check_state(entry, settings, optimizer.state)
-        if gather.in_8_bits(param, settings["state_dtype"]):
-            self._plan.passes_for(param.device, blockwise=True)
+        self._plan.passes_for(param.device, *gather.codes_of(param, settings))
         gather.ensure_state(entry, settings, optimizer.state)
         return entry
 
@@ -417,7 +416,8 @@ class InBackward:
                     local(entry.grad).record_stream(batch.stream)
         with contextlib.nullcontext() if batch.stream is None else torch.cuda.stream(batch.stream):
             tensors = gather.lay_out(device, entries, optimizer.param_groups, optimizer.state)
-            tensors, passes, _ = backends.apart(tensors, self._plan.passes_for(device, tensors.has_codes))
+            passes = self._plan.passes_for(device, tensors.has_codes, tensors.has_coded_variances)
+            tensors, passes, _ = backends.apart(tensors, passes)
             ordinals = [entry.ordinal for entry in entries]
             if is_adaptive(self._frozen):
                 settings_of_all = self._hyperparameters(device, ordinals).settings

@@ -96,8 +96,10 @@ class SOFIM(Optimizer):
         state_dtype: dtype of the first moment: ``None`` (float64 for 64-bit parameters, else float32),
             ``torch.float32``, ``torch.bfloat16`` or ``torch.float8_e4m3fn``, or the name of one of them
             (``"bfloat16"``). The last two are stochastically rounded, reproducibly. In 8 bits, each 128 elements of a
-            row (dimension 0) share a scale; tensors of fewer than two dimensions, of rows shorter than 128 elements, or
-            of fewer than 4,096 elements keep float32; and on a GPU steps run in Triton, or without it in pure PyTorch.
+            row (dimension 0) share a scale; with ``diagonal="element"`` the roots of the second moments are stored in
+            the same way. Tensors of fewer than two dimensions, of rows shorter than 128 elements, or of fewer than
+            4,096 elements keep float32; and on a GPU steps run in Triton (with second moments in 8 bits in pure
+            PyTorch), or without it in pure PyTorch.
         kahan: keep the bits of an update that a 16-bit parameter cannot hold in a second 16-bit tensor, and add them
             later. ``None``: yes for 16-bit parameters that have no ``master_weight_bits``.
         master_weight_bits: ``32``: the weights of bfloat16 parameters are the upper halves of float32 weights, and the
@@ -153,7 +155,8 @@ class SOFIM(Optimizer):
         >>> optimizer.step()
 
     The state of a parameter, created at its first gradient: ``exp_avg`` (of its shape), ``step`` (0-dimensional int64),
-    ``exp_avg_scale`` (float32, rows times blocks of a row) if ``exp_avg`` is in 8 bits, of 16-bit parameters
+    ``exp_avg_scale`` (float32, rows times blocks of a row) if ``exp_avg`` is in 8 bits (and ``variance_scale``, if each
+    of its elements has a variance: this is then in 8 bits as well), of 16-bit parameters
     ``master_bits`` (of its shape, int16; int8 for 24 bits) or ``kahan`` (of its shape and dtype), if either is kept,
     and for a diagonal that adapts running means of g² (float32, or float64 for 64-bit parameters): ``row_var`` (one per
     row), with ``"factored"`` also ``col_var`` (of the shape of a row), or ``variance`` (0-dimensional for a tensor, of
@@ -399,7 +402,8 @@ class SOFIM(Optimizer):
         if self._step_in_one_call is None:
             plan, device = self._plan, self._plan.first_device(self.param_groups)
             plan.refresh_placement(self.param_groups)
-            passes, rank_sums = plan.passes_for(device, device in self._devices_with_codes()), plan.rank_sums(self)
+            codes = self._codes_by_device().get(device, (False, False))
+            passes, rank_sums = plan.passes_for(device, *codes), plan.rank_sums(self)
             if rank_sums is None:
                 self._step_in_one_call = passes.native_step()
             else:
@@ -485,17 +489,21 @@ class SOFIM(Optimizer):
     def backends(self) -> dict[torch.device, str]:
         """The name of the backend that is used for each device on which a parameter lies."""
         devices = {param.device for group in self.param_groups for param in group["params"]}
-        codes = self._devices_with_codes()
-        return {device: self._plan.passes_for(device, device in codes).name for device in sorted(devices, key=str)}
-
-    def _devices_with_codes(self) -> set[torch.device]:
-        """The devices on which some moment is in 8 bits, so that the backend has to take these."""
+        codes = self._codes_by_device()
         return {
-            param.device
-            for group in self.param_groups
-            for param in group["params"]
-            if gather.in_8_bits(param, group.get("state_dtype"))
+            device: self._plan.passes_for(device, *codes.get(device, (False, False))).name
+            for device in sorted(devices, key=str)
         }
+
+    def _codes_by_device(self) -> dict[torch.device, tuple[bool, bool]]:
+        """Whether any first moment on a device, and any second one, is in 8 bits: the backend has to take these."""
+        found: dict[torch.device, tuple[bool, bool]] = {}
+        for group in self.param_groups:
+            for param in group["params"]:
+                first, second = gather.codes_of(param, group)
+                if first:  # else it may be anything, which is refused later
+                    found[param.device] = True, second or found.get(param.device, (True, False))[1]
+        return found
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -599,7 +607,7 @@ class SOFIM(Optimizer):
         params = checks.parameters(group["params"], index, {}, group["state_dtype"])
         for place, entry in enumerate(params):
             param = entry[1] if isinstance(entry, tuple) else entry
-            self._plan.passes_for(param.device, gather.in_8_bits(param, group["state_dtype"]))
+            self._plan.passes_for(param.device, *gather.codes_of(param, group))
             if self._in_backward and param.requires_grad:
                 where = f"parameter {place} of group {index}"
                 checks.in_backward_parameter(param, where, group)

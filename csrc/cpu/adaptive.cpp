@@ -52,6 +52,7 @@ void AdaptiveSweeps::begin(Row* rows, const VarianceRow* variances, const Tiling
     scale.inner = variance.inner;
     if (variance.by_element) {
       scale.variance = variance.whole;
+      scale.variance_scales = variance.scales;
       scale.beta2 = mixes[i].beta2;
       scale.eps = mixes[i].eps;
       scale.root = mixes[i].root_of_correction;

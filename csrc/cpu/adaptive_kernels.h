@@ -36,6 +36,25 @@ struct ScaledBlock : Block<Y> {
   }
 };
 
+// How g² enters the running means of elements.
+template <class V, class T>
+struct RunningMeans {
+  SOFIM_HD explicit RunningMeans(const Scale& scale)
+      : beta2(static_cast<T>(scale.beta2)),
+        one_minus_beta2(static_cast<T>(1.0 - scale.beta2)),
+        roots(scale.roots) {}
+
+  // The new mean, from the old one, or its root.
+  SOFIM_HD V enter(V mean, V v) const {
+    const V largest(std::numeric_limits<T>::max());
+    if (roots) mean = Ops<V>::at_most(mean * mean, largest);
+    return Ops<V>::at_most(Ops<V>::multiply_add(v * V(one_minus_beta2), v, mean * V(beta2)), largest);
+  }
+
+  T beta2, one_minus_beta2;
+  bool roots;
+};
+
 // The three sweeps in one, because their code is nearly the same and there are fifteen kinds of storage to compile it for.
 template <class Y>
 struct Scaled {
@@ -45,22 +64,22 @@ struct Scaled {
 
   SOFIM_HD Scaled(const Row& r, const Mode& mode, int64_t begin)
       : factors(r, mode, begin),
-        beta2(static_cast<T>(r.scale->beta2)),
-        one_minus_beta2(static_cast<T>(1.0 - r.scale->beta2)),
+        means(*r.scale),
         eps(static_cast<T>(r.scale->eps)),
         root(static_cast<T>(r.scale->root)),
-        enters(mode.enters),
+        reads(mode.enters || mode.gradient),
+        enters(mode.enters && !(mode.entered && means.roots)),
         blends(mode.enters && !mode.entered),
         updates(mode.updates),
         gains(mode.scaled),
         gradient(mode.gradient),
         cross(mode.cross) {}
 
-  SOFIM_HD Use use() const { return {updates, enters || gradient, blends, updates}; }
+  SOFIM_HD Use use() const { return {updates, reads, blends, updates}; }
 
   SOFIM_HD void operator()(const ScaledBlock<Y>& b, Sums& sums) const {
     V v(T(0)), m = load(b.m), inverse = load(b.inverse);
-    if (enters || gradient) v = load(b.g);
+    if (reads) v = load(b.g);
     if (gains) v = v * V(factors.gain);
     if (blends) {
       m = factors.moment(m, v, b);
@@ -68,13 +87,11 @@ struct Scaled {
       if (!updates) m = stored;
     }
     if (b.variance != nullptr) {
-      V mean = load(b.variance);
-      if (enters) {
-        mean = Ops<V>::multiply_add(v * V(one_minus_beta2), v, mean * V(beta2));
-        mean = Ops<V>::at_most(mean, V(std::numeric_limits<T>::max()));
-        store(b.variance, mean);
-      }
-      const V s = Ops<V>::multiply_add(Ops<V>::root(mean), V(root), V(eps));
+      V mean = load(b.variance), of_mean = mean;
+      if (enters) mean = means.enter(mean, v);
+      if (enters || !means.roots) of_mean = Ops<V>::root(mean);
+      if (enters) store(b.variance, means.roots ? of_mean : mean);
+      const V s = Ops<V>::multiply_add(of_mean, V(root), V(eps));
       if (!updates) sums[kTrace].add(widened(s), widened(inverse));
       inverse = Ops<V>::divide(inverse, s);
     }
@@ -90,8 +107,9 @@ struct Scaled {
   }
 
   Factors<Y> factors;
-  T beta2, one_minus_beta2, eps, root;
-  bool enters, blends, updates, gains, gradient, cross;
+  RunningMeans<V, T> means;
+  T eps, root;
+  bool reads, enters, blends, updates, gains, gradient, cross;
 };
 
 // Writes the factors 1/s of elements one after the other, for a few hundred of them at a time: rows that are no multiple
@@ -157,7 +175,8 @@ typename Scaled<Y>::Sums over_scaled_tile(const Scaled<Y>& pass, const Row& r, c
   block.lost = r.lost == nullptr ? nullptr : static_cast<typename Y::L*>(r.lost) + begin;
   block.index = begin;
   block.inverse = inverse;
-  block.variance = scale.variance == nullptr ? nullptr : static_cast<T*>(scale.variance) + begin;
+  block.variance = nullptr;
+  if (scale.variance != nullptr) block.variance = static_cast<T*>(scale.variance) + begin - (scale.roots ? r.first : 0);
   const bool split = size >= kSplit;
   run.gap = split ? half : kLanes;
   run.stride = split ? kLanes : kPair;

@@ -62,7 +62,8 @@ class Sweep {
   Sweep(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
         std::optional<TensorList> lost_bits, std::optional<Counts> counts, const GivenScales& scales) {
     const size_t n = params.size();
-    TORCH_CHECK(scales.variances.size() == n && scales.kinds.size() == n,
+    TORCH_CHECK(scales.variances.size() == n && scales.kinds.size() == n &&
+                    (scales.variance_scales.empty() || scales.variance_scales.size() == n),
                 "sofim_fused: the lists differ in length; params has ", n);
     const int64_t count = static_cast<int64_t>(n);
     const Tensor beta2 = doubles("beta2", scales.beta2, count), eps = doubles("eps", scales.eps, count),
@@ -98,6 +99,9 @@ class Sweep {
         given.whole = &factors_.back();
       } else {
         given.whole = &scales.variances[i];
+        if (!scales.variance_scales.empty() && given.whole->scalar_type() == at::kFloat8_e4m3fn) {
+          given.scales = &scales.variance_scales[i];
+        }
       }
       variances.push_back(given);
       mixes_.push_back({beta2.const_data_ptr<double>()[i], eps.const_data_ptr<double>()[i],
@@ -324,9 +328,9 @@ Tensor accumulate_scaled(TensorList params, TensorList grads, TensorList exp_avg
                          TensorList variances, at::IntArrayRef kinds, TensorList steps, at::IntArrayRef ordinals, Floats moment,
                          Floats gradient, const Tensor& by_row, const Tensor& by_col, const Tensor& trace,
                          const Tensor& beta2, const Tensor& eps, const Tensor& root, const Vector& gain,
-                         const Vector& skip) {
+                         const Vector& skip, TensorList variance_scales) {
   Sweep sweep(params, grads, exp_avgs, exp_avg_scales, std::nullopt, Counts{steps, ordinals},
-              {variances, kinds, by_row, by_col, trace, beta2, eps, root, gain, skip});
+              {variances, kinds, by_row, by_col, trace, beta2, eps, root, gain, skip, variance_scales});
   StepTensors& tensors = sweep.tensors();
   set_decay(tensors, moment, gradient, std::nullopt);
   tensors.key_random_bits(1);
@@ -355,9 +359,9 @@ void apply_scaled(TensorList params, TensorList grads, TensorList exp_avgs, Tens
                   at::IntArrayRef kinds, TensorList steps, at::IntArrayRef ordinals, const Tensor& moment,
                   const Vector& weight, const Vector& gradient, const Tensor& by_row, const Tensor& by_col,
                   const Tensor& trace, const Tensor& beta2, const Tensor& eps, const Tensor& root, const Vector& gain,
-                  const Vector& skip) {
+                  const Vector& skip, TensorList variance_scales) {
   Sweep sweep(params, grads, exp_avgs, exp_avg_scales, lost_bits, Counts{steps, ordinals},
-              {variances, kinds, by_row, by_col, trace, beta2, eps, root, gain, skip});
+              {variances, kinds, by_row, by_col, trace, beta2, eps, root, gain, skip, variance_scales});
   Mode mode;
   set_update(sweep.tensors(), mode, moment, weight, gradient);
   sweep.tensors().key_random_bits(0);
@@ -372,9 +376,9 @@ void commit_scaled(TensorList params, TensorList grads, TensorList exp_avgs, Ten
                    at::IntArrayRef kinds, TensorList steps, at::IntArrayRef ordinals, Floats decay_moment,
                    Floats decay_gradient, const Tensor& moment, const Vector& weight, const Vector& gradient,
                    const Tensor& by_row, const Tensor& by_col, const Tensor& trace, const Tensor& beta2,
-                   const Tensor& eps, const Tensor& root, const Vector& gain, const Vector& skip) {
+                   const Tensor& eps, const Tensor& root, const Vector& gain, const Vector& skip, TensorList variance_scales) {
   Sweep sweep(params, grads, exp_avgs, exp_avg_scales, lost_bits, Counts{steps, ordinals},
-              {variances, kinds, by_row, by_col, trace, beta2, eps, root, gain, skip});
+              {variances, kinds, by_row, by_col, trace, beta2, eps, root, gain, skip, variance_scales});
   StepTensors& tensors = sweep.tensors();
   Mode mode;
   set_decay(tensors, decay_moment, decay_gradient, std::nullopt);

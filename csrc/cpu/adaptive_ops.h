@@ -18,6 +18,7 @@ struct GivenScales {
   at::IntArrayRef kinds;
   const at::Tensor &by_row, &by_col, &trace, &beta2, &eps, &root;
   const Vector &gain, &skip;
+  at::TensorList variance_scales;  // of the variances that are codes, and any tensors of others; or none at all
 };
 
 // Sets the coefficients of each tensor's update; without a vector, they keep the value that leaves w as it is. Throws
@@ -37,14 +38,14 @@ at::Tensor accumulate_scaled(at::TensorList params, at::TensorList grads, at::Te
                              at::TensorList exp_avg_scales, at::TensorList variances, at::IntArrayRef kinds,
                              at::TensorList steps, at::IntArrayRef ordinals, Floats moment, Floats gradient, const at::Tensor& by_row,
                              const at::Tensor& by_col, const at::Tensor& trace, const at::Tensor& beta2,
-                             const at::Tensor& eps, const at::Tensor& root, const Vector& gain, const Vector& skip);
+                             const at::Tensor& eps, const at::Tensor& root, const Vector& gain, const Vector& skip, at::TensorList variance_scales);
 
 void apply_scaled(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                   at::TensorList exp_avg_scales, at::TensorList lost_bits, at::TensorList variances,
                   at::IntArrayRef kinds, at::TensorList steps, at::IntArrayRef ordinals,
                   const at::Tensor& moment, const Vector& weight, const Vector& gradient, const at::Tensor& by_row,
                   const at::Tensor& by_col, const at::Tensor& trace, const at::Tensor& beta2, const at::Tensor& eps,
-                  const at::Tensor& root, const Vector& gain, const Vector& skip);
+                  const at::Tensor& root, const Vector& gain, const Vector& skip, at::TensorList variance_scales);
 
 void commit_scaled(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                    at::TensorList exp_avg_scales, at::TensorList lost_bits, at::TensorList variances,
@@ -52,7 +53,7 @@ void commit_scaled(at::TensorList params, at::TensorList grads, at::TensorList e
                    Floats decay_moment, Floats decay_gradient, const at::Tensor& moment, const Vector& weight,
                    const Vector& gradient, const at::Tensor& by_row, const at::Tensor& by_col, const at::Tensor& trace,
                    const at::Tensor& beta2, const at::Tensor& eps, const at::Tensor& root, const Vector& gain,
-                   const Vector& skip);
+                   const Vector& skip, at::TensorList variance_scales);
 
 // In solve_ops.cpp, with the other algebra.
 at::Tensor fold_scaled(const at::Tensor& mm, const at::Tensor& mg, const at::Tensor& trace, at::TensorList steps,

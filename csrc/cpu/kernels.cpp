@@ -159,6 +159,28 @@ struct Enter {
   bool scaled;
 };
 
+// The gradient enters the roots of running means of its squares, which a row has in the place of m.
+template <class Y>
+struct EnterRoots {
+  using Sums = std::array<LaneSums, 0>;
+  using V = typename Y::V;
+
+  SOFIM_HD EnterRoots(const Row& r, const Mode& mode)
+      : means(*r.scale), gain(static_cast<typename Y::T>(mode.gain)), scaled(mode.scaled) {}
+
+  SOFIM_HD Use use() const { return {false, true, true, false}; }
+
+  SOFIM_HD void operator()(const Block<Y>& b, const Words&, Sums&) const {
+    V v = load(b.g);
+    if (scaled) v = v * V(gain);
+    store(b.m, Ops<V>::root(means.enter(load(b.m), v)));
+  }
+
+  RunningMeans<V, typename Y::T> means;
+  typename Y::T gain;
+  bool scaled;
+};
+
 template <class Y, bool gradient>
 struct Apply {
   using Sums = std::array<LaneSums, 0>;
@@ -235,13 +257,18 @@ void accumulate(const Row& r, const Mode& mode, int64_t begin, int64_t size, dou
   }
 }
 
-// For a row that over_codes() has decoded: the gradient enters m, which then is as stored. Sums are of that, and it is
-// known when all of a block is: then its elements, still in the cache, are gone through again, without asking for more.
+// For a row that over_codes() has decoded: the gradient enters m, and the second moment if that is codes, too. They then
+// are as stored. Sums are of that, and it is known when all of a block is: then its elements, still in the cache, are gone
+// through again, without asking for more.
 template <class Encode>
 void enter(const Row& r, Mode& mode, int64_t begin, int64_t size, Encode encode) {
   with_types_of<float>(r, [&](auto types) {
     using Y = decltype(types);
     over_tile<Y>(Enter<Y>(r, mode, begin), r, mode, begin, size);
+    if (r.scale == nullptr || !r.scale->roots) return;
+    Row roots = r;
+    roots.m = r.scale->variance;
+    over_tile<Y>(EnterRoots<Y>(r, mode), roots, mode, begin, size);
   });
   encode(true);
   mode.entered = true;

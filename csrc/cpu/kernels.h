@@ -32,6 +32,8 @@ struct Scale {
   const void* cols = nullptr;          // with kScalePadding more that may be read; nullptr: 1
   int64_t count = 1, inner = 1;        // of rows, and of elements of a row that lie together: see VarianceRow
   void* variance = nullptr;    // not nullptr: of each element
+  float* variance_scales = nullptr;  // not nullptr: `variance` is codes of the roots, and these are their scales
+  bool roots = false;                // `variance` is the roots, of the elements that the row's m has
   double beta2 = 0.0, eps = 0.0, root = 1.0;
 };
 constexpr int64_t kScalePadding = 16;

@@ -372,12 +372,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapt(
   return {by_row, by_col, numbers, guard};
 }
 
+static void check_no_codes(TensorList variance_scales) {
+  TORCH_CHECK(variance_scales.empty(), "sofim_fused: variance_scales: second moments in 8 bits are taken on the CPU alone");
+}
+
 Tensor accumulate_scaled(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_scales,
                          TensorList variances,
                          at::IntArrayRef kinds, TensorList steps, at::IntArrayRef ordinals, Floats moment,
                          Floats gradient, const Tensor& by_row, const Tensor& by_col, const Tensor& trace,
                          const Tensor& beta2, const Tensor& eps, const Tensor& root, const Vector& gain,
-                         const Vector& skip) {
+                         const Vector& skip, TensorList variance_scales) {
+  check_no_codes(variance_scales);
   Sweep sweep(params, grads, exp_avgs, exp_avg_scales, std::nullopt, variances, kinds, Counts{steps, ordinals}, true);
   sweep.set_decay(moment, gradient);
   sweep.run(launch_accumulate_scaled, {by_row, by_col, beta2, eps, root, gain, skip});
@@ -391,7 +396,8 @@ void apply_scaled(TensorList params, TensorList grads, TensorList exp_avgs, Tens
                   TensorList lost_bits, TensorList variances,
                   at::IntArrayRef kinds, TensorList steps, at::IntArrayRef ordinals, const Tensor& moment,
                   const Vector& weight, const Vector& gradient, const Tensor& by_row, const Tensor& by_col, const Tensor&,
-                  const Tensor& beta2, const Tensor& eps, const Tensor& root, const Vector& gain, const Vector& skip) {
+                  const Tensor& beta2, const Tensor& eps, const Tensor& root, const Vector& gain, const Vector& skip, TensorList variance_scales) {
+  check_no_codes(variance_scales);
   Sweep sweep(params, grads, exp_avgs, exp_avg_scales, lost_bits, variances, kinds, Counts{steps, ordinals}, false);
   sweep.set_update(moment, weight, gradient);
   sweep.run(launch_apply_scaled, {by_row, by_col, beta2, eps, root, gain, skip});
@@ -403,7 +409,8 @@ void commit_scaled(TensorList params, TensorList grads, TensorList exp_avgs, Ten
                    at::IntArrayRef kinds, TensorList steps, at::IntArrayRef ordinals, Floats decay_moment,
                    Floats decay_gradient, const Tensor& moment, const Vector& weight, const Vector& gradient,
                    const Tensor& by_row, const Tensor& by_col, const Tensor&, const Tensor& beta2, const Tensor& eps,
-                   const Tensor& root, const Vector& gain, const Vector& skip) {
+                   const Tensor& root, const Vector& gain, const Vector& skip, TensorList variance_scales) {
+  check_no_codes(variance_scales);
   Sweep sweep(params, grads, exp_avgs, exp_avg_scales, lost_bits, variances, kinds, Counts{steps, ordinals}, true);
   sweep.set_decay(decay_moment, decay_gradient);
   sweep.set_update(moment, weight, gradient);

@@ -37,16 +37,17 @@ const std::array<const char*, 14> schemas = {
     "accumulate_scaled(Tensor[] params, Tensor[] grads, Tensor(a!)[] exp_avgs, Tensor(c!)[] exp_avg_scales,"
     " Tensor(b!)[] variances, int[] kinds,"
     " Tensor[] steps, int[] ordinals, float[] moment, float[] gradient, Tensor by_row, Tensor by_col, Tensor trace,"
-    " Tensor beta2, Tensor eps, Tensor root, Tensor? gain, Tensor? skip) -> Tensor",
+    " Tensor beta2, Tensor eps, Tensor root, Tensor? gain, Tensor? skip, Tensor(d!)[] variance_scales) -> Tensor",
     "apply_scaled(Tensor(a!)[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_scales,"
     " Tensor(b!)[] lost_bits, Tensor[] variances, int[] kinds, Tensor[] steps, int[] ordinals, Tensor moment,"
     " Tensor? weight, Tensor? gradient, Tensor by_row, Tensor by_col, Tensor trace,"
-    " Tensor beta2, Tensor eps, Tensor root, Tensor? gain, Tensor? skip) -> ()",
+    " Tensor beta2, Tensor eps, Tensor root, Tensor? gain, Tensor? skip, Tensor[] variance_scales) -> ()",
     "commit_scaled(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(e!)[] exp_avg_scales,"
     " Tensor(c!)[] lost_bits,"
     " Tensor(d!)[] variances, int[] kinds, Tensor[] steps, int[] ordinals, float[] decay_moment,"
     " float[] decay_gradient, Tensor moment, Tensor? weight, Tensor? gradient, Tensor by_row, Tensor by_col,"
-    " Tensor trace, Tensor beta2, Tensor eps, Tensor root, Tensor? gain, Tensor? skip) -> ()",
+    " Tensor trace, Tensor beta2, Tensor eps, Tensor root, Tensor? gain, Tensor? skip,"
+    " Tensor(f!)[] variance_scales) -> ()",
     "fold_scaled(Tensor mm, Tensor mg, Tensor trace, Tensor[] steps, Tensor hyper, int[] sizes, int fisher,"
     " int numerator, Tensor? class_of, int classes) -> Tensor",
     "solve_scaled(Tensor? blocks, Tensor? skip, Tensor(a!)[] steps, Tensor hyper, int[] sizes, int fisher,"

@@ -16,7 +16,7 @@ namespace {
 struct Names {
   PyObject *params, *lr, *momentum, *rho, *weight_decay, *decoupled_weight_decay, *maximize, *state_dtype, *kahan,
       *master_weight_bits, *master_bits, *diagonal, *beta2, *eps, *numerator, *fisher, *max_grad_norm, *skip_nonfinite, *exp_avg,
-      *exp_avg_scale, *step, *row_var, *col_var, *variance;
+      *exp_avg_scale, *step, *row_var, *col_var, *variance, *variance_scale;
 };
 
 const Names& names() {
@@ -29,7 +29,7 @@ const Names& names() {
                  name("eps"),          name("numerator"),             name("fisher"),
                  name("max_grad_norm"),                  name("skip_nonfinite"),
                  name("exp_avg"),      name("exp_avg_scale"),         name("step"),     name("row_var"),     name("col_var"),
-                 name("variance")};
+                 name("variance"),     name("variance_scale")};
   }();
   return names;
 }
@@ -171,7 +171,7 @@ bool read_whole(PyObject* groups, Options& whole) {
 // keys are the interned strings: going through all of them takes less time than looking them up.
 struct ParamGroups::Entries {
   PyObject *exp_avg = nullptr, *scale = nullptr, *step = nullptr, *lost = nullptr, *rows = nullptr, *cols = nullptr,
-           *whole = nullptr;
+           *whole = nullptr, *whole_scale = nullptr;
 
   // `kept`: the name of the bits that the parameter lost, or nullptr. `codes`: whether its moment may be codes.
   Entries(PyObject* known, PyObject* kept, bool adapts, bool codes) {
@@ -186,6 +186,7 @@ struct ParamGroups::Entries {
       if (key == n.row_var) rows = value;
       if (key == n.col_var) cols = value;
       if (key == n.variance) whole = value;
+      if (key == n.variance_scale) whole_scale = value;
     }
     if (adapts && rows == nullptr && whole == nullptr) {
       rows = item(known, n.row_var);
@@ -194,6 +195,7 @@ struct ParamGroups::Entries {
     }
     if (exp_avg == nullptr) exp_avg = item(known, n.exp_avg);
     if (codes && scale == nullptr) scale = item(known, n.exp_avg_scale);
+    if (codes && adapts && whole_scale == nullptr) whole_scale = item(known, n.variance_scale);
     if (step == nullptr) step = item(known, n.step);
     if (lost == nullptr && kept != nullptr) lost = item(known, kept);
   }
@@ -433,6 +435,12 @@ bool ParamGroups::add_param(PyObject* param, const Group& group, size_t index, S
     if (!unpacked(entries.rows, variances.rows) || !unpacked(entries.cols, variances.cols) ||
         !unpacked(entries.whole, variances.whole)) {
       return false;
+    }
+    if (codes && group.diagonal == Diagonal::element) {
+      if (variances.whole == nullptr || variances.whole->scalar_type() != at::kFloat8_e4m3fn ||
+          entries.whole_scale == nullptr || !unpacked(entries.whole_scale, variances.scales)) {
+        return false;
+      }
     }
   }
   if (tensors_.add(w, g, m, scales, lost, t, ordinal, adapts ? &variances : nullptr) != nullptr) return false;

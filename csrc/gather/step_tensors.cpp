@@ -241,18 +241,33 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
     return variances == nullptr || variances->*name == nullptr ? none : *(variances->*name);
   };
   const at::Tensor &rows = variance(&Variances::rows), &cols = variance(&Variances::cols),
-                   &whole = variance(&Variances::whole);
+                   &whole = variance(&Variances::whole), &root_scales = variance(&Variances::scales);
+  const bool roots = whole.defined() && whole.scalar_type() == at::kFloat8_e4m3fn;
   bool in_inference = w.is_inference() || m.is_inference() || (codes && scales.is_inference()) || (lost.defined() && lost.is_inference()) ||
                       (step.defined() && step.is_inference());
   if (variances != nullptr) {
     if (!has_those_of(*variances, w)) return "not the running means of g² that the diagonal needs";
     for (const at::Tensor* x : {&rows, &cols, &whole}) {
       if (!x->defined()) continue;
-      if (!readable(*x) || x->scalar_type() != (wide ? at::kDouble : at::kFloat) || x->is_neg()) {
+      const at::ScalarType dtype = wide ? at::kDouble : roots && x == &whole ? at::kFloat8_e4m3fn : at::kFloat;
+      if (!readable(*x) || x->scalar_type() != dtype || x->is_neg()) {
         return "running means of g²: not float32 (of a float64 parameter: float64) on the step's device";
       }
       in_inference |= x->is_inference();
       if (may_overlap(*x)) return "running means of g² whose elements may share memory";
+    }
+    if (roots) {
+      if (anywhere_) return "variance: codes of 8 bits, which are taken on the CPU alone";
+      if (!codes || variances->diagonal != Diagonal::element) {
+        return "variance: codes of 8 bits, of a parameter whose exp_avg is none, or that has other running means";
+      }
+      if (!root_scales.defined() || !readable(root_scales) || root_scales.scalar_type() != at::kFloat ||
+          !same_sizes(root_scales, scales) || may_overlap(root_scales)) {
+        return "variance_scale: not float32 of a row for each of the parameter's, and a column for each block of a row";
+      }
+      in_inference |= root_scales.is_inference();
+    } else if (root_scales.defined()) {
+      return "variance_scale: of a variance that is no codes";
     }
   }
   if (in_inference && !at::InferenceMode::is_enabled()) {
@@ -329,6 +344,7 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
     }
     if (cols.defined()) row.cols = address(cols, strides_of_columns(order));
     if (whole.defined()) row.whole = address(whole, strides_of_elements(by_element ? order : whole));
+    if (roots) row.scales = static_cast<float*>(address(root_scales, {root_scales.size(1), 1}));
     variances_.push_back(row);
   }
   record.step = step.defined() ? static_cast<int64_t*>(address_to_write(step)) : nullptr;
@@ -342,7 +358,8 @@ const char* StepTensors::fill(Row& record, const at::Tensor& w, const at::Tensor
   if (variances != nullptr) {
     means_.push_back({rows.defined() ? rows.unsafeGetTensorImpl() : nullptr,
                       cols.defined() ? cols.unsafeGetTensorImpl() : nullptr,
-                      whole.defined() ? whole.unsafeGetTensorImpl() : nullptr});
+                      whole.defined() ? whole.unsafeGetTensorImpl() : nullptr,
+                      roots ? root_scales.unsafeGetTensorImpl() : nullptr});
   }
   tiling_.add(record.numel);
   return nullptr;
@@ -360,7 +377,7 @@ bool StepTensors::is_known(const Row& record, size_t place) const {
   if (variances_.empty()) return known_variances_.empty();
   if (place >= known_variances_.size()) return false;
   const VarianceRow &now = variances_[place], &then = known_variances_[place];
-  return now.rows == then.rows && now.cols == then.cols && now.whole == then.whole && now.count == then.count &&
+  return now.rows == then.rows && now.cols == then.cols && now.whole == then.whole && now.scales == then.scales && now.count == then.count &&
          now.columns == then.columns && now.inner == then.inner;
 }
 
@@ -409,7 +426,7 @@ bool StepTensors::sort_written() {
     for (const c10::TensorImpl* x : {member.w, member.m, member.scales, member.lost, member.step}) add(x);
   }
   for (const MeansOfMember& means : means_) {
-    for (const c10::TensorImpl* x : {means.rows, means.cols, means.whole}) add(x);
+    for (const c10::TensorImpl* x : {means.rows, means.cols, means.whole, means.scales}) add(x);
   }
   std::sort(sorted_.begin(), sorted_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
   for (size_t i = 1; i < sorted_.size(); ++i) {
@@ -454,7 +471,7 @@ void StepTensors::bump_moments() {
 
 void StepTensors::bump_variances() {
   for (const MeansOfMember& means : means_) {
-    for (c10::TensorImpl* x : {means.rows, means.cols, means.whole}) {
+    for (c10::TensorImpl* x : {means.rows, means.cols, means.whole, means.scales}) {
       if (x != nullptr) x->bump_version();
     }
   }
@@ -479,7 +496,7 @@ void StepTensors::hold() {
     for (c10::TensorImpl* x : {member.w, member.g, member.m, member.scales, member.lost, member.step}) add(x);
   }
   for (const MeansOfMember& means : means_) {
-    for (c10::TensorImpl* x : {means.rows, means.cols, means.whole}) add(x);
+    for (c10::TensorImpl* x : {means.rows, means.cols, means.whole, means.scales}) add(x);
   }
 }
 

@@ -27,6 +27,7 @@ c10::SmallVector<int64_t, 5> strides_of_columns(const at::Tensor& x);
 struct Variances {
   Diagonal diagonal;
   const at::Tensor *rows = nullptr, *cols = nullptr, *whole = nullptr;
+  const at::Tensor* scales = nullptr;  // those of `whole`, if that is codes
 };
 
 class StepTensors {
@@ -92,7 +93,7 @@ class StepTensors {
     c10::TensorImpl *w, *g, *m, *scales, *lost, *step;
   };
   struct MeansOfMember {
-    c10::TensorImpl *rows, *cols, *whole;  // nullptr: it has none of that kind
+    c10::TensorImpl *rows, *cols, *whole, *scales;  // nullptr: it has none of that kind
   };
   struct Copied {
     at::Tensor original, copy;

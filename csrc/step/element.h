@@ -157,6 +157,13 @@ SOFIM_HD U random_byte(U stretch, U place) {
   return mixed(stretch + place) & 0xFFu;
 }
 
+// 16 random bits, likewise, none of which random_bits() has: the lower half of mixed(stretch + place), whose less
+// significant byte is random_byte(). Second moments are rounded by them.
+template <class U>
+SOFIM_HD U other_random_bits(U stretch, U place) {
+  return mixed(stretch + place) & 0xFFFFu;
+}
+
 // A float32's bits, rounded to those of a bfloat16 (the lower half zero). The probability of rounding up in magnitude
 // is the part that is cut off, in units of the last bit that is kept. An infinity has nothing to cut off and is
 // unchanged. A NaN that arithmetic produced remains a NaN: it is a quiet one, whose mark is in the upper half.

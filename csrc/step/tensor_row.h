@@ -9,7 +9,7 @@
 namespace sofim {
 
 // How elements are stored. A complex tensor is treated as a real one with twice as many elements.
-// Codes are those of step/codes.h, of first moments alone.
+// Codes are those of step/codes.h, of moments alone.
 enum class Type : uint8_t { float32, float64, bfloat16, float16, codes };
 SOFIM_HD constexpr int type_size(Type type) {
   return type == Type::float64 ? 8 : type == Type::float32 ? 4 : type == Type::codes ? 1 : 2;
@@ -39,7 +39,7 @@ struct TensorRow {
 };
 
 // The running means of g² of one tensor (Variance in sofim_fused/backends/interface.py), float64 for a float64 tensor,
-// else float32. It has `count` rows of `columns` elements; 1 row without row_var. Its memory has `inner` elements of row
+// else float32, or codes of those of elements. It has `count` rows of `columns` elements; 1 row without row_var. Its memory has `inner` elements of row
 // 0, then as many of row 1, ... of the last row, and so on with the rows' next elements: all of a row together where
 // dimension 0 is the outermost one in memory, 1 of each where it is the innermost.
 struct VarianceRow {
@@ -48,6 +48,7 @@ struct VarianceRow {
   void* whole = nullptr;    // variance: one number, or one for each element in the order of w's in memory
   bool by_element = false;  // the latter
   int64_t count = 1, columns = 0, inner = 0;
+  float* scales = nullptr;  // of a `whole` that is codes: of its blocks, without gaps; else nullptr
 };
 
 struct Scale;  // cpu/kernels.h

@@ -83,7 +83,9 @@ NATIVE = "native"  # what fused=True asks for: the best backend that is not pure
 # The backends that a user may expect, by the kind of device. Other kinds have only the reference.
 _NATIVE_ON = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _WARNED: set[str] = set()  # kinds of devices for which the warning was given
-_NO_CODES = "it does not take moments in 8 bits (state_dtype=torch.float8_e4m3fn)"
+_CODES = "moments in 8 bits (state_dtype=torch.float8_e4m3fn)"
+_SECOND_CODES = "second moments in 8 bits (diagonal='element' with state_dtype=torch.float8_e4m3fn)"
+_NO_CODES, _NO_SECOND_CODES = f"it does not take {_CODES}", f"it does not take {_SECOND_CODES}"
 
 
 def names() -> list[str]:
@@ -113,10 +115,10 @@ def requested(backend: str, foreach: bool | None, fused: bool | None) -> str:
     return "reference" if backend == "auto" and (foreach is not None or fused is False) else backend
 
 
-def choose(backend: str, device: torch.device, blockwise: bool = False) -> Passes:
+def choose(backend: str, device: torch.device, blockwise: bool = False, blockwise_variance: bool = False) -> Passes:
     """The passes for ``device``: those of ``backend``, or the best that can run (``"auto"``; ``NATIVE``: natively).
 
-    ``blockwise``: they have to take moments that are stored in 8 bits.
+    ``blockwise``: they have to take moments that are stored in 8 bits; ``blockwise_variance``: and second moments.
 
     If ``"auto"`` falls back to the reference where a native backend is expected, a ``UserWarning`` says why there is
     none and how to build it: once per process and kind of device.
@@ -124,23 +126,27 @@ def choose(backend: str, device: torch.device, blockwise: bool = False) -> Passe
     Raises:
         RuntimeError: the backend cannot run on this device; the message has its reason.
     """
-    passes, reasons = best(backend, device, blockwise)
+    passes, reasons = best(backend, device, blockwise, blockwise_variance)
     if passes is not None:
         if backend == "auto" and passes.name == "reference" and not torch.compiler.is_compiling():
-            if _NO_CODES in reasons.values():
-                _warn_of_codes(device)
+            if _NO_SECOND_CODES in reasons.values():
+                _warn_of_codes(device, _SECOND_CODES)
+            elif _NO_CODES in reasons.values():
+                _warn_of_codes(device, _CODES)
             else:
                 _warn(device, reasons)
         return passes
     asked = "fused=True" if backend == NATIVE else f"backend={backend!r}"
     built = {*reasons} & {*_NATIVE_ON.get(device.type, ())} - {"triton"}  # another build may provide these
     rebuild = f", or build the package again: {native.INSTALL} ." if built else ""
-    if _NO_CODES in reasons.values():
+    if {_NO_CODES, _NO_SECOND_CODES} & {*reasons.values()}:
         rebuild = ", which computes these moments in pure PyTorch, or another state_dtype"
     raise RuntimeError(f"{asked} cannot run on {device} ({_listed(reasons)}): take backend='auto'{rebuild}")
 
 
-def best(backend: str, device: torch.device, blockwise: bool = False) -> tuple[Passes | None, dict[str, str]]:
+def best(
+    backend: str, device: torch.device, blockwise: bool = False, blockwise_variance: bool = False
+) -> tuple[Passes | None, dict[str, str]]:
     """As :func:`choose`, without warning or error: the passes, if any can run, and why each better backend cannot."""
     candidates = {"auto": list(_REGISTRY), NATIVE: [name for name in _REGISTRY if name != "reference"]}
     reasons = {}
@@ -152,6 +158,8 @@ def best(backend: str, device: torch.device, blockwise: bool = False) -> tuple[P
             reasons[name] = "it is emulated here, and runs only if asked for by name"
         elif blockwise and not found.blockwise:
             reasons[name] = _NO_CODES
+        elif blockwise_variance and not found.blockwise_variance:
+            reasons[name] = _NO_SECOND_CODES
         else:
             return found, reasons
     return None, reasons
@@ -181,14 +189,14 @@ def _warn(device: torch.device, reasons: dict[str, str]) -> None:
     _WARNED.add(device.type)  # not reached if warnings are errors
 
 
-def _warn_of_codes(device: torch.device) -> None:
-    """Warn, once for a kind of device, that there are native kernels, but not for moments in 8 bits."""
-    kind = f"{device.type}, 8 bits"
+def _warn_of_codes(device: torch.device, codes: str) -> None:
+    """Warn, once for a kind of device, that there are native kernels, but not for ``codes``."""
+    kind = f"{device.type}, {codes}"
     if kind in _WARNED:
         return
     _warn_caller(
         f"SOFIM runs in pure PyTorch on {device.type}, many times slower than with its native kernels, which do not "
-        "take moments in 8 bits (state_dtype=torch.float8_e4m3fn). state_dtype=torch.bfloat16 runs natively; "
+        f"take {codes}. state_dtype=torch.bfloat16 runs natively; "
         "backend='reference' selects pure PyTorch without this warning."
     )
     _WARNED.add(kind)

@@ -46,8 +46,8 @@ class Range(NamedTuple):
         begin: the first address.
         end: one past the last address.
         tensor: its index among the parameters of the step.
-        role: ``"w"``, ``"exp_avg"``, ``"exp_avg_scale"``, ``"lost_bits"``, ``"step"``, ``"row_var"``, ``"col_var"`` or
-            ``"variance"``.
+        role: ``"w"``, ``"exp_avg"``, ``"exp_avg_scale"``, ``"lost_bits"``, ``"step"``, ``"row_var"``, ``"col_var"``,
+            ``"variance"`` or ``"variance_scale"``.
     """
 
     begin: int

@@ -25,4 +25,12 @@ def _loaded() -> OperatorPasses | str:
         return module
     register_fakes(NAMESPACE)
     step = module.Step
-    return OperatorPasses("cpu", step, new_in_backward=step, new_sharded=step, any_order=True, blockwise=True)
+    return OperatorPasses(
+        "cpu",
+        step,
+        new_in_backward=step,
+        new_sharded=step,
+        any_order=True,
+        blockwise=True,
+        blockwise_variance=True,
+    )

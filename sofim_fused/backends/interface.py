@@ -39,17 +39,21 @@ class Variance(NamedTuple):
     element   ``variance``        each element
     ========  ==================  =========================================
 
+    Those of elements may be stored as the codes of :func:`sofim_fused.blockwise.encode_squares`.
+
     Attributes:
         row_var: ``[rows]``.
         col_var: of w's shape without dimension 0.
         variance: 0-dimensional, or of w's shape.
         shape: rows and columns of the whole parameter; (1, elements) where there is no ``row_var``.
+        scale: of a ``variance`` that is codes, its scales; ``None`` for others.
     """
 
     row_var: Tensor | None
     col_var: Tensor | None
     variance: Tensor | None
     shape: tuple[int, int]
+    scale: Tensor | None = None
 
     @property
     def by_element(self) -> bool:
@@ -95,6 +99,11 @@ class StepTensors:
     def has_codes(self) -> bool:
         """Whether any moment is stored as codes, which only passes that are ``blockwise`` take."""
         return any(scale is not None for scale in self.exp_avg_scales)
+
+    @property
+    def has_coded_variances(self) -> bool:
+        """Whether any second moment is, which only passes that are ``blockwise_variance`` take."""
+        return any(variance.scale is not None for variance in self.variances)
 
     def __len__(self) -> int:
         return len(self.params)
@@ -418,7 +427,7 @@ class AdaptivePasses(Protocol):
         """
 
     def accumulate_scaled(self, tensors: StepTensors, decay: Decay, scales: Scales) -> ScaledSums:
-        """Update m, and the variances of elements, unless ``scales.skip``; return the sums, of m as stored.
+        """Update m, and the variances of elements, unless ``scales.skip``; return the sums, of m and s as stored.
 
         Runs before ``steps`` advance: a stochastic rounding is keyed by ``steps + 1``.
         """
@@ -453,7 +462,7 @@ class AdaptivePasses(Protocol):
         """Update w in place: ``w' = weight·w + (gradient·v + moment·m)/s`` with ``v = gain·g``, unless skipped."""
 
     def commit_scaled(self, tensors: StepTensors, decay: Decay, coefficients: Coefficients, scales: Scales) -> None:
-        """Update m, the variances of elements, and w as in :meth:`apply_scaled` from the new m before its rounding.
+        """Update m, the variances of elements, and w as in :meth:`apply_scaled`, from these before their rounding.
 
         Runs after ``steps`` advance: a stochastic rounding is keyed by ``steps``.
         """
@@ -471,11 +480,13 @@ class Passes(AdaptivePasses, Protocol):
         name: its name, for ``backend=``.
         emulated: it exists only for tests, because it is far too slow; it is used only if requested by name.
         blockwise: it takes moments that are stored as codes of 8 bits (:mod:`sofim_fused.blockwise`).
+        blockwise_variance: so it does second moments, the variances of elements.
     """
 
     name: str
     emulated: bool
     blockwise: bool
+    blockwise_variance: bool
 
     def accumulate(self, tensors: StepTensors, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
         """Update m in place and return its sums: ``mm``, with ``decay.cross`` also ``mg``, and with L2 decay ``mw``.

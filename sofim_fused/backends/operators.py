@@ -59,6 +59,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
         device: the kind of device for which the operators are registered.
         any_order: sweeps with an adaptive diagonal take moments in any order of memory; others copy some of them.
         blockwise: it takes moments in 8 bits.
+        blockwise_variance: it takes second moments in 8 bits.
     """
 
     def __init__(
@@ -72,10 +73,12 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
         device: str = "CPU",
         any_order: bool = False,
         blockwise: bool = False,
+        blockwise_variance: bool = False,
     ) -> None:
         self.name = name
         self.emulated = emulated
         self.blockwise = blockwise
+        self.blockwise_variance = blockwise_variance
         self._new_step = new_step
         self._new_in_backward = new_in_backward
         self._new_sharded = new_sharded
@@ -235,6 +238,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
             decay.moment,
             decay.gradient,
             *scales,
+            _variance_scales(tensors),
         )
         return ScaledSums(*sums.unbind())
 
@@ -253,6 +257,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
             tensors.ordinals,
             *coefficients[:3],
             *scales,
+            _variance_scales(tensors),
         )
         return None
 
@@ -273,6 +278,7 @@ class OperatorPasses(TorchSolve, TorchAdaptivePasses):
             decay.gradient,
             *coefficients[:3],
             *scales,
+            _variance_scales(tensors),
         )
         return None
 
@@ -364,6 +370,13 @@ def _scales(tensors: StepTensors) -> list[Tensor]:
         return []
     none = torch.empty(0, device=tensors.device)
     return [none if scale is None else scale for scale in tensors.exp_avg_scales]
+
+
+def _variance_scales(tensors: StepTensors) -> list[Tensor]:
+    if not tensors.has_coded_variances:
+        return []
+    none = torch.empty(0, device=tensors.device)
+    return [none if variance.scale is None else variance.scale for variance in tensors.variances]
 
 
 def _lost_bits(tensors: StepTensors) -> list[Tensor]:

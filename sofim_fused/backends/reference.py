@@ -27,7 +27,7 @@ from sofim_fused.backends.interface import (
 )
 from sofim_fused.backends.master_bits import joined
 from sofim_fused.backends.master_bits import split as split_weight
-from sofim_fused.backends.rounding import random_bits, random_bytes, round_stochastic
+from sofim_fused.backends.rounding import other_random_bits, random_bits, random_bytes, round_stochastic
 from sofim_fused.backends.solve import TILE, TorchSolve, ordered_sum
 from sofim_fused.checks import RESTS
 
@@ -66,7 +66,7 @@ class TorchAdaptivePasses(TorchAdaptive):
             (g,), (m,) = _gained(batch.wide(tensors.grads), scales), batch.moments(tensors, copy=True)
             _blend([m], [g], None, decay, batch)
             (m,) = _store_moments(tensors, batch, [m], early=True, skip=scales.skip)
-            inverse, trace = diagonal.enter(i, g)
+            inverse, trace = diagonal.enter(i, g, early=True)
             sums.append([dot(m, m * inverse), dot(g, m * inverse), trace])
         none = torch.zeros(3, 0, dtype=sum_dtype(tensors.device), device=tensors.device)
         return ScaledSums(*(torch.stack([torch.stack(each) for each in sums], 1) if sums else none))
@@ -86,7 +86,7 @@ class TorchAdaptivePasses(TorchAdaptive):
             (i,) = batch.indices
             grads, moments = _gained(batch.wide(tensors.grads), scales), batch.moments(tensors, copy=True)
             _blend(moments, grads, None, decay, batch)
-            inverse, _ = diagonal.enter(i, grads[0])
+            inverse, _ = diagonal.enter(i, grads[0], early=False)
             update.run(tensors, batch, grads, moments, inverse)
             _store_moments(tensors, batch, moments, early=False, skip=scales.skip)
 
@@ -101,6 +101,7 @@ class ReferencePasses(TorchSolve, TorchAdaptivePasses):
     name = "reference"
     emulated = False
     blockwise = True
+    blockwise_variance = True
 
     def accumulate(self, tensors: StepTensors, decay: Decay, gradient_step: GradientStep | None = None) -> Sums:
         sums = _SumCollector(len(tensors))
@@ -272,30 +273,44 @@ class _Diagonal:
             x.unbind() for x in (scales.trace, scales.beta2, scales.eps, scales.root)
         )
 
-    def enter(self, i: int, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Update the running mean of g² of each element of tensor i, if it has one; return 1/s and Σs."""
+    def enter(self, i: int, g: Tensor, *, early: bool) -> tuple[Tensor, Tensor]:
+        """Update the running mean of g² of each element of tensor i, if it has one; return 1/s and Σs.
+
+        ``early``: the step counts have not advanced yet; then s is that of the mean as stored, otherwise that before
+        its rounding.
+        """
         variance = self._tensors.variances[i]
         if variance.by_element:
             assert variance.variance is not None
             beta2 = self._beta2[i]
             old, entering = beta2.to(g.dtype), (1 - beta2).to(g.dtype)  # of β₂ as float32, 1 - β₂ may be zero
-            v = variance.variance
+            v, scale = variance.variance, variance.scale
+            mean = v if scale is None else blockwise.decode_squares(v, scale)
             # Saturated: from infinity it could never decay.
-            new = (v * old).addcmul_(g, g * entering).clamp_(max=torch.finfo(v.dtype).max)
-            _write([v], [new], self._scales.skip)
-            s = self._root(i)
+            new = (mean * old).addcmul_(g, g * entering).clamp_(max=torch.finfo(g.dtype).max)
+            if scale is None:
+                _write([v], [new], self._scales.skip)
+                s = self._root(i, v.sqrt())
+            else:
+                step = self._tensors.steps[i] + 1 if early else self._tensors.steps[i]
+                bits = other_random_bits(v.contiguous(), step, self._tensors.ordinals[i])
+                codes, scales = blockwise.encode_squares(new, bits)
+                _write([v.view(torch.uint8), scale], [codes.view(torch.uint8), scales], self._scales.skip)
+                s = self._root(i, blockwise.decode(v, scale) if early else new.sqrt_())
             return s.reciprocal(), ordered_sum(s.to(sum_dtype(g.device)).reshape(-1))
         return self.inverse(i), self._trace[i]
 
-    def _root(self, i: int) -> Tensor:
-        v = self._tensors.variances[i].variance
-        assert v is not None
-        return v.sqrt().mul_(self._scale[i].to(v.dtype)).add_(self._eps[i].to(v.dtype))
+    def _root(self, i: int, root: Tensor) -> Tensor:
+        """S from the root of the mean, in its place."""
+        return root.mul_(self._scale[i].to(root.dtype)).add_(self._eps[i].to(root.dtype))
 
     def inverse(self, i: int) -> Tensor:
         variance, dtype = self._tensors.variances[i], _WIDE[self._tensors.params[i].dtype]
         if variance.by_element:
-            return self._root(i).reciprocal_()
+            assert variance.variance is not None
+            if variance.scale is not None:
+                return self._root(i, blockwise.decode(variance.variance, variance.scale)).reciprocal_()
+            return self._root(i, variance.variance.sqrt()).reciprocal_()
         rows = self._rows[i].to(dtype)
         if variance.row_var is None:
             return rows.view(())

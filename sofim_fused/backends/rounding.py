@@ -49,6 +49,15 @@ def random_bytes(like: Tensor, step: Tensor, ordinal: int, seed: int = SEED) -> 
     return _in_order(like, _hashed(like, step, ordinal, seed) & 0xFF)
 
 
+def other_random_bits(like: Tensor, step: Tensor, ordinal: int, seed: int = SEED) -> Tensor:
+    """16 random bits for each element of ``like``, none of which :func:`random_bits` has.
+
+    The lower half of the same hash. Its less significant byte is that of :func:`random_bytes`. Arguments and result are
+    those of :func:`random_bits`.
+    """
+    return _in_order(like, _hashed(like, step, ordinal, seed) & 0xFFFF)
+
+
 def _in_order(like: Tensor, bits: Tensor) -> Tensor:
     return bits.to(torch.int32).as_strided(like.shape, like.stride())
 

@@ -92,6 +92,7 @@ class InTurn(TorchAdaptivePasses):
         self.name = passes.name
         self.emulated = passes.emulated
         self.blockwise = passes.blockwise
+        self.blockwise_variance = passes.blockwise_variance
         self._passes = passes
         self._runs = [slice(begin, end) for begin, end in pairwise(bounds)]
 
@@ -184,7 +185,7 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 def _have_addresses(tensors: StepTensors) -> bool:
     some = (x for x in (*tensors.lost_bits, *tensors.exp_avg_scales) if x is not None)
-    variances = (x for variance in tensors.variances for x in variance[:3] if x is not None)
+    variances = (x for v in tensors.variances for x in (*v[:3], v.scale) if x is not None)
     every = chain(tensors.params, tensors.grads, tensors.exp_avgs, some, tensors.steps, variances)
     return tensors.device.type not in addresses.WITHOUT_ADDRESSES and addresses.all_plain(every)
 
@@ -201,6 +202,7 @@ def _written(tensors: StepTensors) -> dict[str, Sequence[Tensor | None]]:
         "row_var": [variance.row_var for variance in variances],
         "col_var": [variance.col_var for variance in variances],
         "variance": [variance.variance for variance in variances],
+        "variance_scale": [variance.scale for variance in variances],
     }
 
 
@@ -218,7 +220,7 @@ def _shared(
         a, b = of[one.role][one.tensor], of[other.role][other.tensor]
         assert a is not None
         assert b is not None
-        if one.tensor != other.tensor and not {"step", *checks.VARIANCES} & {one.role, other.role}:
+        if one.tensor != other.tensor and not {"step", *checks.VARIANCES, "variance_scale"} & {one.role, other.role}:
             before[other.tensor] = max(before.get(other.tensor, -1), one.tensor)
             kind = "w" if one.role == other.role == "w" else "state"
             if kind not in pairs and not addresses.apart(a, b):

@@ -64,11 +64,13 @@ def check_state(entry: Entry, group: Mapping[str, Any], state: Mapping[Tensor, A
     if "exp_avg" in known:
         dtype = moment_dtype(entry.param, group["state_dtype"])
         checks.state_of_parameter(entry.param, known, dtype, entry.ordinal, checks.lost_bits(entry.param, group))
-        if in_8_bits(entry.param, group["state_dtype"]):
-            placements = placements_like(entry.param, {0: 0}) if is_sharded(entry.param) else None
-            checks.moment_scale(entry.param, known, entry.ordinal, placements)
         shapes = variance_shapes(entry.param, group["diagonal"])
-        checks.variances(entry.param, known, shapes, variance_dtype(entry.param), entry.ordinal, group["diagonal"])
+        dtype = variance_dtype(entry.param, group)
+        checks.variances(entry.param, known, shapes, dtype, entry.ordinal, group["diagonal"])
+        for name, codes in zip(("exp_avg", "variance"), codes_of(entry.param, group), strict=True):
+            if codes:
+                placements = placements_like(entry.param, {0: 0}) if is_sharded(entry.param) else None
+                checks.scales_of(name, entry.param, known, entry.ordinal, placements)
         for name, shape in shapes.items():
             if is_sharded(entry.param):
                 placements = placements_like(entry.param, _dims(name, entry.param, shape))
@@ -120,10 +122,10 @@ def ensure_state(entry: Entry, group: Mapping[str, Any], state: MutableMapping[T
             dtype = moment_dtype(param, group["state_dtype"])
             made["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
             if in_8_bits(param, group["state_dtype"]):
-                made.update(_zero_codes(param))
+                made.update(_zero_codes(param, "exp_avg"))
             else:
                 made["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-            made.update(_zero_variances(param, group["diagonal"]))
+            made.update(_zero_variances(param, group))
         if kept and not _has_right_bits(param, known, group):
             made["master_bits"] = _converted(param, known["master_bits"], checks.rest_dtype(group))
         if lost is not None and not kept:
@@ -150,20 +152,22 @@ def variance_shapes(param: Tensor, diagonal: str) -> dict[str, tuple[int, ...]]:
     return {"row_var": shape[:1], "col_var": shape[1:]} if diagonal == "factored" else {"row_var": shape[:1]}
 
 
-def variance_dtype(param: Tensor) -> torch.dtype:
+def variance_dtype(param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
     """The dtype of running means of g²."""
+    if codes_of(param, group)[1]:
+        return blockwise.DTYPE
     return torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32
 
 
-def _zero_codes(param: Tensor) -> dict[str, Tensor]:
-    """A moment of zeros in 8 bits, and its scales: contiguous, sharded along dimension 0 as the parameter is."""
+def _zero_codes(param: Tensor, name: str) -> dict[str, Tensor]:
+    """Zeros in 8 bits for an entry, and their scales: contiguous, sharded along dimension 0 as the parameter is."""
     part = local(param.detach())
     codes = torch.zeros(part.shape, dtype=blockwise.DTYPE, device=param.device)
     rows, blocks = blockwise.scale_shape(param.shape)
     scale = torch.zeros(part.shape[0], blocks, dtype=torch.float32, device=param.device)
     return {
-        "exp_avg": spread_like(param, codes, param.shape, {dim: dim for dim in range(param.dim())}),
-        "exp_avg_scale": spread_like(param, scale, (rows, blocks), {0: 0}),
+        name: spread_like(param, codes, param.shape, {dim: dim for dim in range(param.dim())}),
+        f"{name}_scale": spread_like(param, scale, (rows, blocks), {0: 0}),
     }
 
 
@@ -188,13 +192,37 @@ def store_moment(param: Tensor, known: Mapping[str, Tensor], value: Tensor) -> N
     local(known["exp_avg_scale"]).copy_(scale)
 
 
-def _zero_variances(param: Tensor, diagonal: str) -> dict[str, Tensor]:
+def store_variance(param: Tensor, known: Mapping[str, Tensor], name: str, value: Tensor) -> None:
+    """Copy running means of g² into a parameter's state; into 8 bits they are rounded to nearest.
+
+    Numbers above the largest one of the dtype in the state become that one, as in a step.
+
+    Args:
+        param: the owner of the state.
+        known: its state.
+        name: of the entry.
+        value: of the entry's shape and any dtype, not negative; a ``DTensor`` if the parameter is one.
+    """
+    dtype = torch.float32 if f"{name}_scale" in known else known[name].dtype
+    value = value.detach().to(torch.promote_types(value.dtype, dtype)).clamp(max=torch.finfo(dtype).max)
+    if f"{name}_scale" not in known:
+        known[name].copy_(value)
+        return
+    (value,) = placed_as([param], [value])
+    codes, scale = blockwise.encode_squares(local(value).to(device=param.device, dtype=dtype))
+    local(known[name]).copy_(codes)
+    local(known[f"{name}_scale"]).copy_(scale)
+
+
+def _zero_variances(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
     """Running means of g² before the first gradient, in the parameter's order in memory where they have its shape.
 
     Of a ``DTensor`` they are sharded as it is, where they have the dimension along which it is.
     """
-    part = _real(local(param.detach()))
-    dtype, preserve = variance_dtype(param), torch.preserve_format
+    if codes_of(param, group)[1]:
+        return _zero_codes(param, "variance")
+    part, diagonal = _real(local(param.detach())), group["diagonal"]
+    dtype, preserve = variance_dtype(param, group), torch.preserve_format
     made = {}
     for name, shape in variance_shapes(param, diagonal).items():
         if name == "variance" and shape:
@@ -257,9 +285,7 @@ def _restored(param: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any])
         state[lost] = _like(param, value, value.dtype if lost == "master_bits" else param.dtype)
         if not _has_right_bits(param, state, group):
             state[lost] = _converted(param, state[lost], checks.rest_dtype(group))
-    for name, made in _zero_variances(param, group["diagonal"]).items():
-        # Saturated, as in a step: other dtypes hold larger numbers.
-        state[name] = _filled(made, entries[name]).clamp_(max=torch.finfo(made.dtype).max)
+    state.update(_restored_variances(param, entries, group))
     return state
 
 
@@ -270,12 +296,10 @@ def _restored_moment(param: Tensor, entries: Mapping[str, Any], state_dtype: tor
     if saved.dtype != blockwise.DTYPE:
         if not codes:
             return {"exp_avg": _like(param, saved, moment_dtype(param, state_dtype))}
-        made = _zero_codes(param)
+        made = _zero_codes(param, "exp_avg")
         store_moment(param, made, saved)
         return made
-    made = _zero_codes(param)
-    local(made["exp_avg"]).view(torch.uint8).copy_(_part(param, saved, "exp_avg").view(torch.uint8))
-    local(made["exp_avg_scale"]).copy_(_part(param, entries["exp_avg_scale"].detach(), "exp_avg_scale"))
+    made = _restored_codes(param, entries, "exp_avg")
     if codes:
         return made
     value = blockwise.decode(local(made["exp_avg"]), local(made["exp_avg_scale"]))
@@ -284,10 +308,38 @@ def _restored_moment(param: Tensor, entries: Mapping[str, Any], state_dtype: tor
     return {"exp_avg": wide.detach()}
 
 
+def _restored_variances(param: Tensor, entries: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Saved running means of g² as the group has them: codes as they are if they are codes, else converted once."""
+    made = _zero_variances(param, group)
+    for name in variance_shapes(param, group["diagonal"]):
+        saved = entries[name].detach()
+        if saved.dtype != blockwise.DTYPE:
+            if f"{name}_scale" in made:
+                store_variance(param, made, name, saved)
+            else:  # saturated, as in a step: other dtypes hold larger numbers
+                _filled(made[name], saved).clamp_(max=torch.finfo(made[name].dtype).max)
+            continue
+        codes = _restored_codes(param, entries, name)
+        if f"{name}_scale" in made:
+            return codes
+        local(made[name]).copy_(blockwise.decode_squares(*(local(part) for part in codes.values())))
+    return made
+
+
+def _restored_codes(param: Tensor, entries: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """A saved entry in 8 bits and its scales, as they are."""
+    made = _zero_codes(param, name)
+    local(made[name]).view(torch.uint8).copy_(_part(param, entries[name].detach(), name).view(torch.uint8))
+    scale = f"{name}_scale"
+    local(made[scale]).copy_(_part(param, entries[scale].detach(), scale))
+    return made
+
+
 def _part(param: Tensor, saved: Tensor, name: str) -> Tensor:
     """What this rank needs of a saved tensor."""
     if is_sharded(saved):
-        placements = placements_like(param, {0: 0} if name == "exp_avg_scale" else {d: d for d in range(param.dim())})
+        dims = {0: 0} if name.endswith("_scale") else {d: d for d in range(param.dim())}
+        placements = placements_like(param, dims)
         saved = saved.redistribute(placements=placements)  # type: ignore[attr-defined]
     return local(saved)
 
@@ -359,6 +411,12 @@ def in_8_bits(param: Tensor, state_dtype: torch.dtype | None) -> bool:
     return state_dtype == blockwise.DTYPE and blockwise.suits(param.shape)
 
 
+def codes_of(param: Tensor, group: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether a parameter's first moment is stored as codes of 8 bits, and whether the second moment is."""
+    codes = in_8_bits(param, group.get("state_dtype"))
+    return codes, codes and group.get("diagonal") == "element"
+
+
 def by_device(entries: Sequence[Entry]) -> Iterator[tuple[torch.device, list[Entry]]]:
     """Entries split by device, in the order in which devices first appear."""
     devices: dict[torch.device, list[Entry]] = {}
@@ -403,7 +461,8 @@ def _variance(param: Tensor, known: Mapping[str, Tensor]) -> Variance:
     )
     numel = param.numel() * (2 if param.is_complex() else 1)
     shape = (1, numel) if row_var is None else (param.shape[0], numel // max(param.shape[0], 1))
-    return Variance(row_var, col_var, variance, shape)
+    codes = variance is not None and variance.dtype == blockwise.DTYPE
+    return Variance(row_var, col_var, variance, shape, local(known["variance_scale"]) if codes else None)
 
 
 def _real(x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class Plan:
     def __init__(self, backend: str, shard_group: ProcessGroup | None) -> None:
         self._backend = backend
         self._shard_group = shard_group
-        self._passes: dict[tuple[torch.device, bool], Passes] = {}
+        self._passes: dict[tuple[torch.device, bool, bool], Passes] = {}
         self._hyper: dict[torch.device, Hyperparameters] = {}
         self._rank_sums: RankSums | Literal[False] | None = None  # None: not found out yet
         self._rank_sums_before: tuple[Sharding, RankSums] | None = None
@@ -52,17 +52,18 @@ class Plan:
 
     # Backends and devices
 
-    def passes_for(self, device: torch.device, blockwise: bool = False) -> Passes:
+    def passes_for(self, device: torch.device, blockwise: bool = False, blockwise_variance: bool = False) -> Passes:
         """The backend's passes for a device.
 
-        ``blockwise``: they have to take moments in 8 bits.
+        ``blockwise``: they have to take moments in 8 bits; ``blockwise_variance``: and second moments.
 
         Raises:
             RuntimeError: the requested backend cannot run on it.
         """
-        found = self._passes.get((device, blockwise))
+        key = device, blockwise, blockwise_variance
+        found = self._passes.get(key)
         if found is None:
-            found = self._passes[device, blockwise] = backends.choose(self._backend, device, blockwise)
+            found = self._passes[key] = backends.choose(self._backend, *key)
         return found
 
     def first_device(self, groups: Groups) -> torch.device:
@@ -157,8 +158,7 @@ class Plan:
         entries = gather.with_gradients(groups)
         for entry in entries:
             gather.check_state(entry, groups[entry.group], state)
-            if gather.in_8_bits(entry.param, groups[entry.group]["state_dtype"]):
-                self.passes_for(entry.param.device, blockwise=True)
+            self.passes_for(entry.param.device, *gather.codes_of(entry.param, groups[entry.group]))
         self.compare_ranks(optimizer, guarded)
         before = [gather.ensure_state(entry, groups[entry.group], state) for entry in entries]
         bump_versions(entry.param for entry in entries)
@@ -207,7 +207,9 @@ class Plan:
         if hyper is None or not hyper.serves(sizes, *options):
             hyper = self._hyper[device] = Hyperparameters(device, sizes, *options)
         tensors = gather.lay_out(device, entries, groups, optimizer.state)
-        tensors, passes, pairs = backends.apart(tensors, self.passes_for(device, tensors.has_codes))
+        tensors, passes, pairs = backends.apart(
+            tensors, self.passes_for(device, tensors.has_codes, tensors.has_coded_variances)
+        )
         squares = self._squares_over(groups, rank_sums) if rank_sums is not None and hyper.adaptive else None
         return DeviceShare(tensors, passes, hyper, rank_sums, pairs, squares)
 

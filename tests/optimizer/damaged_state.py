@@ -44,6 +44,10 @@ KINDS: dict[str, Callable[[], tuple[list[dict[str, Any]], dict[str, Any]]]] = {
     "24 bits": lambda: (_two_groups(BF16, F32), {"master_weight_bits": 24}),
     "bf16-moments": lambda: (_two_groups(BF16, F32), {"state_dtype": BF16}),
     "8-bit-moments": lambda: (_with_rows(), {"state_dtype": torch.float8_e4m3fn, "backend": "reference"}),
+    "8-bit-second-moments": lambda: (
+        _with_rows(),
+        {"state_dtype": torch.float8_e4m3fn, "diagonal": "element", "backend": "reference"},
+    ),
     "wide": lambda: (_two_groups(torch.complex64, torch.float64), {}),
     "gradient": lambda: (
         _two_groups(F32),
@@ -187,8 +191,8 @@ def check_valid(optimizer: SOFIM, params: list[Tensor]) -> None:
             assert 0 <= int(known["step"]) <= 2**63 - 2**20
             check_like(known["exp_avg"], p, gather.moment_dtype(p, group["state_dtype"]))
             assert ("exp_avg_scale" in known) == (known["exp_avg"].dtype == torch.float8_e4m3fn)
-            if "exp_avg_scale" in known:
-                scale = known["exp_avg_scale"]
+            assert ("variance_scale" in known) == gather.codes_of(p, group)[1]
+            for scale in (known[name] for name in ("exp_avg_scale", "variance_scale") if name in known):
                 assert (type(scale), scale.dtype, scale.shape) == (Tensor, F32, blockwise.scale_shape(p.shape))
                 assert not bool((scale < 0).any())
             if "kahan" in known:
@@ -201,9 +205,11 @@ def check_valid(optimizer: SOFIM, params: list[Tensor]) -> None:
             assert {name for name in VARIANCES if name in known} == set(means)
             for name, shape in means.items():
                 assert type(known[name]) is Tensor
-                assert (known[name].shape, known[name].dtype) == (shape, gather.variance_dtype(p))
-                assert not bool((known[name] < 0).any())
-                assert not bool(known[name].isinf().any())
+                assert (known[name].shape, known[name].dtype) == (shape, gather.variance_dtype(p, group))
+                codes = f"{name}_scale" in known
+                mean = blockwise.decode(known[name], known[f"{name}_scale"]) if codes else known[name]
+                assert not bool((mean < 0).any())
+                assert codes or not bool(mean.isinf().any())
 
 
 def number(x: Any) -> float:
@@ -253,6 +259,9 @@ def known_tensors(optimizer: SOFIM) -> list[Tensor]:
     for p in params_of(optimizer):
         known = optimizer.state.get(p, {})
         plain = [name for name in STATE if not name.startswith("exp_avg")]
+        if "variance_scale" in known:
+            plain.remove("variance")
+            found.append(blockwise.decode_squares(known["variance"], known["variance_scale"]))
         found += [p.detach(), *(known[name] for name in plain if name in known)]
         if "exp_avg_scale" in known:
             found += [blockwise.decode(known["exp_avg"], known["exp_avg_scale"]), known["exp_avg_scale"]]

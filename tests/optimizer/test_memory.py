@@ -22,6 +22,7 @@ ARGUMENTS: list[dict[str, Any]] = [
     {"state_dtype": torch.bfloat16},
     {"state_dtype": torch.float8_e4m3fn},
     {"state_dtype": torch.float8_e4m3fn, "diagonal": "factored"},
+    {"state_dtype": torch.float8_e4m3fn, "diagonal": "element"},
     {"kahan": True},
     {"master_weight_bits": None, "kahan": False},
     {"numerator": "nesterov", "max_grad_norm": 1.0},
@@ -94,6 +95,13 @@ def test_targets() -> None:
             assert use.peak / use.parameters <= released
 
 
+def test_a_number_for_each_element_takes_as_many_bytes_as_a_moment() -> None:
+    params = memory.parameters([(2048, 2048)] * 12)
+    use = memory.count(SOFIM(params, diagonal="element", state_dtype=torch.float8_e4m3fn))
+    assert use.state == 12 * (8 + 2 * (2048 * 2048 + 4 * 2048 * 16))
+    assert use.state / use.parameters == pytest.approx(2.0625, abs=1e-5)
+
+
 def test_parameters_with_memory_are_refused() -> None:
     param = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=r"parameter 1 of group 0 is on cpu, .* under torch.device\('meta'\)"):
@@ -161,7 +169,8 @@ def test_the_arguments_of_the_command(capsys: pytest.CaptureFixture[str]) -> Non
         "SOFIM(diagonal='element', state_dtype='float8_e4m3fn', master_weight_bits=None, kahan=False)"
     )
     assert row["entries"] == {
-        "step": 24, "exp_avg": 2 * 4096 + 4 * 7, "exp_avg_scale": 2 * 4 * 32, "variance": 4 * (2 * 4096 + 7)
+        "step": 24, "exp_avg": 2 * 4096 + 4 * 7, "exp_avg_scale": 2 * 4 * 32,
+        "variance": 2 * 4096 + 4 * 7, "variance_scale": 2 * 4 * 32,
     }  # fmt: skip
     assert [row["optimizer"] for row in shown["rows"][:-1]] == ["SGD(momentum=0.9)", "AdamW"]
 

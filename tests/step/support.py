@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sofim_fused import SOFIM
+from sofim_fused import SOFIM, blockwise
 from tests.support.oracle import Oracle, real64
 
 TOLERANCES = {
@@ -61,6 +61,8 @@ def joined64(shown: Tensor, rest: Tensor) -> Tensor:
 def variances_of(optimizer: SOFIM, p: Tensor) -> dict[str, Tensor]:
     """The running means of g² of a parameter, in float64, as the oracle has them."""
     known = optimizer.state.get(p, {})
+    if "variance_scale" in known:
+        return {"variance": blockwise.decode_squares(known["variance"], known["variance_scale"]).double()}
     return {name: real64(known[name]) for name in ("row_var", "col_var", "variance") if name in known}
 
 

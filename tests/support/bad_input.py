@@ -1105,23 +1105,31 @@ def _for_float64(_: str) -> Case:
 
 
 def _codes(
-    what: str, error: type[Exception], text: str, *, loaded: Any = None, held: Any = None, lost: bool = False
+    what: str,
+    error: type[Exception],
+    text: str,
+    *,
+    loaded: Any = None,
+    held: Any = None,
+    lost: bool = False,
+    name: str = "exp_avg_scale",
 ) -> Row:
-    """Scales of a moment in 8 bits that are spoiled in a state dict (``loaded``), or before a step (``held``)."""
+    """An entry for a moment in 8 bits that is spoiled in a state dict (``loaded``), or before a step (``held``)."""
+    diagonal: Any = "element" if name.startswith("variance") else "identity"
 
     def case(backend: str) -> Case:
         param = nn.Parameter(torch.ones(32, 128))
-        optimizer = SOFIM([param], backend=backend, state_dtype=torch.float8_e4m3fn)
+        optimizer = SOFIM([param], backend=backend, state_dtype=torch.float8_e4m3fn, diagonal=diagonal)
         give_ones([param])
         optimizer.step()
         if held is not None:
-            optimizer.state[param]["exp_avg_scale"] = held
+            optimizer.state[param][name] = held
             return Case(optimizer.step, optimizer=optimizer)
         saved = copy.deepcopy(optimizer.state_dict())
         if lost:
-            del saved["state"][0]["exp_avg_scale"]
+            del saved["state"][0][name]
         else:
-            saved["state"][0]["exp_avg_scale"] = loaded
+            saved["state"][0][name] = loaded
         return Case(lambda: optimizer.load_state_dict(saved), optimizer=optimizer)
 
     return Row(what, case, error, text, ("reference",))
@@ -1236,6 +1244,22 @@ STATE_DICTS = [
         "state_dict: state of parameter 0 (shape (32, 128), float32, cpu): exp_avg_scale has negative elements, which "
         "no scale is: it is damaged",
         loaded=-torch.ones(32, 1),
+    ),
+    _codes(
+        "`load_state_dict()` with a second moment in 8 bits and without its scales",
+        ValueError,
+        "state_dict: state of parameter 0 (shape (32, 128), float32, cpu) has variance in 8 bits and lacks "
+        "variance_scale: it is damaged",
+        lost=True,
+        name="variance_scale",
+    ),
+    _codes(
+        "`load_state_dict()` with negative codes of a second moment in 8 bits",
+        ValueError,
+        "state_dict: state of parameter 0 (shape (32, 128), float32, cpu): variance has negative elements, which no "
+        "mean of squares has: it is damaged",
+        loaded=torch.full((32, 128), -1.0).to(torch.float8_e4m3fn),
+        name="variance",
     ),
     _loaded(
         "with more parameters",
@@ -1550,6 +1574,23 @@ CODES = [
         "state of parameter 0 (shape (32, 128), float32, cpu): exp_avg_scale is of type float, not a tensor: "
         f"{REPLACED}",
         held=1.0,
+    ),
+    _codes(
+        "scales of a second moment in 8 bits in float64",
+        ValueError,
+        "state of parameter 0 (shape (32, 128), float32, cpu): variance_scale is shape (32, 1), float64, cpu, expected "
+        f"shape (32, 1), float32, cpu: {REPLACED}",
+        held=torch.ones(32, 1, dtype=torch.float64),
+        name="variance_scale",
+    ),
+    _codes(
+        "a second moment in float32 where it is kept in 8 bits",
+        ValueError,
+        "state of parameter 0 (shape (32, 128), float32, cpu): variance is shape (32, 128), float32, cpu, expected "
+        "shape (32, 128), float8_e4m3fn, cpu for diagonal='element': "
+        "optimizer.load_state_dict(optimizer.state_dict()) casts it to match",
+        held=torch.ones(32, 128),
+        name="variance",
     ),
 ]
 

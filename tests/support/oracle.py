@@ -56,6 +56,7 @@ class Oracle:
     moments: list[Tensor] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     exact: list[Tensor] = field(default_factory=list)
+    exact_variances: list[dict[str, Tensor]] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
     variances: list[dict[str, Tensor]] = field(default_factory=list)
     signal: dict[int, float] = field(default_factory=dict)
@@ -71,10 +72,16 @@ class Oracle:
         self.steps = self.steps or [0] * len(self.weights)
         self.variances = self.variances or [{} for _ in self.weights]
 
-    def step(self, grads: Sequence[Tensor | None], stored: Sequence[Tensor] | None = None) -> list[Tensor]:
+    def step(
+        self,
+        grads: Sequence[Tensor | None],
+        stored: Sequence[Tensor] | None = None,
+        stored_variances: Sequence[dict[str, Tensor]] | None = None,
+    ) -> list[Tensor]:
         """Take one step; a tensor with the gradient ``None`` takes no part. Returns the change of each weight.
 
         With ``stored``, moments as they were rounded, the Fisher matrix is made of these; :attr:`exact` has the others.
+        With ``stored_variances``, its diagonal is made of these; :attr:`exact_variances` has the others.
         """
         before = [w.clone() for w in self.weights]
         present = [i for i, g in enumerate(grads) if g is not None]
@@ -100,6 +107,9 @@ class Oracle:
         self.exact = list(self.moments)
         if stored is not None:
             self.moments = [real64(m) for m in stored]
+        self.exact_variances = list(self.variances)
+        if stored_variances is not None:
+            self.variances = list(stored_variances)
         for block in sorted({self.blocks[i] for i in present}):
             self._solve([i for i in present if self.blocks[i] == block], seen)
         return [w - old for w, old in zip(self.weights, before, strict=True)]

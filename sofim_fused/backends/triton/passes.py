@@ -52,6 +52,7 @@ class TritonPasses(TritonAdaptive):
 
     name = "triton"
     blockwise = True
+    blockwise_variance = False
 
     def __init__(self, kernels: ModuleType, emulated: bool = False) -> None:
         super().__init__()
