@@ -53,6 +53,7 @@ OURS = {
     "SOFIM, 8-bit moment": Choice(SOFIM, {"state_dtype": _8_BITS}),
     "AdaSOFIM": Choice(AdaSOFIM, {}),
     "AdaSOFIM, 8-bit moment": Choice(AdaSOFIM, {"state_dtype": _8_BITS}),
+    "AdaSOFIM, element, 8-bit moments": Choice(AdaSOFIM, {"diagonal": "element", "state_dtype": _8_BITS}),
 }
 
 
@@ -216,7 +217,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     arguments = parser.add_argument_group("arguments of SOFIM that the memory depends on (with any of them, only it)")
     arguments.add_argument("--diagonal", choices=checks.DIAGONALS)
     arguments.add_argument("--state-dtype", choices=["float32", "bfloat16", "float8_e4m3fn"])
-    arguments.add_argument("--master-weight-bits", choices=["32", "none"])
+    arguments.add_argument("--master-weight-bits", choices=["32", "24", "none"])
     arguments.add_argument("--kahan", choices=["true", "false"])
     parser.add_argument("--json", action="store_true", help="print JSON: bytes, for each dtype and optimizer")
 
@@ -245,7 +246,8 @@ def _choices(options: argparse.Namespace) -> dict[str, Choice]:
     if options.state_dtype is not None:
         given["state_dtype"] = options.state_dtype
     if options.master_weight_bits is not None:
-        given["master_weight_bits"] = None if options.master_weight_bits == "none" else 32
+        bits = options.master_weight_bits
+        given["master_weight_bits"] = None if bits == "none" else int(bits)
     if options.kahan is not None:
         given["kahan"] = options.kahan == "true"
     if not given:
@@ -292,9 +294,12 @@ def _table(name: str, model: _Model, rows: Sequence[Mapping[str, Any]]) -> Itera
                 if row[key] is not None:
                     cells += [f"{row[key] / size:{width_of}.2f}", f"{_gigabytes(row[key]):>6}"]
             yield f"{row['optimizer']:<{width}} {' '.join(cells)}"
-    if "bfloat16" in (row["dtype"] for row in rows) and any("master_bits" in row["entries"] for row in rows):
+    kept = [row["optimizer"] for row in rows if "master_bits" in row["entries"]]
+    if kept:
+        cut = any("master_weight_bits=24" in name for name in kept)
+        bits = "1 byte, with which they have 24 bits" if cut else "2 bytes that make float32 weights of them"
         yield ""
-        yield "SOFIM's state of bfloat16 weights includes 2 bytes that make float32 weights of them."
+        yield f"SOFIM's state of bfloat16 weights includes {bits}."
 
 
 def _gigabytes(size: int) -> str:

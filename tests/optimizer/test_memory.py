@@ -149,7 +149,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_a_module_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     rows = json.loads(told(capsys, f"{__name__}:Tied", "--json"))["rows"]
-    assert [row["dtype"] for row in rows] == ["float32"] * 7 + ["bfloat16"] * 7
+    assert [row["dtype"] for row in rows] == ["float32"] * 8 + ["bfloat16"] * 8
     elements = 40 * 128 + 40 + 2 * 128
     for row in rows:
         size = 4 if row["dtype"] == "float32" else 2
@@ -183,6 +183,17 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         ["4.00", "4.00", "1.03", "9.03", "0.455", "5.36", "0.27"],
         ["2.00", "2.00", "3.03", "7.03", "0.354", "5.20", "0.262"],
     ]
+
+
+def test_what_completes_weights_of_16_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    def last(*arguments: str) -> list[str]:
+        return told(capsys, "32x128", "--dtype", "bfloat16", *arguments).splitlines()[-3:]
+
+    assert last("--diagonal", "row")[-1].endswith("2 bytes that make float32 weights of them.")
+    row, _, note = last("--master-weight-bits", "24")
+    assert note == "SOFIM's state of bfloat16 weights includes 1 byte, with which they have 24 bits."
+    assert row.split()[:4] == ["SOFIM(master_weight_bits=24)", "2.00", "2.00", "5.00"]
+    assert "includes" not in last("--master-weight-bits", "none", "--kahan", "false")[-1]
 
 
 @pytest.mark.parametrize(
