@@ -232,9 +232,11 @@ def _gain_not_squared(patch: pytest.MonkeyPatch) -> None:
 
 def _gain_not_in_elements(patch: pytest.MonkeyPatch) -> None:
     original = reference._Diagonal.enter
-    patch.setattr(
-        reference._Diagonal, "enter", lambda self, i, g: original(self, i, g / (self._scales.gain or torch.ones(())))
-    )
+
+    def enter(self: Any, i: int, g: Tensor, **when: bool) -> Any:
+        return original(self, i, g / (self._scales.gain or torch.ones(())), **when)
+
+    patch.setattr(reference._Diagonal, "enter", enter)
 
 
 def _columns_lost(patch: pytest.MonkeyPatch) -> None:
