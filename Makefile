@@ -107,8 +107,7 @@ $(DEMO_READY): $(TORCH_READY)
 $(DEMO_NATIVE): $(TORCH_READY) $(SOURCES)
 	@$(SAY) "Compiling the kernels for this CPU (one to two minutes)"
 	@SOFIM_BUILD_CPU=auto SOFIM_INSTRUCTION_SETS=native SOFIM_BUILD_CUDA=$(if $(findstring cuda,$(ARGS)),auto,0) \
-	    $(BIN)/python setup.py build_ext --inplace > $(VENV)/native.log 2>&1 || { cat $(VENV)/native.log; exit 1; }; \
-	grep -E 'warning: |^sofim_fused: ' $(VENV)/native.log; $(call STAMPED,$@)
+	    $(BIN)/python setup.py build_ext --inplace $(REPORTED); $(call STAMPED,$@)
 
 test: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
@@ -312,14 +311,15 @@ $(DOCS)/.ready: $(READY)
 BUILD_CPU = $$(command -v "$${CXX:-c++}" > /dev/null && $(BIN)/python $(HEADERS) && echo 1 || echo auto)
 HEADERS = -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2> /dev/null
 BUILD = SOFIM_BUILD_CPU=$(or $(SOFIM_BUILD_CPU),$(BUILD_CPU)) $(BIN)/python setup.py build_ext --inplace
+# Of what a build prints, warnings; all of it if it fails.
+REPORTED = > $(VENV)/native.log 2>&1 || { cat $(VENV)/native.log; exit 1; }; grep -E 'warning: |^sofim_fused: ' $(VENV)/native.log
 STAMPED = { rm -f $(1); ! grep -q '"reason": null' sofim_fused/_build.json || touch $(1); }
 STAMP = $(call STAMPED,$(NATIVE) $(DEMO_NATIVE))
 
 # If nothing was built, the next call tries again; without a compiler that takes a moment.
 $(NATIVE): $(READY) $(SOURCES) $(if $(SOFIM_BUILD_CPU),FORCE)
 	@echo "Building the native part"; \
-	$(BUILD) > $(VENV)/native.log 2>&1 || { cat $(VENV)/native.log; exit 1; }; \
-	grep -E 'warning: |^sofim_fused: ' $(VENV)/native.log; $(STAMP)
+	$(BUILD) $(REPORTED); $(STAMP)
 
 # For commands that use Fashion-MNIST: Debian has a package of it. Elsewhere the program says what is missing.
 FASHION_MNIST = case "$(ARGS)" in *--root*) ;; *fashion-mnist*|*sensitivity*|*cost*) \
@@ -356,6 +356,7 @@ $(TORCH_READY): pyproject.toml setup.py Makefile
 # the ones that hundreds of processes import in tests, even if Python is told not to write any.
 $(READY): $(TORCH_READY)
 	@$(SAY) "Installing what tests, benchmarks and checks use"
+	@rm -f $(NATIVE) $(DEMO_NATIVE)  # pip removes a native part that it is told not to build
 	@SOFIM_BUILD_CPU=0 SOFIM_BUILD_CUDA=0 PYTHONWARNINGS=ignore \
 	    $(BIN)/python -m pip install -q --no-compile --no-build-isolation -e '.[dev]'
 	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c '$(IMPORTED)'
