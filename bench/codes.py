@@ -293,20 +293,27 @@ TABLES = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write down."""
-    parser = argparse.ArgumentParser(prog="python -m bench.codes", description=__doc__.splitlines()[0])
+    run_command(arguments, "codes", (__doc__ or "").splitlines()[0], TABLES, "Ways to store first moments in 8 bits.")
+
+
+def run_command(
+    arguments: Sequence[str] | None, name: str, description: str, tables: Mapping[str, Table], title: str
+) -> None:
+    """The command line of a module of bench that compares codes: results are files of its name."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of each run (default: {STEPS})")
     parser.add_argument("--seeds", type=int, default=Run.seeds, help="at most so many (default: all)")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=RESULTS / "codes.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     measure(
         Run(options.steps, options.seeds),
-        TABLES,
-        "python -m bench.codes",
+        tables,
+        f"python -m bench.{name}",
         options.threads,
         options.output,
-        f"Ways to store first moments in 8 bits. Runs of {options.steps} steps.",
+        f"{title} Runs of {options.steps} steps.",
     )
 
 

@@ -58,7 +58,6 @@ def cases(kinds: dict[str, int], sums: str) -> Iterator[tuple[str, AdaptiveCase]
     chosen += [
         ("fp32, bf16 moment", "accumulate", blocks),
         ("fp32, 8-bit moment", "accumulate", blocks),
-        ("fp32, 8-bit moment", "commit", elements),
         ("fp32, 8-bit moment, ragged", "commit", blocks),
         ("bf16, Kahan", "commit", blocks),
         ("fp64", "commit", blocks),

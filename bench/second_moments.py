@@ -9,19 +9,17 @@ bench/results/second_moments.json and .md.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.codes import CASES, EVERY, LAST, STEPS, Run, batches, data_of
+from bench.codes import CASES, EVERY, LAST, Run, batches, data_of, run_command
 from bench.convergence.training import evaluate, loss_of
-from bench.report import RESULTS, Row, Table, measure, optional
+from bench.report import Row, Table, optional
 from sofim_fused import SOFIM, blockwise
 
 BETAS = (0.99, 0.999, 0.9999)
@@ -165,21 +163,8 @@ TABLES = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write down."""
-    parser = argparse.ArgumentParser(prog="python -m bench.second_moments", description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of each run (default: {STEPS})")
-    parser.add_argument("--seeds", type=int, default=Run.seeds, help="at most so many (default: all)")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=RESULTS / "second_moments.json")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    measure(
-        Run(options.steps, options.seeds),
-        TABLES,
-        "python -m bench.second_moments",
-        options.threads,
-        options.output,
-        f"Ways to round second moments to 8 bits. Runs of {options.steps} steps.",
-    )
+    about = (__doc__ or "").splitlines()[0]
+    run_command(arguments, "second_moments", about, TABLES, "Ways to round second moments to 8 bits.")
 
 
 if __name__ == "__main__":

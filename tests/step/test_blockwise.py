@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -307,10 +307,11 @@ def bits_of(optimizer: SOFIM) -> list[Tensor]:
     return [x.view(torch.uint8) if x.dtype == F8 else x for x in snapshot(optimizer)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("diagonal", ["identity", "factored"])
-def test_a_skipped_step_leaves_every_bit(diagonal: str, backend: str) -> None:
-    optimizer, params = trained(diagonal=diagonal, skip_nonfinite=True, backend=backend)
+# What tests/step/test_blockwise_variance.py does likewise.
+
+
+def assert_skips(optimizer: SOFIM, params: list[Tensor]) -> None:
+    """A step with a NaN is skipped, and leaves every bit."""
     before = [x.clone() for x in bits_of(optimizer)]
     grads = gradients(params, 1)[0]
     assert grads[1] is not None
@@ -319,6 +320,73 @@ def test_a_skipped_step_leaves_every_bit(diagonal: str, backend: str) -> None:
     optimizer.step()
     assert int(optimizer.skipped_steps) == 1
     assert same_bits(bits_of(optimizer), before)
+
+
+def step_in_backward(optimizer: SOFIM, params: list[Tensor], count: int) -> None:
+    """Steps whose gradients come from backward passes."""
+    for grads in gradients(params, count):
+        for p in params:
+            p.grad = None
+        loss: Tensor = sum((p * g).sum() for p, g in zip(params, grads, strict=True))  # type: ignore[operator,misc,assignment]
+        loss.backward()
+        optimizer.step()
+
+
+def bits_with(threads: int, **options: Any) -> list[Tensor]:
+    """After training natively in so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return bits_of(trained(backend="cpu", **options)[0])
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_goes_on(optimizer: SOFIM, params: list[Tensor], saved: dict[str, Any]) -> None:
+    """A new optimizer with this state takes the same steps."""
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    other = SOFIM(others, backend="reference")
+    other.load_state_dict(saved)
+    for grads in gradients(params, 2):
+        for one, its in ((optimizer, params), (other, others)):
+            give(its, grads)
+            one.step()
+    assert same_bits(bits_of(other), bits_of(optimizer))
+
+
+def assert_not_loaded(optimizer: SOFIM, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    """The state of the first parameter, changed in this way, is refused before anything changes."""
+    before = [x.clone() for x in bits_of(optimizer)]
+    saved = optimizer.state_dict()
+    saved["state"][0] = dict(saved["state"][0])
+    change(saved["state"][0])
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.load_state_dict(saved)
+    assert same_bits(bits_of(optimizer), before)
+
+
+def put(known: dict[str, Any], name: str, value: Any) -> None:
+    """An entry of a parameter's state, ``None``: it goes."""
+    if value is None:
+        del known[name]
+    else:
+        known[name] = value
+
+
+def assert_not_stepped(optimizer: SOFIM, params: list[Tensor], message: str, *errors: type[Exception]) -> None:
+    """A step is refused, with one of these errors, before a parameter changes."""
+    give(params, gradients(params, 1)[0])
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(errors or (TypeError, ValueError), match=message):
+        optimizer.step()
+    assert same_bits([p.detach() for p in params], before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("diagonal", ["identity", "factored"])
+def test_a_skipped_step_leaves_every_bit(diagonal: str, backend: str) -> None:
+    optimizer, params = trained(diagonal=diagonal, skip_nonfinite=True, backend=backend)
+    assert_skips(optimizer, params)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -351,12 +419,7 @@ def test_in_backward_takes_the_same_step(options: dict[str, Any], backend: str) 
     expected, _ = trained(backend=backend, **options)
     params = params_of()
     optimizer = SOFIM(params, lr=0.1, state_dtype=F8, backend=backend, in_backward=True, **options)
-    for grads in gradients(params, STEPS):
-        for p in params:
-            p.grad = None
-        loss: Tensor = sum((p * g).sum() for p, g in zip(params, grads, strict=True))  # type: ignore[operator,misc,assignment]
-        loss.backward()
-        optimizer.step()
+    step_in_backward(optimizer, params, STEPS)
     for ours, theirs in zip(bits_of(optimizer), bits_of(expected), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
@@ -567,15 +630,7 @@ def _whole(p: Tensor, known: dict[str, Any]) -> Tensor:
 
 @once
 def test_sixteen_threads_have_the_bits_of_one() -> None:
-    found = []
-    for threads in (1, 16):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            found.append(bits_of(trained(backend="cpu")[0]))
-        finally:
-            torch.set_num_threads(before)
-    assert same_bits(*found)
+    assert same_bits(*(bits_with(threads) for threads in (1, 16)))
 
 
 def declines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -633,14 +688,7 @@ def test_a_restored_run_goes_on_bit_for_bit(diagonal: str, tmp_path: Any) -> Non
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     assert saved["param_groups"][0]["state_dtype"] == "float8_e4m3fn"
-    others = [nn.Parameter(p.detach().clone()) for p in params]
-    other = SOFIM(others, backend="reference")
-    other.load_state_dict(saved)
-    for grads in gradients(params, 2):
-        for one, its in ((optimizer, params), (other, others)):
-            give(its, grads)
-            one.step()
-    assert same_bits(bits_of(other), bits_of(optimizer))
+    assert_goes_on(optimizer, params, saved)
 
 
 @once
@@ -707,13 +755,7 @@ def test_a_running_torch_optimizer_is_taken_over(start: Any) -> None:
 )
 def test_damaged_scales_are_refused(change: Any, message: str) -> None:
     optimizer, _ = trained()
-    before = [x.clone() for x in bits_of(optimizer)]
-    saved = optimizer.state_dict()
-    saved["state"][0] = dict(saved["state"][0])
-    change(saved["state"][0])
-    with pytest.raises((TypeError, ValueError), match=message):
-        optimizer.load_state_dict(saved)
-    assert same_bits(bits_of(optimizer), before)
+    assert_not_loaded(optimizer, change, message)
 
 
 @once
@@ -738,26 +780,15 @@ def test_codes_of_a_tensor_that_has_none_are_refused() -> None:
 )
 def test_scales_that_do_not_fit_are_refused_in_a_step(value: Any, message: str) -> None:
     optimizer, params = trained()
-    if value is None:
-        del optimizer.state[params[0]]["exp_avg_scale"]
-    else:
-        optimizer.state[params[0]]["exp_avg_scale"] = value
-    give(params, gradients(params, 1)[0])
-    before = [p.detach().clone() for p in params]
-    with pytest.raises((TypeError, ValueError), match=message):
-        optimizer.step()
-    assert same_bits([p.detach() for p in params], before)
+    put(optimizer.state[params[0]], "exp_avg_scale", value)
+    assert_not_stepped(optimizer, params, message)
 
 
 @once
 def test_scales_that_share_memory_are_refused() -> None:
     optimizer, params = trained()
-    params_before = [p.detach().clone() for p in params]
     optimizer.state[params[0]]["exp_avg_scale"] = params[0].detach().view(-1)[:40].view(8, 5)
-    give(params, gradients(params, 1)[0])
-    with pytest.raises(ValueError, match="exp_avg_scale shares memory with the parameter"):
-        optimizer.step()
-    assert same_bits([p.detach() for p in params], params_before)
+    assert_not_stepped(optimizer, params, "exp_avg_scale shares memory with the parameter", ValueError)
 
 
 @once

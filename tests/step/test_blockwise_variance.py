@@ -15,7 +15,24 @@ from torch import Tensor, nn
 from sofim_fused import SOFIM, backends, blockwise
 from sofim_fused.backends.rounding import other_random_bits, random_bits, random_bytes
 from tests.step.support import variances_of
-from tests.step.test_blockwise import BACKENDS, F8, LARGEST, SCHEDULES, VALUES, bits_of, gradients, params_of, trained
+from tests.step.test_blockwise import (
+    BACKENDS,
+    F8,
+    LARGEST,
+    SCHEDULES,
+    VALUES,
+    assert_goes_on,
+    assert_not_loaded,
+    assert_not_stepped,
+    assert_skips,
+    bits_of,
+    bits_with,
+    gradients,
+    params_of,
+    put,
+    step_in_backward,
+    trained,
+)
 from tests.support.problems import give, same_bits
 from tests.support.runs import once
 
@@ -204,14 +221,7 @@ def test_gradients_that_overflow_leave_means_that_decay(backend: str) -> None:
 @pytest.mark.parametrize("options", [ELEMENT, RANK_ONE], ids=str)
 def test_a_skipped_step_leaves_every_bit(options: dict[str, Any], backend: str) -> None:
     optimizer, params = trained(skip_nonfinite=True, backend=backend, **options)
-    before = [x.clone() for x in bits_of(optimizer)]
-    grads = gradients(params, 1)[0]
-    assert grads[1] is not None
-    grads[1][3, 7] = math.nan
-    give(params, grads)
-    optimizer.step()
-    assert int(optimizer.skipped_steps) == 1
-    assert same_bits(bits_of(optimizer), before)
+    assert_skips(optimizer, params)
 
 
 @once
@@ -221,26 +231,14 @@ def test_in_backward_takes_the_same_step(backend: str, numerator: Any) -> None:
     expected, _ = trained(backend=backend, numerator=numerator, **ELEMENT)
     params = params_of()
     optimizer = SOFIM(params, lr=0.1, numerator=numerator, state_dtype=F8, backend=backend, in_backward=True, **ELEMENT)
-    for grads in gradients(params, 3):
-        for p in params:
-            p.grad = None
-        loss: Tensor = sum((p * g).sum() for p, g in zip(params, grads, strict=True))  # type: ignore[operator,misc,assignment]
-        loss.backward()
-        optimizer.step()
+    step_in_backward(optimizer, params, 3)
     assert same_bits(bits_of(optimizer), bits_of(expected))
 
 
 @once
 @pytest.mark.parametrize("options", [ELEMENT, RANK_ONE], ids=str)
 def test_sixteen_threads_have_the_bits_of_one(options: dict[str, Any]) -> None:
-    found, before = [], torch.get_num_threads()
-    for threads in (1, 16):
-        torch.set_num_threads(threads)
-        try:
-            found.append(bits_of(trained(backend="cpu", **options)[0]))
-        finally:
-            torch.set_num_threads(before)
-    assert same_bits(*found)
+    assert same_bits(*(bits_with(threads, **options) for threads in (1, 16)))
 
 
 @once
@@ -307,14 +305,7 @@ def test_a_backend_may_take_codes_of_first_moments_alone(monkeypatch: pytest.Mon
 def test_a_restored_run_goes_on_bit_for_bit(tmp_path: Any) -> None:
     optimizer, params = trained(**ELEMENT)
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
-    others = [nn.Parameter(p.detach().clone()) for p in params]
-    other = SOFIM(others, backend="reference")
-    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    for grads in gradients(params, 2):
-        for one, its in ((optimizer, params), (other, others)):
-            give(its, grads)
-            one.step()
-    assert same_bits(bits_of(other), bits_of(optimizer))
+    assert_goes_on(optimizer, params, torch.load(tmp_path / "state.pt", weights_only=True))
 
 
 @once
@@ -397,13 +388,7 @@ def minus_zero(known: dict[str, Any]) -> None:
 )
 def test_damaged_codes_are_refused(change: Callable[[dict[str, Any]], Any], message: str) -> None:
     optimizer, _ = trained(**ELEMENT)
-    before = [x.clone() for x in bits_of(optimizer)]
-    saved = optimizer.state_dict()
-    saved["state"][0] = dict(saved["state"][0])
-    change(saved["state"][0])
-    with pytest.raises((TypeError, ValueError), match=message):
-        optimizer.load_state_dict(saved)
-    assert same_bits(bits_of(optimizer), before)
+    assert_not_loaded(optimizer, change, message)
 
 
 @once
@@ -427,23 +412,12 @@ def test_codes_of_a_tensor_that_has_none_are_refused() -> None:
 )
 def test_scales_that_do_not_fit_are_refused_in_a_step(value: Any, message: str) -> None:
     optimizer, params = trained(backend="cpu", **ELEMENT)
-    if value is None:
-        del optimizer.state[params[0]]["variance_scale"]
-    else:
-        optimizer.state[params[0]]["variance_scale"] = value
-    give(params, gradients(params, 1)[0])
-    before = [p.detach().clone() for p in params]
-    with pytest.raises((TypeError, ValueError), match=message):
-        optimizer.step()
-    assert same_bits([p.detach() for p in params], before)
+    put(optimizer.state[params[0]], "variance_scale", value)
+    assert_not_stepped(optimizer, params, message)
 
 
 @once
 def test_scales_that_share_memory_are_refused() -> None:
     optimizer, params = trained(backend="cpu", **ELEMENT)
-    before = [p.detach().clone() for p in params]
     optimizer.state[params[0]]["variance_scale"] = params[1].detach().view(-1)[:40].view(8, 5)
-    give(params, gradients(params, 1)[0])
-    with pytest.raises(ValueError, match="shares memory with"):
-        optimizer.step()
-    assert same_bits([p.detach() for p in params], before)
+    assert_not_stepped(optimizer, params, "shares memory with", ValueError)
